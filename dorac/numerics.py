@@ -1,0 +1,15 @@
+"""The dtype law and the zero-row rule, written once (DESIGN.md section 1)."""
+
+import torch
+from torch import Tensor
+
+# Rows of W + s*BA whose norm is at or below this are treated as zero rows: their g is 1.
+ZERO_ROW_NORM = 1e-12
+
+# What the norm can be computed in. float8 and integer weights are dequantised by their owner first.
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which norm, g and compose are computed: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,90 @@
+"""``dorac::norm_factored``: the row norm of ``W + s * lora_B @ lora_A``, without the product.
+
+Registration. ``norm_factored`` is a CompositeImplicitAutograd op whose body detaches its inputs (the norm is a constant in
+backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an opaque op would be wrong: under ``torch.func`` (a leaf has
+no vmap rule), in ``torch.export`` (an opaque node cannot run without Python) and for tensor subclasses such as DTensor (a leaf
+has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap off its slow per-sample loop. The leaf
+carries no autograd, so nothing can drop a gradient or a tangent silently: ``detach`` in front of it, unlike ``no_grad``, also stops
+forward-mode tangents. It is opaque to the compiler because its chunked loop is what bounds memory.
+
+Legend: O out_features, I in_features, R rank, C columns of one chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from dorac.numerics import accumulate_dtype
+from dorac.ops import front
+from dorac.ops.library import lib, register_composite
+
+DEFAULT_BUDGET = 256 * 2**20
+
+
+def chunk_columns(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Tensor | None, budget: int) -> int:
+    """How many columns of the weight one chunk may hold so that every live buffer fits in ``budget`` bytes (at least one)."""
+    out_features, in_features = weight.shape
+    rank = lora_A.shape[0]
+    acc = accumulate_dtype(weight, lora_A, lora_B)
+    per_column = (weight.dtype != acc) * out_features + (lora_A.dtype != acc) * rank  # the converted chunks
+    if weight_sq is None:
+        fixed = out_features * (rank + 4)  # scaled lora_B, the running sum of squares and its temporaries
+        per_column += out_features  # the adapted chunk
+    else:
+        fixed = out_features * (4 * rank + 4) + 2 * rank * rank  # scaled lora_B, U old and new, one product; Gram old and new
+    columns = (budget // acc.itemsize - fixed) // max(per_column, 1)
+    if weight.is_cuda and columns >= 64:
+        columns = columns // 64 * 64
+    return max(1, min(columns, in_features))
+
+
+def row_norm_aten(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int
+) -> Tensor:
+    """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
+
+    With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which reads W in
+    one matmul but cancels where a row of V is much shorter than that row of W.
+    """
+    acc = accumulate_dtype(weight, lora_A, lora_B)
+    scaled_b_OR = lora_B * scaling.to(acc).reshape(1)  # one element, not none: a 0-d factor would not promote lora_B
+    columns = chunk_columns(weight, lora_A, lora_B, weight_sq, budget)
+    chunks = [slice(i, i + columns) for i in range(0, weight.shape[1], columns)]
+    if weight_sq is None:
+        square_O = scaled_b_OR.new_zeros(weight.shape[0])
+        for chunk in chunks:  # nested, so that no chunk outlives its turn
+            square_O = square_O + torch.linalg.vector_norm(
+                torch.addmm(weight[:, chunk].to(acc), scaled_b_OR, lora_A[:, chunk].to(acc)), dim=1
+            ).square()
+        return square_O.sqrt()
+    u_OR = torch.zeros_like(scaled_b_OR)
+    gram_RR = scaled_b_OR.new_zeros(lora_A.shape[0], lora_A.shape[0])
+    for chunk in chunks:
+        u_OR = torch.addmm(u_OR, weight[:, chunk].to(acc), lora_A[:, chunk].to(acc).T)
+        gram_RR = torch.addmm(gram_RR, lora_A[:, chunk].to(acc), lora_A[:, chunk].to(acc).T)
+    cross_O = 2 * (scaled_b_OR * u_OR).sum(1)
+    product_O = ((scaled_b_OR @ gram_RR) * scaled_b_OR).sum(1)
+    return (weight_sq.to(acc) + cross_O + product_O).clamp_min(0).sqrt()
+
+
+lib.define("row_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, int budget) -> Tensor")
+lib.impl("row_norm", row_norm_aten, "CPU")
+lib.impl("row_norm", row_norm_aten, "CUDA")
+
+
+@torch.library.register_fake("dorac::row_norm", lib=lib)
+def _row_norm_fake(weight, lora_A, lora_B, scaling, weight_sq, budget):
+    return weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight, lora_A, lora_B))
+
+
+def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET):
+    tensors = [t if t is None else t.detach() for t in (weight, lora_A, lora_B, scaling, weight_sq)]
+    opaque = front.all_plain(*tensors) and not front.under_transform() and not front.exporting()
+    with front.autocast_off(weight):
+        return (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*tensors, budget)
+
+
+register_composite(
+    "norm_factored(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq=None, "
+    f"int budget={DEFAULT_BUDGET}) -> Tensor",
+    _norm_factored,
+)
