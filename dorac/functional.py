@@ -149,14 +149,15 @@ def dora_linear(
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     checks.check_scaling(scaling)
     checks.check_dropout(dropout_p)
+    s = _scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
-        weight_norm = norm_factored(weight, lora_A, lora_B, scaling, budget=budget)
+        weight_norm = norm_factored(weight, lora_A, lora_B, s, budget=budget)
     g = magnitude_scale(magnitude, weight_norm)
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x
     lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     if not dropout_p:
-        return compose(F.linear(x, weight), lora, g, scaling, bias=bias)
-    return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, scaling, delta=True)
+        return compose(F.linear(x, weight), lora, g, s, bias=bias)
+    return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)
 
 
 def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
@@ -210,6 +211,16 @@ def merge_weight(
     return torch.cat(parts, dim=1), weight_norm
 
 
+def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
+    """:func:`magnitude_scale`, or a ``ValueError`` naming the rows whose g is zero or not finite. Reads values: waits for the device."""
+    g = magnitude_scale(magnitude, weight_norm)
+    lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
+    if lost:
+        rows = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        raise ValueError(f"cannot unmerge rows {rows}: their g is 0 or not finite, so the merged rows no longer hold the base weight")
+    return g
+
+
 @torch.no_grad()
 def unmerge_weight(
     merged_weight: Tensor,
@@ -235,11 +246,7 @@ def unmerge_weight(
     checks.check_adapter(merged_weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
     acc = accumulate_dtype(merged_weight, lora_A, lora_B)
-    g = magnitude_scale(magnitude, weight_norm).to(acc)
-    lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
-    if lost:
-        raise ValueError(f"unmerge_weight: rows {lost[:8]}{' ...' if len(lost) > 8 else ''} have g = 0 or a g that is not finite; "
-                         "their merged rows no longer hold the base weight")  # fmt: skip
+    g = invertible_scale(magnitude, weight_norm).to(acc)
     scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, merged_weight, acc)
     parts = [
         (merged_weight[:, c].to(acc) / g[:, None] - scaled_b @ lora_A[:, c].to(acc)).to(merged_weight.dtype)

@@ -1,0 +1,220 @@
+"""Model surgery: wrap a model's linear layers with DoRA, freeze the rest, merge."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dorac import functional
+from dorac.nn import DoraLinear
+from dorac.targets import Target, find_targets
+
+# Where a wrapped model remembers which modules are trained and saved whole.
+SAVED_ATTRIBUTE = "dora_modules_to_save"
+
+
+def apply_dora(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    r: int = 8,
+    lora_alpha: float = 8,
+    *,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    adapter_dtype: torch.dtype | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    bias: str = "none",
+) -> list[str]:
+    """Replaces the named linear layers of ``model`` by :class:`dorac.nn.DoraLinear`, in place, and freezes everything else.
+
+    The arguments mean what they mean in PEFT's ``LoraConfig``.
+
+    Args:
+        model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
+        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such layer but
+            the language-model head).
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLinear`.
+        exclude_modules: a list of names or endings, or a regex; never adapted.
+        layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the number.
+        rank_pattern, alpha_pattern: from a regex for the end of a name (anchored by a leading ``^``) to another r or lora_alpha.
+        modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
+        bias: only "none"; training biases is refused.
+
+    Returns:
+        The names of the wrapped modules, in the model's order.
+
+    Raises:
+        TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason); arguments out of
+            range. The model is then unchanged.
+    """
+    if bias != "none":
+        raise ValueError(f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself")
+    model = uncompiled(model)
+    targets = find_targets(
+        model,
+        target_modules,
+        r=r,
+        lora_alpha=lora_alpha,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+    )
+    saved = find_saved(model, modules_to_save or [])
+    wrap(
+        model,
+        targets,
+        saved,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+        adapter_dtype=adapter_dtype,
+    )
+    return [target.name for target in targets]
+
+
+def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -> None:
+    """Builds all wrappers first, so that a refusal leaves the model as it was; then freezes and puts them in place."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    wrappers: dict[nn.Module, DoraLinear] = {}  # one wrapper for a module that the model holds under several names
+    try:
+        for target in targets:
+            if target.module not in wrappers:
+                wrappers[target.module] = DoraLinear(target.module, target.r, target.lora_alpha, **options).train(target.module.training)
+    except BaseException:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    adapters = {id(p) for layer in dora_layers(model).values() for p in layer.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+    saved = list(dict.fromkeys([*saved_modules(model), *saved]))
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    for target in targets:
+        model.set_submodule(target.name, wrappers[target.module])
+    setattr(model, SAVED_ATTRIBUTE, saved)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The names of the modules of a wrapped model that are trained and saved whole."""
+    return getattr(model, SAVED_ATTRIBUTE, [])
+
+
+def find_saved(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The names of the modules that ``modules_to_save`` means.
+
+    Raises:
+        ValueError: an entry that matches nothing, or a module that shares a parameter with the rest of the model.
+    """
+    found = []
+    for ending in modules_to_save:
+        names = [name for name, _ in model.named_modules() if name and name.endswith(ending)]
+        if not names:
+            raise ValueError(f"modules_to_save: {ending!r} matches no module")
+        found += names
+    for name in found:
+        own = {id(p) for p in model.get_submodule(name).parameters()}
+        shared = [
+            key
+            for key, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in own and not key.startswith(f"{name}.")
+        ]
+        if shared:
+            raise ValueError(f"modules_to_save: {name} shares its weight with {shared[0]}; untie them first, or both would be trained")
+    return found
+
+
+def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
+    """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
+
+    Args:
+        model: a model with :class:`dorac.nn.DoraLinear` layers, or one such layer.
+        unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, every
+            parameter frozen.
+
+    Returns:
+        ``model``; the plain layer if ``model`` itself is a ``DoraLinear`` and ``unload`` is set.
+
+    Raises:
+        ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would change both, so
+            it is refused by name and nothing is changed.
+    """
+    root, model = model, uncompiled(model)
+    layers = require_layers(model)
+    _refuse_tied(model)
+    for layer in layers.values():
+        layer.merge()
+    if not unload:
+        return root
+    for name, layer in dora_layers(model, remove_duplicate=False).items():
+        if not name:
+            return layer.base_layer
+        model.set_submodule(name, layer.base_layer)
+    if hasattr(model, SAVED_ATTRIBUTE):
+        delattr(model, SAVED_ATTRIBUTE)
+    return root
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named; the model stays merged).
+    """
+    layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
+    for name, layer in layers.items():
+        try:
+            functional.invertible_scale(layer.lora_magnitude_vector, layer.merged_norm)
+        except ValueError as error:
+            raise ValueError(f"{name or 'DoraLinear'}: {error}") from None
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile(model)`` was passed: surgery and checkpoints go by its names."""
+    return getattr(model, "_orig_mod", model)
+
+
+def dora_layers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, DoraLinear]:
+    """The DoRA layers of a model by name."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=remove_duplicate) if isinstance(m, DoraLinear)}
+
+
+def require_layers(model: nn.Module) -> dict[str, DoraLinear]:
+    """The DoRA layers of a model by name; a ``ValueError`` if there is none."""
+    layers = dora_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
+    return layers
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """A base weight that something outside its wrapper reads too must not be merged into."""
+    paths: dict[DoraLinear, list[str]] = {}
+    for name, layer in dora_layers(model, remove_duplicate=False).items():
+        paths.setdefault(layer, []).append(f"{name}." if name else "")
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for layer, prefixes in paths.items():
+        weight = layer.base_layer.weight
+        for name, parameter in parameters:
+            same = parameter is weight or (weight.numel() and not weight.is_meta and parameter.data_ptr() == weight.data_ptr())
+            if same and not name.startswith(tuple(prefixes)):
+                raise ValueError(
+                    f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a weight of its "
+                    "own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"
+                )

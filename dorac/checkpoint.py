@@ -1,0 +1,221 @@
+"""Adapters on disk in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+
+import collections
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
+from dorac.nn.linear import DoraLinear, scaling_factor
+from dorac.targets import find_targets, from_pattern
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_PREFIX = "base_model.model."
+# Our parameter names and the endings of PEFT's keys.
+_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+# What a config may say: these are honoured ...
+_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_HONOURED |= {"rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora", "peft_type"}
+# ... and these have no influence on what the adapter computes. Everything else must be unset.
+_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision", "task_type"}
+_NEUTRAL |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
+
+    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and ``.lora_magnitude_vector`` in their
+    own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
+    written beside its place and then moved there, so that an interruption leaves the previous one whole.
+
+    Raises:
+        ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA settings).
+        OSError: the directory cannot be made or written.
+    """
+    model = uncompiled(model)
+    layers = require_layers(model)
+    if "" in layers:
+        raise ValueError("model is itself a DoraLinear; save the model that holds it")
+    config = _config(model, layers)
+    tensors = {key: t.detach().contiguous() for key, t in _adapter_tensors(model, layers).items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        save_file(tensors, Path(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
+        Path(scratch, CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(scratch, name), directory / name)
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
+    """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
+
+    A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings. Values are cast to
+    the dtype of the parameters they go to.
+
+    Returns:
+        The names of the modules that the adapter went to.
+
+    Raises:
+        FileNotFoundError: a missing file. ValueError: an unreadable file; a config that is not DoRA or asks for what dorac does not
+            have; keys, shapes, ranks or scalings that do not fit, all of them listed. The model is then unchanged.
+    """
+    model = uncompiled(model)
+    config = _read_config(Path(directory, CONFIG_NAME))
+    tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
+    layers = dora_layers(model)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"the model's adapter is merged ({merged[0]}, ...); unmerge it before loading another")
+
+    if layers:
+        targets, saved, problems = [], saved_modules(model), _setting_mismatches(layers, config)
+        expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
+    else:
+        targets = find_targets(
+            model,
+            config["target_modules"],
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            exclude_modules=config.get("exclude_modules"),
+            layers_to_transform=config.get("layers_to_transform"),
+            layers_pattern=config.get("layers_pattern"),
+            rank_pattern=config.get("rank_pattern"),
+            alpha_pattern=config.get("alpha_pattern"),
+            modules_to_save=config.get("modules_to_save"),
+        )
+        saved, problems = find_saved(model, config.get("modules_to_save") or []), []
+        expected = {}
+        for target in targets:
+            wrapped = DoraLinear.adapter_shapes(target.module, target.r)
+            expected |= {f"{_PREFIX}{target.name}.{suffix}": wrapped[name] for name, suffix in _SUFFIXES.items()}
+        expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
+
+    problems += [f"missing: {key}" for key in expected if key not in tensors]
+    problems += [f"unexpected: {key}" for key in tensors if key not in expected]
+    problems += [
+        f"shape of {key}: the model has {list(shape)}, the file {list(tensors[key].shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if problems:
+        more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
+        raise ValueError(f"the adapter in {directory} does not fit the model:\n  " + "\n  ".join(problems[:50] + more))
+
+    if targets:
+        wrap(model, targets, saved, lora_dropout=config.get("lora_dropout", 0.0), use_rslora=bool(config.get("use_rslora")))
+        layers = dora_layers(model)
+    with torch.no_grad():
+        for key, parameter in _adapter_tensors(model, layers).items():
+            parameter.copy_(tensors[key])
+    return list(layers)
+
+
+def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLinear]) -> dict[str, Tensor]:
+    """The model's own tensors under PEFT's keys."""
+    adapters = {
+        f"{_PREFIX}{name}.{suffix}": getattr(layer, attribute)
+        for name, layer in layers.items()
+        for attribute, suffix in _SUFFIXES.items()
+    }
+    return adapters | _saved_tensors(model, saved_modules(model))
+
+
+def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
+    return {
+        f"{_PREFIX}{name}.{key}": tensor
+        for name in saved
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items()
+    }
+
+
+def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
+    """The ``LoraConfig`` that describes the wrapped layers, as a dictionary."""
+
+    def common(attribute: str):
+        values = {getattr(layer, attribute) for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(f"one adapter_config.json cannot describe layers of different {attribute}: {sorted(values)}")
+        return values.pop()
+
+    def usual_and_pattern(attribute: str):
+        values = {name: getattr(layer, attribute) for name, layer in layers.items()}
+        usual = collections.Counter(values.values()).most_common(1)[0][0]
+        return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+
+    r, rank_pattern = usual_and_pattern("r")
+    lora_alpha, alpha_pattern = usual_and_pattern("lora_alpha")
+    return {
+        "peft_type": "LORA",
+        "use_dora": True,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": common("lora_dropout"),
+        "use_rslora": common("use_rslora"),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "target_modules": _shortest_names(model, layers),
+        "modules_to_save": saved_modules(model) or None,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def _shortest_names(model: nn.Module, layers: dict[str, DoraLinear]) -> list[str]:
+    """The last parts of the wrapped modules' names if they name no other module of the plain model, else the full names."""
+    endings = {name.rpartition(".")[2] for name in layers}
+    inside = tuple(f"{name}." for name in layers)
+    others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inside)]
+    ambiguous = any(name.rpartition(".")[2] in endings for name in others)
+    return list(layers) if ambiguous else sorted(endings)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not config.get("use_dora"):
+        raise ValueError(f"{path} does not describe a DoRA adapter (peft_type 'LORA' with use_dora true)")
+    absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}")
+    foreign = {k: v for k, v in config.items() if k not in _HONOURED | _NEUTRAL and v and not (k == "bias" and v == "none")}
+    if foreign:
+        raise ValueError(f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}")
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, which dorac does not redo")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path.parent}")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _setting_mismatches(layers: dict[str, DoraLinear], config: dict) -> list[str]:
+    """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
+    problems = []
+    for name, layer in layers.items():
+        r = from_pattern("rank_pattern", config.get("rank_pattern"), name, config["r"])
+        lora_alpha = from_pattern("alpha_pattern", config.get("alpha_pattern"), name, config["lora_alpha"])
+        scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
+        if scaling != layer.scaling:
+            problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")
+    return problems
