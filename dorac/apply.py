@@ -88,7 +88,9 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -
     try:
         for target in targets:
             if target.module not in wrappers:
-                wrappers[target.module] = DoraLinear(target.module, target.r, target.lora_alpha, **options).train(target.module.training)
+                wrappers[target.module] = DoraLinear(target.module, target.r, target.lora_alpha, **options).train(
+                    target.module.training
+                )
     except BaseException:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -125,12 +127,12 @@ def find_saved(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
     for name in found:
         own = {id(p) for p in model.get_submodule(name).parameters()}
         shared = [
-            key
-            for key, p in model.named_parameters(remove_duplicate=False)
-            if id(p) in own and not key.startswith(f"{name}.")
+            key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own and not key.startswith(f"{name}.")
         ]
         if shared:
-            raise ValueError(f"modules_to_save: {name} shares its weight with {shared[0]}; untie them first, or both would be trained")
+            raise ValueError(
+                f"modules_to_save: {name} shares its weight with {shared[0]}; untie them first, or both would be trained"
+            )
     return found
 
 

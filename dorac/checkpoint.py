@@ -196,7 +196,9 @@ def _read_config(path: Path) -> dict:
     if foreign:
         raise ValueError(f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}")
     if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, which dorac does not redo")
+        raise ValueError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, which dorac does not redo"
+        )
     return config
 
 

@@ -37,7 +37,9 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     if rank < 1:
         raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
     if lora_A.shape[1] != in_features:
-        raise ValueError(f"lora_A must be [r, in] = [{rank}, {in_features}] for weight {list(weight.shape)}, got {list(lora_A.shape)}")
+        raise ValueError(
+            f"lora_A must be [r, in] = [{rank}, {in_features}] for weight {list(weight.shape)}, got {list(lora_A.shape)}"
+        )
     if lora_B.shape[0] != out_features or lora_B.shape[1] != rank:
         raise ValueError(
             f"lora_B must be [out, r] = [{out_features}, {rank}] for weight {list(weight.shape)} and lora_A {list(lora_A.shape)}, "

@@ -217,7 +217,9 @@ def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
     lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
     if lost:
         rows = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
-        raise ValueError(f"cannot unmerge rows {rows}: their g is 0 or not finite, so the merged rows no longer hold the base weight")
+        raise ValueError(
+            f"cannot unmerge rows {rows}: their g is 0 or not finite, so the merged rows no longer hold the base weight"
+        )
     return g
 
 

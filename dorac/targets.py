@@ -78,10 +78,14 @@ def find_targets(
             rank = from_pattern("rank_pattern", rank_pattern, name, r)
             targets.append(Target(name, module, rank, from_pattern("alpha_pattern", alpha_pattern, name, lora_alpha)))
     if reasons:
-        raise ValueError("these modules cannot be adapted (name them in exclude_modules to leave them out):\n  " + "\n  ".join(reasons))
+        raise ValueError(
+            "these modules cannot be adapted (name them in exclude_modules to leave them out):\n  " + "\n  ".join(reasons)
+        )
     if not targets:
         kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not unwrappable(module) and name})
-        hint = f"modules of this model that can be: {', '.join(kinds[:20])}" if kinds else "this model has none that could be adapted"
+        hint = (
+            f"modules of this model that can be: {', '.join(kinds[:20])}" if kinds else "this model has none that could be adapted"
+        )
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     return targets
 

@@ -123,9 +123,7 @@ class DoraLinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         else:
             nn.init.zeros_(self.lora_B)
-        self.lora_magnitude_vector = nn.Parameter(
-            functional.init_magnitude(self._weight(), self.lora_A, self.lora_B, self.scaling)
-        )
+        self.lora_magnitude_vector = nn.Parameter(functional.init_magnitude(self._weight(), self.lora_A, self.lora_B, self.scaling))
 
     def _weight(self) -> Tensor:
         """The base weight as ``[out, in]``: a view, never a copy."""
@@ -166,9 +164,7 @@ class DoraLinear(nn.Module):
         if self.merged:
             return
         weight = self._weight()
-        merged, norm = functional.merge_weight(
-            weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, scaling=self.scaling
-        )
+        merged, norm = functional.merge_weight(weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, scaling=self.scaling)
         weight.copy_(merged)
         self.merged_norm = norm
 

@@ -37,9 +37,7 @@ def chunk_columns(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Ten
     return max(1, min(columns, in_features))
 
 
-def row_norm_aten(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int
-) -> Tensor:
+def row_norm_aten(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int) -> Tensor:
     """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
 
     With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which reads W in
@@ -52,9 +50,12 @@ def row_norm_aten(
     if weight_sq is None:
         square_O = scaled_b_OR.new_zeros(weight.shape[0])
         for chunk in chunks:  # nested, so that no chunk outlives its turn
-            square_O = square_O + torch.linalg.vector_norm(
-                torch.addmm(weight[:, chunk].to(acc), scaled_b_OR, lora_A[:, chunk].to(acc)), dim=1
-            ).square()
+            square_O = (
+                square_O
+                + torch.linalg.vector_norm(
+                    torch.addmm(weight[:, chunk].to(acc), scaled_b_OR, lora_A[:, chunk].to(acc)), dim=1
+                ).square()
+            )
         return square_O.sqrt()
     u_OR = torch.zeros_like(scaled_b_OR)
     gram_RR = scaled_b_OR.new_zeros(lora_A.shape[0], lora_A.shape[0])
