@@ -1,6 +1,7 @@
 """Validation of arguments by their metadata alone, so that it costs no synchronisation and runs while compiling too.
 
-A ``TypeError`` names a wrong kind or dtype, a ``ValueError`` a wrong shape, device or value; each says what was expected and what came.
+A ``TypeError`` names a wrong kind or dtype, a ``ValueError`` a wrong shape, device or value; each says what was
+expected and what came.
 """
 
 import torch
@@ -37,21 +38,20 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     if rank < 1:
         raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
     if lora_A.shape[1] != in_features:
-        raise ValueError(
-            f"lora_A must be [r, in] = [{rank}, {in_features}] for weight {list(weight.shape)}, got {list(lora_A.shape)}"
-        )
+        expected = f"[r, in] = [{rank}, {in_features}]"
+        raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")
     if lora_B.shape[0] != out_features or lora_B.shape[1] != rank:
-        raise ValueError(
-            f"lora_B must be [out, r] = [{out_features}, {rank}] for weight {list(weight.shape)} and lora_A {list(lora_A.shape)}, "
-            f"got {list(lora_B.shape)}"
-        )
+        expected = f"[out, r] = [{out_features}, {rank}]"
+        raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
 
 
 def check_scaling(scaling: float | Tensor) -> None:
     """A finite Python number or a 0-d float tensor (whose value is not read)."""
     if isinstance(scaling, Tensor):
         if scaling.ndim != 0 or scaling.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"scaling must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}")
+            raise TypeError(
+                f"scaling must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
+            )
         return
     if not isinstance(scaling, (int, float, torch.SymFloat)):
         raise TypeError(f"scaling must be a number or a 0-d float tensor, got {type(scaling).__name__}")
@@ -84,7 +84,7 @@ def check_dropout(dropout_p: float) -> None:
 
 
 def check_compose(base: Tensor, lora: Tensor, mag_scale: Tensor, bias: Tensor | None, delta: bool) -> None:
-    """``base`` and ``lora`` of one shape ``[*, out]``, ``mag_scale`` and ``bias`` ``[out]``; no bias in the delta form."""
+    """``base`` and ``lora`` of one shape ``[*, out]``, ``mag_scale`` and ``bias`` ``[out]``; no bias with ``delta``."""
     for name, tensor in (("base", base), ("lora", lora)):
         _check_float(name, tensor)
     if base.ndim == 0 or base.shape != lora.shape:
@@ -122,7 +122,9 @@ def check_linear(
     check_vector("bias", bias, weight)
 
 
-def check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None) -> None:
+def check_adapter(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
+) -> None:
     """The factors with a magnitude and a norm."""
     check_factors(weight, lora_A, lora_B)
     _check_float("magnitude", magnitude)

@@ -5,9 +5,9 @@
     g = m / n                            1 where n <= 1e-12
     y = g * (x W^T + s (x lora_A^T) lora_B^T) + b
 
-Neither V nor ``lora_B @ lora_A`` is ever materialised. Norm, g and the compose arithmetic are computed in float32 (float64 for float64
-inputs), also under autocast, and the result is rounded once, to the activation's dtype. All functions trace under
-``torch.compile(fullgraph=True)`` and never change their inputs.
+Neither V nor ``lora_B @ lora_A`` is ever materialised. Norm, g and the compose arithmetic are computed in float32
+(float64 for float64 inputs), also under autocast, and the result is rounded once, to the activation's dtype. All
+functions trace under ``torch.compile(fullgraph=True)`` and never change their inputs.
 
 Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
-from dorac.ops.norm import DEFAULT_BUDGET, chunk_columns
+from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
 
 def _scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +26,8 @@ def _scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) -
     if isinstance(scaling, Tensor):
         return scaling.to(device=like.device, dtype=dtype)
     if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype, device=like.device) * scaling  # a product stays symbolic, torch.full does not
+        # A product keeps the value symbolic; torch.full would specialise the graph on it.
+        return torch.ones((), dtype=dtype, device=like.device) * scaling
     return torch.full((), scaling, dtype=dtype, device=like.device)
 
 
@@ -46,12 +47,14 @@ def norm_factored(
         lora_A: ``[r, in]``, any of these dtypes.
         lora_B: ``[out, r]``, the dtype of ``lora_A``.
         scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
-        weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W lose digits.
+        weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W
+            lose digits.
         budget: bytes that all live buffers of the computation may take together. At least one column of W is processed
             at a time, however small the budget; on CUDA the columns come in multiples of 64 where the budget allows.
 
     Returns:
-        ``[out]``, float32 (float64 if any input is float64). No gradient flows through it (paper, section 4.3), also in forward mode.
+        ``[out]``, float32 (float64 if any input is float64). No gradient flows through it (paper, section 4.3),
+        also in forward mode.
 
     Raises:
         TypeError: a tensor that is not of these dtypes (float8 and integer weights are dequantised by the caller).
@@ -86,11 +89,18 @@ def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
 
 
 def compose(
-    base: Tensor, lora: Tensor, mag_scale: Tensor, scaling: float | Tensor, *, bias: Tensor | None = None, delta: bool = False
+    base: Tensor,
+    lora: Tensor,
+    mag_scale: Tensor,
+    scaling: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    delta: bool = False,
 ) -> Tensor:
-    """``g * (base + s * lora) + b``; with ``delta=True`` what is added to ``base`` to get there: ``(g - 1) * base + g * s * lora``.
+    """``g * (base + s * lora) + b``, or with ``delta=True`` the change ``(g - 1) * base + g * s * lora`` to ``base``.
 
-    The delta is computed in that form, never as ``g * (base + s * lora) - base``: g is close to 1 and the difference would cancel.
+    The delta is computed in that form, never as ``g * (base + s * lora) - base``: g is close to 1 and the difference
+    would cancel.
 
     Args:
         base: ``[*, out]``, the frozen layer's output without its bias.
@@ -100,8 +110,8 @@ def compose(
         bias: ``[out]``; never scaled by g. Not allowed in the delta form, whose ``base`` excludes the bias.
 
     Returns:
-        ``[*, out]`` in the dtype of ``base``. Gradients flow to base, lora, mag_scale and bias; one tensor of the size of the output is
-        saved for backward, and none if ``mag_scale`` needs no gradient.
+        ``[*, out]`` in the dtype of ``base``. Gradients flow to base, lora, mag_scale and bias; one tensor of the
+        size of the output is saved for backward, and none if ``mag_scale`` needs no gradient.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a bias in the delta form.
@@ -125,26 +135,29 @@ def dora_linear(
     dropout_p: float = 0.0,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
-    """A linear layer adapted with DoRA: ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` with ``g = m / ||W + s lora_B lora_A||_row``.
+    """A linear layer with DoRA: ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b``, ``g = m / ||W + s BA||_row``.
 
     Args:
         x: ``[*, in]``, the dtype of ``weight`` (under autocast any float dtype).
-        weight: ``[out, in]``, any strides; usually frozen, receives its gradient (with n held constant) if it requires one.
-        lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's; the low-rank branch runs in it.
+        weight: ``[out, in]``, any strides; usually frozen, receives its gradient (with n held constant) if it requires
+            one.
+        lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's; the low-rank branch
+            runs in it.
         magnitude: m, ``[out]``, any float dtype; best kept in float32.
         bias: ``[out]``.
         scaling: s, a finite number or a 0-d tensor.
         weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
-        dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer sees x, the
-            change that DoRA makes to it sees ``dropout(x)``: ``y = x W^T + b + (g - 1) (x' W^T) + g s (x' lora_A^T) lora_B^T``.
-            Always applied when positive; a module passes 0 in eval mode.
+        dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer
+            sees x, the change that DoRA makes to it sees ``dropout(x)``: ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module passes 0 in eval mode.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:
-        ``[*, out]`` in the dtype of ``x W^T``. Gradients flow to x, lora_A, lora_B, magnitude, bias and weight, never through the norm.
+        ``[*, out]`` in the dtype of ``x W^T``. Gradients flow to x, lora_A, lora_B, magnitude, bias and weight,
+        never through the norm.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout outside [0, 1).
+        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
+            outside [0, 1).
     """
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     checks.check_scaling(scaling)
@@ -161,7 +174,7 @@ def dora_linear(
 
 
 def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    """``m0 = ||W + s * lora_B @ lora_A||_row``, so that the adapted layer starts with g = 1 exactly (paper, section 4.1).
+    """``m0 = ||W + s * lora_B @ lora_A||_row``: the adapted layer starts with g = 1 exactly (paper, section 4.1).
 
     Args, Raises: see :func:`norm_factored`.
 
@@ -169,11 +182,6 @@ def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
         ``[out]``, float32 (float64 if any input is float64), whatever the dtype of the factors.
     """
     return norm_factored(weight, lora_A, lora_B, scaling)
-
-
-def _column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, budget: int) -> list[slice]:
-    columns = chunk_columns(weight, lora_A, lora_B, None, budget)
-    return [slice(i, i + columns) for i in range(0, max(weight.shape[1], 1), columns)]
 
 
 @torch.no_grad()
@@ -187,12 +195,13 @@ def merge_weight(
     weight_norm: Tensor | None = None,
     budget: int = DEFAULT_BUDGET,
 ) -> tuple[Tensor, Tensor]:
-    """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight that computes what the adapted layer does (paper, section 4.1).
+    """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight that does what the adapted layer does (paper, section 4.1).
 
     Args: as in :func:`dora_linear`. Not differentiable: the results carry no gradient.
 
     Returns:
-        ``(W', n)``: ``[out, in]`` in the weight's dtype, rounded once, and the norm ``[out]`` that :func:`unmerge_weight` needs.
+        ``(W', n)``: ``[out, in]`` in the weight's dtype, rounded once, and the norm ``[out]`` that
+        :func:`unmerge_weight` needs.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite.
@@ -206,13 +215,13 @@ def merge_weight(
     scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, weight, acc)
     parts = [
         (g * torch.addmm(weight[:, c].to(acc), scaled_b, lora_A[:, c].to(acc))).to(weight.dtype)
-        for c in _column_chunks(weight, lora_A, lora_B, budget)
+        for c in column_chunks(weight, lora_A, lora_B, None, budget)
     ]
     return torch.cat(parts, dim=1), weight_norm
 
 
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
-    """:func:`magnitude_scale`, or a ``ValueError`` naming the rows whose g is zero or not finite. Reads values: waits for the device."""
+    """:func:`magnitude_scale`, or a ``ValueError`` naming the rows whose g is zero or not finite. Waits for the device."""
     g = magnitude_scale(magnitude, weight_norm)
     lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
     if lost:
@@ -234,16 +243,19 @@ def unmerge_weight(
     weight_norm: Tensor,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
-    """``W = W' / g - s * lora_B @ lora_A``: undoes :func:`merge_weight` to ``2 eps * max(|V|, |W|)``, eps that of the weight's dtype.
+    """``W = W' / g - s * lora_B @ lora_A``: undoes :func:`merge_weight` to ``2 eps * max(|V|, |W|)``.
 
-    Args: as in :func:`merge_weight`, with the same factors and magnitude, and ``weight_norm`` the norm that it returned (it cannot be
-        recomputed from W'). Reads values of g, so it waits for the device.
+    eps is that of the weight's dtype.
+
+    Args: as in :func:`merge_weight`, with the same factors and magnitude, and ``weight_norm`` the norm that it returned
+        (it cannot be recomputed from W'). Reads values of g, so it waits for the device.
 
     Returns:
         ``[out, in]`` in the dtype of ``merged_weight``.
 
     Raises:
-        ValueError: rows whose g is zero or not finite: their merged rows no longer hold the weight; and what :func:`merge_weight` refuses.
+        ValueError: rows whose g is zero or not finite: their merged rows no longer hold the weight; and what
+            :func:`merge_weight` refuses.
     """
     checks.check_adapter(merged_weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
@@ -252,6 +264,6 @@ def unmerge_weight(
     scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, merged_weight, acc)
     parts = [
         (merged_weight[:, c].to(acc) / g[:, None] - scaled_b @ lora_A[:, c].to(acc)).to(merged_weight.dtype)
-        for c in _column_chunks(merged_weight, lora_A, lora_B, budget)
+        for c in column_chunks(merged_weight, lora_A, lora_B, None, budget)
     ]
     return torch.cat(parts, dim=1)

@@ -1,11 +1,14 @@
 """``dorac::compose``: ``y = g * (base + s * lora) + b``, or PEFT's delta form ``(g - 1) * base + g * s * lora``.
 
-Registration. ``compose`` is a CompositeImplicitAutograd op, so that Dynamo shows it as one node while every transform sees what is
-inside. Its body applies an ``autograd.Function`` that saves ``inner = base + s * lora`` once, in the activation's dtype, and nothing else of
-that size: in eager over the leaf ops ``compose_value`` / ``compose_forward`` / ``compose_backward`` (bounded fp32 transients; CUDA kernels later),
-under the compiler over plain aten (Inductor fuses it with its neighbours). Under ``torch.func``, forward-mode AD, export and for
-tensor subclasses it is the plain formula. A ``register_autograd`` op instead would drop forward-mode tangents without an error and raise
-under ``torch.func.grad``; an Autograd-key kernel would not vmap.
+Registration. ``compose`` is a CompositeImplicitAutograd op, so that Dynamo shows it as one node while every transform
+sees what is inside. Its body applies an ``autograd.Function`` that saves ``inner = base + s * lora`` once, in the
+activation's dtype, and nothing else of that size: in eager over the leaf ops ``compose_value`` / ``compose_forward`` /
+``compose_backward``, under the compiler over plain aten, which Inductor fuses with its neighbours. Under
+``torch.func``, forward-mode AD, export and for tensor subclasses it is the plain formula. A ``register_autograd`` op
+instead would drop forward-mode tangents without an error and raise under ``torch.func.grad``; an Autograd-key kernel
+would not vmap.
+
+The leaves bound the float32 temporaries of half-precision activations to one block of rows on the CPU.
 
 Legend: T tokens, O out_features. Activations are [T, O] here; the functional layer accepts any leading shape.
 """
@@ -55,9 +58,12 @@ def _blocks(activation_TO: Tensor) -> list[slice]:
     return [slice(i, i + max(1, rows)) for i in range(0, tokens, max(1, rows))]
 
 
-lib.define("compose_value(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) -> Tensor")
 lib.define(
-    "compose_forward(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) -> (Tensor, Tensor)"
+    "compose_value(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) -> Tensor"
+)
+lib.define(
+    "compose_forward(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) "
+    "-> (Tensor, Tensor)"
 )
 lib.define(
     "compose_backward(Tensor dy, Tensor inner, Tensor mag_scale, Tensor scaling, ScalarType lora_dtype, bool delta) "
@@ -77,7 +83,11 @@ def _compose_forward_fake(base, lora, mag_scale, scaling, bias, delta):
 
 @torch.library.register_fake("dorac::compose_backward", lib=lib)
 def _compose_backward_fake(dy, inner, mag_scale, scaling, lora_dtype, delta):
-    return inner.new_empty(inner.shape), inner.new_empty(inner.shape, dtype=lora_dtype), mag_scale.new_empty(mag_scale.shape)
+    return (
+        inner.new_empty(inner.shape),
+        inner.new_empty(inner.shape, dtype=lora_dtype),
+        mag_scale.new_empty(mag_scale.shape),
+    )
 
 
 def _compose_value(base, lora, mag_scale, scaling, bias, delta):
@@ -148,7 +158,9 @@ class _Compose(torch.autograd.Function):
         d_base = d_lora = d_mag = d_bias = None
         if dy is not None:
             if ctx.eager and needs_mag and not torch.is_grad_enabled():
-                d_base, d_lora, d_mag = torch.ops.dorac.compose_backward(dy, inner, mag_scale, scaling, lora_dtype, ctx.delta)
+                d_base, d_lora, d_mag = torch.ops.dorac.compose_backward(
+                    dy, inner, mag_scale, scaling, lora_dtype, ctx.delta
+                )
             else:  # traced, or differentiated again
                 d_base, d_lora = _grads(dy, mag_scale, scaling, ctx.delta, acc)
                 d_base, d_lora = d_base.to(base_dtype), d_lora.to(lora_dtype)
@@ -178,5 +190,7 @@ def _compose(base, lora, mag_scale, scaling, bias=None, delta=False):
 
 
 register_composite(
-    "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False) -> Tensor", _compose
+    "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False) "
+    "-> Tensor",
+    _compose,
 )

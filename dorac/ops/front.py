@@ -1,8 +1,8 @@
 """How an op body learns who is calling it.
 
-The public ops are CompositeImplicitAutograd: their Python body runs below Dynamo and above autograd, and picks per call between an
-``autograd.Function`` over leaf ops and plain aten. The probes are gathered here because two of them are not public in torch;
-``tests/test_front.py`` fails if torch moves them.
+The public ops are CompositeImplicitAutograd: their Python body runs below Dynamo and above autograd, and picks per call
+between an ``autograd.Function`` over leaf ops and plain aten. The probes are gathered here because two of them are not
+public in torch; ``tests/test_front.py`` fails if torch moves them.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
 """``dorac::norm_factored``: the row norm of ``W + s * lora_B @ lora_A``, without the product.
 
-Registration. ``norm_factored`` is a CompositeImplicitAutograd op whose body detaches its inputs (the norm is a constant in
-backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an opaque op would be wrong: under ``torch.func`` (a leaf has
-no vmap rule), in ``torch.export`` (an opaque node cannot run without Python) and for tensor subclasses such as DTensor (a leaf
-has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap off its slow per-sample loop. The leaf
-carries no autograd, so nothing can drop a gradient or a tangent silently: ``detach`` in front of it, unlike ``no_grad``, also stops
-forward-mode tangents. It is opaque to the compiler because its chunked loop is what bounds memory.
+Registration. ``norm_factored`` is a CompositeImplicitAutograd op whose body detaches its inputs (the norm is a constant
+in backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an opaque op would be wrong: under
+``torch.func`` (a leaf has no vmap rule), in ``torch.export`` (an opaque node cannot run without Python) and for tensor
+subclasses such as DTensor (a leaf has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap
+off its slow per-sample loop. The leaf carries no autograd, so nothing can drop a gradient or a tangent silently:
+``detach`` in front of it, unlike ``no_grad``, also stops forward-mode tangents. It is opaque to the compiler because
+its chunked loop is what bounds memory.
 
 Legend: O out_features, I in_features, R rank, C columns of one chunk.
 """
@@ -20,8 +21,8 @@ from dorac.ops.library import lib, register_composite
 DEFAULT_BUDGET = 256 * 2**20
 
 
-def chunk_columns(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Tensor | None, budget: int) -> int:
-    """How many columns of the weight one chunk may hold so that every live buffer fits in ``budget`` bytes (at least one)."""
+def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Tensor | None, budget: int) -> list[slice]:
+    """Chunks of the weight's columns, each so wide that every live buffer fits in ``budget`` bytes, at least one."""
     out_features, in_features = weight.shape
     rank = lora_A.shape[0]
     acc = accumulate_dtype(weight, lora_A, lora_B)
@@ -30,23 +31,26 @@ def chunk_columns(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Ten
         fixed = out_features * (rank + 4)  # scaled lora_B, the running sum of squares and its temporaries
         per_column += out_features  # the adapted chunk
     else:
-        fixed = out_features * (4 * rank + 4) + 2 * rank * rank  # scaled lora_B, U old and new, one product; Gram old and new
+        # Scaled lora_B, U old and new, one product; Gram old and new.
+        fixed = out_features * (4 * rank + 4) + 2 * rank * rank
     columns = (budget // acc.itemsize - fixed) // max(per_column, 1)
     if weight.is_cuda and columns >= 64:
         columns = columns // 64 * 64
-    return max(1, min(columns, in_features))
+    columns = max(1, min(columns, in_features))
+    return [slice(i, i + columns) for i in range(0, max(in_features, 1), columns)]
 
 
-def row_norm_aten(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int) -> Tensor:
+def row_norm_aten(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int
+) -> Tensor:
     """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
 
-    With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which reads W in
-    one matmul but cancels where a row of V is much shorter than that row of W.
+    With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
+    reads W in one matmul but cancels where a row of V is much shorter than that row of W.
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
     scaled_b_OR = lora_B * scaling.to(acc).reshape(1)  # one element, not none: a 0-d factor would not promote lora_B
-    columns = chunk_columns(weight, lora_A, lora_B, weight_sq, budget)
-    chunks = [slice(i, i + columns) for i in range(0, weight.shape[1], columns)]
+    chunks = column_chunks(weight, lora_A, lora_B, weight_sq, budget)
     if weight_sq is None:
         square_O = scaled_b_OR.new_zeros(weight.shape[0])
         for chunk in chunks:  # nested, so that no chunk outlives its turn
@@ -67,7 +71,9 @@ def row_norm_aten(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tenso
     return (weight_sq.to(acc) + cross_O + product_O).clamp_min(0).sqrt()
 
 
-lib.define("row_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, int budget) -> Tensor")
+lib.define(
+    "row_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, int budget) -> Tensor"
+)
 lib.impl("row_norm", row_norm_aten, "CPU")
 lib.impl("row_norm", row_norm_aten, "CUDA")
 
