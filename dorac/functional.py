@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
+from dorac.ops import front
 from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
 
@@ -65,7 +66,9 @@ def norm_factored(
     checks.check_vector("weight_sq", weight_sq, weight)
     checks.check_budget(budget)
     s = _scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
-    return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget)
+    # The op switches autocast off in its body too, but vmap restores the state from before the call for what runs there.
+    with front.autocast_off(weight):
+        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
@@ -148,7 +151,9 @@ def dora_linear(
         scaling: s, a finite number or a 0-d tensor.
         weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
         dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer
-            sees x, the change that DoRA makes to it sees ``dropout(x)``: ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module passes 0 in eval mode.
+            sees x, the change that DoRA makes to it sees ``x' = dropout(x)``, so that
+            ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module
+            passes 0 in eval mode.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:
@@ -195,7 +200,7 @@ def merge_weight(
     weight_norm: Tensor | None = None,
     budget: int = DEFAULT_BUDGET,
 ) -> tuple[Tensor, Tensor]:
-    """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight that does what the adapted layer does (paper, section 4.1).
+    """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight of the adapted layer (paper, section 4.1).
 
     Args: as in :func:`dora_linear`. Not differentiable: the results carry no gradient.
 
@@ -221,7 +226,7 @@ def merge_weight(
 
 
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
-    """:func:`magnitude_scale`, or a ``ValueError`` naming the rows whose g is zero or not finite. Waits for the device."""
+    """:func:`magnitude_scale`, refusing rows whose g is zero or not finite. Reads values: waits for the device."""
     g = magnitude_scale(magnitude, weight_norm)
     lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
     if lost:

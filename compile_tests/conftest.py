@@ -1,0 +1,16 @@
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Every test with this fixture has a twin for the GPU under the marker gpu."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """Each test starts from one seed and an empty compiler cache."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,114 @@
+"""Inputs and error budgets for tests: shapes by regime, adapters off their zero init, tolerances derived from float64."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (tokens, out, in, rank): which code path or corner each row is there for.
+REGIMES = {
+    "aligned": (64, 128, 128, 16),
+    "odd": (33, 65, 127, 7),  # off by one in each dimension
+    "rank_1": (16, 40, 24, 1),
+    "rank_over_128": (16, 192, 160, 136),
+    "rank_over_both": (8, 12, 10, 17),  # more than min(out, in): the Gram matrix is singular
+    "one_token": (1, 64, 48, 4),
+    "no_tokens": (0, 24, 16, 4),
+    "no_outputs": (5, 0, 16, 4),
+    "one_feature": (5, 1, 1, 1),
+    "wide": (8, 16, 700, 8),
+    "tall": (8, 700, 16, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearInputs:
+    """The tensors of one adapted linear layer, in the order of ``dora_linear``'s arguments."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    bias: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LinearInputs":
+        return LinearInputs(*(t if t is None else function(t) for t in self.tensors()))
+
+    def double(self) -> "LinearInputs":
+        """The same bits in float64, leaves of their own: what the truth is computed from."""
+        return self.map(lambda t: t.detach().double().requires_grad_(t.requires_grad))
+
+    def leaves(self) -> "LinearInputs":
+        """Copies that all require a gradient, in the same memory layout."""
+        return self.map(lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_())
+
+
+def linear_inputs(
+    regime: str | tuple[int, int, int, int] = "odd",
+    *,
+    dtype: torch.dtype = torch.float64,
+    factor_dtype: torch.dtype | None = None,
+    magnitude_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    transposed: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> LinearInputs:
+    """A layer whose factors are both non-zero and whose magnitude lies up to 20 % off the norm.
+
+    ``transposed`` gives the weight as a view of an ``[in, out]`` tensor, as a GPT-2 Conv1D holds it. Values are drawn in
+    float64 and quantised once, so that every dtype sees the same layer.
+    """
+    tokens, out_features, in_features, rank = REGIMES[regime] if isinstance(regime, str) else regime
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
+
+    weight = draw(out_features, in_features, std=max(in_features, 1) ** -0.5)
+    lora_A = draw(rank, in_features, std=max(in_features, 1) ** -0.5)
+    lora_B = draw(out_features, rank, std=0.5 * rank**-0.5)
+    norm = torch.linalg.vector_norm(weight + lora_B @ lora_A, dim=1)
+    magnitude = norm * (0.8 + 0.4 * torch.rand(out_features, generator=generator, dtype=torch.float64))
+    factor_dtype = factor_dtype or dtype
+    magnitude_dtype = magnitude_dtype or torch.promote_types(dtype, torch.float32)
+    if transposed:
+        weight = weight.T.contiguous().T
+    inputs = LinearInputs(
+        draw(tokens, in_features).to(dtype),
+        weight.to(dtype),
+        lora_A.to(factor_dtype),
+        lora_B.to(factor_dtype),
+        magnitude.to(magnitude_dtype),
+        draw(out_features).to(dtype) if bias else None,
+    )
+    return inputs.map(lambda t: t.to(device))
+
+
+def max_error(actual: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference, in float64; 0 for empty tensors."""
+    assert actual.shape == truth.shape, (actual.shape, truth.shape)
+    difference = (actual.detach().double() - truth.detach().double()).abs()
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def assert_within_budget(actual: Tensor, dense: Tensor, truth: Tensor, *, sum_length: int, roundings: int = 1) -> None:
+    """The law of DESIGN.md section 6: at most twice the error of the same-dtype dense computation plus one rounding.
+
+    Args:
+        actual: the result under test. dense: what ``reference.py`` gives in the same dtype. truth: the same in float64.
+        sum_length: how many terms the longest sum has. A float64 result has no truth more exact than itself; two
+            orders of such a sum differ by at most one rounding per term.
+        roundings: how often the result is rounded to its dtype (once, unless a sum of rounded parts is documented).
+    """
+    scale = truth.abs().max().item() if truth.numel() else 0.0
+    if actual.dtype == truth.dtype:
+        roundings += 2 * sum_length
+    budget = 2 * max_error(dense, truth) + roundings * 0.5 * torch.finfo(actual.dtype).eps * scale
+    error = max_error(actual, truth)
+    assert error <= budget, f"error {error:.3e} over the budget {budget:.3e} (dense: {max_error(dense, truth):.3e})"
