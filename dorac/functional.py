@@ -66,7 +66,7 @@ def norm_factored(
     checks.check_vector("weight_sq", weight_sq, weight)
     checks.check_budget(budget)
     s = _scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
-    # The op switches autocast off in its body too, but vmap restores the state from before the call for what runs there.
+    # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
         return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget)
 

@@ -1,4 +1,4 @@
-"""Inputs and error budgets for tests: shapes by regime, adapters off their zero init, tolerances derived from float64."""
+"""Inputs and error budgets for tests: shapes by regime, adapters off zero init, tolerances derived from float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -61,8 +61,8 @@ def linear_inputs(
 ) -> LinearInputs:
     """A layer whose factors are both non-zero and whose magnitude lies up to 20 % off the norm.
 
-    ``transposed`` gives the weight as a view of an ``[in, out]`` tensor, as a GPT-2 Conv1D holds it. Values are drawn in
-    float64 and quantised once, so that every dtype sees the same layer.
+    ``transposed`` gives the weight as a view of an ``[in, out]`` tensor, as a GPT-2 Conv1D holds it. Values are drawn
+    in float64 and quantised once, so that every dtype sees the same layer.
     """
     tokens, out_features, in_features, rank = REGIMES[regime] if isinstance(regime, str) else regime
     generator = torch.Generator().manual_seed(seed)

@@ -156,7 +156,7 @@ def test_random_shapes(shape, scaling, budget, dtype, seed):
 
 
 def peak_bytes(function) -> int:
-    """The most bytes that were allocated at once during ``function``, beyond those alive before, from CPU memory events."""
+    """The most bytes allocated at once during ``function``, beyond those alive before, from CPU memory events."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     events = sorted(

@@ -1,0 +1,160 @@
+import pytest
+import torch
+
+from dorac import functional, reference
+from dorac.testing import assert_within_budget
+
+HALF = (torch.bfloat16, torch.float16)
+SHAPES = {"2d": (33, 65), "1d": (65,), "4d": (2, 3, 5, 7), "one_token": (1, 64), "no_tokens": (0, 8), "no_outputs": (4, 0)}
+
+
+def inputs(shape, dtype, lora_dtype=None, device="cpu", bias=True):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base, lora, offset, shift = draw(*shape), draw(*shape), draw(shape[-1]), draw(shape[-1])
+    g = 1 + 0.002 * offset  # the spread of a trained adapter: half precision would round most of it away
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = base.to(dtype), lora.to(lora_dtype or dtype), g.to(wide), shift.to(dtype) if bias else None
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def references(tensors, scaling, delta, dtype):
+    base, lora, g, bias = (None if t is None else t.detach().to(dtype) for t in tensors)
+    return reference.compose_delta(base, lora, g, scaling) if delta else reference.compose(base, lora, g, scaling, bias)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("use_compile", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_equals_the_formula(shape, dtype, delta, use_compile, device):
+    tensors = inputs(shape, dtype, device=device, bias=not delta)
+    compose = torch.compile(functional.compose, fullgraph=True) if use_compile else functional.compose
+    for scaling in (0.7, -2.0, 0.0):
+        actual = compose(*tensors[:3], scaling, bias=tensors[3], delta=delta)
+        assert actual.dtype == dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        truth = references(tensors, scaling, delta, torch.float64)
+        # The law: computed in float32, rounded once; so the yardstick is the dense formula in float32.
+        assert_within_budget(actual, references(tensors, scaling, delta, wide), truth, sum_length=3)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes(requires_grad, lora_dtype, device):
+    """PEFT's default: float32 factors beside a bfloat16 base. The gradients come in the dtype of what they belong to."""
+    base, lora, g, bias = inputs((33, 65), torch.bfloat16, lora_dtype, device)
+    tensors = [t.requires_grad_(requires_grad) for t in (base, lora, g, bias)]
+    y = functional.compose(*tensors[:3], 0.7, bias=tensors[3])
+    truth, dense = (references(tensors, 0.7, False, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_budget(y, dense, truth, sum_length=3)
+    if requires_grad:
+        y.float().square().sum().backward()
+        assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_gradients(dtype, delta, use_compile, device):
+    tensors = [None if t is None else t.requires_grad_() for t in inputs((33, 65), dtype, device=device, bias=not delta)]
+    dy = torch.randn(33, 65, dtype=torch.float64).to(dtype).to(device)
+    compose = functional.compose
+    if use_compile:
+        compose = torch.compile(compose, fullgraph=True, backend="aot_eager")
+    compose(*tensors[:3], 0.7, bias=tensors[3], delta=delta).backward(dy)
+
+    def exact(to):
+        copies = [None if t is None else t.detach().to(to).requires_grad_() for t in tensors]
+        formula = reference.compose_delta if delta else reference.compose
+        formula(*copies[:3], 0.7, *([] if delta else copies[3:])).backward(dy.to(to))
+        return copies
+
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, tensor, dense, truth in zip("base lora g bias".split(), tensors, exact(wide), exact(torch.float64), strict=True):
+        if tensor is None:
+            continue
+        assert tensor.grad.dtype == tensor.dtype
+        if name == "g" and dtype in HALF:
+            # d_g sums dy * inner over the tokens, with inner saved in the activation's dtype: one rounding per term.
+            inner = tensors[0].detach().double() + 0.7 * tensors[1].detach().double()
+            bound = 0.5 * torch.finfo(dtype).eps * (dy.double().abs() * inner.abs()).sum(0) * 1.01
+            assert ((tensor.grad.double() - truth.grad).abs() <= bound).all()
+        else:
+            assert_within_budget(tensor.grad, dense.grad, truth.grad, sum_length=33)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_gradcheck(delta):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    args = (draw(3, 2, 5), draw(3, 2, 5), draw(5), *([] if delta else [draw(5)]))
+
+    def function(base, lora, g, bias=None):
+        return functional.compose(base, lora, g, 0.7, bias=bias, delta=delta)
+
+    options = {"check_batched_grad": True, "fast_mode": False}
+    assert torch.autograd.gradcheck(function, args, check_forward_ad=True, check_batched_forward_grad=True, **options)
+    assert torch.autograd.gradgradcheck(function, args, check_fwd_over_rev=True, check_rev_over_rev=True, **options)
+
+
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (3,), (1, 2), (0, 1), (0, 1, 2, 3)])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_which_gradients_exist(subset, use_compile):
+    tensors = inputs((6, 9), torch.float32)
+    for i in subset:
+        tensors[i].requires_grad_()
+    compose = functional.compose
+    if use_compile:
+        compose = torch.compile(compose, fullgraph=True, backend="aot_eager")
+    compose(*tensors[:3], 0.7, bias=tensors[3]).square().sum().backward()
+    assert [i for i, t in enumerate(tensors) if t.grad is not None] == list(subset)
+
+
+def saved_activations(function, size):
+    """The dtypes of the tensors of ``size`` elements that autograd keeps for backward."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        function()
+    return [t.dtype for t in saved.values() if t.numel() == size]
+
+
+def test_saves_one_activation_in_its_own_dtype():
+    base, lora, g, bias = inputs((32, 64), torch.bfloat16)
+    tensors = [t.requires_grad_() for t in (base, lora, g)]
+    assert saved_activations(lambda: functional.compose(*tensors, 0.7, bias=bias), 32 * 64) == [torch.bfloat16]
+    g.requires_grad_(False)
+    assert saved_activations(lambda: functional.compose(*tensors, 0.7, bias=bias), 32 * 64) == []
+
+
+def test_non_contiguous(device):
+    base, lora, g, bias = inputs((33, 64), torch.float32, device=device)
+    expected = functional.compose(base, lora, g, 0.7, bias=bias)
+    strided = base.T.contiguous().T, torch.stack([lora, lora], -1)[..., 0], torch.stack([g, g], -1)[:, 0]
+    assert not any(t.is_contiguous() for t in strided)
+    args = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in strided]
+    actual = functional.compose(*args, 0.7, bias=bias)
+    assert torch.equal(actual, expected)
+    actual.sum().backward()  # an expanded gradient
+    torch.testing.assert_close(args[0].grad, g.expand(33, 64))
+
+
+def test_scaling_tensor_gets_its_gradient():
+    tensors = inputs((6, 9), torch.float64)
+    scaling = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    functional.compose(*tensors[:3], scaling, bias=tensors[3]).sum().backward()
+    torch.testing.assert_close(scaling.grad, (tensors[2] * tensors[1]).sum())
+
+
+def test_delta_is_stable_near_one():
+    """Subtracting the base afterwards would cost more than twice this error in bfloat16."""
+    base, lora, g, _ = inputs((64, 64), torch.bfloat16)
+    lora = 0.001 * lora
+    truth = references((base, lora, g, None), 1.0, True, torch.float64)
+    error = (functional.compose(base, lora, g, 1.0, delta=True).double() - truth).abs().max()
+    naive = ((functional.compose(base, lora, g, 1.0) - base).double() - truth).abs().max()
+    assert error <= 0.5 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert 2 * error < naive
