@@ -21,6 +21,16 @@ from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
 from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
+__all__ = [
+    "compose",
+    "dora_linear",
+    "init_magnitude",
+    "magnitude_scale",
+    "merge_weight",
+    "norm_factored",
+    "unmerge_weight",
+]
+
 
 def _scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """``scaling`` as a 0-d tensor. The ops take no Python float: the compiler would compile one graph per value."""

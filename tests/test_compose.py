@@ -5,7 +5,14 @@ from dorac import functional, reference
 from dorac.testing import assert_within_budget
 
 HALF = (torch.bfloat16, torch.float16)
-SHAPES = {"2d": (33, 65), "1d": (65,), "4d": (2, 3, 5, 7), "one_token": (1, 64), "no_tokens": (0, 8), "no_outputs": (4, 0)}
+SHAPES = {
+    "2d": (33, 65),
+    "1d": (65,),
+    "4d": (2, 3, 5, 7),
+    "one_token": (1, 64),
+    "no_tokens": (0, 8),
+    "no_outputs": (4, 0),
+}
 
 
 def inputs(shape, dtype, lora_dtype=None, device="cpu", bias=True):
@@ -45,7 +52,7 @@ def test_equals_the_formula(shape, dtype, delta, use_compile, device):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes(requires_grad, lora_dtype, device):
-    """PEFT's default: float32 factors beside a bfloat16 base. The gradients come in the dtype of what they belong to."""
+    """PEFT's default: float32 factors beside a bfloat16 base. Gradients come in the dtype of what they belong to."""
     base, lora, g, bias = inputs((33, 65), torch.bfloat16, lora_dtype, device)
     tensors = [t.requires_grad_(requires_grad) for t in (base, lora, g, bias)]
     y = functional.compose(*tensors[:3], 0.7, bias=tensors[3])
@@ -60,7 +67,9 @@ def test_mixed_dtypes(requires_grad, lora_dtype, device):
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_gradients(dtype, delta, use_compile, device):
-    tensors = [None if t is None else t.requires_grad_() for t in inputs((33, 65), dtype, device=device, bias=not delta)]
+    tensors = [
+        None if t is None else t.requires_grad_() for t in inputs((33, 65), dtype, device=device, bias=not delta)
+    ]
     dy = torch.randn(33, 65, dtype=torch.float64).to(dtype).to(device)
     compose = functional.compose
     if use_compile:
@@ -74,7 +83,8 @@ def test_gradients(dtype, delta, use_compile, device):
         return copies
 
     wide = torch.promote_types(dtype, torch.float32)
-    for name, tensor, dense, truth in zip("base lora g bias".split(), tensors, exact(wide), exact(torch.float64), strict=True):
+    names = ("base", "lora", "g", "bias")
+    for name, tensor, dense, truth in zip(names, tensors, exact(wide), exact(torch.float64), strict=True):
         if tensor is None:
             continue
         assert tensor.grad.dtype == tensor.dtype

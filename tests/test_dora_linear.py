@@ -40,7 +40,9 @@ def check_gradients(inputs, scaling, function=functional.dora_linear):
             continue
         assert actual.grad.dtype == actual.dtype, name
         # inner and the gradient of inner are each rounded to the activation's dtype before a product uses them.
-        assert_within_budget(actual.grad, yardstick.grad, exact_grad.grad, sum_length=sum(inputs.lora_A.shape), roundings=3)
+        assert_within_budget(
+            actual.grad, yardstick.grad, exact_grad.grad, sum_length=sum(inputs.lora_A.shape), roundings=3
+        )
 
 
 @pytest.mark.parametrize("regime", REGIMES)

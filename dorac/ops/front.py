@@ -31,7 +31,10 @@ def exporting() -> bool:
 
 
 def all_eager(*tensors: Tensor | None) -> bool:
-    """Whether every tensor is a plain eager tensor (no subclass such as DTensor, not being traced)."""
+    """Whether every tensor is a plain eager tensor (no subclass such as DTensor, not being traced).
+
+    A tensor wrapped by a transform looks plain too: ask :func:`under_transform` first.
+    """
     return all(t is None or type(t) in _EAGER for t in tensors)
 
 

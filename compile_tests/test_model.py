@@ -1,0 +1,74 @@
+"""A whole model of SmolLM2's architecture, wrapped: one graph, no break, no recompile over lengths."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dorac
+
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def smollm2(layers: int) -> torch.nn.Module:
+    """SmolLM2-135M's shape with random weights, every linear kind adapted, ranks equal and scalings different."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=1024,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    names = dorac.apply_dora(
+        model,
+        "all-linear",
+        r=4,
+        lora_alpha=8,
+        init_lora_weights=False,
+        alpha_pattern={"q_proj": 2, "down_proj": 5, r"layers\.1\..*": 3},
+    )
+    assert {name.rpartition(".")[2] for name in names} == SEVEN
+    assert len(names) == 7 * layers
+    assert len({layer.scaling for layer in model.modules() if isinstance(layer, dorac.nn.DoraLinear)}) == 4
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_magnitude_vector"):
+                parameter *= torch.rand_like(parameter) * 0.2 + 0.9
+    return model
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.full)])
+def test_fullgraph_over_lengths(layers):
+    model = smollm2(layers)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def step(length):
+        ids = torch.randint(0, 1024, (2, length))
+        model.zero_grad()
+        loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        eager = model(input_ids=ids, labels=ids).loss
+        eager.backward()
+        torch.testing.assert_close(loss, eager)
+        torch.testing.assert_close(grads, [p.grad for p in model.parameters() if p.requires_grad], rtol=1e-4, atol=1e-5)
+
+    step(64)
+    assert counter.frame_count == 1
+    step(96)
+    assert counter.frame_count == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(128)
+        step(33)
+
+
+def test_no_graph_breaks():
+    explained = torch._dynamo.explain(smollm2(2))(input_ids=torch.randint(0, 1024, (2, 16)))
+    assert explained.graph_count == 1
+    assert explained.graph_break_count == 0

@@ -1,0 +1,96 @@
+"""The probes of ops/front.py say what they are named for; they fail loudly here if torch moves what they read."""
+
+import torch
+from torch.autograd import forward_ad
+
+from dorac.ops import front
+
+LIBRARY = torch.library.Library("dorac_front_test", "DEF")
+SEEN: dict[str, bool] = {}
+
+
+def _body(x):
+    SEEN.update(
+        transform=front.under_transform(),
+        exporting=front.exporting(),
+        eager=front.all_eager(x),
+        plain=front.all_plain(x, None),
+        autocast=type(front.autocast_off(x)) is torch.autocast,
+    )
+    return x * 2
+
+
+LIBRARY.define("probe(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("probe", _body, "CompositeImplicitAutograd")
+LIBRARY.impl("probe", _body, "FuncTorchBatchedDecomposition")
+
+
+def probe(x):
+    return torch.ops.dorac_front_test.probe(x)
+
+
+def seen(**changed):
+    plain_call = {"transform": False, "exporting": False, "eager": True, "plain": True, "autocast": False}
+    assert plain_call | changed == SEEN
+
+
+def test_plain_call():
+    probe(torch.ones(3))
+    seen()
+    probe(torch.nn.Parameter(torch.ones(3)))
+    seen()
+
+
+def test_transforms():
+    for call in (torch.vmap(probe), torch.func.grad(lambda x: probe(x).sum()), torch.func.jacrev(probe)):
+        call(torch.ones(3))
+        seen(transform=True)
+    torch.func.jvp(probe, (torch.ones(3),), (torch.ones(3),))
+    seen(transform=True)
+    probe(torch.ones(3))
+    seen()
+
+
+def test_dual_numbers():
+    with forward_ad.dual_level():
+        probe(forward_ad.make_dual(torch.ones(3), torch.ones(3)))
+        seen(transform=True)
+    probe(torch.ones(3))
+    seen()
+
+
+def test_compiling_is_plain_but_not_eager():
+    torch.compile(probe, fullgraph=True, backend="aot_eager")(torch.ones(3, requires_grad=True))
+    seen(eager=False)
+    torch._dynamo.reset()
+    torch.compile(lambda x: torch.vmap(probe)(x), fullgraph=True, backend="aot_eager")(torch.ones(3))
+    seen(transform=True)
+
+
+def test_exporting():
+    class Probe(torch.nn.Module):
+        def forward(self, x):
+            return probe(x)
+
+    for strict in (False, True):
+        program = torch.export.export(Probe(), (torch.ones(3),), strict=strict)
+        program.run_decompositions()
+        seen(eager=False, exporting=True)
+    probe(torch.ones(3))
+    seen()
+
+
+def test_subclasses_are_not_plain():
+    class Subclass(torch.Tensor):
+        pass
+
+    assert not front.all_plain(torch.ones(3).as_subclass(Subclass))
+    assert not front.all_eager(torch.ones(3), torch.ones(3).as_subclass(Subclass))
+
+
+def test_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probe(torch.ones(3))
+        seen(autocast=True)
+        probe(torch.ones(3, device="meta"))
+        seen()

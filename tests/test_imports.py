@@ -1,0 +1,93 @@
+"""The layering rule, read from the imports; and what `import dorac` may touch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dorac
+
+PACKAGE = Path(dorac.__file__).parent
+# floor of each module, from below; a module imports only from floors beneath it or from its own topic
+FLOORS = {
+    "numerics": 0,
+    "reference": 0,
+    "kernels": 1,
+    "ops": 2,
+    "checks": 2,
+    "functional": 3,
+    "nn": 4,
+    "targets": 5,
+    "apply": 6,
+    "checkpoint": 7,
+    "testing": 7,
+    "demo": 8,
+    "bench": 8,
+}
+
+
+def imported_topics(path: Path) -> set[str]:
+    topics = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            topics |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dorac.")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dorac":
+            parts = node.module.split(".")
+            topics |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+    return topics
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    topic = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if topic == "__init__":
+        return
+    for other in imported_topics(path) & set(FLOORS):
+        assert other == topic or FLOORS[other] < FLOORS[topic], f"{topic} imports {other}"
+    if topic == "reference":
+        assert not imported_topics(path)
+
+
+def test_every_module_has_a_floor():
+    topics = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in PACKAGE.rglob("*.py")}
+    assert topics - {"__init__"} <= set(FLOORS)
+
+
+def run_fresh(code: str) -> None:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_touches_neither_triton_nor_cuda():
+    run_fresh(
+        "import sys\n"
+        "import torch\n"
+        "torch_alone = set(sys.modules)\n"
+        "import dorac\n"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - torch_alone}\n"
+        "assert not new & {'triton', 'peft', 'transformers', 'matplotlib', 'tqdm'}, new\n"
+        "assert 'dorac.demo' not in sys.modules and 'dorac.testing' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_works_where_triton_is_missing():
+    run_fresh(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, dorac\n"
+        "layer = dorac.nn.DoraLinear(torch.nn.Linear(6, 5), r=2, init_lora_weights=False)\n"
+        "layer(torch.randn(3, 6)).sum().backward()\n"
+        "assert layer.lora_magnitude_vector.grad.abs().sum() > 0\n"
+    )
+
+
+def test_public_names():
+    assert set(dorac.__all__) <= set(dir(dorac))
+    for name in dorac.functional.__all__:
+        assert getattr(dorac.functional, name).__doc__, name
+    assert (PACKAGE / "py.typed").exists()

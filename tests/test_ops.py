@@ -1,0 +1,98 @@
+"""opcheck of every op on the dtypes, layouts and gradient patterns it is called with."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.testing import linear_inputs
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+full = pytest.mark.full
+
+
+def activation(shape, dtype, layout, requires_grad, device):
+    tensor = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    if layout == "transposed":
+        tensor = tensor.T.contiguous().T
+        assert not tensor.is_contiguous()
+    return tensor.requires_grad_(requires_grad)
+
+
+def norm_args(regime, dtype, factor_dtype, layout, device):
+    inputs = linear_inputs(
+        regime, dtype=dtype, factor_dtype=factor_dtype, transposed=layout == "transposed", device=device
+    )
+    if layout == "transposed":
+        assert not inputs.weight.is_contiguous()
+    wide = torch.promote_types(torch.promote_types(dtype, inputs.lora_A.dtype), torch.float32)
+    return inputs, torch.tensor(0.7, dtype=wide, device=device)
+
+
+@pytest.mark.parametrize("op", ["norm_factored", "row_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("regime", ["odd", pytest.param("no_outputs", marks=full), pytest.param("rank_1", marks=full)])
+@pytest.mark.parametrize("factor_dtype", [None, pytest.param(torch.float32, marks=full)])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=full)])
+def test_norm(op, dtype, layout, regime, factor_dtype, cached, device):
+    if layout == "transposed" and regime == "no_outputs":
+        regime = "tall"  # an empty weight is contiguous in every order
+    inputs, scaling = norm_args(regime, dtype, factor_dtype, layout, device)
+    weight_sq = inputs.weight.double().square().sum(1).to(scaling.dtype) if cached else None
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B, scaling, weight_sq, DEFAULT_BUDGET)
+    opcheck(getattr(torch.ops.dorac, op).default, args)
+
+
+def test_norm_with_trainable_factors(device):
+    """The composite op accepts inputs that require a gradient and gives none back."""
+    inputs, scaling = norm_args("odd", torch.float32, None, "contiguous", device)
+    args = (
+        inputs.weight,
+        inputs.lora_A.requires_grad_(),
+        inputs.lora_B.requires_grad_(),
+        scaling,
+        None,
+        DEFAULT_BUDGET,
+    )
+    opcheck(torch.ops.dorac.norm_factored.default, args)
+    assert not torch.ops.dorac.norm_factored(*args).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("grads", ["none", "all", pytest.param("frozen_magnitude", marks=full)])
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("shape", [(6, 9), pytest.param((0, 9), marks=full), pytest.param((6, 0), marks=full)])
+@pytest.mark.parametrize("lora_dtype", [None, pytest.param(torch.float32, marks=full)])
+def test_compose(dtype, layout, grads, delta, shape, lora_dtype, device):
+    if 0 in shape:
+        layout = "contiguous"
+    wide = torch.promote_types(dtype, torch.float32)
+    base = activation(shape, dtype, layout, grads != "none", device)
+    lora = activation(shape, lora_dtype or dtype, layout, grads != "none", device)
+    g = activation(shape[1:], wide, "contiguous", grads == "all", device)
+    bias = None if delta else activation(shape[1:], dtype, "contiguous", grads == "all", device)
+    opcheck(torch.ops.dorac.compose.default, (base, lora, g, torch.tensor(0.7, dtype=wide, device=device), bias, delta))
+
+
+@pytest.mark.parametrize("op", ["compose_value", "compose_forward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("delta", [False, True])
+def test_compose_leaves(op, dtype, layout, delta, device):
+    wide = torch.promote_types(dtype, torch.float32)
+    base, lora = (activation((6, 9), dtype, layout, False, device) for _ in range(2))
+    g, scaling = activation((9,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
+    bias = None if delta else activation((9,), dtype, "contiguous", False, device)
+    opcheck(getattr(torch.ops.dorac, op).default, (base, lora, g, scaling, bias, delta))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("delta", [False, True])
+def test_compose_backward(dtype, layout, delta, device):
+    wide = torch.promote_types(dtype, torch.float32)
+    dy, inner = activation((6, 9), dtype, layout, False, device), activation((6, 9), dtype, "contiguous", False, device)
+    g, scaling = activation((9,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
+    opcheck(torch.ops.dorac.compose_backward.default, (dy, inner, g, scaling, wide, delta))
