@@ -105,6 +105,6 @@ def test_mean_error_over_seeds(dtype, shape):
         mine.append(error(ours(inputs), exact))
         theirs.append(error(stock_peft(inputs), exact))
         limits.append(limit(dtype, theirs[-1], exact))
-    lost = sum(m > l for m, l in zip(mine, limits, strict=True))
+    lost = sum(m > bound for m, bound in zip(mine, limits, strict=True))
     print(f"\n{dtype} {shape}: mean ratio {np.mean(mine) / np.mean(theirs):.2f}, over the limit in {lost} of 20 draws")
     assert np.mean(mine) <= np.mean(limits)
