@@ -7,7 +7,7 @@ from torch import nn
 
 from dorac import functional
 from dorac.nn import DoraLinear
-from dorac.targets import Target, find_targets
+from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
@@ -31,18 +31,20 @@ def apply_dora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
 ) -> list[str]:
-    """Replaces the named linear layers of ``model`` by :class:`dorac.nn.DoraLinear`, in place, and freezes everything else.
+    """Replaces the named linear layers of ``model`` by :class:`dorac.nn.DoraLinear`, in place, and freezes the rest.
 
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
     Args:
         model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
-        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such layer but
-            the language-model head).
+        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
+            layer but the language-model head).
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLinear`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
-        layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the number.
-        rank_pattern, alpha_pattern: from a regex for the end of a name (anchored by a leading ``^``) to another r or lora_alpha.
+        layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
+            number.
+        rank_pattern, alpha_pattern: from a regex for the end of a name (anchored by a leading ``^``) to another r or
+            lora_alpha. A key that matches nothing is warned about.
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
 
@@ -50,12 +52,15 @@ def apply_dora(
         The names of the wrapped modules, in the model's order.
 
     Raises:
-        TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason); arguments out of
-            range. The model is then unchanged.
+        TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
+            arguments out of range. The model is then unchanged.
     """
     if bias != "none":
-        raise ValueError(f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself")
+        raise ValueError(
+            f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself"
+        )
     model = uncompiled(model)
+    saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
         target_modules,
@@ -66,9 +71,8 @@ def apply_dora(
         layers_pattern=layers_pattern,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save,
+        saved=[*saved, *saved_modules(model)],
     )
-    saved = find_saved(model, modules_to_save or [])
     wrap(
         model,
         targets,
@@ -101,37 +105,53 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -
             parameter.requires_grad_(False)
     saved = list(dict.fromkeys([*saved_modules(model), *saved]))
     for name in saved:
-        model.get_submodule(name).requires_grad_(True)
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     for target in targets:
         model.set_submodule(target.name, wrappers[target.module])
     setattr(model, SAVED_ATTRIBUTE, saved)
 
 
 def saved_modules(model: nn.Module) -> list[str]:
-    """The names of the modules of a wrapped model that are trained and saved whole."""
-    return getattr(model, SAVED_ATTRIBUTE, [])
+    """The names of the modules of a wrapped model, or of parts that were wrapped, that are trained and saved whole."""
+    names = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in vars(module).get(SAVED_ATTRIBUTE, [])
+    ]
+    return list(dict.fromkeys(names))
 
 
-def find_saved(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: bool = True) -> list[str]:
     """The names of the modules that ``modules_to_save`` means.
 
     Raises:
-        ValueError: an entry that matches nothing, or a module that shares a parameter with the rest of the model.
+        TypeError: not a list of names.
+        ValueError: an entry that matches nothing (if ``all_needed``), a module that shares a parameter with the rest of
+            the model, or one that is or holds a DoRA layer.
     """
+    if isinstance(modules_to_save, str):
+        raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
+    check_names("modules_to_save", modules_to_save)
     found = []
     for ending in modules_to_save:
         names = [name for name, _ in model.named_modules() if name and name.endswith(ending)]
-        if not names:
+        if all_needed and not names:
             raise ValueError(f"modules_to_save: {ending!r} matches no module")
         found += names
     for name in found:
+        adapted = [key for key in dora_layers(model) if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
+        if adapted:
+            raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted[0]} is adapted already")
         own = {id(p) for p in model.get_submodule(name).parameters()}
         shared = [
-            key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in own and not key.startswith(f"{name}.")
+            key
+            for key, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in own and not key.startswith(f"{name}.")
         ]
         if shared:
             raise ValueError(
-                f"modules_to_save: {name} shares its weight with {shared[0]}; untie them first, or both would be trained"
+                f"modules_to_save: {name} shares its weight with {shared[0]}; untie them, or both would be trained"
             )
     return found
 
@@ -141,15 +161,15 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
 
     Args:
         model: a model with :class:`dorac.nn.DoraLinear` layers, or one such layer.
-        unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, every
-            parameter frozen.
+        unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
+            parameters still frozen but for those in ``modules_to_save``.
 
     Returns:
         ``model``; the plain layer if ``model`` itself is a ``DoraLinear`` and ``unload`` is set.
 
     Raises:
-        ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would change both, so
-            it is refused by name and nothing is changed.
+        ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
+            change both, so it is refused by name and nothing is changed.
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
@@ -158,12 +178,12 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         layer.merge()
     if not unload:
         return root
-    for name, layer in dora_layers(model, remove_duplicate=False).items():
-        if not name:
-            return layer.base_layer
+    if "" in layers:
+        return layers[""].base_layer
+    for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
-    if hasattr(model, SAVED_ATTRIBUTE):
-        delattr(model, SAVED_ATTRIBUTE)
+    for module in model.modules():
+        vars(module).pop(SAVED_ATTRIBUTE, None)
     return root
 
 
@@ -174,7 +194,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named; the model stays merged).
+        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named; the model
+            stays merged).
     """
     layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
     for name, layer in layers.items():
@@ -192,9 +213,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def dora_layers(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, DoraLinear]:
-    """The DoRA layers of a model by name."""
-    return {n: m for n, m in model.named_modules(remove_duplicate=remove_duplicate) if isinstance(m, DoraLinear)}
+def dora_layers(model: nn.Module) -> dict[str, DoraLinear]:
+    """The DoRA layers of a model by name; one that is held in several places has several names."""
+    return {name: module for name, module in named_places(model) if isinstance(module, DoraLinear)}
 
 
 def require_layers(model: nn.Module) -> dict[str, DoraLinear]:
@@ -208,15 +229,18 @@ def require_layers(model: nn.Module) -> dict[str, DoraLinear]:
 def _refuse_tied(model: nn.Module) -> None:
     """A base weight that something outside its wrapper reads too must not be merged into."""
     paths: dict[DoraLinear, list[str]] = {}
-    for name, layer in dora_layers(model, remove_duplicate=False).items():
-        paths.setdefault(layer, []).append(f"{name}." if name else "")
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DoraLinear):
+            paths.setdefault(module, []).append(f"{name}." if name else "")
     parameters = list(model.named_parameters(remove_duplicate=False))
     for layer, prefixes in paths.items():
         weight = layer.base_layer.weight
         for name, parameter in parameters:
-            same = parameter is weight or (weight.numel() and not weight.is_meta and parameter.data_ptr() == weight.data_ptr())
+            same = parameter is weight or (
+                weight.numel() and not weight.is_meta and parameter.data_ptr() == weight.data_ptr()
+            )
             if same and not name.startswith(tuple(prefixes)):
                 raise ValueError(
-                    f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a weight of its "
-                    "own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"
+                    f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a "
+                    "weight of its own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"
                 )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
-from dorac.nn.linear import DoraLinear, scaling_factor
-from dorac.targets import find_targets, from_pattern
+from dorac.nn.linear import DoraLinear, check_hyperparameters, scaling_factor
+from dorac.targets import check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -22,34 +22,38 @@ _PREFIX = "base_model.model."
 # Our parameter names and the endings of PEFT's keys.
 _SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
 # What a config may say: these are honoured ...
-_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-_HONOURED |= {"rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "use_dora", "peft_type"}
+_HONOURED = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
+_HONOURED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
 # ... and these have no influence on what the adapter computes. Everything else must be unset.
-_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision", "task_type"}
-_NEUTRAL |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"}
+_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+_NEUTRAL |= {"eva_config", "fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
-    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and ``.lora_magnitude_vector`` in their
-    own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
-    written beside its place and then moved there, so that an interruption leaves the previous one whole.
+    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
+    ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
+    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
+    interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
 
     Raises:
-        ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA settings).
+        ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
+            settings).
         OSError: the directory cannot be made or written.
     """
     model = uncompiled(model)
     layers = require_layers(model)
-    if "" in layers:
-        raise ValueError("model is itself a DoraLinear; save the model that holds it")
+    _refuse_root(layers)
     config = _config(model, layers)
-    tensors = {key: t.detach().contiguous() for key, t in _adapter_tensors(model, layers).items()}
+    tensors = {key: t.detach().clone().contiguous() for key, t in _adapter_tensors(model, layers).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-        save_file(tensors, Path(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
+        try:
+            save_file(tensors, Path(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {directory / WEIGHTS_NAME}: {error}") from None
         Path(scratch, CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(Path(scratch, name), directory / name)
@@ -58,20 +62,22 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
 
-    A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings. Values are cast to
-    the dtype of the parameters they go to.
+    A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
+    Values are cast to the dtype of the parameters they go to.
 
     Returns:
         The names of the modules that the adapter went to.
 
     Raises:
-        FileNotFoundError: a missing file. ValueError: an unreadable file; a config that is not DoRA or asks for what dorac does not
-            have; keys, shapes, ranks or scalings that do not fit, all of them listed. The model is then unchanged.
+        FileNotFoundError: a missing file. ValueError: an unreadable file; a config that is not DoRA or asks for what
+            dorac does not have; keys, shapes, ranks or scalings that do not fit, all of them listed. The model is then
+            unchanged.
     """
     model = uncompiled(model)
     config = _read_config(Path(directory, CONFIG_NAME))
     tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
     layers = dora_layers(model)
+    _refuse_root(layers)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"the model's adapter is merged ({merged[0]}, ...); unmerge it before loading another")
@@ -80,6 +86,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         targets, saved, problems = [], saved_modules(model), _setting_mismatches(layers, config)
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
     else:
+        # PEFT names every usual classifier head in modules_to_save; what is saved too little shows in the keys.
+        saved, problems = find_saved(model, config.get("modules_to_save") or [], all_needed=False), []
         targets = find_targets(
             model,
             config["target_modules"],
@@ -90,9 +98,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             layers_pattern=config.get("layers_pattern"),
             rank_pattern=config.get("rank_pattern"),
             alpha_pattern=config.get("alpha_pattern"),
-            modules_to_save=config.get("modules_to_save"),
+            saved=saved,
         )
-        saved, problems = find_saved(model, config.get("modules_to_save") or []), []
         expected = {}
         for target in targets:
             wrapped = DoraLinear.adapter_shapes(target.module, target.r)
@@ -106,12 +113,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for key, shape in expected.items()
         if key in tensors and tensors[key].shape != shape
     ]
+    problems += [
+        f"dtype of {key}: {t.dtype}"
+        for key, t in tensors.items()
+        if key.endswith(tuple(_SUFFIXES.values())) and not t.is_floating_point()
+    ]
     if problems:
         more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ValueError(f"the adapter in {directory} does not fit the model:\n  " + "\n  ".join(problems[:50] + more))
 
     if targets:
-        wrap(model, targets, saved, lora_dropout=config.get("lora_dropout", 0.0), use_rslora=bool(config.get("use_rslora")))
+        wrap(
+            model,
+            targets,
+            saved,
+            lora_dropout=config.get("lora_dropout") or 0.0,
+            use_rslora=bool(config.get("use_rslora")),
+        )
         layers = dora_layers(model)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model, layers).items():
@@ -143,7 +161,9 @@ def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
     def common(attribute: str):
         values = {getattr(layer, attribute) for layer in layers.values()}
         if len(values) > 1:
-            raise ValueError(f"one adapter_config.json cannot describe layers of different {attribute}: {sorted(values)}")
+            raise ValueError(
+                f"one adapter_config.json cannot describe layers of different {attribute}: {sorted(values)}"
+            )
         return values.pop()
 
     def usual_and_pattern(attribute: str):
@@ -173,13 +193,15 @@ def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
     }
 
 
-def _shortest_names(model: nn.Module, layers: dict[str, DoraLinear]) -> list[str]:
-    """The last parts of the wrapped modules' names if they name no other module of the plain model, else the full names."""
-    endings = {name.rpartition(".")[2] for name in layers}
+def _shortest_names(model: nn.Module, layers: dict[str, DoraLinear]) -> list[str] | str:
+    """The last parts of the wrapped modules' names, or else their full names, or else a regex: what names no other."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
     inside = tuple(f"{name}." for name in layers)
-    others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inside)]
-    ambiguous = any(name.rpartition(".")[2] in endings for name in others)
-    return list(layers) if ambiguous else sorted(endings)
+    others = [name for name, _ in named_places(model) if name not in layers and not name.startswith(inside)]
+    for names in (endings, list(layers)):
+        if not any(matches(names, other) for other in others):
+            return names
+    return "|".join(re.escape(name) for name in layers)
 
 
 def _read_config(path: Path) -> dict:
@@ -192,14 +214,31 @@ def _read_config(path: Path) -> dict:
     absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
-    foreign = {k: v for k, v in config.items() if k not in _HONOURED | _NEUTRAL and v and not (k == "bias" and v == "none")}
+    foreign = {
+        k: v for k, v in config.items() if k not in _HONOURED | _NEUTRAL and v and not (k == "bias" and v == "none")
+    }
     if foreign:
-        raise ValueError(f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}")
+        raise ValueError(
+            f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}"
+        )
     if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, which dorac does not redo"
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes base weights, which dorac does not redo"
         )
+    try:
+        check_names("target_modules", config["target_modules"])
+        for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
+            check_hyperparameters(r, 1, config.get("lora_dropout") or 0.0, True, None)
+        for lora_alpha in (config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()):
+            check_hyperparameters(1, lora_alpha, 0.0, True, None)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def _refuse_root(layers: dict[str, DoraLinear]) -> None:
+    if "" in layers:
+        raise ValueError("the model is itself a DoraLinear, which PEFT's keys cannot name; pass a model that holds it")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -22,6 +23,17 @@ class Target:
     lora_alpha: float
 
 
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` where a module held in several places has the name of each, but a place has one name only."""
+    seen = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, child = name.rpartition(".")
+        place = (model.get_submodule(parent), child)
+        if place not in seen:
+            seen.add(place)
+            yield name, module
+
+
 def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -33,41 +45,50 @@ def find_targets(
     layers_pattern: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    modules_to_save: Sequence[str] | None = None,
+    saved: Sequence[str] = (),
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
+
+    Nothing inside the modules ``saved``, given by their full names, is taken.
 
     Raises:
         TypeError: an argument that is not names, a regex or numbers.
         ValueError: nothing matched, or a matched module cannot be adapted; all such modules are listed with the reason.
     """
-    _check_names("target_modules", target_modules)
-    _check_names("exclude_modules", exclude_modules or [])
-    _check_names("layers_pattern", layers_pattern or [])
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
-    _check_names("modules_to_save", modules_to_save or [])
-    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform or [])
+    check_names("target_modules", target_modules)
+    check_names("exclude_modules", exclude_modules or [])
+    check_names("layers_pattern", layers_pattern or [])
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    for argument, pattern in patterns.items():
+        if not isinstance(pattern or {}, Mapping):
+            raise TypeError(f"{argument} must map names to numbers, got {pattern!r}")
+    layers = _layer_numbers(layers_to_transform)
     all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if layers and isinstance(target_modules, str) and not all_linear:
-        raise ValueError("layers_to_transform needs target_modules as a list of names; write the layers into the regex instead")
+        raise ValueError(
+            "layers_to_transform needs target_modules as a list of names; write the layers into the regex instead"
+        )
+    if layers_pattern and layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform, the numbers of the layers")
 
     def wanted(name: str, module: nn.Module) -> bool:
-        if _matches(exclude_modules or [], name) or _inside_saved(modules_to_save or [], name):
+        if matches(exclude_modules or [], name) or f"{name}.".startswith(inside_saved):
             return False
         if all_linear:
-            found = name != output_name and (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
+            found = module is not head and (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
             return found and (not layers or _layer_index(name, layers_pattern) in layers)
-        if not _matches(target_modules, name):
+        if not matches(target_modules, name):
             return False
         exact = not isinstance(target_modules, str) and name in target_modules
         return exact or not layers or _layer_index(name, layers_pattern) in layers
 
-    output_name = _output_embedding_name(model)
-    refused = _bypassed_parents(model)
+    inside_saved = tuple(f"{name}." for name in saved)
+    head = _output_embedding(model)
+    refused = _bypassed(model)
+    places = [(name, module) for name, module in named_places(model) if name and not _inside_adapter(model, name)]
     targets, reasons = [], []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name or _inside_adapter(model, name) or not wanted(name, module):
+    for name, module in places:
+        if not wanted(name, module):
             continue
         if isinstance(module, DoraLinear):
             if not all_linear:
@@ -79,18 +100,34 @@ def find_targets(
             targets.append(Target(name, module, rank, from_pattern("alpha_pattern", alpha_pattern, name, lora_alpha)))
     if reasons:
         raise ValueError(
-            "these modules cannot be adapted (name them in exclude_modules to leave them out):\n  " + "\n  ".join(reasons)
+            "these modules cannot be adapted (name them in exclude_modules to leave them out):\n  "
+            + "\n  ".join(reasons)
         )
     if not targets:
-        kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not unwrappable(module) and name})
-        hint = (
-            f"modules of this model that can be: {', '.join(kinds[:20])}" if kinds else "this model has none that could be adapted"
-        )
+        kinds = sorted({n.rpartition(".")[2] for n, m in places if n not in refused and not unwrappable(m)})
+        hint = "this model holds none that could be adapted"
+        if kinds:
+            hint = f"modules of this model that could be: {', '.join(kinds[:20])}"
+        elif not unwrappable(model):
+            hint = f"the model is itself a {type(model).__name__}: wrap it with dorac.nn.DoraLinear"
+        if isinstance(target_modules, str) and not all_linear:
+            hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
+    for argument, pattern in patterns.items():
+        unused = [key for key in pattern or {} if not any(_matches_end(key, target.name) for target in targets)]
+        if unused:
+            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=3)
     return targets
 
 
-def _check_names(argument: str, names: str | Sequence[str]) -> None:
+def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> list[int]:
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform or []
+    if isinstance(layers, str) or not all(isinstance(layer, int) for layer in layers):
+        raise TypeError(f"layers_to_transform must be an integer or a list of integers, got {layers_to_transform!r}")
+    return list(layers)
+
+
+def check_names(argument: str, names: str | Sequence[str]) -> None:
     if isinstance(names, str):
         try:
             re.compile(names)
@@ -101,15 +138,11 @@ def _check_names(argument: str, names: str | Sequence[str]) -> None:
         raise TypeError(f"{argument} must be a string or a list of strings, got {names!r}")
 
 
-def _matches(names: str | Sequence[str], key: str) -> bool:
+def matches(names: str | Sequence[str], key: str) -> bool:
     """A string is a regex for the whole name; a list holds names or their dotted endings."""
     if isinstance(names, str):
         return re.fullmatch(names, key) is not None
     return any(key == name or key.endswith(f".{name}") for name in names)
-
-
-def _inside_saved(modules_to_save: Sequence[str], key: str) -> bool:
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", key) for name in modules_to_save)
 
 
 def _layer_index(key: str, layers_pattern: str | Sequence[str] | None) -> int | None:
@@ -124,17 +157,20 @@ def from_pattern(argument: str, pattern: Mapping[str, float] | None, name: str, 
     """The value of the first key that matches the end of ``name`` as a regex (a leading ``^`` anchors it)."""
     for key, value in (pattern or {}).items():
         try:
-            if re.match(rf"(.*\.)?({key})$", name):
+            if _matches_end(key, name):
                 return value
         except re.error as error:
             raise ValueError(f"{argument} has a key that is not a valid regex: {key!r}: {error}") from None
     return default
 
 
-def _output_embedding_name(model: nn.Module) -> str | None:
+def _matches_end(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The language-model head, which "all-linear" leaves out as PEFT does."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:
@@ -142,18 +178,22 @@ def _inside_adapter(model: nn.Module, name: str) -> bool:
     return bool(parent) and isinstance(model.get_submodule(parent), DoraLinear)
 
 
-def _bypassed_parents(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose parent reads their weight past their forward, with the reason to refuse them."""
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight is read past their forward, or that have no DoRA, with the reason to refuse them."""
     bypassed = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             bypassed[name] = "MultiheadAttention is not supported: it reads its projections past their forward"
-            bypassed[f"{name}.out_proj".lstrip(".")] = "MultiheadAttention reads the weight of out_proj past its forward"
+            bypassed[f"{name}.out_proj".lstrip(".")] = (
+                "MultiheadAttention reads the weight of out_proj past its forward"
+            )
         elif isinstance(module, nn.TransformerEncoderLayer):
             for child in ("linear1", "linear2"):
                 bypassed[f"{name}.{child}".lstrip(".")] = (
                     f"TransformerEncoderLayer reads the weight of {child} past its forward in its inference fast path"
                 )
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-            bypassed[name] = f"{type(module).__name__} is not supported: transposed convolutions have no DoRA norm defined"
+            bypassed[name] = (
+                f"{type(module).__name__} is not supported: transposed convolutions have no DoRA norm defined"
+            )
     return bypassed

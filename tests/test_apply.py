@@ -1,0 +1,505 @@
+"""``apply_dora``, ``merge`` and ``unmerge`` on whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dorac
+from dorac import reference
+from dorac.apply import dora_layers, saved_modules
+from dorac.nn import DoraLinear
+
+ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh())
+
+
+class Model(nn.Module):
+    """In float64, so that torch's own tolerance holds wherever two ways to the same output are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.tail = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.double()
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.tail(x))
+
+
+NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+TOKENS = torch.arange(6).reshape(2, 3)
+
+
+def llama(**config):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **{"tie_word_embeddings": False, **config},
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train_a_bit(model):
+    """Moves every adapter away from its initial state: no factor zero, every magnitude up to 20 % off the norm."""
+    with torch.no_grad():
+        for layer in dora_layers(model).values():
+            layer.lora_B.normal_(std=0.3)
+            layer.lora_magnitude_vector.mul_(0.8 + 0.4 * torch.rand_like(layer.lora_magnitude_vector))
+    return model
+
+
+def adapted(model=None, names=("up", "down"), **options):
+    model = model or Model()
+    dorac.apply_dora(model, list(names), **{"r": 3, "lora_alpha": 5, **options})
+    return train_a_bit(model)
+
+
+def snapshot(model):
+    """Everything a refused call might have changed: objects, flags and bits."""
+    modules = [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in model.named_modules()]
+    parameters = [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters(remove_duplicate=False)]
+    return modules, parameters, {key: t.clone() for key, t in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    modules, parameters, state = snapshot(model)
+    assert (modules, parameters) == before[:2]
+    assert state.keys() == before[2].keys()
+    assert all(torch.equal(t, before[2][key]) for key, t in state.items())
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_names(names):
+    return {f"{name}.{part}" for name in names for part in ADAPTER}
+
+
+# --- apply -----------------------------------------------------------------------------------------------------------
+
+
+def test_wraps_the_named_layers_and_freezes_the_rest():
+    model = Model()
+    plain = copy.deepcopy(model)
+    assert dorac.apply_dora(model, ["up", "down"], r=3) == NAMES
+    assert list(dora_layers(model)) == NAMES
+    assert trained(model) == adapter_names(NAMES)
+    for name in NAMES:
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.base_layer.weight, plain.get_submodule(name).weight)
+        assert layer.r == 3
+    torch.testing.assert_close(model(TOKENS), plain(TOKENS))
+
+
+def test_the_options_reach_the_layers():
+    model = Model()
+    dorac.apply_dora(
+        model,
+        ["up", "tail.1"],
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.25,
+        use_rslora=True,
+        init_lora_weights=False,
+        adapter_dtype=torch.bfloat16,
+        rank_pattern={"blocks.1.up": 2},
+        alpha_pattern={"^tail.1": 3},
+    )
+    layers = dora_layers(model)
+    assert {name: (layer.r, layer.lora_alpha) for name, layer in layers.items()} == {
+        "blocks.0.up": (4, 6),
+        "blocks.1.up": (2, 6),
+        "tail.1": (4, 3),
+    }
+    for layer in layers.values():
+        assert layer.scaling == layer.lora_alpha / layer.r**0.5
+        assert layer.lora_dropout == 0.25
+        assert layer.lora_A.dtype == torch.bfloat16
+        assert layer.lora_B.count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_device_and_mode_follow_the_base_layer(dtype):
+    model = Model().to(dtype).eval()
+    model.blocks[1].to("meta").train()
+    dorac.apply_dora(model, ["up", "head"])
+    for name, layer in dora_layers(model).items():
+        expected = torch.promote_types(dtype, torch.float32)
+        assert {getattr(layer, part).dtype for part in ADAPTER} == {expected}
+        assert {p.device.type for p in layer.parameters()} == {"meta" if name == "blocks.1.up" else "cpu"}
+        assert layer.training == (name == "blocks.1.up")
+
+
+def test_training_changes_the_adapter_and_nothing_else():
+    model = adapted(modules_to_save=["head"], lora_dropout=0.1)
+    before = snapshot(model)[2]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {key for key, t in model.state_dict().items() if not torch.equal(t, before[key])}
+    assert changed == adapter_names(NAMES) | {"head.weight"}
+
+
+def test_a_shared_module_gets_one_wrapper():
+    model = Model()
+    model.blocks[1].up = model.blocks[0].up  # one module in two places
+    model.again = model.blocks[0]  # one place under two names
+    assert dorac.apply_dora(model, ["up"]) == ["blocks.0.up", "blocks.1.up"]
+    assert isinstance(model.blocks[0].up, DoraLinear)
+    assert model.blocks[1].up is model.blocks[0].up is model.again.up
+    assert trained(model) == adapter_names(["blocks.0.up"])
+    train_a_bit(model)
+    before = model(TOKENS)
+    dorac.merge(model)  # both places are the adapter's own: nothing is tied
+    assert model.blocks[1].up.merged
+    torch.testing.assert_close(model(TOKENS), before)
+    weight = model.blocks[0].up.base_layer.weight
+    dorac.merge(model, unload=True)
+    assert not dora_layers(model)
+    assert model.blocks[1].up is model.blocks[0].up is model.again.up
+    assert model.blocks[0].up.weight is weight
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def test_a_second_apply_keeps_the_first_adapter():
+    model = adapted(names=["up"], modules_to_save=["head"])
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    assert dorac.apply_dora(model, ["down", "tail.1"], r=2) == ["blocks.0.down", "blocks.1.down", "tail.1"]
+    wrapped = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "tail.1"]
+    assert trained(model) == adapter_names(wrapped) | {"head.weight"}
+    assert all(torch.equal(p, first[name]) for name, p in model.named_parameters() if name in first)
+    assert saved_modules(model) == ["head"]
+
+
+def test_a_second_apply_leaves_a_frozen_adapter_frozen():
+    model = adapted(names=["up"])
+    model.blocks[0].up.lora_A.requires_grad_(False)
+    dorac.apply_dora(model, ["down"])
+    assert trained(model) == adapter_names(NAMES) - {"blocks.0.up.lora_A"}
+
+
+def test_modules_to_save():
+    model = Model()
+    model.head.weight.requires_grad_(False)
+    dorac.apply_dora(model, ["up", "head"], modules_to_save=["head", "tail"])
+    saved = {"head.weight", "tail.0.weight", "tail.0.bias", "tail.1.weight", "tail.1.bias"}
+    assert trained(model) == adapter_names(["blocks.0.up", "blocks.1.up"]) | saved
+    assert saved_modules(model) == ["head", "tail"]
+    with pytest.raises(ValueError, match="matched no module"):  # what is trained whole is never adapted
+        dorac.apply_dora(model, ["tail.1"])
+
+
+def test_modules_to_save_of_a_wrapped_part():
+    """A part may be wrapped by itself; the whole model still knows what is trained."""
+    model = Model()
+    dorac.apply_dora(model.blocks, ["0.up"], modules_to_save=["1"])
+    assert saved_modules(model) == ["blocks.1"]
+    dorac.apply_dora(model, ["head"])
+    assert saved_modules(model) == ["blocks.1"]
+    assert {"blocks.1.up.weight", "head.lora_A", "blocks.0.up.lora_A"} <= trained(model)
+    assert dorac.merge(model, unload=True) is model
+    assert saved_modules(model) == []
+
+
+def test_saved_modules_may_hold_integers():
+    model = Model()
+    model.head.table = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    dorac.apply_dora(model, ["up"], modules_to_save=["head"])
+    assert "head.weight" in trained(model)
+
+
+def test_a_compiled_model():
+    model = Model()
+    compiled = torch.compile(model)
+    assert dorac.apply_dora(compiled, ["up", "down"], modules_to_save=["head"]) == NAMES
+    assert list(dora_layers(model)) == NAMES
+    assert saved_modules(model) == ["head"]
+    train_a_bit(model)
+    before = model(TOKENS)
+    assert dorac.merge(compiled) is compiled
+    assert all(layer.merged for layer in dora_layers(model).values())
+    assert dorac.unmerge(compiled) is compiled
+    assert not any(layer.merged for layer in dora_layers(model).values())
+    assert dorac.merge(compiled, unload=True) is compiled
+    assert not dora_layers(model)
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def tie(model):
+    model.head.weight = model.embed.weight
+    return model
+
+
+REFUSED = {
+    "no match": (Model, {"target_modules": ["q_proj"]}, ValueError, "matched no module"),
+    "an unadaptable module": (
+        Model,
+        {"target_modules": ["up", "embed"]},
+        ValueError,
+        "embed: Embedding is not supported",
+    ),
+    "bias": (Model, {"bias": "all"}, ValueError, "bias must be 'none', got 'all'"),
+    "rank": (Model, {"r": 0}, ValueError, "r must be at least 1, got 0"),
+    "the last rank": (Model, {"rank_pattern": {"1.down": -1}}, ValueError, "r must be at least 1, got -1"),
+    "alpha": (Model, {"alpha_pattern": {"1.up": "8"}}, TypeError, "lora_alpha must be a number, got '8'"),
+    "dropout": (Model, {"lora_dropout": 1.0}, ValueError, "lora_dropout must be in"),
+    "init": (Model, {"init_lora_weights": "olora"}, ValueError, "init_lora_weights must be"),
+    "dtype": (Model, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be"),
+    "saved nothing": (Model, {"modules_to_save": ["score"]}, ValueError, "modules_to_save: 'score' matches no module"),
+    "saved tied": (
+        lambda: tie(Model()),
+        {"modules_to_save": ["head"]},
+        ValueError,
+        "modules_to_save: head shares its weight with embed.weight; untie them",
+    ),
+    "saved adapted": (
+        lambda: adapted(names=["0.up"]),
+        {"target_modules": ["1.down"], "modules_to_save": ["blocks.0"]},
+        ValueError,
+        "blocks.0 cannot be trained whole, blocks.0.up is adapted already",
+    ),
+    "saved part of an adapter": (
+        lambda: adapted(names=["0.up"]),
+        {"target_modules": ["1.down"], "modules_to_save": ["up.base_layer"]},
+        ValueError,
+        "blocks.0.up.base_layer cannot be trained whole, blocks.0.up is adapted already",
+    ),
+    "adapted": (lambda: adapted(names=["0.up"]), {}, ValueError, "blocks.0.up: is adapted already"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_leaves_the_model_as_it_was(case):
+    build, arguments, error, message = REFUSED[case]
+    model = build()
+    model.blocks[1].down.weight.requires_grad_(False)
+    model.blocks[1].eval()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        dorac.apply_dora(model, **{"target_modules": ["up", "down"], **arguments})
+    assert_unchanged(model, before)
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (Model, ["up", "down", "tail.1", "head"]),
+        (llama, ["q_proj", "down_proj", "lm_head"]),
+        (gpt2, ["c_attn", "c_proj"]),
+    ],
+)
+def test_merging_keeps_the_logits(build, names):
+    def logits(model):
+        y = model(TOKENS)
+        return y if isinstance(y, torch.Tensor) else y.logits
+
+    model = build().double().eval()
+    plain = logits(model)
+    adapted(model, names, rank_pattern={names[0]: 2}, use_rslora=True)
+    before = logits(model)
+    assert (before - plain).abs().max() > 1e-3
+    assert dorac.merge(model) is model
+    assert all(layer.merged for layer in dora_layers(model).values())
+    torch.testing.assert_close(logits(model), before)
+    merged = snapshot(model)
+    assert dorac.merge(model) is model
+    assert_unchanged(model, merged)
+    assert dorac.unmerge(model) is model
+    torch.testing.assert_close(logits(model), before)
+    assert dorac.merge(model, unload=True) is model
+    torch.testing.assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [Model, gpt2])
+def test_unmerging_restores_the_weights(build, dtype):
+    """To ``2 eps * max(|V|, |W|)``, elementwise."""
+    model = adapted(build().to(dtype), ["up", "down", "c_attn", "c_fc"])
+    layers = dora_layers(model)
+    before = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    dorac.unmerge(dorac.merge(model))
+    for name, layer in layers.items():
+        assert not layer.merged
+        weight = before[name].double()
+        oriented = weight.T if layer.fan_in_fan_out else weight
+        factors = (layer.lora_A.detach().double(), layer.lora_B.detach().double())
+        direction = reference.adapted_weight(oriented, *factors, layer.scaling)
+        bound = 2 * torch.finfo(dtype).eps * torch.maximum(direction.abs(), oriented.abs())
+        actual = layer.base_layer.weight.detach()
+        assert actual.dtype == dtype
+        error = (actual.double() - weight).abs()
+        assert ((error.T if layer.fan_in_fan_out else error) <= bound).all()
+
+
+def test_merge_finishes_what_is_half_merged():
+    model = adapted()
+    before = model(TOKENS)
+    model.blocks[0].up.merge()
+    dorac.merge(model)
+    torch.testing.assert_close(model(TOKENS), before)
+    model.blocks[1].down.unmerge()
+    dorac.unmerge(model)
+    assert not any(layer.merged for layer in dora_layers(model).values())
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def shared_base():
+    """Two adapters over one linear layer: wrapped one place at a time."""
+    model = Model()
+    model.blocks[1].up = model.blocks[0].up
+    adapted(model, ["blocks.0.up"])
+    return adapted(model, ["blocks.1.up"])
+
+
+def sliced_weight():
+    """One storage, two parameters."""
+    model = adapted(names=["0.up"])
+    model.alias = nn.Parameter(model.blocks[0].up.base_layer.weight.detach()[:4], requires_grad=False)
+    return model
+
+
+TIED = {
+    "a parameter": (
+        lambda: adapted(tie(Model()), ["up", "head"]),
+        r"head\.base_layer\.weight is tied to embed\.weight",
+    ),
+    "tied afterwards": (
+        lambda: tie_afterwards(adapted(names=["up", "head"])),
+        r"head\.base_layer\.weight is tied to embed\.weight",
+    ),
+    "a Llama's head": (
+        lambda: adapted(llama(tie_word_embeddings=True), ["q_proj", "lm_head"]),
+        r"lm_head\.base_layer\.weight is tied to model\.embed_tokens\.weight",
+    ),
+    "two adapters": (shared_base, r"blocks\.0\.up\.base_layer\.weight is tied to blocks\.1\.up\.base_layer\.weight"),
+    "a storage": (sliced_weight, r"blocks\.0\.up\.base_layer\.weight is tied to alias"),
+}
+
+
+def tie_afterwards(model):
+    model.head.base_layer.weight = model.embed.weight
+    return model
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("case", TIED)
+def test_tied_weights_are_not_merged(case, unload):
+    build, message = TIED[case]
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        dorac.merge(model, unload=unload)
+    assert_unchanged(model, before)
+
+
+def test_the_advice_for_tied_weights_works():
+    model = adapted(tie(Model()), ["head"])
+    before = model(TOKENS)
+    layer = model.head
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone())
+    embedding = model.embed.weight.detach().clone()
+    dorac.merge(model)
+    torch.testing.assert_close(model(TOKENS), before)
+    assert torch.equal(model.embed.weight, embedding)
+
+
+def test_rows_of_zero_g_cannot_be_unmerged():
+    model = adapted()
+    model.blocks[1].up.lora_magnitude_vector.data[3] = 0
+    dorac.merge(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.up: cannot unmerge rows 3: "):
+        dorac.unmerge(model)
+    assert all(layer.merged for layer in dora_layers(model).values())
+    assert_unchanged(model, before)
+
+
+def test_unload_gives_the_plain_model_back():
+    model = Model()
+    plain_classes = {name: type(m) for name, m in model.named_modules()}
+    plain_keys = list(model.state_dict())
+    adapted(model, ["up", "down", "tail.1"], modules_to_save=["head"])
+    model.blocks[1].eval()
+    before = model(TOKENS)
+    weight = model.blocks[0].up.base_layer.weight
+    dorac.merge(model, unload=True)
+    assert {name: type(m) for name, m in model.named_modules()} == plain_classes
+    assert list(model.state_dict()) == plain_keys
+    assert not any(isinstance(m, DoraLinear) for m in model.modules())
+    assert model.blocks[0].up.weight is weight
+    assert trained(model) == {"head.weight"}
+    assert [block.up.training for block in model.blocks] == [True, False]
+    torch.testing.assert_close(model(TOKENS), before)
+    assert vars(model).keys() == vars(Model()).keys()
+    assert dorac.apply_dora(model, ["up"]) == ["blocks.0.up", "blocks.1.up"]  # and on from there
+
+
+def test_a_model_that_is_itself_an_adapter():
+    base_layer = nn.Linear(6, 4, dtype=torch.float64)
+    layer = DoraLinear(base_layer, 2)
+    train_a_bit(layer)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    before = layer(x)
+    assert dorac.merge(layer) is layer
+    torch.testing.assert_close(base_layer(x), before)
+    assert dorac.unmerge(layer) is layer
+    torch.testing.assert_close(layer(x), before)
+    layer.lora_magnitude_vector.data[1] = 0
+    layer.merge()
+    with pytest.raises(ValueError, match="DoraLinear: cannot unmerge rows 1"):
+        dorac.unmerge(layer)
+    assert dorac.merge(layer, unload=True) is base_layer
+    assert dorac.merge(torch.compile(DoraLinear(base_layer, 2)), unload=True) is base_layer
+
+
+@pytest.mark.parametrize("function", [dorac.merge, dorac.unmerge])
+def test_a_model_without_adapters_is_refused(function):
+    with pytest.raises(ValueError, match=r"Model holds no DoRA layer; wrap it with dorac.apply_dora first"):
+        function(Model())
+
+
+def test_merging_on_meta():
+    model = adapted(Model().to("meta"))
+    dorac.merge(model)
+    assert model(TOKENS.to("meta")).shape == (2, 3, 11)
+    dorac.merge(model, unload=True)
+    assert not dora_layers(model)
