@@ -139,8 +139,9 @@ def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: 
         if all_needed and not names:
             raise ValueError(f"modules_to_save: {ending!r} matches no module")
         found += names
+    layers = dora_layers(model)
     for name in found:
-        adapted = [key for key in dora_layers(model) if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
+        adapted = [key for key in layers if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
         if adapted:
             raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted[0]} is adapted already")
         own = {id(p) for p in model.get_submodule(name).parameters()}

@@ -26,7 +26,14 @@ _HONOURED = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_
 _HONOURED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
 # ... and these have no influence on what the adapter computes. Everything else must be unset.
 _NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-_NEUTRAL |= {"eva_config", "fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"}
+_NEUTRAL |= {
+    "eva_config",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -63,7 +70,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
-    Values are cast to the dtype of the parameters they go to.
+    Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
+    language-model head is read too, as PEFT does.
 
     Returns:
         The names of the modules that the adapter went to.
@@ -84,6 +92,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     if layers:
         targets, saved, problems = [], saved_modules(model), _setting_mismatches(layers, config)
+        bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
     else:
         # PEFT names every usual classifier head in modules_to_save; what is saved too little shows in the keys.
@@ -100,12 +109,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             alpha_pattern=config.get("alpha_pattern"),
             saved=saved,
         )
+        bases = {target.name: target.module for target in targets}
         expected = {}
         for target in targets:
             wrapped = DoraLinear.adapter_shapes(target.module, target.r)
             expected |= {f"{_PREFIX}{target.name}.{suffix}": wrapped[name] for name, suffix in _SUFFIXES.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
+    base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}
+    base_tensors = {key: p for key, p in base_tensors.items() if key in tensors}
+    expected |= {key: p.shape for key, p in base_tensors.items()}
     problems += [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
     problems += [
@@ -132,7 +145,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         )
         layers = dora_layers(model)
     with torch.no_grad():
-        for key, parameter in _adapter_tensors(model, layers).items():
+        for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
             parameter.copy_(tensors[key])
     return list(layers)
 
