@@ -5,12 +5,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dorac
+from dorac.demo.model import load_model, locate
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def smollm2(layers: int) -> torch.nn.Module:
-    """SmolLM2-135M's shape with random weights, every linear kind adapted, ranks equal and scalings different."""
+def random_smollm2(layers: int) -> torch.nn.Module:
+    """SmolLM2-135M's shape with random weights and a small vocabulary."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=576,
@@ -22,7 +23,17 @@ def smollm2(layers: int) -> torch.nn.Module:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
+
+
+def real_smollm2() -> torch.nn.Module:
+    """The model that the demo fine-tunes."""
+    return load_model(locate(None), dtype=torch.float32, device="cpu")
+
+
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    """Every linear kind wrapped with one rank and four scalings, off the zero init."""
+    layers = model.config.num_hidden_layers
     names = dorac.apply_dora(
         model,
         "all-linear",
@@ -35,15 +46,19 @@ def smollm2(layers: int) -> torch.nn.Module:
     assert len(names) == 7 * layers
     assert len({layer.scaling for layer in model.modules() if isinstance(layer, dorac.nn.DoraLinear)}) == 4
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_magnitude_vector"):
-                parameter *= torch.rand_like(parameter) * 0.2 + 0.9
+        for layer in model.modules():
+            if isinstance(layer, dorac.nn.DoraLinear):
+                layer.lora_B.mul_(0.1)  # drawn as large as the weights, it would drown what the model has learnt
+                layer.lora_magnitude_vector.copy_(
+                    dorac.functional.init_magnitude(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+                )
+                layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) * 0.2 + 0.9)
     return model
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.full)])
-def test_fullgraph_over_lengths(layers):
-    model = smollm2(layers)
+@pytest.mark.parametrize("build", [lambda: random_smollm2(2), pytest.param(real_smollm2, marks=pytest.mark.full)])
+def test_fullgraph_over_lengths(build):
+    model = adapted(build())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
 
@@ -69,6 +84,6 @@ def test_fullgraph_over_lengths(layers):
 
 
 def test_no_graph_breaks():
-    explained = torch._dynamo.explain(smollm2(2))(input_ids=torch.randint(0, 1024, (2, 16)))
+    explained = torch._dynamo.explain(adapted(random_smollm2(2)))(input_ids=torch.randint(0, 1024, (2, 16)))
     assert explained.graph_count == 1
     assert explained.graph_break_count == 0

@@ -15,6 +15,7 @@ def save_curve(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[fl
     for (label, (steps, losses)), style in zip(curves.items(), ("-", "o--"), strict=False):
         axes.plot(steps, losses, style, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
