@@ -170,11 +170,16 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
-            change both, so it is refused by name and nothing is changed.
+            change both; an adapter that is not finite: it would destroy the base weight. Refused by name, and nothing
+            is changed.
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
     _refuse_tied(model)
+    for name, layer in layers.items():
+        finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
+        if not layer.merged and not finite:
+            raise ValueError(f"{name or 'DoraLinear'}: the adapter is not finite, merging would destroy the weight")
     for layer in layers.values():
         layer.merge()
     if not unload:

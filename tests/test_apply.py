@@ -442,6 +442,21 @@ def test_the_advice_for_tied_weights_works():
     assert torch.equal(model.embed.weight, embedding)
 
 
+@pytest.mark.parametrize("part", ADAPTER)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapters_that_are_not_finite_are_not_merged(part, value):
+    model = adapted()
+    getattr(model.blocks[1].up, part).data.view(-1)[2] = value
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.up: the adapter is not finite"):
+        dorac.merge(model)
+    modules, parameters, state = snapshot(model)
+    assert (modules, parameters) == before[:2]
+    assert all(torch.equal(t.nan_to_num(7), before[2][key].nan_to_num(7)) for key, t in state.items())
+    model.blocks[1].up.merge()  # done knowingly
+    assert dorac.merge(model, unload=True) is model
+
+
 def test_rows_of_zero_g_cannot_be_unmerged():
     model = adapted()
     model.blocks[1].up.lora_magnitude_vector.data[3] = 0

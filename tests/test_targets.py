@@ -116,6 +116,10 @@ SAME_AS_PEFT = {
             "rank_pattern": {r"0\.self_attn\.q_proj": 2, "q_proj": 3, "self_attn.q_proj": 5},
         },
     ),
+    "rank keys that match no whole ending": (
+        llama,
+        {"target_modules": ["q_proj"], "rank_pattern": {"proj": 2, "q_pro": 3, "layers.0": 5, "^layers.*": 7}},
+    ),
     "rsLoRA": (llama, {"target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"1.self_attn.q_proj": 5}}),
     "saved modules are not adapted": (
         llama,
@@ -147,7 +151,9 @@ def test_same_modules_ranks_and_scalings_as_peft(case):
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     model = build()
-    names = apply_dora(model, r=4, lora_alpha=6, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = apply_dora(model, r=4, lora_alpha=6, **arguments)
     layers = dora_layers(model)
     assert {name: (layer.r, layer.scaling) for name, layer in layers.items()} == expected
     assert names == list(layers)
@@ -160,6 +166,7 @@ def test_same_modules_ranks_and_scalings_as_peft(case):
 REFUSED_BY_PEFT_TOO = {
     "no such name": (llama, {"target_modules": ["query"]}),
     "a bare string is a whole regex": (llama, {"target_modules": "q_proj"}),
+    "a regex for the beginning of names": (llama, {"target_modules": r"model\.layers\.\d\.self_attn\.q_pro"}),
     "no names": (llama, {"target_modules": []}),
     "all excluded": (llama, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}),
     "only saved": (llama, {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}),
