@@ -28,7 +28,7 @@ def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Ten
     acc = accumulate_dtype(weight, lora_A, lora_B)
     per_column = (weight.dtype != acc) * out_features + (lora_A.dtype != acc) * rank  # the converted chunks
     if weight_sq is None:
-        fixed = out_features * (rank + 4)  # scaled lora_B, the running sum of squares and its temporaries
+        fixed = out_features * (rank + 8)  # scaled lora_B, the float64 sum of squares and its temporaries
         per_column += out_features  # the adapted chunk
     else:
         # Scaled lora_B, U old and new, one product; Gram old and new.
@@ -52,15 +52,14 @@ def row_norm_aten(
     scaled_b_OR = lora_B * scaling.to(acc).reshape(1)  # one element, not none: a 0-d factor would not promote lora_B
     chunks = column_chunks(weight, lora_A, lora_B, weight_sq, budget)
     if weight_sq is None:
-        square_O = scaled_b_OR.new_zeros(weight.shape[0])
+        # Summed in float64, so that many small chunks are as exact as one large one.
+        square_O = scaled_b_OR.new_zeros(weight.shape[0], dtype=torch.float64)
         for chunk in chunks:  # nested, so that no chunk outlives its turn
-            square_O = (
-                square_O
-                + torch.linalg.vector_norm(
-                    torch.addmm(weight[:, chunk].to(acc), scaled_b_OR, lora_A[:, chunk].to(acc)), dim=1
-                ).square()
+            norm_O = torch.linalg.vector_norm(
+                torch.addmm(weight[:, chunk].to(acc), scaled_b_OR, lora_A[:, chunk].to(acc)), dim=1
             )
-        return square_O.sqrt()
+            square_O = square_O + norm_O.to(torch.float64).square()
+        return square_O.sqrt().to(acc)
     u_OR = torch.zeros_like(scaled_b_OR)
     gram_RR = scaled_b_OR.new_zeros(lora_A.shape[0], lora_A.shape[0])
     for chunk in chunks:
