@@ -199,10 +199,16 @@ def test_dropout_only_while_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-def test_adapter_dtype_follows_peft(dtype):
+def test_adapter_dtype(dtype):
     layer = adapted(linear(dtype=dtype))
     expected = torch.promote_types(dtype, torch.float32)
     assert {getattr(layer, name).dtype for name in ADAPTER} == {expected}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_adapter_dtype_is_pefts(dtype):
+    layer = adapted(linear(dtype=dtype))
+    expected = torch.promote_types(dtype, torch.float32)
     stock = stock_peft_layer(linear(dtype=dtype), layer)
     assert stock.lora_A.default.weight.dtype == expected
     assert stock.lora_magnitude_vector.default.weight.dtype == expected
