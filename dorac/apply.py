@@ -171,7 +171,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight. Refused by name, and nothing
-            is changed.
+            is changed. A weight that overflows its dtype: refused by name, the layers merged before it are unmerged.
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
@@ -180,8 +180,17 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(f"{name or 'DoraLinear'}: the adapter is not finite, merging would destroy the weight")
-    for layer in layers.values():
-        layer.merge()
+    merged = []
+    for name, layer in layers.items():
+        if layer.merged:
+            continue
+        try:
+            layer.merge()
+        except ValueError as error:
+            for other in merged:
+                other.unmerge()
+            raise ValueError(f"{name or 'DoraLinear'}: {error}") from None
+        merged.append(layer)
     if not unload:
         return root
     if "" in layers:

@@ -12,6 +12,8 @@ functions trace under ``torch.compile(fullgraph=True)`` and never change their i
 Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -199,6 +201,21 @@ def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
     return norm_factored(weight, lora_A, lora_B, scaling)
 
 
+def _low_rank_chunks(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, budget: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of the weight's columns and of ``s * lora_B @ lora_A``, both in the accumulate dtype.
+
+    Merging and unmerging both take the product from here: computed alike, its own rounding errors cancel exactly.
+    """
+    acc = accumulate_dtype(weight, lora_A, lora_B)
+    scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, weight, acc)
+    for columns in column_chunks(weight, lora_A, lora_B, None, budget):
+        with front.autocast_off(weight):
+            product = scaled_b @ lora_A[:, columns].to(acc)
+        yield weight[:, columns].to(acc), product
+
+
 @torch.no_grad()
 def merge_weight(
     weight: Tensor,
@@ -225,14 +242,9 @@ def merge_weight(
         weight_norm = norm_factored(weight, lora_A, lora_B, scaling, budget=budget)
     checks.check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
-    acc = accumulate_dtype(weight, lora_A, lora_B)
-    g = magnitude_scale(magnitude, weight_norm).to(acc)[:, None]
-    scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, weight, acc)
-    parts = [
-        (g * torch.addmm(weight[:, c].to(acc), scaled_b, lora_A[:, c].to(acc))).to(weight.dtype)
-        for c in column_chunks(weight, lora_A, lora_B, None, budget)
-    ]
-    return torch.cat(parts, dim=1), weight_norm
+    g = magnitude_scale(magnitude, weight_norm)[:, None]
+    chunks = _low_rank_chunks(weight, lora_A, lora_B, scaling, budget)
+    return torch.cat([(g * (w + product)).to(weight.dtype) for w, product in chunks], dim=1), weight_norm
 
 
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
@@ -260,7 +272,8 @@ def unmerge_weight(
 ) -> Tensor:
     """``W = W' / g - s * lora_B @ lora_A``: undoes :func:`merge_weight` to ``2 eps * max(|V|, |W|)``.
 
-    eps is that of the weight's dtype.
+    eps is that of the weight's dtype; the bound holds where ``g * V`` is a normal number of that dtype (float16
+    loses digits below 6e-5 and has none above 65504) and for the ``budget`` that the weight was merged with.
 
     Args: as in :func:`merge_weight`, with the same factors and magnitude, and ``weight_norm`` the norm that it returned
         (it cannot be recomputed from W'). Reads values of g, so it waits for the device.
@@ -274,11 +287,6 @@ def unmerge_weight(
     """
     checks.check_adapter(merged_weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
-    acc = accumulate_dtype(merged_weight, lora_A, lora_B)
-    g = invertible_scale(magnitude, weight_norm).to(acc)
-    scaled_b = lora_B.to(acc) * _scaling_tensor(scaling, merged_weight, acc)
-    parts = [
-        (merged_weight[:, c].to(acc) / g[:, None] - scaled_b @ lora_A[:, c].to(acc)).to(merged_weight.dtype)
-        for c in column_chunks(merged_weight, lora_A, lora_B, None, budget)
-    ]
-    return torch.cat(parts, dim=1)
+    g = invertible_scale(magnitude, weight_norm)[:, None]
+    chunks = _low_rank_chunks(merged_weight, lora_A, lora_B, scaling, budget)
+    return torch.cat([(w / g - product).to(merged_weight.dtype) for w, product in chunks], dim=1)

@@ -453,8 +453,9 @@ def test_adapters_that_are_not_finite_are_not_merged(part, value):
     modules, parameters, state = snapshot(model)
     assert (modules, parameters) == before[:2]
     assert all(torch.equal(t.nan_to_num(7), before[2][key].nan_to_num(7)) for key, t in state.items())
-    model.blocks[1].up.merge()  # done knowingly
-    assert dorac.merge(model, unload=True) is model
+    with pytest.raises(ValueError, match="the merged weight is not finite"):
+        model.blocks[1].up.merge()
+    assert not model.blocks[1].up.merged
 
 
 def test_rows_of_zero_g_cannot_be_unmerged():
@@ -518,3 +519,20 @@ def test_merging_on_meta():
     assert model(TOKENS.to("meta")).shape == (2, 3, 11)
     dorac.merge(model, unload=True)
     assert not dora_layers(model)
+
+
+def test_merge_refuses_a_weight_that_overflows():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).half()
+    dorac.apply_dora(model, ["0", "1"], r=2, init_lora_weights=False)
+    with torch.no_grad():
+        model[1].lora_magnitude_vector.mul_(1e6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^1: the merged weight is not finite in torch.float16"):
+        dorac.merge(model)
+    assert not model[0].merged
+    assert not model[1].merged
+    assert torch.equal(model[1].base_layer.weight, before["1.base_layer.weight"])
+    weight, layer = before["0.base_layer.weight"].double(), model[0]
+    adapted_weight = reference.adapted_weight(weight, layer.lora_A.double(), layer.lora_B.double(), layer.scaling)
+    bound = 2 * torch.finfo(torch.float16).eps * torch.maximum(weight.abs(), adapted_weight.abs())
+    assert ((layer.base_layer.weight.double() - weight).abs() <= bound).all()

@@ -239,6 +239,33 @@ def test_merge_and_unmerge(dtype, transposed, device):
     assert ((back.double() - inputs.weight.double()).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64, 256, 512), (1, 192, 160, 136), (1, 300, 20, 3)])
+def test_unmerge_bound_at_any_rank(dtype, shape):
+    """The product's own error is many eps at high rank; taken alike both ways, it cancels."""
+    inputs = linear_inputs(shape, dtype=dtype)
+    args = (4 * inputs.lora_A, inputs.lora_B, inputs.magnitude)
+    merged, norm = functional.merge_weight(inputs.weight, *args, scaling=2.0)
+    back = functional.unmerge_weight(merged, *args, scaling=2.0, weight_norm=norm)
+    adapted = reference.adapted_weight(inputs.weight.double(), *(t.double() for t in args[:2]), 2.0)
+    bound = 2 * torch.finfo(dtype).eps * torch.maximum(adapted.abs(), inputs.weight.double().abs())
+    # V itself is known to the product's rounding only, which matters where W and BA nearly cancel.
+    slack = torch.finfo(torch.float32).eps * shape[3] * 2.0 * args[1].double().abs() @ args[0].double().abs()
+    assert ((back.double() - inputs.weight.double()).abs() <= bound + 4 * torch.finfo(dtype).eps * slack).all()
+
+
+def test_merge_under_autocast():
+    inputs = linear_inputs("aligned", dtype=torch.float32)
+    args = (inputs.lora_A, inputs.lora_B, inputs.magnitude)
+    merged, norm = functional.merge_weight(inputs.weight, *args, scaling=0.7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, norm_again = functional.merge_weight(inputs.weight, *args, scaling=0.7)
+        back = functional.unmerge_weight(merged, *args, scaling=0.7, weight_norm=norm)
+    assert torch.equal(merged, again)
+    assert torch.equal(norm, norm_again)
+    assert torch.equal(back, functional.unmerge_weight(merged, *args, scaling=0.7, weight_norm=norm))
+
+
 def test_merge_in_chunks_equals_one_chunk():
     inputs = linear_inputs("odd", dtype=torch.float64)
     args = (inputs.weight, inputs.lora_A, inputs.lora_B, inputs.magnitude)

@@ -180,13 +180,21 @@ class DoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Writes the adapted weight into the base layer; a second call does nothing."""
+        """Writes the adapted weight into the base layer; a second call does nothing.
+
+        Raises:
+            ValueError: the merged weight would not be finite in its dtype; the layer stays unmerged.
+        """
         if self.merged:
             return
         weight = self._weight()
         merged, norm = functional.merge_weight(
             weight, self.lora_A, self.lora_B, self.lora_magnitude_vector, scaling=self.scaling
         )
+        if not merged.is_meta and not merged.isfinite().all():
+            raise ValueError(
+                f"the merged weight is not finite in {weight.dtype}: the adapter is not, or g is too large"
+            )
         weight.copy_(merged)
         self.merged_norm = norm
 
