@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
-from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
+from dorac import checks, ops
+from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
@@ -97,10 +97,7 @@ def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
         TypeError, ValueError: a magnitude whose dtype, length or device does not fit ``weight_norm``.
     """
     checks.check_vector("magnitude", magnitude, weight_norm)
-    acc = accumulate_dtype(magnitude, weight_norm)
-    norm = weight_norm.to(acc)
-    zero_row = norm <= ZERO_ROW_NORM
-    return torch.where(zero_row, 1.0, magnitude.to(acc) / torch.where(zero_row, 1.0, norm))
+    return ops.compose.magnitude_scale(magnitude, weight_norm)
 
 
 def compose(
@@ -182,11 +179,11 @@ def dora_linear(
     s = _scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, budget=budget)
-    g = magnitude_scale(magnitude, weight_norm)
-    x_adapter = F.dropout(x, dropout_p) if dropout_p else x
-    lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     if not dropout_p:
-        return compose(F.linear(x, weight), lora, g, s, bias=bias)
+        return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias)
+    x_adapter = F.dropout(x, dropout_p)
+    lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
+    g = magnitude_scale(magnitude, weight_norm)
     return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)
 
 

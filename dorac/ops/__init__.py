@@ -1,5 +1,5 @@
 """Operators of the ``dorac`` library; importing this package registers them and touches neither Triton nor CUDA."""
 
-from dorac.ops import compose, norm
+from dorac.ops import compose, linear, norm
 
-__all__ = ["compose", "norm"]
+__all__ = ["compose", "linear", "norm"]

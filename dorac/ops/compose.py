@@ -8,7 +8,8 @@ activation's dtype, and nothing else of that size: in eager over the leaf ops ``
 instead would drop forward-mode tangents without an error and raise under ``torch.func.grad``; an Autograd-key kernel
 would not vmap.
 
-The leaves bound the float32 temporaries of half-precision activations to one block of rows on the CPU.
+The leaves are Triton kernels on CUDA; on the CPU they bound the float32 temporaries of half-precision activations to
+one block of rows.
 
 Legend: T tokens, O out_features. Activations are [T, O] here; the functional layer accepts any leading shape.
 """
@@ -18,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from dorac.numerics import accumulate_dtype
+from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import lib, register_composite
+from dorac.ops.library import lib, register_composite, register_leaf
 
 BLOCK_ELEMENTS = 2**18  # elements per row block of the CPU loops: the fp32 temporaries stay in cache
 
@@ -42,6 +43,14 @@ def _grads(dy_TO, g_O, scaling, delta, acc):
     """The gradients of base and lora in the accumulate dtype."""
     g_O, dy_TO = g_O.to(acc), dy_TO.to(acc)
     return (g_O - 1 if delta else g_O) * dy_TO, (g_O * scaling.to(acc)) * dy_TO
+
+
+def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
+    """``g = m / n``, and 1 where ``n <= 1e-12``, in plain differentiable aten."""
+    acc = accumulate_dtype(magnitude, weight_norm)
+    norm = weight_norm.to(acc)
+    zero_row = norm <= ZERO_ROW_NORM
+    return torch.where(zero_row, 1.0, magnitude.to(acc) / torch.where(zero_row, 1.0, norm))
 
 
 def compose_aten(base, lora, mag_scale, scaling, bias, delta):
@@ -117,13 +126,43 @@ def _compose_backward(dy, inner, mag_scale, scaling, lora_dtype, delta):
     return d_base, d_lora, d_mag.to(mag_scale.dtype)
 
 
-for _name, _kernel in (
-    ("compose_value", _compose_value),
-    ("compose_forward", _compose_forward),
-    ("compose_backward", _compose_backward),
+def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta):
+    from dorac.kernels.compose import compose
+
+    return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta)[0]
+
+
+def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta):
+    from dorac.kernels.compose import compose
+
+    return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta, want_inner=True)
+
+
+def _compose_backward_cuda(dy, inner, mag_scale, scaling, lora_dtype, delta):
+    from dorac.kernels.compose import compose_backward
+
+    return compose_backward(dy, inner, mag_scale, None, scaling, delta=delta, lora_dtype=lora_dtype)
+
+
+for _name, _aten, _cuda in (
+    ("compose_value", _compose_value, _compose_value_cuda),
+    ("compose_forward", _compose_forward, _compose_forward_cuda),
+    ("compose_backward", _compose_backward, _compose_backward_cuda),
 ):
-    lib.impl(_name, _kernel, "CPU")
-    lib.impl(_name, _kernel, "CUDA")
+    register_leaf(_name, _aten, _cuda)
+
+
+def compose_parts(base, lora, mag_scale, scaling, bias, delta, *, eager, needs_inner):
+    """``(y, inner)``, the second None unless needed: over the leaves in eager, in aten under the compiler."""
+    if not needs_inner:
+        compute = torch.ops.dorac.compose_value if eager else compose_aten
+        return compute(base, lora, mag_scale, scaling, bias, delta), None
+    if eager:
+        return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
+    acc = accumulate_dtype(base, lora, mag_scale)
+    inner_TO = _inner(base, lora, scaling, acc)
+    y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, acc).to(base.dtype)
+    return y, inner_TO.to(base.dtype)
 
 
 class _Compose(torch.autograd.Function):
@@ -131,18 +170,9 @@ class _Compose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, base, lora, mag_scale, scaling, bias, delta, eager):
-        needs_inner = ctx.needs_input_grad[2]
-        inner = None
-        if not needs_inner:
-            compute = torch.ops.dorac.compose_value if eager else compose_aten
-            y = compute(base, lora, mag_scale, scaling, bias, delta)
-        elif eager:
-            y, inner = torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
-        else:
-            acc = accumulate_dtype(base, lora, mag_scale)
-            inner_TO = _inner(base, lora, scaling, acc)
-            y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, acc).to(base.dtype)
-            inner = inner_TO.to(base.dtype)
+        y, inner = compose_parts(
+            base, lora, mag_scale, scaling, bias, delta, eager=eager, needs_inner=ctx.needs_input_grad[2]
+        )
         ctx.save_for_backward(inner, mag_scale, scaling)
         ctx.set_materialize_grads(False)
         ctx.dtypes = base.dtype, lora.dtype, mag_scale.dtype, None if bias is None else bias.dtype

@@ -6,6 +6,8 @@ public in torch; ``tests/test_front.py`` fails if torch moves them.
 """
 
 import contextlib
+import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -43,9 +45,39 @@ def all_plain(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in _TRACED for t in tensors)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the arguments of products on the tensor's device to, or None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Autocast disabled for the tensor's device, or nothing where it is off: export records even a no-op autocast."""
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    if autocast_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Tiles are sized for Hopper's and Blackwell's data-centre chips (227 KiB of shared memory per processor)."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def has_kernels(*tensors: Tensor | None) -> bool:
+    """Whether the Triton kernels take these tensors: on a CUDA device that they are made for, none of them float64.
+
+    Everything else is computed in aten, with the same results.
+    """
+    return all(t is None or (t.is_cuda and t.dtype is not torch.float64) for t in tensors) and all(
+        t is None or _has_kernels(t.device) for t in tensors
+    )
+
+
+def at_most(size: int | torch.SymInt, limit: int) -> bool:
+    """Whether ``size <= limit`` is known; a symbolic size that may be either is not specialised, the answer is no."""
+    if isinstance(size, int):
+        return size <= limit
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(size <= limit)

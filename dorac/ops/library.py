@@ -1,8 +1,10 @@
-"""The ``dorac`` operator library and the one way a public op is registered."""
+"""The ``dorac`` operator library, and the one way in which each kind of op is registered."""
 
 from collections.abc import Callable
 
 import torch
+
+from dorac.ops import front
 
 lib = torch.library.Library("dorac", "DEF")
 
@@ -13,3 +15,13 @@ def register_composite(schema: str, body: Callable) -> None:
     name = schema.partition("(")[0]
     lib.impl(name, body, "CompositeImplicitAutograd")
     lib.impl(name, body, "FuncTorchBatchedDecomposition")
+
+
+def register_leaf(name: str, aten: Callable, cuda: Callable) -> None:
+    """Implements a leaf op: ``aten`` on the CPU and where there are no kernels for its tensors, ``cuda`` elsewhere."""
+
+    def on_cuda(*args):
+        return (cuda if front.has_kernels(*(a for a in args if isinstance(a, torch.Tensor))) else aten)(*args)
+
+    lib.impl(name, aten, "CPU")
+    lib.impl(name, on_cuda, "CUDA")

@@ -6,7 +6,7 @@ in backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an o
 subclasses such as DTensor (a leaf has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap
 off its slow per-sample loop. The leaf carries no autograd, so nothing can drop a gradient or a tangent silently:
 ``detach`` in front of it, unlike ``no_grad``, also stops forward-mode tangents. It is opaque to the compiler because
-its chunked loop is what bounds memory.
+its chunked loop, on CUDA its Triton kernel, is what bounds memory.
 
 Legend: O out_features, I in_features, R rank, C columns of one chunk.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import lib, register_composite
+from dorac.ops.library import lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -73,8 +73,15 @@ def row_norm_aten(
 lib.define(
     "row_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, int budget) -> Tensor"
 )
-lib.impl("row_norm", row_norm_aten, "CPU")
-lib.impl("row_norm", row_norm_aten, "CUDA")
+
+
+def _row_norm_cuda(weight, lora_A, lora_B, scaling, weight_sq, budget):
+    from dorac.kernels.norm import row_norm
+
+    return row_norm(weight, lora_A, lora_B, scaling)  # reads W once at any rate: neither square nor budget help
+
+
+register_leaf("row_norm", row_norm_aten, _row_norm_cuda)
 
 
 @torch.library.register_fake("dorac::row_norm", lib=lib)

@@ -1,0 +1,99 @@
+"""How each kernel is launched: frozen records and the pure functions that choose them.
+
+The thresholds and tiles were chosen by ``python -m dorac.bench tune``, which prints the candidates beside them.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """A program's rows, the columns and ranks of a step, and over how many programs the columns are split."""
+
+    block_o: int
+    block_i: int
+    block_r: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """A program's tile of activations, and the ranks of a step of its product."""
+
+    block_t: int
+    block_o: int
+    block_r: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # load and store through the tensor memory accelerator
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnConfig:
+    """A program's columns and rows of activations; it walks its rows in steps of ``block_t``."""
+
+    block_t: int
+    block_o: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def _power(value: int, low: int, high: int) -> int:
+    """The least power of two that holds ``value``, between ``low`` and ``high``."""
+    return max(low, min(high, 1 << max(0, value - 1).bit_length()))
+
+
+def norm_config(
+    experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, factor_dtype: torch.dtype
+) -> NormConfig:
+    """Wide tiles where the weight's bytes are the limit, resident factors where the product is."""
+    block_r = _power(rank, 16, 128)
+    if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
+        return NormConfig(32, 32, min(block_r, 32), _splits(experts, out_features, in_features, 32, 32), 4, 2)
+    split_factors = factor_dtype is torch.float32
+    if rank <= 64:
+        block_i = 64 if split_factors and rank > 16 else 128
+        stages = 2 if split_factors and rank > 16 else 3
+        return NormConfig(64, block_i, block_r, _splits(experts, out_features, in_features, 64, block_i), 4, stages)
+    if split_factors:
+        return NormConfig(64, 64, 32, _splits(experts, out_features, in_features, 64, 64), 4, 2)
+    if rank <= 384:
+        return NormConfig(64, 64, block_r, _splits(experts, out_features, in_features, 64, 64), 4, 3)
+    return NormConfig(64, 64, 64, _splits(experts, out_features, in_features, 64, 64), 4, 3)
+
+
+def _splits(experts: int, out_features: int, in_features: int, block_o: int, block_i: int) -> int:
+    """Column splits: at least 256 programs (about two for each of an H100's 132 processors), four steps each."""
+    row_blocks = max(1, experts * -(-out_features // block_o))
+    most = max(1, in_features // (4 * block_i))
+    return min(most, 2 ** max(0, (-(-256 // row_blocks) - 1).bit_length()))
+
+
+def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype, base_dtype: torch.dtype) -> TileConfig:
+    """The up-projection with its epilogue: many small tiles where bytes are the limit, large ones where flops are."""
+    block_t = _power(tokens, 16, 32)
+    if base_dtype is torch.float32:
+        return TileConfig(block_t, 64, 16, 4, 2)
+    if rank <= 64 or tokens <= 32:
+        return TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
+    if h_dtype is torch.float32:
+        return TileConfig(64, 128, 32, 4, 2)
+    return TileConfig(128, 256, 64, 8, 3, descriptors=True)
+
+
+def pointwise_config(tokens: int) -> TileConfig:
+    """Compose without a product."""
+    return TileConfig(_power(tokens, 1, 16), 256, 16, 4, 1)
+
+
+def column_config(tokens: int, out_features: int) -> ColumnConfig:
+    """One pass over dy and inner: tall strips where there are enough of them, shorter ones where there are not."""
+    rows = 256
+    while rows > 32 and -(-tokens // rows) * -(-out_features // 128) < 512:
+        rows //= 2
+    return ColumnConfig(min(32, rows), 128, rows, 4, 4)

@@ -1,0 +1,159 @@
+"""The row norm ``||W + s * lora_B @ lora_A||`` on CUDA, formed tile by tile in registers and squared there.
+
+A program owns ``BLOCK_O`` rows and a range of columns. Its rows of lora_B stay with it, tiles of lora_A stream through
+L2, ``B @ A`` runs on the tensor cores, and ``W + s * BA`` is squared and summed in float32 registers: nothing of size
+out x in or out x r exists in memory, and nothing cancels. With several column ranges per row block the partial sums
+are written out and added in a fixed order by a second kernel, so that two runs give the same bits.
+
+Legend: E experts, O out_features, I in_features, R rank, S column splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dorac.kernels.configs import NormConfig, norm_config
+from dorac.kernels.tiles import load_tile, product
+
+
+@triton.jit
+def row_square_kernel(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    scaling_ptr,
+    out_ptr,
+    O,
+    I,
+    R,
+    stride_we,
+    stride_wo,
+    stride_wi,
+    stride_ae,
+    stride_ar,
+    stride_ai,
+    stride_be,
+    stride_bo,
+    stride_br,
+    columns_per_split,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of lora_B kept resident; 0: more than 3 are loaded anew for every tile
+    EVEN: tl.constexpr,  # no tile reaches over an edge
+    FINISH: tl.constexpr,  # one split: write the norm itself
+    SPLIT: tl.constexpr,  # float32 factors of a half-precision weight
+    STAGES: tl.constexpr,
+):
+    """Partial sums of squares ``out[S, E, O]``, or with FINISH the norms ``out[E, O]``."""
+    expert = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    start_o = tl.program_id(0) * BLOCK_O
+    scaling = tl.load(scaling_ptr).to(tl.float32)
+    w_ptr += expert * stride_we
+    a_ptr += expert * stride_ae
+    b_ptr += expert * stride_be
+
+    if CHUNKS >= 1:
+        b0 = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+    if CHUNKS >= 2:
+        b1 = load_tile(b_ptr, start_o, BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+    if CHUNKS >= 3:
+        b2 = load_tile(b_ptr, start_o, 2 * BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+
+    square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
+    begin = split * columns_per_split
+    for start in tl.range(begin, tl.minimum(begin + columns_per_split, I), BLOCK_I, num_stages=STAGES):
+        w_OI = load_tile(w_ptr, start_o, start, O, I, stride_wo, stride_wi, BLOCK_O, BLOCK_I, EVEN, False)
+        acc_OI = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+        if CHUNKS >= 1:
+            a_RI = load_tile(a_ptr, 0, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
+            acc_OI = product(b0, a_RI, acc_OI, SPLIT)
+        if CHUNKS >= 2:
+            a_RI = load_tile(a_ptr, BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
+            acc_OI = product(b1, a_RI, acc_OI, SPLIT)
+        if CHUNKS >= 3:
+            a_RI = load_tile(a_ptr, 2 * BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
+            acc_OI = product(b2, a_RI, acc_OI, SPLIT)
+        if CHUNKS == 0:
+            for rank in tl.range(0, R, BLOCK_R):
+                b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+                a_RI = load_tile(a_ptr, rank, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
+                acc_OI = product(b_OR, a_RI, acc_OI, SPLIT)
+        v_OI = w_OI.to(tl.float32) + scaling * acc_OI
+        square_O += tl.sum(v_OI * v_OI, axis=1)
+
+    if FINISH:
+        square_O = tl.sqrt_rn(square_O)
+    rows_O = start_o + tl.arange(0, BLOCK_O)
+    target = (split.to(tl.int64) * tl.num_programs(2) + expert) * O + rows_O
+    tl.store(out_ptr + target, square_O, mask=rows_O < O)
+
+
+@triton.jit
+def finish_kernel(partial_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out = sqrt(sum over S of partial[S, size])``, in the order of S."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + split * size + index, mask=index < size, other=0.0)
+    tl.store(out_ptr + index, tl.sqrt_rn(total), mask=index < size)
+
+
+def row_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, config: NormConfig | None = None
+) -> Tensor:
+    """``||W + s * lora_B @ lora_A||`` per row.
+
+    Args:
+        weight: ``[out, in]`` or ``[E, out, in]``, any strides. lora_A: ``[(E,) r, in]``. lora_B: ``[(E,) out, r]``.
+        scaling: one element on the device.
+        config: how to launch; None takes :func:`norm_config`'s.
+
+    Returns:
+        ``[(E,) out]``, float32.
+    """
+    batch, (out_features, in_features) = weight.shape[:-2], weight.shape[-2:]
+    norm = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+    if not norm.numel():
+        return norm
+    if not in_features:
+        return norm.zero_()
+    experts, rank = batch.numel(), lora_A.shape[-2]
+    if config is None:
+        config = norm_config(experts, out_features, in_features, rank, weight.dtype, lora_A.dtype)
+    strides = [(t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B)]
+    chunks = triton.cdiv(rank, config.block_r)
+    tiles = triton.cdiv(in_features, config.block_i)
+    tiles_per_split = triton.cdiv(tiles, config.splits)
+    splits = triton.cdiv(tiles, tiles_per_split)
+    out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
+    grid = (triton.cdiv(out_features, config.block_o), splits, experts)
+    row_square_kernel[grid](
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        out,
+        out_features,
+        in_features,
+        rank,
+        *strides[0],
+        *strides[1],
+        *strides[2],
+        tiles_per_split * config.block_i,
+        BLOCK_O=config.block_o,
+        BLOCK_I=config.block_i,
+        BLOCK_R=config.block_r,
+        CHUNKS=chunks if chunks <= 3 else 0,
+        EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
+        FINISH=splits == 1,
+        SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+    if splits > 1:
+        size = experts * out_features
+        finish_kernel[(triton.cdiv(size, 256),)](out, norm, size, SPLITS=splits, BLOCK=256, num_warps=4)
+    return norm

@@ -1,0 +1,288 @@
+"""``dorac::dora_linear``: the adapted layer ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b``, ``g = m / n``, n given.
+
+Registration. As ``dorac::compose``: a CompositeImplicitAutograd op whose body applies an ``autograd.Function`` over
+leaf ops in eager and under the compiler, and the plain formula under ``torch.func``, forward-mode AD, export and for
+tensor subclasses. The whole layer is one Function, because its cheapest form crosses the borders between its parts:
+
+- the product that makes ``inner = x W^T + s h lora_B^T`` starts from the low-rank part and accumulates the large
+  product onto it inside the GEMM (``low_rank_linear``): no pass over the activations of its own. The gradient of x is
+  the same op on ``g * dy``;
+- g is applied in aten under the compiler, which fuses it into the consumer of y, keeps ``inner`` alone for backward
+  and recomputes y; in eager it is one kernel (``scale``);
+- backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), and d_inner serves
+  base and low-rank branch both.
+
+:func:`route` is the table of which form is taken where; ``python -m dorac.bench tune`` prints what it rests on.
+
+Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
+from dorac.ops import front
+from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
+from dorac.ops.library import lib, register_composite, register_leaf
+
+
+def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
+    """The formula in plain differentiable aten."""
+    lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
+    return compose_aten(F.linear(x, weight), lora, magnitude_scale(magnitude, weight_norm), scaling, bias, False)
+
+
+lib.define("low_rank_linear(Tensor x, Tensor weight, Tensor h, Tensor lora_B) -> Tensor")
+lib.define("scale(Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor? bias) -> Tensor")
+lib.define("scale_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm) -> (Tensor, Tensor)")
+lib.define(
+    "up_compose(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
+    "Tensor? bias, bool delta) -> Tensor"
+)
+lib.define(
+    "up_compose_forward(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
+    "Tensor? bias, bool delta) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("dorac::low_rank_linear", lib=lib)
+def _low_rank_linear_fake(x, weight, h, lora_B):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("dorac::scale", lib=lib)
+def _scale_fake(inner, magnitude, weight_norm, bias):
+    return inner.new_empty(inner.shape)
+
+
+@torch.library.register_fake("dorac::scale_backward", lib=lib)
+def _scale_backward_fake(dy, inner, magnitude, weight_norm):
+    return inner.new_empty(inner.shape), magnitude.new_empty(magnitude.shape)
+
+
+@torch.library.register_fake("dorac::up_compose", lib=lib)
+def _up_compose_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    return base.new_empty(base.shape)
+
+
+@torch.library.register_fake("dorac::up_compose_forward", lib=lib)
+def _up_compose_forward_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    return base.new_empty(base.shape), base.new_empty(base.shape)
+
+
+def _low_rank_linear(x, weight, h, lora_B):
+    """``x W^T + h lora_B^T``. ``addmm_`` accumulates onto the small product in place, inside the large one's GEMM."""
+    return torch.mm(h, lora_B.t()).addmm_(x, weight.t())
+
+
+def _scale(inner, magnitude, weight_norm, bias):
+    """``g * inner + b``, rounded once."""
+    acc = accumulate_dtype(inner, magnitude, weight_norm)
+    y = magnitude_scale(magnitude, weight_norm).to(acc) * inner.to(acc)
+    return (y if bias is None else y + bias.to(acc)).to(inner.dtype)
+
+
+def _scale_backward(dy, inner, magnitude, weight_norm):
+    """``g * dy``, and the magnitude's gradient; none reaches it on zero rows, whose g is the constant 1."""
+    acc = accumulate_dtype(dy, inner, magnitude, weight_norm)
+    d_g = (dy.to(acc) * inner.to(acc)).sum(0)
+    norm = weight_norm.to(acc)
+    zero_row = norm <= ZERO_ROW_NORM
+    d_magnitude = torch.where(zero_row, 0.0, d_g / torch.where(zero_row, 1.0, norm))
+    return _scale(dy, magnitude, weight_norm, None), d_magnitude.to(magnitude.dtype)
+
+
+def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    return compose_aten(base, F.linear(h, lora_B), magnitude_scale(magnitude, weight_norm), scaling, bias, delta)
+
+
+def _up_compose_forward(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    g = magnitude_scale(magnitude, weight_norm)
+    return compose_parts(base, F.linear(h, lora_B), g, scaling, bias, delta, eager=False, needs_inner=True)
+
+
+def _scale_cuda(inner, magnitude, weight_norm, bias):
+    from dorac.kernels.compose import compose
+
+    return compose(inner, None, None, magnitude, weight_norm, None, bias)[0]
+
+
+def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
+    from dorac.kernels.compose import compose_backward
+
+    d_inner, _, d_magnitude = compose_backward(dy, inner, magnitude, weight_norm)
+    return d_inner, d_magnitude
+
+
+def _up_compose_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    from dorac.kernels.compose import compose
+
+    return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta)[0]
+
+
+def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+    from dorac.kernels.compose import compose
+
+    return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta, want_inner=True)
+
+
+lib.impl("low_rank_linear", _low_rank_linear, "CPU")
+lib.impl("low_rank_linear", _low_rank_linear, "CUDA")
+for _name, _aten, _cuda in (
+    ("scale", _scale, _scale_cuda),
+    ("scale_backward", _scale_backward, _scale_backward_cuda),
+    ("up_compose", _up_compose, _up_compose_cuda),
+    ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
+):
+    register_leaf(_name, _aten, _cuda)
+
+
+def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
+    """Which form the layer takes.
+
+    - "accumulate": the low-rank part first, the large product accumulated onto it, then g;
+    - "fused": the large product first, then up-projection and g in one kernel;
+    - "separate": three products and compose: where there are no kernels.
+    """
+    if not front.has_kernels(x, lora_A):
+        return "separate"
+    if x.dtype is torch.float32:
+        return "accumulate"  # without tensor cores the kernel's product is no match for cuBLAS
+    if x.dtype is not lora_A.dtype:
+        return "fused"  # the low-rank part keeps the precision of its float32 factors
+    if training and traced:
+        return "accumulate"
+    return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
+
+
+def _value(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager):
+    """The layer where nothing is saved for backward."""
+    h = x.to(lora_A.dtype) @ lora_A.t()
+    if path == "accumulate":
+        inner = torch.ops.dorac.low_rank_linear(x, weight, scaling * h, lora_B)
+        return (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias)
+    base = x @ weight.t()
+    if path == "fused":
+        return torch.ops.dorac.up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, False)
+    g = magnitude_scale(magnitude, weight_norm)
+    return compose_parts(base, h @ lora_B.t(), g, scaling, bias, False, eager=eager, needs_inner=False)[0]
+
+
+class _DoraLinear(torch.autograd.Function):
+    """Returns (y, inner, h): as outputs, what backward saved keeps a second derivative connected."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager):
+        needs_x, needs_weight, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
+        h = x.to(lora_A.dtype) @ lora_A.t()
+        inner = None
+        if path == "accumulate":
+            h = scaling * h
+            inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
+            y = (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias)
+        elif path == "fused":
+            tensors = (x @ weight.t(), h, lora_B, magnitude, weight_norm, scaling, bias, False)
+            if needs_m:
+                y, inner = torch.ops.dorac.up_compose_forward(*tensors)
+            else:
+                y = torch.ops.dorac.up_compose(*tensors)
+        else:
+            g, lora = magnitude_scale(magnitude, weight_norm), h @ lora_B.t()
+            y, inner = compose_parts(x @ weight.t(), lora, g, scaling, bias, False, eager=eager, needs_inner=needs_m)
+        ctx.save_for_backward(
+            x if needs_a or needs_weight else None,
+            weight if needs_x else None,
+            lora_A if needs_x else None,
+            lora_B if needs_x or needs_a else None,
+            magnitude,
+            weight_norm,
+            scaling,
+            h if needs_b else None,
+            inner if needs_m else None,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = x.dtype, lora_A.dtype, None if bias is None else bias.dtype
+        ctx.path, ctx.eager = path, eager
+        return y, inner if needs_m else None, h if needs_b else None
+
+    @staticmethod
+    def backward(ctx, dy, d_inner_again, d_h_again):
+        x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner = ctx.saved_tensors
+        needs_x, needs_weight, needs_a, needs_b, needs_m, _, _, needs_bias = ctx.needs_input_grad[:8]
+        x_dtype, lora_dtype, bias_dtype = ctx.dtypes
+        # Leaves can be neither differentiated again nor batched.
+        leaves = ctx.path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
+        h_is_scaled = ctx.path == "accumulate"
+        d_inner = dx = d_weight = d_a = d_b = d_m = d_bias = None
+        if dy is not None:
+            if needs_m:
+                backward = torch.ops.dorac.scale_backward if leaves else _scale_backward
+                d_inner, d_m = backward(dy, inner, magnitude, weight_norm)
+            else:  # traced, aten fuses into what made dy
+                d_inner = (torch.ops.dorac.scale if leaves and ctx.eager else _scale)(dy, magnitude, weight_norm, None)
+            if needs_bias:
+                d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
+        d_inner = _sum(d_inner, d_inner_again)
+        d_h = None
+        if d_inner is not None:
+            d_lora = d_inner.to(lora_dtype)
+            if needs_b:
+                d_b = d_lora.t() @ h
+                d_b = d_b if h_is_scaled else scaling * d_b
+            if needs_x or needs_a:
+                d_h = d_lora @ lora_B
+                d_h = d_h if h_is_scaled else scaling * d_h
+            if needs_weight:
+                d_weight = d_inner.t() @ x
+        d_h = _sum(d_h, d_h_again)
+        if d_h is not None and (needs_x or needs_a):
+            d_h = scaling * d_h if h_is_scaled else d_h
+            if needs_a:
+                d_a = d_h.t() @ x.to(lora_dtype)
+            if needs_x:
+                if leaves and x_dtype is lora_dtype:
+                    dx = torch.ops.dorac.low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
+                else:
+                    dx = (d_h @ lora_A).to(x_dtype)
+                    dx = dx if d_inner is None else d_inner @ weight + dx
+        return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None):
+    if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone
+        x, weight, lora_A, lora_B = (
+            t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
+        )
+    with front.autocast_off(x):
+        tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+        if (
+            front.under_transform()
+            or front.exporting()
+            or not front.all_plain(*tensors)
+            or scaling.requires_grad
+            or weight_norm.requires_grad
+        ):
+            return linear_aten(*tensors)
+        eager = front.all_eager(*tensors)
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        path = route(flat, lora_A, training=training, traced=not eager)
+        arguments = (flat, *tensors[1:], path, eager)
+        y = _DoraLinear.apply(*arguments)[0] if training else _value(*arguments)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+
+register_composite(
+    "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor weight_norm, "
+    "Tensor scaling, Tensor? bias=None) -> Tensor",
+    _dora_linear,
+)
