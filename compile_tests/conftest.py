@@ -13,6 +13,11 @@ def device(request) -> str:
     return request.param
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from one seed and an empty compiler cache."""

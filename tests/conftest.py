@@ -3,6 +3,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels then run on CPU tensors; read when triton is imported
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -11,6 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def device(request) -> str:
     """Every test with this fixture has a twin for the GPU under the marker gpu."""
     return request.param
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

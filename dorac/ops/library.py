@@ -18,10 +18,18 @@ def register_composite(schema: str, body: Callable) -> None:
 
 
 def register_leaf(name: str, aten: Callable, cuda: Callable) -> None:
-    """Implements a leaf op: ``aten`` on the CPU and where there are no kernels for its tensors, ``cuda`` elsewhere."""
+    """Implements a leaf op: ``aten`` on the CPU and where there are no kernels for its tensors, ``cuda`` elsewhere.
+
+    Results are contiguous whatever the strides of the arguments, as the op's fake says.
+    """
+
+    def in_aten(*args):
+        result = aten(*args)
+        return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
 
     def on_cuda(*args):
-        return (cuda if front.has_kernels(*(a for a in args if isinstance(a, torch.Tensor))) else aten)(*args)
+        tensors = (a for a in args if isinstance(a, torch.Tensor))
+        return (cuda if front.has_kernels(*tensors) else in_aten)(*args)
 
-    lib.impl(name, aten, "CPU")
+    lib.impl(name, in_aten, "CPU")
     lib.impl(name, on_cuda, "CUDA")

@@ -243,7 +243,7 @@ class _DoraLinear(torch.autograd.Function):
             if needs_a:
                 d_a = d_h.t() @ x.to(lora_dtype)
             if needs_x:
-                if leaves and x_dtype is lora_dtype:
+                if leaves and d_inner is not None and x_dtype is lora_dtype:
                     dx = torch.ops.dorac.low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
                 else:
                     dx = (d_h @ lora_A).to(x_dtype)

@@ -1,0 +1,341 @@
+"""The Triton kernels against float64: on the GPU as they are, on the CPU through Triton's interpreter."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dorac import reference
+from dorac.testing import LinearInputs, linear_inputs, max_error
+
+pytest.importorskip("triton")
+
+from dorac.kernels import configs
+from dorac.kernels.compose import compose, compose_backward
+from dorac.kernels.norm import row_norm
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+full = pytest.mark.full
+REGIMES = [
+    "aligned",
+    "odd",
+    "rank_1",
+    "rank_over_128",
+    "rank_over_both",
+    "one_token",
+    "no_tokens",
+    "no_outputs",
+    "one_feature",
+    "wide",
+    "tall",
+    pytest.param((16, 64, 96, 520), id="rank_over_512"),
+]
+S = 0.7
+
+
+def scaling(device):
+    return torch.tensor(S, device=device)
+
+
+def norm_truth(weight, lora_A, lora_B):
+    return torch.linalg.vector_norm(weight.double() + S * lora_B.double() @ lora_A.double(), dim=-1)
+
+
+def norm_bound(weight, lora_A) -> float:
+    """Relative: sums of float32 products; or 16 bits of each float32 factor of a half-precision weight."""
+    if lora_A.dtype is torch.float32 and weight.dtype is not torch.float32:
+        return 1e-5 if weight.is_cuda else 4e-5  # the interpreter truncates to bfloat16
+    return 1e-6
+
+
+def check_norm(weight, lora_A, lora_B, config=None):
+    norm = row_norm(weight, lora_A, lora_B, scaling(weight.device), config)
+    truth = norm_truth(weight, lora_A, lora_B)
+    assert norm.dtype is torch.float32
+    assert norm.shape == truth.shape
+    assert ((norm.double() - truth).abs() <= norm_bound(weight, lora_A) * truth).all()
+    return norm
+
+
+class TestNorm:
+    @pytest.mark.parametrize("regime", REGIMES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+    def test_regimes(self, regime, dtype, factor_dtype, device):
+        if dtype is torch.float32 and factor_dtype is not None:
+            pytest.skip("the same as None")
+        inputs = linear_inputs(regime, dtype=dtype, factor_dtype=factor_dtype, device=device)
+        check_norm(inputs.weight, inputs.lora_A, inputs.lora_B)
+
+    @pytest.mark.parametrize("factor_dtype", HALF)
+    def test_half_factors_of_a_float32_weight(self, factor_dtype, device):
+        inputs = linear_inputs("odd", dtype=torch.float32, factor_dtype=factor_dtype, device=device)
+        check_norm(inputs.weight, inputs.lora_A, inputs.lora_B)
+
+    @pytest.mark.parametrize("layout", ["transposed", "sliced", "factors_transposed", "overlapping"])
+    def test_strides(self, layout, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+        weight, lora_A, lora_B = inputs.weight, inputs.lora_A, inputs.lora_B
+        if layout == "transposed":
+            weight = weight.T.contiguous().T
+        elif layout == "sliced":
+            weight = torch.stack([weight, -weight], dim=2)[:, :, 0]
+            assert weight.stride(1) == 2
+        elif layout == "overlapping":
+            weight = weight[:1].expand(weight.shape)
+        else:
+            lora_A, lora_B = lora_A.T.contiguous().T, lora_B.T.contiguous().T
+        check_norm(weight, lora_A, lora_B)
+
+    def test_experts(self, device):
+        stack = [linear_inputs("odd", dtype=torch.bfloat16, device=device, seed=seed) for seed in range(3)]
+        weight, lora_A, lora_B = (
+            torch.stack([getattr(i, name) for i in stack]) for name in ("weight", "lora_A", "lora_B")
+        )
+        norm = check_norm(weight, lora_A, lora_B)
+        assert torch.equal(norm[1], row_norm(weight[1], lora_A[1], lora_B[1], scaling(device)))
+        check_norm(weight.transpose(1, 2).contiguous().transpose(1, 2), lora_A, lora_B)
+
+    @pytest.mark.parametrize("splits", [1, 2, 5])
+    def test_column_splits(self, splits, device):
+        inputs = linear_inputs((1, 40, 300, 20), dtype=torch.bfloat16, device=device)
+        config = configs.NormConfig(32, 32, 32, splits, 4, 2)
+        check_norm(inputs.weight, inputs.lora_A, inputs.lora_B, config)
+
+    def test_zero_rows_and_no_columns(self, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+        inputs.weight[3] = 0
+        inputs.lora_B[3] = 0
+        assert check_norm(inputs.weight, inputs.lora_A, inputs.lora_B)[3] == 0
+        empty = torch.ones(5, 0, device=device), torch.ones(2, 0, device=device), torch.ones(5, 2, device=device)
+        assert torch.equal(row_norm(*empty, scaling(device)), torch.zeros(5, device=device))
+
+    def test_not_finite_stays_in_its_row(self, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+        inputs.weight[2, 5] = torch.inf
+        norm = row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device))
+        assert norm[2] == torch.inf
+        assert norm.isfinite().sum() == norm.numel() - 1
+
+
+def activations(inputs: LinearInputs):
+    """base, h and the exact norm of a layer."""
+    base = inputs.x @ inputs.weight.T
+    h = inputs.x.to(inputs.lora_A.dtype) @ inputs.lora_A.T
+    return base, h, norm_truth(inputs.weight, inputs.lora_A, inputs.lora_B).float()
+
+
+def assert_rounded_once(actual, truth, slack=0.0):
+    """Half a unit in the last place of the largest value, and ``slack`` for the float32 arithmetic in front of it."""
+    scale = truth.abs().max().item() if truth.numel() else 0.0
+    ulps = 1.0 if actual.dtype is torch.bfloat16 and actual.device.type == "cpu" else 0.5  # the interpreter truncates
+    bound = ulps * torch.finfo(actual.dtype).eps * scale + (64 * torch.finfo(torch.float32).eps + slack) * scale
+    assert max_error(actual, truth) <= bound
+
+
+def g_of(inputs, norm):
+    return reference.magnitude_scale(inputs.magnitude.double(), norm.double())
+
+
+class TestCompose:
+    @pytest.mark.parametrize("regime", REGIMES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("delta", [False, True])
+    @pytest.mark.parametrize("project", [True, False])
+    def test_regimes(self, regime, dtype, delta, project, device):
+        inputs = linear_inputs(regime, dtype=dtype, device=device, bias=not delta)
+        base, h, norm = activations(inputs)
+        lora = h if project else h @ inputs.lora_B.T
+        y, inner = compose(
+            base,
+            lora,
+            inputs.lora_B if project else None,
+            inputs.magnitude,
+            norm,
+            scaling(device),
+            inputs.bias,
+            delta=delta,
+            want_inner=True,
+        )
+        exact = lora.double() @ inputs.lora_B.double().T if project else lora.double()
+        truth = base.double() + S * exact
+        assert_rounded_once(inner, truth)
+        g = g_of(inputs, norm)
+        if delta:
+            expected = reference.compose_delta(base.double(), exact, g, S)
+            slack = 3e-7 * truth.abs().max().item() / max(expected.abs().max().item(), 1e-30) if truth.numel() else 0
+            assert_rounded_once(y, expected, slack)
+        else:
+            assert_rounded_once(y, g * truth + inputs.bias.double())
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("regime", ["odd", "rank_over_128"])
+    def test_float32_factors(self, dtype, regime, device):
+        """16 bits of each factor: 2^-16 of the low-rank part, below the rounding of the output."""
+        inputs = linear_inputs(regime, dtype=dtype, factor_dtype=torch.float32, device=device)
+        base, h, norm = activations(inputs)
+        y, none = compose(base, h, inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias)
+        assert none is None
+        truth = base.double() + S * h.double() @ inputs.lora_B.double().T
+        assert_rounded_once(y, g_of(inputs, norm) * truth + inputs.bias.double(), slack=2**-16)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_inner_alone_is_a_rank_update(self, dtype, device):
+        inputs = linear_inputs("odd", dtype=dtype, device=device)
+        base, h, _ = activations(inputs)
+        none, inner = compose(base, h, inputs.lora_B, None, None, scaling(device), None, want_y=False, want_inner=True)
+        assert none is None
+        assert_rounded_once(inner, base.double() + S * h.double() @ inputs.lora_B.double().T)
+
+    @pytest.mark.parametrize("regime", ["odd", "no_tokens", "tall"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_scale_alone(self, regime, dtype, device):
+        inputs = linear_inputs(regime, dtype=dtype, device=device)
+        base, _, norm = activations(inputs)
+        y, _ = compose(base, None, None, inputs.magnitude, norm, None, inputs.bias)
+        assert_rounded_once(y, g_of(inputs, norm) * base.double() + inputs.bias.double())
+
+    @pytest.mark.parametrize("project", [True, False])
+    def test_strides(self, project, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+        base, h, norm = activations(inputs)
+        lora = h if project else h @ inputs.lora_B.T
+        lora_B = inputs.lora_B if project else None
+        arguments = (inputs.magnitude, norm, scaling(device), inputs.bias)
+        expected = compose(base, lora, lora_B, *arguments)[0]
+        strided = [t if t is None else t.T.contiguous().T for t in (base, lora, lora_B)]
+        assert not strided[0].is_contiguous()
+        assert torch.equal(compose(*strided, *arguments)[0], expected)
+        wide = torch.cat([base, base], dim=1)[:, : base.shape[1]]
+        assert torch.equal(compose(wide, lora, lora_B, *arguments)[0], expected)
+        rows = compose(base[:1].expand(base.shape), lora, lora_B, *arguments)[0]
+        assert torch.equal(rows, compose(base[:1].repeat(base.shape[0], 1), lora, lora_B, *arguments)[0])
+
+    @pytest.mark.parametrize("shape", [(128, 256, 64, 192), (100, 264, 64, 72)], ids=["aligned", "over_the_edges"])
+    def test_descriptors(self, shape, device):
+        """The tiles of large ranks, which a GPU loads through its tensor memory accelerator."""
+        inputs = linear_inputs(shape, dtype=torch.bfloat16, device=device)
+        base, h, norm = activations(inputs)
+        arguments = (inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias)
+        config = configs.TileConfig(64, 128, 64, 4, 2)
+        plain = compose(base, h, *arguments, want_inner=True, config=config)
+        through = compose(
+            base, h, *arguments, want_inner=True, config=dataclasses.replace(config, descriptors=device == "cuda")
+        )
+        for left, right in zip(plain, through, strict=True):
+            assert torch.equal(left, right)
+
+    def test_zero_rows(self, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device, bias=False)
+        base, h, norm = activations(inputs)
+        norm[4] = 0
+        y, inner = compose(base, h, inputs.lora_B, inputs.magnitude, norm, scaling(device), None, want_inner=True)
+        assert torch.equal(y[:, 4], inner[:, 4])
+
+
+class TestBackward:
+    @pytest.mark.parametrize("regime", REGIMES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("delta", [False, True])
+    @pytest.mark.parametrize("has_norm", [True, False])
+    def test_regimes(self, regime, dtype, delta, has_norm, device):
+        inputs = linear_inputs(regime, dtype=dtype, device=device)
+        inner, _, norm = activations(inputs)
+        dy = torch.randn(inner.shape, dtype=torch.float64).to(dtype).to(device)
+        magnitude = inputs.magnitude if has_norm else (inputs.magnitude / norm).nan_to_num(1.0)
+        d_base, d_lora, d_magnitude = compose_backward(
+            dy, inner, magnitude, norm if has_norm else None, scaling(device), delta=delta, lora_dtype=torch.float32
+        )
+        g = g_of(inputs, norm) if has_norm else magnitude.double()
+        assert_rounded_once(d_base, (g - 1 if delta else g) * dy.double(), slack=2e-6 if delta else 0)
+        assert_rounded_once(d_lora, g * S * dy.double())
+        terms = dy.double() * inner.double()
+        truth = terms.sum(0) / norm.double() if has_norm else terms.sum(0)
+        size = terms.abs().sum(0) / (norm.double() if has_norm else 1)
+        assert d_magnitude.dtype == magnitude.dtype
+        assert ((d_magnitude.double() - truth).abs() <= 16 * torch.finfo(torch.float32).eps * size + 1e-30).all()
+
+    def test_strips_strides_and_zero_rows(self, device):
+        inputs = linear_inputs((150, 65, 32, 4), dtype=torch.bfloat16, device=device)
+        inner, _, norm = activations(inputs)
+        dy = torch.randn(inner.shape, device=device).bfloat16()
+        norm[7] = 0
+        config = configs.ColumnConfig(8, 32, 40, 4, 2)
+        d_inner, none, d_m = compose_backward(dy, inner, inputs.magnitude, norm, config=config)
+        assert none is None
+        assert d_m[7] == 0
+        assert torch.equal(d_inner[:, 7], dy[:, 7])
+        strided = compose_backward(dy.T.contiguous().T, inner.T.contiguous().T, inputs.magnitude, norm, config=config)
+        assert torch.equal(strided[0], d_inner)
+        assert torch.equal(strided[2], d_m)
+        one = torch.ones((), device=device, dtype=torch.bfloat16).expand(dy.shape)  # what y.sum().backward() hands over
+        expanded = compose_backward(one, inner, inputs.magnitude, norm)
+        assert torch.equal(expanded[2], compose_backward(one.contiguous(), inner, inputs.magnitude, norm)[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_bitwise(dtype, device):
+    """Fifty runs give the same bits."""
+    runs = 50 if device == "cuda" else 3
+    shape = (300, 520, 776, 40) if device == "cuda" else (70, 40, 300, 20)
+    inputs = linear_inputs(shape, dtype=dtype, device=device)
+    base, h, norm = activations(inputs)
+    dy = torch.randn_like(base)
+
+    def run():
+        y = compose(base, h, inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias, want_inner=True)
+        d_base, _, d_m = compose_backward(dy, base, inputs.magnitude, norm)
+        return row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device)), *y, d_base, d_m
+
+    first = run()
+    for _ in range(runs - 1):
+        assert all(torch.equal(left, right) for left, right in zip(first, run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    """Offsets beyond 32 bits, in the weight and in the activations."""
+    rows, columns, rank = 66_000, 33_000, 2
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    assert weight.numel() > 2**31
+    lora_A = torch.randn(rank, columns, device="cuda", dtype=torch.bfloat16)
+    lora_B = torch.randn(rows, rank, device="cuda", dtype=torch.bfloat16)
+    norm = row_norm(weight, lora_A, lora_B, scaling("cuda"))
+    tail = slice(rows - 100, rows)
+    truth = norm_truth(weight[tail], lora_A, lora_B[tail])
+    assert ((norm[tail].double() - truth).abs() <= 1e-6 * truth).all()
+    magnitude = torch.rand(columns, device="cuda") + 0.5
+    ones = torch.ones(columns, device="cuda")
+    d_inner, _, _ = compose_backward(weight, weight, magnitude, ones)
+    assert torch.equal(d_inner[tail], (magnitude * weight[tail].float()).bfloat16())
+
+
+class TestConfigs:
+    def test_frozen(self):
+        config = configs.norm_config(1, 4096, 4096, 16, torch.bfloat16, torch.bfloat16)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.block_o = 1
+
+    @pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 384, 385, 1000])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("factor_dtype", DTYPES)
+    def test_norm_tiles(self, rank, dtype, factor_dtype):
+        """Powers of two that the tensor cores take, each split with columns to work on, resident factors that fit."""
+        for out_features, in_features in ((8192, 8192), (28672, 8192), (5, 3), (70_000, 16)):
+            config = configs.norm_config(1, out_features, in_features, rank, dtype, factor_dtype)
+            assert all(b >= 16 and b & (b - 1) == 0 for b in (config.block_o, config.block_i, config.block_r))
+            assert 1 <= config.splits <= max(1, in_features // config.block_i)
+            chunks = -(-rank // config.block_r)
+            if chunks <= 3:  # lora_B's rows and the tiles of W and lora_A in flight, in 227 KiB of shared memory
+                resident = chunks * config.block_o * config.block_r
+                tiles = config.stages * config.block_i * (chunks * config.block_r + config.block_o)
+                assert (resident + tiles) * max(dtype.itemsize, factor_dtype.itemsize) <= 2 * 227 * 1024
+
+    def test_thresholds(self):
+        large = configs.tile_config(4096, 8192, 384, torch.bfloat16, torch.bfloat16)
+        assert large.descriptors
+        assert not configs.tile_config(4096, 8192, 64, torch.bfloat16, torch.bfloat16).descriptors
+        assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16).block_t == 16
+        assert configs.column_config(8192, 8192).rows == 256
+        assert configs.column_config(64, 128).rows == 32

@@ -1,0 +1,235 @@
+"""Every form of the layer that a GPU takes, on the CPU too: the leaves' aten bodies stand in for the kernels there."""
+
+import pytest
+import torch
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.library import opcheck
+
+from dorac import functional, reference
+from dorac.ops import front, linear
+from dorac.testing import assert_within_budget, linear_inputs
+
+ROUTES = ("separate", "accumulate", "fused")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+S = 0.7
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch) -> str:
+    """The layer takes one form, whatever the table says."""
+    monkeypatch.setattr(linear, "route", lambda *args, **kwargs: request.param)
+    return request.param
+
+
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+
+
+def layer(inputs, scaling=S, **options):
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, scaling)
+    return functional.dora_linear(*inputs.tensors(), scaling=scaling, weight_norm=norm, **options)
+
+
+def exact(inputs, dtype):
+    leaves = inputs.map(lambda t: t.detach().to(dtype).requires_grad_())
+    return leaves, reference.dora_linear(*leaves.tensors(), scaling=S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("regime", ["odd", "one_token", "no_tokens", "rank_over_128", "wide"])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_values_and_gradients(route, dtype, regime, use_compile, device):
+    if device == "cuda" and dtype is torch.float32 and route == "fused":
+        pytest.skip("never taken")
+    inputs = linear_inputs(regime, dtype=dtype, device=device).leaves()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if use_compile else layer
+    y = run(inputs)
+    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype).to(device)
+    y.backward(dy)
+    dense, dense_y = exact(inputs, dtype)
+    truth, truth_y = exact(inputs, torch.float64)
+    dense_y.backward(dy)
+    truth_y.backward(dy.double())
+    # inner, h and the low-rank part are rounded to the activation's dtype on the way, as the dense form rounds W'.
+    assert_within_budget(y, dense_y, truth_y, sum_length=1, roundings=3)
+    for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias"):
+        actual, other, best = (getattr(i, name).grad for i in (inputs, dense, truth))
+        assert actual.dtype == getattr(inputs, name).dtype
+        assert_within_budget(actual, other, best, sum_length=1, roundings=4)
+
+
+def test_routes_agree(monkeypatch, device):
+    """In float64 the forms differ by the order of their sums alone."""
+    results = []
+    for name in ROUTES:
+        monkeypatch.setattr(linear, "route", lambda *args, _name=name, **kwargs: _name)
+        inputs = linear_inputs("odd", device=device).leaves()
+        y = layer(inputs)
+        y.square().sum().backward()
+        results.append([y.detach(), *(t.grad for t in inputs.tensors())])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (3,), (4,), (5,), (2, 3), (2, 3, 4), (0, 4), (1, 5)])
+def test_which_gradients_exist(route, subset, device):
+    inputs = linear_inputs("odd", device=device)
+    leaves = [t.detach().clone().requires_grad_(i in subset) for i, t in enumerate(inputs.tensors())]
+    norm = functional.norm_factored(*leaves[1:4], S)
+    functional.dora_linear(*leaves, scaling=S, weight_norm=norm).square().sum().backward()
+    everything = linear_inputs("odd", device=device).leaves()
+    layer(everything).square().sum().backward()
+    for i, (leaf, full) in enumerate(zip(leaves, everything.tensors(), strict=True)):
+        assert (leaf.grad is not None) == (i in subset), i
+        if i in subset:
+            torch.testing.assert_close(leaf.grad, full.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(route, bias):
+    inputs = linear_inputs((3, 4, 5, 2), bias=bias).leaves()
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    args = [t for t in inputs.tensors() if t is not None]
+
+    def function(*tensors):
+        return functional.dora_linear(*tensors, scaling=S, weight_norm=norm)
+
+    options = {"check_batched_grad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(function, args, check_forward_ad=True, **options)
+    assert torch.autograd.gradgradcheck(function, args, check_rev_over_rev=True, **options)
+
+
+def test_second_derivative_of_the_magnitude_alone(route):
+    """With only m and x trained, the second derivative goes through the saved inner."""
+    inputs = linear_inputs((3, 4, 5, 2))
+    x, m = inputs.x.requires_grad_(), inputs.magnitude.requires_grad_()
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+
+    def function(x, m):
+        args = (x, inputs.weight, inputs.lora_A, inputs.lora_B, m, inputs.bias)
+        return functional.dora_linear(*args, scaling=S, weight_norm=norm)
+
+    assert torch.autograd.gradgradcheck(function, (x, m))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_kernels_survive_compilation(training, monkeypatch):
+    """The leaves are nodes of the forward and backward graphs, g stays in aten where Inductor fuses it."""
+    on_gpu(monkeypatch)
+    inputs = linear_inputs("aligned", dtype=torch.bfloat16).leaves()
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(training):
+        y = compiled(inputs)
+        if training:
+            y.sum().backward()
+
+    def leaves(graph):
+        targets = (str(node.target) for node in graph.graph.nodes)
+        return [t.removesuffix(".default") for t in targets if t.startswith("dorac.")]
+
+    forward = leaves(backend.fw_graphs[0])
+    if training:
+        assert forward == ["dorac.row_norm", "dorac.low_rank_linear"]
+        assert leaves(backend.bw_graphs[0]) == ["dorac.scale_backward", "dorac.low_rank_linear"]
+    else:
+        assert forward == ["dorac.row_norm", "dorac.up_compose"]
+
+
+def test_the_table(monkeypatch):
+    half, wide = torch.empty(4096, 8, dtype=torch.bfloat16), torch.empty(4096, 8)
+    small, large = torch.empty(16, 8, dtype=torch.bfloat16), torch.empty(384, 8, dtype=torch.bfloat16)
+    assert linear.route(half, small, training=True, traced=True) == "separate"
+    on_gpu(monkeypatch)
+    assert linear.route(half, small, training=True, traced=True) == "accumulate"
+    assert linear.route(half, small, training=True, traced=False) == "fused"
+    assert linear.route(half, large, training=True, traced=False) == "accumulate"
+    assert linear.route(half[:1], large, training=False, traced=True) == "fused"
+    assert linear.route(half, wide[:16], training=True, traced=True) == "fused"
+    assert linear.route(wide, wide[:16], training=False, traced=False) == "accumulate"
+
+
+def test_no_recompile_over_lengths_and_scalings(monkeypatch):
+    on_gpu(monkeypatch)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    shapes = [(64, 32, 24, 4), (96, 32, 24, 4)]
+    for shape, scaling in zip(shapes, (0.5, 2.0), strict=True):
+        run(linear_inputs(shape, dtype=torch.bfloat16).leaves(), scaling).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens, scaling in ((128, 1.3), (33, -1.0), (65, 0.25), (7, 4.0)):
+            run(linear_inputs((tokens, 32, 24, 4), dtype=torch.bfloat16).leaves(), scaling).sum().backward()
+
+
+def test_transforms_take_the_formula(monkeypatch):
+    """Under torch.func no leaf may run: none has a batching rule or a derivative."""
+    on_gpu(monkeypatch)
+    inputs = linear_inputs((3, 4, 5, 2))
+    others = inputs.tensors()[1:]
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+
+    def loss(x):
+        return functional.dora_linear(x, *others, scaling=S, weight_norm=norm).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss))(inputs.x)
+    one_by_one = torch.stack([torch.func.grad(loss)(row) for row in inputs.x])
+    torch.testing.assert_close(per_sample, one_by_one)
+    _, tangent = torch.func.jvp(loss, (inputs.x,), (torch.ones_like(inputs.x),))
+    torch.testing.assert_close(tangent, per_sample.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(route, dtype, device):
+    """Float32 tensors are cast as autocast casts them, in forward and backward."""
+    inputs = linear_inputs("odd", dtype=torch.float32, device=device)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    cast = inputs.map(lambda t: t.to(torch.bfloat16))
+    leaves = inputs.leaves()
+    x = leaves.x.detach().to(dtype).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = functional.dora_linear(x, *leaves.tensors()[1:], scaling=S, weight_norm=norm)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+    assert leaves.lora_A.grad.dtype == torch.float32
+    plain = functional.dora_linear(
+        cast.x, cast.weight, cast.lora_A, cast.lora_B, inputs.magnitude, inputs.bias, scaling=S, weight_norm=norm
+    )
+    assert torch.equal(y, plain)
+
+
+def leaf_args(name, dtype, transposed, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    h, base = inputs.x @ inputs.lora_A.T, inputs.x @ inputs.weight.T
+    if transposed:
+        h, base = h.T.contiguous().T, base.T.contiguous().T
+        assert not base.is_contiguous()
+    if name == "low_rank_linear":
+        return inputs.x, inputs.weight, h, inputs.lora_B
+    if name == "scale":
+        return base, inputs.magnitude, norm, inputs.bias
+    if name == "scale_backward":
+        return base, base, inputs.magnitude, norm
+    scaling = torch.tensor(S, dtype=wide, device=device)
+    return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
+
+
+@pytest.mark.parametrize("name", ["low_rank_linear", "scale", "scale_backward", "up_compose", "up_compose_forward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_the_leaves(name, dtype, transposed, device):
+    opcheck(getattr(torch.ops.dorac, name).default, leaf_args(name, dtype, transposed, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grads", ["none", "all", "frozen_magnitude"])
+def test_opcheck_of_the_layer(dtype, grads, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    if grads != "none":
+        inputs = inputs.leaves()
+        inputs.magnitude.requires_grad_(grads == "all")
+    scaling = torch.tensor(S, dtype=norm.dtype, device=device)
+    tensors = (*inputs.tensors()[:5], norm, scaling, inputs.bias)
+    opcheck(torch.ops.dorac.dora_linear.default, tensors)
