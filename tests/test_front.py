@@ -1,5 +1,6 @@
 """The probes of ops/front.py say what they are named for; they fail loudly here if torch moves what they read."""
 
+import pytest
 import torch
 from torch.autograd import forward_ad
 
@@ -16,6 +17,7 @@ def _body(x):
         eager=front.all_eager(x),
         plain=front.all_plain(x, None),
         autocast=type(front.autocast_off(x)) is torch.autocast,
+        dtype=front.autocast_dtype(x),
     )
     return x * 2
 
@@ -30,7 +32,14 @@ def probe(x):
 
 
 def seen(**changed):
-    plain_call = {"transform": False, "exporting": False, "eager": True, "plain": True, "autocast": False}
+    plain_call = {
+        "transform": False,
+        "exporting": False,
+        "eager": True,
+        "plain": True,
+        "autocast": False,
+        "dtype": None,
+    }
     assert plain_call | changed == SEEN
 
 
@@ -91,6 +100,33 @@ def test_subclasses_are_not_plain():
 def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         probe(torch.ones(3))
-        seen(autocast=True)
+        seen(autocast=True, dtype=torch.bfloat16)
         probe(torch.ones(3, device="meta"))
         seen()
+
+
+def test_kernels_take_cuda_tensors_alone():
+    assert not front.has_kernels(torch.ones(3))
+    assert not front.has_kernels(torch.ones(3, device="meta"), None)
+
+
+@pytest.mark.gpu
+def test_kernels_take_what_they_compute_in():
+    half = torch.ones(3, device="cuda", dtype=torch.float16)
+    assert front.has_kernels(half, None) == (torch.cuda.get_device_capability()[0] in (9, 10))
+    assert not front.has_kernels(half, half.double())
+    assert not front.has_kernels(half, torch.ones(3))
+
+
+def test_symbolic_sizes_are_not_specialised():
+    """A size that may lie on either side counts as large, and stays symbolic."""
+    seen_sizes = []
+
+    def function(x):
+        seen_sizes.append(front.at_most(x.shape[0], 4))
+        return x * 2
+
+    torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="symbolic")(torch.ones(3, 5))
+    function(torch.ones(3))
+    function(torch.ones(5))
+    assert seen_sizes == [False, True, False]

@@ -11,7 +11,7 @@ from dorac.testing import LinearInputs, linear_inputs, max_error
 pytest.importorskip("triton")
 
 from dorac.kernels import configs
-from dorac.kernels.compose import compose, compose_backward
+from dorac.kernels.compose import compose, compose_backward, low_rank_backward
 from dorac.kernels.norm import row_norm
 
 HALF = (torch.bfloat16, torch.float16)
@@ -274,6 +274,45 @@ class TestBackward:
         assert torch.equal(expanded[2], compose_backward(one.contiguous(), inner, inputs.magnitude, norm)[2])
 
 
+class TestLowRankBackward:
+    @pytest.mark.parametrize("regime", [r for r in REGIMES if r not in ("rank_over_128",)][:-1])
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("h_is_scaled", [False, True])
+    def test_regimes(self, regime, dtype, h_is_scaled, device):
+        inputs = linear_inputs(regime, dtype=dtype, device=device)
+        inner, h, norm = activations(inputs)
+        dy = torch.randn(inner.shape, dtype=torch.float64).to(dtype).to(device)
+        arguments = dy, inner, inputs.magnitude, norm
+        d_inner, d_m, d_h, d_b = low_rank_backward(
+            *arguments, h, inputs.lora_B, scaling(device), h_is_scaled=h_is_scaled
+        )
+        plain, _, plain_m = compose_backward(*arguments)
+        assert torch.equal(d_inner, plain)
+        torch.testing.assert_close(d_m, plain_m, rtol=1e-5, atol=1e-5)
+        assert_rounded_once(d_h, S * d_inner.double() @ inputs.lora_B.double())
+        assert_rounded_once(d_b, (1 if h_is_scaled else S) * d_inner.double().T @ h.double())
+
+    def test_strips_and_strides(self, device):
+        inputs = linear_inputs((150, 200, 32, 20), dtype=torch.bfloat16, device=device)
+        inner, h, norm = activations(inputs)
+        norm[7] = 0
+        dy = torch.randn(inner.shape, device=device).bfloat16()
+        config = configs.LowRankConfig(16, 32, 48, 4, 2, 32)
+        first = low_rank_backward(
+            dy, inner, inputs.magnitude, norm, h, inputs.lora_B, scaling(device), h_is_scaled=False, config=config
+        )
+        assert first[1][7] == 0
+        strided = [t.T.contiguous().T for t in (dy, inner, h, inputs.lora_B)]
+        second = low_rank_backward(
+            *strided[:2], inputs.magnitude, norm, *strided[2:], scaling(device), h_is_scaled=False, config=config
+        )
+        assert torch.equal(second[0], first[0])
+        torch.testing.assert_close(second[1], first[1])
+        for _, _, d_h, d_b in (first, second):  # whose products may run in another order
+            assert_rounded_once(d_h, S * first[0].double() @ inputs.lora_B.double())
+            assert_rounded_once(d_b, S * first[0].double().T @ h.double())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype, device):
     """Fifty runs give the same bits."""
@@ -286,6 +325,9 @@ def test_repeats_bitwise(dtype, device):
     def run():
         y = compose(base, h, inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias, want_inner=True)
         d_base, _, d_m = compose_backward(dy, base, inputs.magnitude, norm)
+        if dtype in HALF:
+            h_B = h, inputs.lora_B, scaling(device)
+            y = *y, *low_rank_backward(dy, base, inputs.magnitude, norm, *h_B, h_is_scaled=True)
         return row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device)), *y, d_base, d_m
 
     first = run()

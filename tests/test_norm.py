@@ -20,7 +20,11 @@ def check_norm(inputs, scaling, **options):
     acc = torch.promote_types(torch.promote_types(inputs.weight.dtype, inputs.lora_A.dtype), torch.float32)
     assert actual.dtype == acc
     dense, truth = dense_norm(inputs, scaling, acc), dense_norm(inputs, scaling, torch.float64)
-    assert_within_budget(actual, dense, truth, sum_length=sum(inputs.lora_A.shape))
+    if actual.is_cuda and acc is torch.float32 and inputs.lora_A.dtype is not inputs.weight.dtype in HALF:
+        # The kernel multiplies 16 bits of each float32 factor of a half-precision weight.
+        assert ((actual.double() - truth).abs() <= 1e-5 * truth).all()
+    else:
+        assert_within_budget(actual, dense, truth, sum_length=sum(inputs.lora_A.shape))
     return actual
 
 

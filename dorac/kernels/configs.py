@@ -43,6 +43,13 @@ class ColumnConfig:
     stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LowRankConfig(ColumnConfig):
+    """The same with all ranks, padded to ``block_r``, beside them."""
+
+    block_r: int = 16
+
+
 def _power(value: int, low: int, high: int) -> int:
     """The least power of two that holds ``value``, between ``low`` and ``high``."""
     return max(low, min(high, 1 << max(0, value - 1).bit_length()))
@@ -97,3 +104,11 @@ def column_config(tokens: int, out_features: int) -> ColumnConfig:
     while rows > 32 and -(-tokens // rows) * -(-out_features // 128) < 512:
         rows //= 2
     return ColumnConfig(min(32, rows), 128, rows, 4, 4)
+
+
+def low_rank_config(tokens: int, out_features: int, rank: int) -> LowRankConfig:
+    """The backward pass with its two low-rank products: long strips, since each writes a partial d_lora_B."""
+    rows = 1024
+    while rows > 64 and -(-tokens // rows) * -(-out_features // 128) < 256:
+        rows //= 2
+    return LowRankConfig(32, 128, rows, 4, 2, _power(rank, 16, 64))

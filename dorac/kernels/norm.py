@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
+from dorac.kernels.launch import Launcher
 from dorac.kernels.tiles import load_tile, product
 
 
@@ -101,6 +102,10 @@ def finish_kernel(partial_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.co
     tl.store(out_ptr + index, tl.sqrt_rn(total), mask=index < size)
 
 
+_launch_row_square = Launcher(row_square_kernel)
+_launch_finish = Launcher(finish_kernel)
+
+
 def row_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, config: NormConfig | None = None
 ) -> Tensor:
@@ -129,8 +134,8 @@ def row_norm(
     tiles_per_split = triton.cdiv(tiles, config.splits)
     splits = triton.cdiv(tiles, tiles_per_split)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
-    grid = (triton.cdiv(out_features, config.block_o), splits, experts)
-    row_square_kernel[grid](
+    _launch_row_square(
+        (triton.cdiv(out_features, config.block_o), splits, experts),
         weight,
         lora_A,
         lora_B,
@@ -151,9 +156,9 @@ def row_norm(
         FINISH=splits == 1,
         SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
         STAGES=config.stages,
-        num_warps=config.warps,
+        warps=config.warps,
     )
     if splits > 1:
         size = experts * out_features
-        finish_kernel[(triton.cdiv(size, 256),)](out, norm, size, SPLITS=splits, BLOCK=256, num_warps=4)
+        _launch_finish((triton.cdiv(size, 256), 1, 1), out, norm, size, warps=4, SPLITS=splits, BLOCK=256)
     return norm

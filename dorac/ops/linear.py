@@ -9,8 +9,9 @@ tensor subclasses. The whole layer is one Function, because its cheapest form cr
   the same op on ``g * dy``;
 - g is applied in aten under the compiler, which fuses it into the consumer of y, keeps ``inner`` alone for backward
   and recomputes y; in eager it is one kernel (``scale``);
-- backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), and d_inner serves
-  base and low-rank branch both.
+- backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), for small ranks
+  together with the two products of d_inner by h and lora_B (``low_rank_backward``); d_inner serves base and low-rank
+  branch both.
 
 :func:`route` is the table of which form is taken where; ``python -m dorac.bench tune`` prints what it rests on.
 
@@ -28,6 +29,8 @@ from dorac.ops import front
 from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import lib, register_composite, register_leaf
 
+LOW_RANK = 16  # up to which rank the backward pass takes the low-rank products along
+
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
     """The formula in plain differentiable aten."""
@@ -38,6 +41,10 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
 lib.define("low_rank_linear(Tensor x, Tensor weight, Tensor h, Tensor lora_B) -> Tensor")
 lib.define("scale(Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor? bias) -> Tensor")
 lib.define("scale_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm) -> (Tensor, Tensor)")
+lib.define(
+    "low_rank_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor h, Tensor lora_B, "
+    "Tensor scaling, bool h_is_scaled) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 lib.define(
     "up_compose(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
     "Tensor? bias, bool delta) -> Tensor"
@@ -61,6 +68,16 @@ def _scale_fake(inner, magnitude, weight_norm, bias):
 @torch.library.register_fake("dorac::scale_backward", lib=lib)
 def _scale_backward_fake(dy, inner, magnitude, weight_norm):
     return inner.new_empty(inner.shape), magnitude.new_empty(magnitude.shape)
+
+
+@torch.library.register_fake("dorac::low_rank_backward", lib=lib)
+def _low_rank_backward_fake(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
+    return (
+        inner.new_empty(inner.shape),
+        magnitude.new_empty(magnitude.shape),
+        h.new_empty(h.shape),
+        lora_B.new_empty(lora_B.shape),
+    )
 
 
 @torch.library.register_fake("dorac::up_compose", lib=lib)
@@ -95,6 +112,14 @@ def _scale_backward(dy, inner, magnitude, weight_norm):
     return _scale(dy, magnitude, weight_norm, None), d_magnitude.to(magnitude.dtype)
 
 
+def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
+    """:func:`_scale_backward` with ``d_h = s * d_inner lora_B`` (of h without its scaling) and d_lora_B."""
+    d_inner, d_magnitude = _scale_backward(dy, inner, magnitude, weight_norm)
+    d_lora = d_inner.to(lora_B.dtype)
+    d_b = d_lora.t() @ h
+    return d_inner, d_magnitude, scaling * (d_lora @ lora_B), d_b if h_is_scaled else scaling * d_b
+
+
 def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
     return compose_aten(base, F.linear(h, lora_B), magnitude_scale(magnitude, weight_norm), scaling, bias, delta)
 
@@ -117,6 +142,12 @@ def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
     return d_inner, d_magnitude
 
 
+def _low_rank_backward_cuda(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
+    from dorac.kernels.compose import low_rank_backward
+
+    return low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled=h_is_scaled)
+
+
 def _up_compose_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
     from dorac.kernels.compose import compose
 
@@ -134,6 +165,7 @@ lib.impl("low_rank_linear", _low_rank_linear, "CUDA")
 for _name, _aten, _cuda in (
     ("scale", _scale, _scale_cuda),
     ("scale_backward", _scale_backward, _scale_backward_cuda),
+    ("low_rank_backward", _low_rank_backward, _low_rank_backward_cuda),
     ("up_compose", _up_compose, _up_compose_cuda),
     ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
 ):
@@ -215,10 +247,15 @@ class _DoraLinear(torch.autograd.Function):
         x_dtype, lora_dtype, bias_dtype = ctx.dtypes
         # Leaves can be neither differentiated again nor batched.
         leaves = ctx.path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
+        half = x_dtype is lora_dtype and x_dtype.itemsize == 2
         h_is_scaled = ctx.path == "accumulate"
-        d_inner = dx = d_weight = d_a = d_b = d_m = d_bias = None
+        d_inner = d_h = dx = d_weight = d_a = d_b = d_m = d_bias = None
         if dy is not None:
-            if needs_m:
+            if leaves and half and needs_m and needs_b and (needs_x or needs_a) and h.shape[1] <= LOW_RANK:
+                d_inner, d_m, d_h, d_b = torch.ops.dorac.low_rank_backward(
+                    dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled
+                )
+            elif needs_m:
                 backward = torch.ops.dorac.scale_backward if leaves else _scale_backward
                 d_inner, d_m = backward(dy, inner, magnitude, weight_norm)
             else:  # traced, aten fuses into what made dy
@@ -226,28 +263,25 @@ class _DoraLinear(torch.autograd.Function):
             if needs_bias:
                 d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
         d_inner = _sum(d_inner, d_inner_again)
-        d_h = None
         if d_inner is not None:
             d_lora = d_inner.to(lora_dtype)
-            if needs_b:
+            if needs_b and d_b is None:
                 d_b = d_lora.t() @ h
                 d_b = d_b if h_is_scaled else scaling * d_b
-            if needs_x or needs_a:
-                d_h = d_lora @ lora_B
-                d_h = d_h if h_is_scaled else scaling * d_h
+            if d_h is None and (needs_x or needs_a):
+                d_h = scaling * (d_lora @ lora_B)
             if needs_weight:
                 d_weight = d_inner.t() @ x
-        d_h = _sum(d_h, d_h_again)
-        if d_h is not None and (needs_x or needs_a):
-            d_h = scaling * d_h if h_is_scaled else d_h
-            if needs_a:
-                d_a = d_h.t() @ x.to(lora_dtype)
-            if needs_x:
-                if leaves and d_inner is not None and x_dtype is lora_dtype:
-                    dx = torch.ops.dorac.low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
-                else:
-                    dx = (d_h @ lora_A).to(x_dtype)
-                    dx = dx if d_inner is None else d_inner @ weight + dx
+        if d_h_again is not None and (needs_x or needs_a):
+            d_h = _sum(d_h, scaling * d_h_again if h_is_scaled else d_h_again)
+        if needs_a and d_h is not None:
+            d_a = d_h.t() @ x.to(lora_dtype)
+        if needs_x and d_h is not None:
+            if leaves and d_inner is not None and x_dtype is lora_dtype:
+                dx = torch.ops.dorac.low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
+            else:
+                dx = (d_h @ lora_A).to(x_dtype)
+                dx = dx if d_inner is None else d_inner @ weight + dx
         return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None
 
 

@@ -1,0 +1,1 @@
+"""``python -m dorac.bench``: dorac beside plain LoRA, stock PEFT and compiled dense DoRA, measured in one run."""

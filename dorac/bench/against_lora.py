@@ -1,0 +1,82 @@
+"""Steps of training and inference, and their ratios to plain LoRA."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dorac.bench import measure
+
+PLAIN_LORA = ("lora-sum", "lora-addmm")
+_RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
+
+
+def measure_step(
+    build: Callable[[], nn.Module], compile_args: dict[str, object] | None, x: Tensor, dy: Tensor | None, **how
+) -> dict[str, object]:
+    """Measures a step of what ``build`` returns: forward, and backward from ``dy`` unless that is None (inference).
+
+    Args:
+        compile_args: of ``torch.compile``; None runs the module eagerly.
+        how: arguments of :func:`measure.measure`.
+
+    Returns:
+        The record of :func:`measure.attempt`, and ``graph_breaks`` if the module was compiled.
+    """
+
+    def make() -> measure.Callback:
+        module = build().train(dy is not None)
+        forward = module if compile_args is None else torch.compile(module, **compile_args)
+        return _inference(forward, x) if dy is None else _training(module, forward, x, dy)
+
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    record = measure.attempt(make, x.device, **how)
+    return record if compile_args is None else record | {"graph_breaks": sum(breaks.values())}
+
+
+def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> measure.Callback:
+    leaves = [x.detach().requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+
+    def step() -> None:
+        forward(leaves[0]).backward(dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def _inference(forward: Callable[[Tensor], Tensor], x: Tensor) -> measure.Callback:
+    @torch.no_grad()
+    def step() -> None:
+        forward(x)
+
+    return step
+
+
+def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The records of one case with their ratios to plain LoRA; None where it was not measured.
+
+    ``gpu_ratio``, ``wall_ratio`` and ``peak_ratio`` divide by the compiled plain LoRA that takes the least GPU time (on
+    the CPU the least wall time), ``gpu_ratio_eager`` and ``wall_ratio_eager`` of an eager variant by the eager one.
+    """
+    compiled, eager = (_fastest(records, mode) for mode in ("compiled", "eager"))
+    related = []
+    for record in records:
+        ratios = {f"{what}_ratio": _ratio(record, compiled, key) for what, key in _RATIOS.items()}
+        if record["variant"].endswith("-eager"):
+            ratios |= {f"{what}_ratio_eager": _ratio(record, eager, _RATIOS[what]) for what in ("gpu", "wall")}
+        related.append(record | ratios)
+    return related
+
+
+def _fastest(records: list[dict[str, object]], mode: str) -> dict[str, object] | None:
+    names = [f"{formulation}-{mode}" for formulation in PLAIN_LORA]
+    measured = [record for record in records if record["variant"] in names and measure.work_us(record) is not None]
+    return min(measured, key=measure.work_us, default=None)
+
+
+def _ratio(record: dict[str, object], reference: dict[str, object] | None, key: str) -> float | None:
+    if reference is None or record.get(key) is None or not reference.get(key):
+        return None
+    return record[key] / reference[key]

@@ -1,0 +1,161 @@
+"""Times, peak memory and limits: GPU kernel time and wall time of one callable, and the ceilings of the device."""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from dorac.bench import timeline
+
+MIB = 2**20
+WARM_UP = 3
+WALL_SECONDS = {"cuda": 0.5, "cpu": 0.1}
+WALL_REPEATS = (10, 300)  # fewest, most
+
+Callback = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches: a copy (bytes read plus written), a row sum (bytes read), a square matrix product."""
+
+    copy_gb_per_s: float
+    read_gb_per_s: float
+    gemm_tflop_per_s: float
+
+    def limit_us(self, *, flops: float, copied: float = 0, read: float = 0) -> float:
+        """The longer of moving the bytes and doing the operations."""
+        moving = copied / self.copy_gb_per_s + read / self.read_gb_per_s
+        return max(moving * 1e-3, flops / self.gemm_tflop_per_s * 1e-6)
+
+
+def measure(
+    fn: Callback, device: torch.device, *, flush: bool = False, calls: int = 1, kernels: bool = False
+) -> dict[str, object]:
+    """Times ``fn``, which synchronises nothing and keeps nothing.
+
+    Args:
+        flush: overwrite the L2 cache before every iteration, as a small op meets it in a model.
+        calls: how many calls lie between two wall clock readings; more than one for a ``fn`` of few microseconds.
+        kernels: also return the kernels of an iteration, summed up by name.
+
+    Returns:
+        gpu_us: median over iterations of the summed times of kernels, copies and fills; None on the CPU.
+        wall_us: median of the time between two CUDA events; on the CPU of ``time.perf_counter``.
+        peak_mib: most memory allocated during one call beyond what was allocated before; None on the CPU.
+        total_mib: the same with what was allocated before.
+        kernels: records of name, calls and us per iteration, if asked for.
+    """
+    for _ in range(WARM_UP):
+        fn()
+    result = {"gpu_us": None, "wall_us": wall_us(fn, device, flush=flush, calls=calls)}
+    peak, total = peak_mib(fn, device)
+    iterations = []
+    if device.type == "cuda":
+        iterations = timeline.gpu_iterations(fn, flush=flush)
+        result["gpu_us"] = statistics.median(sum(kernel.us for kernel in work) for work in iterations)
+    result |= {"peak_mib": peak, "total_mib": total}
+    if kernels:
+        result["kernels"] = timeline.by_name(iterations)
+    return result
+
+
+def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[str, object]:
+    """:func:`measure` of what ``make`` builds, from an empty compiler cache.
+
+    A variant that runs out of memory or that the compiler refuses gets a record of Nones and the reason in ``failed``;
+    the run goes on and ends with exit code 1.
+    """
+    release()
+    try:
+        return measure(make(), device, **how)
+    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    # Outside of the handler, whose traceback keeps the tensors alive.
+    release()
+    return {"gpu_us": None, "wall_us": None, "peak_mib": None, "total_mib": None, "failed": reason}
+
+
+def release() -> None:
+    """Gives back compiled graphs and cached memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def work_us(record: dict[str, object]) -> float | None:
+    """The time that ratios are made of: GPU time, on the CPU wall time."""
+    return record["wall_us"] if record["gpu_us"] is None else record["gpu_us"]
+
+
+def against_limit(record: dict[str, object], limit_us: float) -> dict[str, object]:
+    """The limit, and what fraction of the measured time it is."""
+    us = work_us(record)
+    return {"limit_us": limit_us, "fraction_of_limit": limit_us / us if us else None}
+
+
+def wall_us(fn: Callback, device: torch.device, *, flush: bool, calls: int) -> float:
+    """Median time of a call. On CUDA all iterations are queued at once, as ``triton.testing.do_bench`` does."""
+    start = time.perf_counter()
+    fn()
+    _synchronize(device)
+    estimate = max((time.perf_counter() - start) * calls, 1e-6)
+    repeats = min(max(int(WALL_SECONDS[device.type] / estimate), WALL_REPEATS[0]), WALL_REPEATS[1])
+    if device.type == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times) / calls
+    cache = timeline.flush_buffer() if flush else None
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        if cache is not None:
+            cache.zero_()
+        begin.record()
+        for _ in range(calls):
+            fn()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3 / calls
+
+
+def peak_mib(fn: Callback, device: torch.device) -> tuple[float | None, float | None]:
+    """Peak memory of one call in MiB: beyond what was allocated before, and in all. Nones on the CPU."""
+    if device.type == "cpu":
+        return None, None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    return (peak - before) / MIB, peak / MIB
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Times a copy of 1 GiB, a row sum over 1 GiB and an 8192^3 matrix product of random data; less on the CPU."""
+    size, side = (2**30, 8192) if device.type == "cuda" else (16 * MIB, 512)
+    elements = size // dtype.itemsize
+
+    def seconds(fn: Callback) -> float:
+        return work_us(measure(fn, device)) * 1e-6
+
+    source = torch.randn(elements // 8192, 8192, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * size / seconds(lambda: target.copy_(source))
+    read = size / seconds(lambda: source.sum(1, dtype=torch.float32))
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    gemm = 2 * side**3 / seconds(lambda: left @ right)
+    return Ceilings(copy * 1e-9, read * 1e-9, gemm * 1e-12)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

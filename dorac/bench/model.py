@@ -1,0 +1,132 @@
+"""``model``: a Llama-shaped stack with every linear layer adapted, relative to compiled plain LoRA."""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dorac.bench import against_lora, options, peers, report
+from dorac.bench.options import BadInput
+
+# The whole stack, the same for everyone; where transformers or PEFT break the graph, the record counts it.
+COMPILE = {"fullgraph": False, "dynamic": False}
+_CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
+_CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
+DEFAULTS = {
+    "cuda": _CUDA_STACK
+    | {
+        "ranks": [16, 384],
+        "tokens": 4096,
+        "batch": 1,
+        "phases": list(options.PHASES),
+        "variants": [name for name in peers.VARIANTS if not name.startswith("dense")],
+    },
+    "cpu": _CPU_STACK
+    | {
+        "ranks": [4],
+        "tokens": 32,
+        "batch": 1,
+        "phases": list(options.PHASES),
+        "variants": [
+            *("lora-addmm-compiled", "lora-addmm-eager", "peft-dora-eager"),
+            *("dorac-every-compiled", "dorac-every-eager"),
+        ],
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_stack_arguments(parser)
+    parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
+    parser.add_argument("--tokens", type=options.positive, metavar="T", help="per sequence")
+    parser.add_argument("--batch", type=options.positive, metavar="N", help="sequences")
+    parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
+    options.add_variants(parser, peers.VARIANTS)
+
+
+def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes of the stack, each with a default per device in ``DEFAULTS``."""
+    for name, what in (
+        ("layers", "decoder layers"),
+        ("hidden", "features of the residual stream"),
+        ("intermediate", "features of the MLP"),
+        ("heads", "of attention"),
+        ("kv-heads", "of keys and values"),
+    ):
+        parser.add_argument(f"--{name}", type=options.positive, metavar="N", help=what)
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes them."""
+    stack = build_stack(args)
+    weights = linear_weights(stack)
+    x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
+    for rank, phase in itertools.product(args.ranks, args.phases):
+        layers = draw_layers(weights, rank, args)
+        dy = torch.randn_like(x) if phase == "train" else None
+        size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "tokens": args.tokens, "batch": args.batch}
+        records = []
+        for name in args.variants:
+            variant = peers.VARIANTS[name]
+            compile_args = None if variant.compile_args is None else COMPILE
+            build = functools.partial(adapt, stack, layers, variant.build)
+            kernels = args.profile and compile_args is not None
+            measured = against_lora.measure_step(build, compile_args, x, dy, kernels=kernels)
+            records.append({"case": f"r{rank} {phase}", "variant": name, "phase": phase} | size | measured)
+            report.progress(records[-1])
+        yield from against_lora.related_to_lora(records)
+
+
+class Stack(nn.Module):
+    """The decoder layers and the last norm of a Llama, from embeddings ``[N, T, hidden]`` to hidden states."""
+
+    def __init__(self, llama: nn.Module) -> None:
+        super().__init__()
+        self.llama = llama
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.llama(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+def build_stack(args: argparse.Namespace) -> Stack:
+    """Random frozen weights, causal attention by ``scaled_dot_product_attention``, no cache."""
+    from transformers import AutoModel, LlamaConfig
+
+    if args.hidden % args.heads or args.hidden // args.heads % 2:
+        raise BadInput(f"--hidden {args.hidden} must be an even multiple of --heads {args.heads}")
+    if args.heads % args.kv_heads:
+        raise BadInput(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=max(getattr(args, "tokens", 1), 2048),
+        pad_token_id=None,
+        use_cache=False,
+    )
+    with args.device:
+        llama = AutoModel.from_config(config, dtype=args.dtype, attn_implementation="sdpa")
+    return Stack(llama.requires_grad_(False))
+
+
+def linear_weights(stack: Stack) -> dict[str, Tensor]:
+    """The weights of all linear layers, by the name of the layer."""
+    return {name: m.weight.detach() for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
+
+
+def draw_layers(weights: dict[str, Tensor], rank: int, args: argparse.Namespace) -> dict[str, peers.Layer]:
+    """An adapter for every weight."""
+    return {name: peers.draw_layer(weight, rank, args) for name, weight in weights.items()}
+
+
+def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.Layer], nn.Module]) -> Stack:
+    """Puts ``build(layer)`` in the place of each linear layer, whatever is there."""
+    for name, layer in layers.items():
+        stack.set_submodule(name, build(layer))
+    return stack

@@ -1,0 +1,211 @@
+"""Who is compared: plain LoRA, stock PEFT, dense DoRA and dorac, as modules around one shared set of tensors."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dorac
+from dorac import functional
+
+SCALING = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The tensors of one adapted linear layer: weight ``[out, in]``, factors, float32 magnitude ``[out]``."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+def draw_weight(out_features: int, in_features: int, args: argparse.Namespace) -> Tensor:
+    """A random base weight that keeps the variance of its input."""
+    return torch.randn(out_features, in_features, dtype=args.dtype, device=args.device) * in_features**-0.5
+
+
+def draw_layer(weight: Tensor, rank: int, args: argparse.Namespace) -> Layer:
+    """Random factors, a fifth of the weight's size as a product, and a magnitude up to 3 % off the norm."""
+    out_features, in_features = weight.shape
+    options = {"dtype": args.adapter_dtype, "device": weight.device}
+    lora_A = torch.randn(rank, in_features, **options) * in_features**-0.5
+    lora_B = torch.randn(out_features, rank, **options) * 0.1 * rank**-0.5
+    norm = functional.norm_factored(weight, lora_A, lora_B, SCALING)
+    return Layer(weight, lora_A, lora_B, norm * (0.97 + 0.06 * torch.rand_like(norm)))
+
+
+class _Adapted(nn.Module):
+    """Holds a layer's tensors, without copying them: the weight frozen, the rest trained."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight, requires_grad=False)
+        self.lora_A = nn.Parameter(layer.lora_A)
+        self.lora_B = nn.Parameter(layer.lora_B)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+
+
+class LoraSum(_Adapted):
+    """Plain LoRA as a sum: ``x W^T + s * (x lora_A^T) lora_B^T``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.linear(x, self.weight) + SCALING * self.low_rank(x)).to(x.dtype)
+
+
+class LoraAddmm(_Adapted):
+    """Plain LoRA with the second product added in place of the sum: ``addmm(x W^T, s * x lora_A^T, lora_B^T)``.
+
+    Factors of another dtype than the activation's are cast to it for this product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        down = (SCALING * F.linear(rows.to(self.lora_A.dtype), self.lora_A)).to(x.dtype)
+        y = torch.addmm(F.linear(rows, self.weight), down, self.lora_B.T.to(x.dtype))
+        return y.view(*x.shape[:-1], -1)
+
+
+class _AdaptedWithMagnitude(_Adapted):
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.magnitude = nn.Parameter(layer.magnitude)
+
+
+class DenseDora(_AdaptedWithMagnitude):
+    """Textbook DoRA: ``m / ||V|| * (x V^T)`` with ``V = W + s * lora_B @ lora_A`` in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted = dense_weight(self.weight, self.lora_A, self.lora_B)
+        return (self.magnitude / dense_norm(adapted) * F.linear(x, adapted)).to(x.dtype)
+
+
+class DenseNormDora(_AdaptedWithMagnitude):
+    """V in memory for the norm alone: ``m / ||V|| * (x W^T + s * (x lora_A^T) lora_B^T)``, as PEFT does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = dense_norm(dense_weight(self.weight, self.lora_A, self.lora_B))
+        return (self.magnitude / norm * (F.linear(x, self.weight) + SCALING * self.low_rank(x))).to(x.dtype)
+
+
+class DoracOnce(_AdaptedWithMagnitude):
+    """``functional.dora_linear`` with a norm that was computed once, as between two optimiser steps."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        norm = functional.norm_factored(layer.weight, layer.lora_A, layer.lora_B, SCALING)
+        self.register_buffer("weight_norm", norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.lora_A, self.lora_B, self.magnitude
+        return functional.dora_linear(x, self.weight, *factors, scaling=SCALING, weight_norm=self.weight_norm)
+
+
+def dense_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return weight + (SCALING * lora_B @ lora_A).to(weight.dtype)
+
+
+def dense_norm(adapted: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(adapted, dim=1, dtype=torch.float32).detach()
+
+
+def _base_linear(layer: Layer) -> nn.Linear:
+    out_features, in_features = layer.weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+    return linear
+
+
+def dorac_every(layer: Layer) -> nn.Module:
+    """``dorac.nn.DoraLinear``: ``functional.dora_linear`` with the norm computed in every forward."""
+    adapted = dorac.nn.DoraLinear(
+        _base_linear(layer), layer.rank, SCALING * layer.rank, adapter_dtype=layer.lora_A.dtype
+    )
+    adapted.lora_A = nn.Parameter(layer.lora_A)
+    adapted.lora_B = nn.Parameter(layer.lora_B)
+    adapted.lora_magnitude_vector = nn.Parameter(layer.magnitude)
+    return adapted
+
+
+def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
+    """Stock PEFT's layer, made by ``get_peft_model`` and taken out of its wrapper, with the values of ``layer``.
+
+    The magnitude is rounded to the dtype that PEFT keeps it in.
+    """
+    import peft
+
+    holder = nn.Module()
+    holder.linear = _base_linear(layer)
+    config = peft.LoraConfig(
+        r=layer.rank, lora_alpha=SCALING * layer.rank, target_modules=["linear"], use_dora=use_dora
+    )
+    peft.get_peft_model(holder, config, autocast_adapter_dtype=layer.lora_A.dtype != layer.weight.dtype)
+    adapted = holder.linear
+    for modules, values in ((adapted.lora_A, layer.lora_A), (adapted.lora_B, layer.lora_B)):
+        if modules["default"].weight.dtype != values.dtype:
+            raise RuntimeError(f"PEFT holds its factors in {modules['default'].weight.dtype}, not in {values.dtype}")
+        modules["default"].weight = nn.Parameter(values)
+    if use_dora:
+        magnitude = adapted.lora_magnitude_vector["default"]
+        magnitude.weight = nn.Parameter(layer.magnitude.to(magnitude.weight.dtype))
+    return adapted
+
+
+def peft_norm(layer: Layer) -> Callable[[], Tensor]:
+    """The norm as stock PEFT's forward computes it: lora_weight through an identity matrix, then a dense sum."""
+    adapted = peft_linear(layer, use_dora=True)
+    dora, lora_A, lora_B = (m["default"] for m in (adapted.lora_magnitude_vector, adapted.lora_A, adapted.lora_B))
+
+    @torch.no_grad()
+    def norm() -> Tensor:
+        lora_weight = dora.get_lora_weight(lora_A=lora_A, lora_B=lora_B).to(layer.weight.dtype)
+        return dora.get_weight_norm(weight=layer.weight, lora_weight=lora_weight, scaling=SCALING)
+
+    return norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How to build a layer, and with what arguments ``torch.compile`` gets it; None runs it eagerly."""
+
+    build: Callable[[Layer], nn.Module]
+    compile_args: dict[str, object] | None
+
+
+def _peft_lora(layer: Layer) -> nn.Module:
+    return peft_linear(layer, use_dora=False)
+
+
+def _peft_dora(layer: Layer) -> nn.Module:
+    return peft_linear(layer, use_dora=True)
+
+
+_WHOLE = {"fullgraph": True, "dynamic": False}
+_BROKEN = {"fullgraph": False, "dynamic": False}  # stock PEFT's forward breaks the graph
+
+# Compiled plain LoRA comes first: the others are related to it.
+VARIANTS = {
+    "lora-sum-compiled": Variant(LoraSum, _WHOLE),
+    "lora-addmm-compiled": Variant(LoraAddmm, _WHOLE),
+    "lora-sum-eager": Variant(LoraSum, None),
+    "lora-addmm-eager": Variant(LoraAddmm, None),
+    "peft-lora-compiled": Variant(_peft_lora, _BROKEN),
+    "peft-dora-compiled": Variant(_peft_dora, _BROKEN),
+    "peft-dora-eager": Variant(_peft_dora, None),
+    "dense-dora-compiled": Variant(DenseDora, _WHOLE),
+    "dense-norm-dora-compiled": Variant(DenseNormDora, _WHOLE),
+    "dorac-every-compiled": Variant(dorac_every, _WHOLE),
+    "dorac-once-compiled": Variant(DoracOnce, _WHOLE),
+    "dorac-every-eager": Variant(dorac_every, None),
+    "dorac-once-eager": Variant(DoracOnce, None),
+}

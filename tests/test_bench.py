@@ -1,0 +1,420 @@
+"""The benchmark at tiny sizes: peers compute what they are named for, records, reports, bad input; no timings."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from dorac import reference
+from dorac.bench import against_lora, compose, measure, model, options, peers, report, timeline
+from dorac.bench.__main__ import SUBCOMMANDS, main
+
+pytest.importorskip("peft")
+
+STACK = ("--layers", "1", "--hidden", "32", "--intermediate", "48", "--heads", "4", "--kv-heads", "2")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small compiled kernels spend their time waiting for threads where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(tmp_path, device):
+    """Runs a subcommand that must succeed; returns what it wrote as JSON."""
+
+    def call(*arguments: str) -> dict:
+        path = tmp_path / "out.json"
+        assert main([*arguments, "--device", device, "--json", str(path)]) == 0
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return call
+
+
+def arguments(device: str = "cpu", **kwargs) -> argparse.Namespace:
+    given = {"device": torch.device(device), "dtype": torch.float32, "adapter_dtype": torch.float32}
+    return argparse.Namespace(**given | kwargs)
+
+
+def names(result: dict) -> list[tuple[str, str]]:
+    return [(record["case"], record["variant"]) for record in result["records"]]
+
+
+def check_times(result: dict, device: str) -> None:
+    for record in result["records"]:
+        assert record["wall_us"] > 0
+        for key in ("gpu_us", "peak_mib", "total_mib"):
+            assert (record[key] is None) == (device == "cpu"), key
+        us = record["wall_us"] if device == "cpu" else record["gpu_us"]
+        if "limit_us" in record:
+            assert record["fraction_of_limit"] == pytest.approx(record["limit_us"] / us)
+
+
+# What is compared
+
+
+def draw_layer(adapter_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> peers.Layer:
+    args = arguments(dtype=dtype, adapter_dtype=adapter_dtype)
+    return peers.draw_layer(peers.draw_weight(24, 16, args), 4, args)
+
+
+@pytest.mark.parametrize("name", peers.VARIANTS)
+def test_every_peer_computes_its_formula(name):
+    layer = draw_layer()
+    x = torch.randn(2, 5, 16)
+    factors = layer.weight, layer.lora_A, layer.lora_B
+    if "dora" in name:
+        expected = reference.dora_linear(x, *factors, layer.magnitude, scaling=peers.SCALING)
+    else:
+        expected = x @ reference.adapted_weight(*factors, peers.SCALING).T
+    module = peers.VARIANTS[name].build(layer)
+    torch.testing.assert_close(module(x), expected)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained == layer.lora_A.numel() + layer.lora_B.numel() + ("dora" in name) * layer.magnitude.numel()
+    assert any(p.data_ptr() == layer.weight.data_ptr() and not p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in peers.VARIANTS if name.endswith("eager")])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_peers_keep_the_dtypes(name, adapter_dtype):
+    module = peers.VARIANTS[name].build(draw_layer(adapter_dtype, torch.bfloat16))
+    assert module(torch.randn(5, 16, dtype=torch.bfloat16)).dtype is torch.bfloat16
+    factors = [p for key, p in module.named_parameters() if "lora_A" in key or "lora_B" in key]
+    assert [p.dtype for p in factors] == [adapter_dtype] * 2
+
+
+def test_adapters_are_away_from_their_start():
+    layer = draw_layer()
+    product = peers.SCALING * layer.lora_B @ layer.lora_A
+    assert 0.1 < product.norm() / layer.weight.norm() < 0.4
+    off = layer.magnitude / reference.row_norm(layer.weight, layer.lora_A, layer.lora_B, peers.SCALING) - 1
+    assert off.abs().max() <= 0.03 + 1e-6
+    assert off.abs().mean() > 0.005
+
+
+def test_leaf_ops_of_compose_compute_the_formula(device):
+    inputs = compose.draw_inputs(32, 48, 16, arguments(device))
+    scale = inputs.magnitude / inputs.weight_norm
+    inner = inputs.base + inputs.scaling * inputs.h @ inputs.lora_B.T
+    torch.testing.assert_close(compose.up_compose(inputs), scale * inner)
+    torch.testing.assert_close(compose.up_compose_forward(inputs), (scale * inner, inner))
+    d_magnitude = (inputs.dy * inputs.inner).sum(0) / inputs.weight_norm
+    torch.testing.assert_close(compose.scale_backward(inputs), (scale * inputs.dy, d_magnitude))
+
+
+def test_stack_adapts_every_linear_layer_and_shares_the_weights():
+    args = arguments(layers=2, hidden=32, intermediate=48, heads=4, kv_heads=2)
+    stack = model.build_stack(args)
+    x = torch.randn(1, 6, 32)
+    weights = model.linear_weights(stack)
+    assert len(weights) == 14
+    layers = model.draw_layers(weights, 4, args)
+    with torch.no_grad():
+        outputs = {
+            name: model.adapt(stack, layers, peers.VARIANTS[f"{name}-eager"].build)(x)
+            for name in ("lora-sum", "lora-addmm", "peft-dora", "dorac-every", "dorac-once")
+        }
+    torch.testing.assert_close(outputs["lora-addmm"], outputs["lora-sum"])
+    for name in ("dorac-every", "dorac-once"):
+        torch.testing.assert_close(outputs[name], outputs["peft-dora"])
+    assert not torch.allclose(outputs["peft-dora"], outputs["lora-sum"], rtol=1e-3)
+    held = {p.data_ptr() for p in stack.parameters() if not p.requires_grad}
+    assert {weight.data_ptr() for weight in weights.values()} <= held
+
+
+# The subcommands
+
+
+def test_norm(bench, device):
+    result = bench("norm", "--shapes", "48x96", "33x64", "--ranks", "3", "16")
+    variants = ("dorac", "dense-compiled", "peft")
+    cases = ("48x96 r3", "48x96 r16", "33x64 r3", "33x64 r16")
+    assert names(result) == [(case, variant) for case in cases for variant in variants]
+    check_times(result, device)
+    key = "wall_us" if device == "cpu" else "gpu_us"
+    for dorac, dense, peft in zip(*(result["records"][i::3] for i in range(3)), strict=True):
+        assert dorac["relative_error"] <= 1e-6
+        assert dense["relative_error"] <= 1e-2
+        assert peft["relative_error"] <= 2e-2
+        assert dorac["bytes"] == 2 * dorac["out"] * dorac["in"]
+        assert dorac["flops"] == 2 * dorac["out"] * dorac["in"] * dorac["rank"]
+        assert dorac["times_limit"] == pytest.approx(dorac[key] / dorac["limit_us"])
+        assert dorac["speedup_over_dense"] == pytest.approx(dense[key] / dorac[key])
+        assert dorac["speedup_over_peft"] == pytest.approx(peft[key] / dorac[key])
+
+
+def test_compose(bench, device):
+    result = bench("compose", "--tokens", "16", "--sizes", "32x4", "--grad-sizes", "24x32")
+    forward = [("forward 16x32 r4", variant) for variant in compose.FORWARD]
+    assert names(result) == forward + [("backward 24x32", variant) for variant in compose.BACKWARD]
+    check_times(result, device)
+    key = "wall_us" if device == "cpu" else "gpu_us"
+    addmm = result["records"][0]
+    for record in result["records"]:
+        assert record["gb_per_s"] == pytest.approx(record["bytes"] / record[key] * 1e-3)
+        assert record["fraction_of_copy"] == pytest.approx(record["gb_per_s"] / result["ceilings"]["copy_gb_per_s"])
+        if record["case"].startswith("forward"):
+            assert record["addmm_ratio"] == pytest.approx(record[key] / addmm[key])
+    assert addmm["bytes"] == 2 * (2 * 16 * 32 + 4 * (16 + 32))
+    assert result["records"][-1]["bytes"] == 2 * 3 * 24 * 32
+
+
+def check_ratios(result: dict, device: str) -> None:
+    """Every ratio is the quotient of the times beside it, to the fastest plain LoRA of the same case."""
+    key = "wall_us" if device == "cpu" else "gpu_us"
+    for record in result["records"]:
+        case = [other for other in result["records"] if other["case"] == record["case"]]
+        for mode, suffix in (("compiled", ""), ("eager", "_eager")):
+            loras = [o for o in case if o["variant"] in (f"lora-sum-{mode}", f"lora-addmm-{mode}")]
+            if mode == "eager" and not record["variant"].endswith("eager"):
+                assert "wall_ratio_eager" not in record
+            elif not loras:
+                assert record[f"wall_ratio{suffix}"] is None
+            else:
+                fastest = min(loras, key=lambda o: o[key])
+                assert record[f"wall_ratio{suffix}"] == pytest.approx(record["wall_us"] / fastest["wall_us"])
+                if device == "cuda":
+                    assert record[f"gpu_ratio{suffix}"] == pytest.approx(record["gpu_us"] / fastest["gpu_us"])
+
+
+LAYER = ("lora-addmm-compiled", "lora-sum-eager", "lora-addmm-eager", "dorac-once-compiled", "dorac-every-eager")
+
+
+def test_layer(bench, device):
+    result = bench("layer", "--shapes", "32x24", "--ranks", "4", "--tokens", "8", "--variants", *LAYER)
+    cases = ("32x24 r4 train", "32x24 r4 inference")
+    assert names(result) == [(case, variant) for case in cases for variant in LAYER]
+    check_times(result, device)
+    check_ratios(result, device)
+    forward = 2 * 8 * (32 * 24 + 4 * (32 + 24))
+    assert {record["flops"] for record in result["records"]} == {forward, 2 * forward + 2 * 8 * 4 * (32 + 24)}
+    assert [r["graph_breaks"] for r in result["records"] if r["variant"] == "dorac-once-compiled"] == [0, 0]
+
+
+def test_layer_without_a_reference_has_no_ratio(bench):
+    given = ("--shapes", "16x8", "--ranks", "2", "--tokens", "4", "--phases", "inference")
+    (record,) = bench("layer", *given, "--variants", "dorac-every-eager")["records"]
+    assert record["wall_ratio"] is None
+    assert record["wall_ratio_eager"] is None
+
+
+MODEL = ("lora-sum-compiled", "lora-addmm-eager", "peft-dora-eager", "dorac-every-eager", "dorac-once-eager")
+
+
+def test_model(bench, device):
+    given = ("--ranks", "2", "--tokens", "8", "--batch", "2")
+    result = bench("model", *STACK, *given, "--phases", "inference", "--variants", *MODEL)
+    assert names(result) == [("r2 inference", variant) for variant in MODEL]
+    check_times(result, device)
+    check_ratios(result, device)
+    trained = bench("model", *STACK, *given, "--phases", "train", "--variants", *MODEL[1:])
+    assert names(trained) == [("r2 train", variant) for variant in MODEL[1:]]
+    check_ratios(trained, device)
+
+
+@pytest.mark.gpu
+def test_decode(tmp_path):
+    path = tmp_path / "out.json"
+    assert main(["decode", *STACK, "--ranks", "4", "--batches", "1", "2", "--json", str(path)]) == 0
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert [case for case, _ in names(result)] == ["r4 batch 1"] * 3 + ["r4 batch 2"] * 3
+    check_times(result, "cuda")
+    check_ratios(result, "cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_time_is_that_of_the_kernels_alone():
+    """A sum of two kernels, with the flush and what runs before and after left out."""
+    x = torch.randn(2**20, device="cuda")
+    iterations = timeline.gpu_iterations(lambda: (x + 1).sin(), flush=True)
+    assert [len(work) for work in iterations] == [2] * timeline.PROFILED
+    rows = timeline.by_name(iterations)
+    assert [row["calls"] for row in rows] == [1, 1]
+    assert measure.measure(lambda: x + 1, torch.device("cuda"))["peak_mib"] == 4
+
+
+# Reports
+
+
+def test_files_say_what_was_measured_and_where(bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bars.png"
+    given = ("norm", "--shapes", "16x24", "--ranks", "2", "--variants", "dorac", "peft", "--plot", str(picture))
+    result = bench(*given)
+    assert result["complete"]
+    assert result["command"] == "norm"
+    assert result["argv"][: len(given)] == list(given)
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"triton", "peft", "transformers", "dorac"} <= set(result["versions"])
+    assert {"date", "device", "commit"} <= set(result)
+    assert all(value > 0 for value in result["ceilings"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed, progress = capsys.readouterr()
+    table = [line.split() for line in printed.splitlines() if line.startswith(("case", "16x24"))]
+    assert [line[0] for line in table] == ["case", "16x24", "16x24"]
+    assert "relative_error" in table[0]
+    assert len(progress.splitlines()) == 2
+
+
+def test_table_separates_cases_and_leaves_out_empty_columns():
+    rows = [
+        {"case": "a", "variant": "long name", "gpu_us": None, "wall_us": 1.25, "bytes": 7},
+        {"case": "b", "variant": "x", "gpu_us": None, "wall_us": None, "relative_error": 1e-7},
+    ]
+    assert report.table(rows).splitlines() == [
+        "case  variant    wall_us  relative_error",
+        "a     long name      1.2               -",
+        "",
+        "b     x                -         1.0e-07",
+    ]
+
+
+def event(category: str | None, name: str, start: float, duration: float) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+
+
+def test_timeline_counts_gpu_work_between_markers_only():
+    marker = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    events = [
+        event("gpu_user_annotation", "ProfilerStep#1", 0, 100),
+        event("cuda_runtime", "cudaLaunchKernel", 12, 3),
+        event(None, "process_name", 0, 0),
+        event("gpu_memset", "flush", 1, 9),
+        event("kernel", marker, 10, 1),
+        event("kernel", "gemm", 20, 6),  # out of order below
+        event("gpu_memcpy", "copy", 12, 5),
+        event("kernel", marker, 30, 1),
+        event("gpu_memset", "flush", 31, 9),
+        event("kernel", marker, 40, 1),
+        event("kernel", "gemm", 41, 8),
+        event("kernel", marker, 50, 1),
+    ]
+    iterations = timeline.split_iterations(events, 2)
+    gemm, copy, longer = timeline.Kernel("gemm", 6), timeline.Kernel("copy", 5), timeline.Kernel("gemm", 8)
+    assert iterations == [[copy, gemm], [longer]]
+    assert timeline.by_name(iterations) == [
+        {"kernel": "gemm", "calls": 1.0, "us": 7.0},
+        {"kernel": "copy", "calls": 0.5, "us": 2.5},
+    ]
+    with pytest.raises(RuntimeError, match="saw 3 markers, expected 4"):
+        timeline.split_iterations(events[:-1], 2)
+
+
+def test_limit_is_the_longer_of_bytes_and_operations():
+    ceilings = measure.Ceilings(copy_gb_per_s=1000, read_gb_per_s=500, gemm_tflop_per_s=100)
+    assert ceilings.limit_us(flops=0, copied=1e9) == pytest.approx(1000)
+    assert ceilings.limit_us(flops=0, read=1e9) == pytest.approx(2000)
+    assert ceilings.limit_us(flops=1e12, read=1e9) == pytest.approx(10000)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+
+def graph_break():
+    torch._dynamo.graph_break()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: out_of_memory, "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"),
+        (out_of_memory, "OutOfMemoryError: "),
+        (lambda: torch.compile(graph_break, fullgraph=True), "Unsupported: "),
+    ],
+)
+def test_variant_that_cannot_run_is_reported_and_the_others_go_on(make, reason):
+    record = {"case": "c", "variant": "dorac-once-eager"} | measure.attempt(make, torch.device("cpu"))
+    assert record["failed"].startswith(reason)
+    assert "\n" not in record["failed"]
+    fine = {"case": "c", "variant": "lora-sum-eager", "gpu_us": None, "wall_us": 2.0, "peak_mib": None}
+    related = against_lora.related_to_lora([record, fine])
+    assert related[0]["wall_ratio_eager"] is None
+    assert related[1]["wall_ratio_eager"] == 1
+    assert reason in report.table(related)
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        measure.attempt(lambda: lambda: 1 // 0, torch.device("cpu"))
+
+
+def test_failed_variant_fails_the_run(monkeypatch, capsys):
+    monkeypatch.setitem(peers.VARIANTS, "dorac-once-eager", peers.Variant(lambda layer: out_of_memory(), None))
+    given = ("--shapes", "16x8", "--ranks", "2", "--tokens", "4", "--phases", "inference", "--device", "cpu")
+    assert main(["layer", *given, "--variants", "dorac-once-eager", "lora-sum-eager"]) == 1
+    assert "FAILED: 16x8 r2 inference dorac-once-eager: OutOfMemoryError" in capsys.readouterr().err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["speed"], "invalid choice: 'speed'"),
+        (["norm", "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
+        (["norm", "--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        (["norm", "--device", "cuda:99"], "--device cuda:99: this torch sees"),
+        (["decode", "--device", "cpu"], "decode runs on cuda only, --device is cpu"),
+        (["norm", "--device", "cpu", "--profile"], "--profile shows the kernels of a GPU, so it needs --device cuda"),
+        (["norm", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["norm", "--device", "cpu", "--adapter-dtype", "float16"], "--adapter-dtype must be float32 or the dtype of"),
+        (["norm", "--shapes", "12"], "argument --shapes: must look like 4096x8192, got '12'"),
+        (["norm", "--shapes", "0x8"], "argument --shapes: must look like 4096x8192, got '0x8'"),
+        (["norm", "--ranks", "0"], "argument --ranks: must be at least 1, got 0"),
+        (["norm", "--variants", "magic"], "argument --variants: invalid choice: 'magic'"),
+        (["norm", "--device", "cpu", "--seed", "-1"], "--seed must be at least 0"),
+        (["layer", "--tokens", "many"], "argument --tokens: invalid positive value: 'many'"),
+        (["layer", "--phases", "sleep"], "argument --phases: invalid choice: 'sleep'"),
+        (["norm", "--device", "cpu", "--json", "/no/such/place.json"], "--json /no/such/place.json cannot be written"),
+        (["norm", "--device", "cpu", "--json", "{tmp}"], "cannot be written: Is a directory"),
+        (["norm", "--device", "cpu", "--plot", "/no/such/place.png"], "--plot /no/such/place.png cannot be written"),
+        (["norm", "--device", "cpu", "--plot", "{tmp}/bars.txt"], "bars.txt must end in .png, .pdf, .svg"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(given, message, monkeypatch, tmp_path, capsys):
+    def nothing_measured(*_):
+        raise AssertionError("measured before the input was checked")
+
+    monkeypatch.setattr(measure, "measure_ceilings", nothing_measured)
+    assert main([argument.format(tmp=tmp_path) for argument in given]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m dorac.bench: error: ")
+    assert message in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "message"),
+    [
+        (5, 5, "--hidden 32 must be an even multiple of --heads 5"),
+        (4, 3, "--heads 4 must be a multiple of --kv-heads 3"),
+    ],
+)
+def test_stack_that_cannot_be_built_is_refused(heads, kv_heads, message):
+    with pytest.raises(options.BadInput, match=message):
+        model.build_stack(arguments(layers=1, hidden=32, intermediate=48, heads=heads, kv_heads=kv_heads))
+
+
+def test_files_that_exist_are_kept_by_the_check(tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_text("old", encoding="utf-8")
+    assert main(["norm", "--device", "cpu", "--json", str(path), "--plot", "/no/such/place.png"]) == 2
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_every_subcommand_has_defaults_for_what_it_leaves_to_the_device():
+    for name, module in SUBCOMMANDS.items():
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        own = {action.dest for action in parser._actions} - {"help"}
+        assert all(parser.get_default(dest) is None for dest in own), name
+        for defaults in module.DEFAULTS.values():
+            assert set(defaults) == own, name
