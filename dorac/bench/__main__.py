@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import compose, decode, layer, measure, model, norm, options, report
+from dorac.bench import compose, decode, layer, measure, model, norm, options, report, tune
 from dorac.bench.options import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "layer": layer,
     "model": model,
     "decode": decode,
+    "tune": tune,
 }
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
-PROFILED = 10
+PROFILED = 20
+PAUSE = 2**23  # cycles, about 5 ms: the CPU queues a step meanwhile, and the GPU starts each one as cool as the last
 FLUSH_BYTES = 2**28  # several times any L2 cache
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # trace categories; the ranges of annotations have others
@@ -30,14 +31,17 @@ def flush_buffer() -> Tensor:
 
 
 def gpu_iterations(fn: Callable[[], object], *, flush: bool) -> list[list[Kernel]]:
-    """What each of ``PROFILED`` iterations does on the GPU. The flush runs between a marker and the next."""
+    """What each of ``PROFILED`` iterations does on the GPU, which idles before each, so that all see the same clocks.
+
+    Otherwise whoever keeps the GPU waiting for the CPU is rewarded with a cooler chip. The flush is not counted.
+    """
     cache = flush_buffer() if flush else None
 
     def iterate(times: int) -> None:
         for _ in range(times):
             if cache is not None:
                 cache.zero_()
-            torch.cuda._sleep(1)
+            torch.cuda._sleep(PAUSE)
             fn()
             torch.cuda.synchronize()  # also the side streams
             torch.cuda._sleep(1)

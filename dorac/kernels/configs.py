@@ -7,6 +7,8 @@ import dataclasses
 
 import torch
 
+PROCESSORS = 132  # of an H100: what full waves of programs are counted in
+
 
 @dataclasses.dataclass(frozen=True)
 class NormConfig:
@@ -61,24 +63,28 @@ def norm_config(
     """Wide tiles where the weight's bytes are the limit, resident factors where the product is."""
     block_r = _power(rank, 16, 128)
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
-        return NormConfig(32, 32, min(block_r, 32), _splits(experts, out_features, in_features, 32, 32), 4, 2)
-    split_factors = factor_dtype is torch.float32
-    if rank <= 64:
-        block_i = 64 if split_factors and rank > 16 else 128
-        stages = 2 if split_factors and rank > 16 else 3
-        return NormConfig(64, block_i, block_r, _splits(experts, out_features, in_features, 64, block_i), 4, stages)
-    if split_factors:
-        return NormConfig(64, 64, 32, _splits(experts, out_features, in_features, 64, 64), 4, 2)
-    if rank <= 384:
-        return NormConfig(64, 64, block_r, _splits(experts, out_features, in_features, 64, 64), 4, 3)
-    return NormConfig(64, 64, 64, _splits(experts, out_features, in_features, 64, 64), 4, 3)
+        config = NormConfig(32, 32, min(block_r, 32), 1, 4, 2)
+    elif factor_dtype is torch.float32:  # a factor's tile takes twice the bytes, and its two halves registers
+        config = NormConfig(64, 128, block_r, 1, 8, 3) if rank <= 16 else NormConfig(64, 64, 32, 1, 4, 2)
+    elif rank <= 64:
+        config = NormConfig(64, 128, block_r, 1, 8 if rank <= 16 else 4, 3)
+    else:
+        config = NormConfig(64, 64, block_r if rank <= 384 else 64, 1, 4, 3)
+    resident = 1 if rank > 64 and weight_dtype.itemsize == 2 else 2  # programs at once on a processor
+    row_blocks = max(1, experts * -(-out_features // config.block_o))
+    most = max(1, in_features // (4 * config.block_i))
+    return dataclasses.replace(config, splits=_splits(row_blocks, PROCESSORS * resident, min(most, 64)))
 
 
-def _splits(experts: int, out_features: int, in_features: int, block_o: int, block_i: int) -> int:
-    """Column splits: at least 256 programs (about two for each of an H100's 132 processors), four steps each."""
-    row_blocks = max(1, experts * -(-out_features // block_o))
-    most = max(1, in_features // (4 * block_i))
-    return min(most, 2 ** max(0, (-(-256 // row_blocks) - 1).bit_length()))
+def _splits(row_blocks: int, slots: int, most: int) -> int:
+    """The fewest column splits that keep 95 % of the slots busy, or those that keep the most; at most ``most``."""
+
+    def busy(splits: int) -> float:
+        programs = row_blocks * splits
+        return programs / (-(-programs // slots) * slots)
+
+    good = [splits for splits in range(1, most + 1) if busy(splits) >= 0.95]
+    return good[0] if good else max(range(1, most + 1), key=busy)
 
 
 def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype, base_dtype: torch.dtype) -> TileConfig:

@@ -1,0 +1,174 @@
+"""``tune``: what the launch tables and the choice of the layer's form rest on; the chosen entries beside the others."""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dorac import functional
+from dorac.bench import against_lora, measure, options, peers, report
+from dorac.ops import linear
+
+KERNELS = ("norm", "up", "backward", "low-rank-backward", "form")
+DEFAULTS = {
+    "cuda": {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", type=options.pair, metavar="OUTxIN", help="of the weight")
+    parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
+    parser.add_argument("--tokens", type=options.positive, metavar="T", help="rows of the activations")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="what to sweep (default: all)")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """One record per candidate, the fastest first; ``chosen`` marks what the tables take."""
+    sweeps = {"norm": _norm, "up": _up, "backward": _backward, "low-rank-backward": _low_rank_backward, "form": _form}
+    for kernel, (out_features, in_features), rank in itertools.product(args.kernels, args.shapes, args.ranks):
+        layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
+        yield from sweeps[kernel](layer, args)
+
+
+def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    from dorac.kernels import configs, norm
+
+    scaling = torch.full((), peers.SCALING, device=args.device)
+    factors = layer.lora_A, layer.lora_B, scaling
+    chosen = configs.norm_config(1, *layer.weight.shape, layer.rank, layer.weight.dtype, layer.lora_A.dtype)
+    candidates = [
+        dataclasses.replace(chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages)
+        for block_o, block_i, splits, warps, stages in itertools.product(
+            (32, 64, 128), (64, 128), (2, 4, 8), (4, 8), (2, 3)
+        )
+    ]
+    return _sweep("norm", layer, chosen, candidates, lambda c: lambda: norm.row_norm(layer.weight, *factors, c), args)
+
+
+def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    from dorac.kernels import compose, configs
+
+    base, h, norm, scaling = _activations(layer, args)
+    chosen = configs.tile_config(*base.shape, layer.rank, h.dtype, base.dtype)
+    candidates = [
+        configs.TileConfig(block_t, block_o, min(chosen.block_r, 64), warps, stages, descriptors)
+        for block_t, block_o, warps, stages, descriptors in itertools.product(
+            (32, 64, 128), (128, 256), (4, 8), (3,), (False, True)
+        )
+    ]
+
+    def call(config):
+        tensors = base, h, layer.lora_B, layer.magnitude, norm, scaling, None
+        return lambda: compose.compose(*tensors, want_inner=True, config=config)
+
+    return _sweep("up", layer, chosen, candidates, call, args)
+
+
+def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    from dorac.kernels import compose, configs
+
+    inner, _, norm, _ = _activations(layer, args)
+    dy = torch.randn_like(inner)
+    chosen = configs.column_config(*inner.shape)
+    candidates = [
+        configs.ColumnConfig(block_t, block_o, rows, warps, stages)
+        for block_t, block_o, rows, warps, stages in itertools.product(
+            (16, 32), (128, 256), (64, 128, 256), (4, 8), (2, 4)
+        )
+    ]
+
+    def call(config):
+        return lambda: compose.compose_backward(dy, inner, layer.magnitude, norm, config=config)
+
+    return _sweep("backward", layer, chosen, candidates, call, args)
+
+
+def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    """Also the pass without the products and the two products alone, which it has to beat."""
+    from dorac.kernels import compose, configs
+
+    if layer.rank > 64:
+        return []
+    inner, h, norm, scaling = _activations(layer, args)
+    dy = torch.randn_like(inner)
+    chosen = configs.low_rank_config(*inner.shape, layer.rank)
+    candidates = [
+        dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
+        for block_t, block_o, rows, warps, stages in itertools.product(
+            (16, 32, 64), (64, 128), (256, 512, 1024), (4, 8), (1, 2)
+        )
+    ]
+
+    def call(config):
+        tensors = dy, inner, layer.magnitude, norm, h, layer.lora_B, scaling
+        return lambda: compose.low_rank_backward(*tensors, h_is_scaled=True, config=config)
+
+    def apart():
+        d_inner, _, _ = compose.compose_backward(dy, inner, layer.magnitude, norm)
+        return d_inner @ layer.lora_B, d_inner.T @ h
+
+    records = list(_sweep("low-rank-backward", layer, chosen, candidates, call, args))
+    return [*records, _record("low-rank-backward", layer, "three kernels", apart, args)]
+
+
+def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The layer's forms (:func:`dorac.ops.linear.route`), eager and compiled, trained and not."""
+    x = torch.randn(args.tokens, layer.weight.shape[1], dtype=args.dtype, device=args.device)
+    for phase, compile_args in itertools.product(options.PHASES, (None, {"fullgraph": True, "dynamic": False})):
+        dy = x.new_empty(args.tokens, layer.weight.shape[0]).normal_() if phase == "train" else None
+        mode = "eager" if compile_args is None else "compiled"
+        traced = compile_args is not None
+        chosen = linear.route(x, layer.lora_A, training=phase == "train", traced=traced)
+        for form in ("accumulate", "fused", "separate"):
+            with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
+                measured = against_lora.measure_step(lambda: peers.DoracOnce(layer), compile_args, x, dy)
+            case = f"form {phase} {mode} {_shape(layer)}"
+            yield {"case": case, "variant": form, "chosen": form == chosen} | measured
+
+
+def _activations(layer: peers.Layer, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base ``[T, O]``, h ``[T, R]``, the norm and the scaling."""
+    out_features = layer.weight.shape[0]
+    base = torch.randn(args.tokens, out_features, dtype=args.dtype, device=args.device)
+    h = torch.randn(args.tokens, layer.rank, dtype=args.adapter_dtype, device=args.device)
+    norm = functional.norm_factored(layer.weight, layer.lora_A, layer.lora_B, peers.SCALING)
+    return base, h, norm, torch.full((), peers.SCALING, device=args.device)
+
+
+def _sweep(
+    kernel: str,
+    layer: peers.Layer,
+    chosen: object,
+    candidates: list[object],
+    call: Callable[[object], measure.Callback],
+    args: argparse.Namespace,
+) -> list[dict[str, object]]:
+    """Every candidate that fits the GPU, the fastest first."""
+    from triton.runtime.errors import OutOfResources
+
+    records = []
+    for config in {chosen: None} | dict.fromkeys(candidates):
+        try:
+            record = _record(kernel, layer, str(config), call(config), args)
+        except OutOfResources:  # shared memory or registers
+            continue
+        records.append(record | {"chosen": config == chosen})
+    return sorted(records, key=lambda record: record["wall_us"])
+
+
+def _record(kernel: str, layer: peers.Layer, name: str, fn: measure.Callback, args) -> dict[str, object]:
+    from triton.testing import do_bench
+
+    us = do_bench(fn, warmup=5, rep=20, return_mode="median") * 1e3
+    record = {"case": f"{kernel} {_shape(layer)}", "variant": name, "wall_us": us}
+    report.progress(record)
+    return record
+
+
+def _shape(layer: peers.Layer) -> str:
+    out_features, in_features = layer.weight.shape
+    return f"{out_features}x{in_features} r{layer.rank}"
