@@ -4,6 +4,7 @@ The thresholds and tiles were chosen by ``python -m dorac.bench tune``, which pr
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -57,6 +58,7 @@ def _power(value: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << max(0, value - 1).bit_length()))
 
 
+@functools.lru_cache(maxsize=1024)
 def norm_config(
     experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, factor_dtype: torch.dtype
 ) -> NormConfig:
@@ -87,6 +89,7 @@ def _splits(row_blocks: int, slots: int, most: int) -> int:
     return good[0] if good else max(range(1, most + 1), key=busy)
 
 
+@functools.lru_cache(maxsize=1024)
 def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype, base_dtype: torch.dtype) -> TileConfig:
     """The up-projection with its epilogue: many small tiles where bytes are the limit, large ones where flops are."""
     block_t = _power(tokens, 16, 32)
@@ -99,11 +102,13 @@ def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype,
     return TileConfig(128, 256, 64, 8, 3, descriptors=True)
 
 
+@functools.lru_cache(maxsize=1024)
 def pointwise_config(tokens: int) -> TileConfig:
     """Compose without a product."""
     return TileConfig(_power(tokens, 1, 16), 256, 16, 4, 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def column_config(tokens: int, out_features: int) -> ColumnConfig:
     """One pass over dy and inner: tall strips where there are enough of them, shorter ones where there are not."""
     rows = 256
@@ -112,6 +117,7 @@ def column_config(tokens: int, out_features: int) -> ColumnConfig:
     return ColumnConfig(min(32, rows), 128, rows, 4, 4)
 
 
+@functools.lru_cache(maxsize=1024)
 def low_rank_config(tokens: int, out_features: int, rank: int) -> LowRankConfig:
     """The backward pass with its two low-rank products: long strips, since each writes a partial d_lora_B."""
     rows = 1024

@@ -69,9 +69,7 @@ def has_kernels(*tensors: Tensor | None) -> bool:
 
     Everything else is computed in aten, with the same results.
     """
-    return all(t is None or (t.is_cuda and t.dtype is not torch.float64) for t in tensors) and all(
-        t is None or _has_kernels(t.device) for t in tensors
-    )
+    return all(t is None or (t.is_cuda and t.dtype is not torch.float64 and _has_kernels(t.device)) for t in tensors)
 
 
 def at_most(size: int | torch.SymInt, limit: int) -> bool:
