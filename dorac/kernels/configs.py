@@ -21,6 +21,7 @@ class NormConfig:
     splits: int
     warps: int
     stages: int
+    swap: bool = False  # compute the transposed tile
 
 
 @dataclasses.dataclass(frozen=True)
