@@ -108,9 +108,7 @@ _launch_compose = Launcher(compose_kernel)
 
 
 def _describable(*tensors: Tensor | None) -> bool:
-    """Whether the tensor memory accelerator can address these: Hopper or later, rows contiguous, 16-byte aligned."""
-    if torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
-        return False
+    """Whether the tensor memory accelerator can address these: contiguous rows, 16-byte aligned."""
     return all(
         t is None
         or (
