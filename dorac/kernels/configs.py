@@ -21,7 +21,6 @@ class NormConfig:
     splits: int
     warps: int
     stages: int
-    swap: bool = False  # compute the transposed tile
 
 
 @dataclasses.dataclass(frozen=True)

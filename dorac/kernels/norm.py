@@ -19,14 +19,6 @@ from dorac.kernels.tiles import load_tile, product
 
 
 @triton.jit
-def _tile_product(b_OR, a_RI, acc, SPLIT: tl.constexpr, SWAP: tl.constexpr):
-    if SWAP:
-        return product(a_RI.T, b_OR.T, acc, SPLIT)
-    else:
-        return product(b_OR, a_RI, acc, SPLIT)
-
-
-@triton.jit
 def row_square_kernel(
     w_ptr,
     a_ptr,
@@ -52,7 +44,6 @@ def row_square_kernel(
     CHUNKS: tl.constexpr,  # of lora_B kept resident; 0: more than 3 are loaded anew for every tile
     EVEN: tl.constexpr,  # no tile reaches over an edge
     FINISH: tl.constexpr,  # one split: write the norm itself
-    SWAP: tl.constexpr,  # rows along the tensor cores' wide dimension: fewer bytes of shared memory per product
     SPLIT: tl.constexpr,  # float32 factors of a half-precision weight
     STAGES: tl.constexpr,
 ):
@@ -72,43 +63,28 @@ def row_square_kernel(
     if CHUNKS >= 3:
         b2 = load_tile(b_ptr, start_o, 2 * BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
 
-    if SWAP:
-        square = tl.zeros([BLOCK_I, BLOCK_O], dtype=tl.float32)
-    else:
-        square = tl.zeros([BLOCK_O], dtype=tl.float32)
+    square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     begin = split * columns_per_split
     for start in tl.range(begin, tl.minimum(begin + columns_per_split, I), BLOCK_I, num_stages=STAGES):
         w_OI = load_tile(w_ptr, start_o, start, O, I, stride_wo, stride_wi, BLOCK_O, BLOCK_I, EVEN, False)
-        if SWAP:
-            w = w_OI.T
-            acc = tl.zeros([BLOCK_I, BLOCK_O], dtype=tl.float32)
-        else:
-            w = w_OI
-            acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+        acc_OI = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
         if CHUNKS >= 1:
             a_RI = load_tile(a_ptr, 0, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc = _tile_product(b0, a_RI, acc, SPLIT, SWAP)
+            acc_OI = product(b0, a_RI, acc_OI, SPLIT)
         if CHUNKS >= 2:
             a_RI = load_tile(a_ptr, BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc = _tile_product(b1, a_RI, acc, SPLIT, SWAP)
+            acc_OI = product(b1, a_RI, acc_OI, SPLIT)
         if CHUNKS >= 3:
             a_RI = load_tile(a_ptr, 2 * BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc = _tile_product(b2, a_RI, acc, SPLIT, SWAP)
+            acc_OI = product(b2, a_RI, acc_OI, SPLIT)
         if CHUNKS == 0:
             for rank in tl.range(0, R, BLOCK_R):
                 b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
                 a_RI = load_tile(a_ptr, rank, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-                acc = _tile_product(b_OR, a_RI, acc, SPLIT, SWAP)
-        v = w.to(tl.float32) + scaling * acc
-        if SWAP:
-            square += v * v
-        else:
-            square += tl.sum(v * v, axis=1)
+                acc_OI = product(b_OR, a_RI, acc_OI, SPLIT)
+        v_OI = w_OI.to(tl.float32) + scaling * acc_OI
+        square_O += tl.sum(v_OI * v_OI, axis=1)
 
-    if SWAP:
-        square_O = tl.sum(square, axis=0)
-    else:
-        square_O = square
     if FINISH:
         square_O = tl.sqrt_rn(square_O)
     rows_O = start_o + tl.arange(0, BLOCK_O)
@@ -178,7 +154,6 @@ def row_norm(
         CHUNKS=chunks if chunks <= 3 else 0,
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
         FINISH=splits == 1,
-        SWAP=config.swap,
         SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
         STAGES=config.stages,
         warps=config.warps,
