@@ -21,6 +21,7 @@ from torch import Tensor
 from dorac import checks, ops
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
+from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
 __all__ = [
@@ -61,9 +62,10 @@ def norm_factored(
         lora_B: ``[out, r]``, the dtype of ``lora_A``.
         scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
         weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W
-            lose digits.
+            lose digits. The Triton kernel, which reads W once at any rate, makes no use of it.
         budget: bytes that all live buffers of the computation may take together. At least one column of W is processed
             at a time, however small the budget; on CUDA the columns come in multiples of 64 where the budget allows.
+            The Triton kernel needs no buffers.
 
     Returns:
         ``[out]``, float32 (float64 if any input is float64). No gradient flows through it (paper, section 4.3),
@@ -80,7 +82,7 @@ def norm_factored(
     s = _scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
-        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget)
+        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, REVISION)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def compose(
     checks.check_compose(base, lora, mag_scale, bias, delta)
     checks.check_scaling(scaling)
     s = _scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
-    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta)
+    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, REVISION)
 
 
 def dora_linear(
@@ -180,7 +182,7 @@ def dora_linear(
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, budget=budget)
     if not dropout_p:
-        return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias)
+        return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, REVISION)
     x_adapter = F.dropout(x, dropout_p)
     lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     g = magnitude_scale(magnitude, weight_norm)

@@ -209,6 +209,14 @@ class TestCompose:
         assert torch.equal(compose(*strided, *arguments)[0], expected)
         wide = torch.cat([base, base], dim=1)[:, : base.shape[1]]
         assert torch.equal(compose(wide, lora, lora_B, *arguments)[0], expected)
+        strided = [torch.stack([t, -t], dim=1)[:, 0] for t in (inputs.magnitude, norm, inputs.bias)]
+        vectors = strided[0], strided[1], scaling(device), strided[2]
+        assert torch.equal(compose(base, lora, lora_B, *vectors)[0], expected)
+        one = torch.ones((), device=device).expand(base.shape[1])
+        assert torch.equal(
+            compose(base, lora, lora_B, one, None, scaling(device), None)[0],
+            compose(base, lora, lora_B, one.contiguous(), None, scaling(device), None)[0],
+        )
         rows = compose(base[:1].expand(base.shape), lora, lora_B, *arguments)[0]
         assert torch.equal(rows, compose(base[:1].repeat(base.shape[0], 1), lora, lora_B, *arguments)[0])
 
@@ -267,6 +275,8 @@ class TestBackward:
         strided = compose_backward(dy.T.contiguous().T, inner.T.contiguous().T, inputs.magnitude, norm, config=config)
         assert torch.equal(strided[0], d_inner)
         assert torch.equal(strided[2], d_m)
+        vectors = [torch.stack([t, -t], dim=1)[:, 0] for t in (inputs.magnitude, norm)]
+        assert torch.equal(compose_backward(dy, inner, *vectors, config=config)[2], d_m)
         one = torch.ones((), device=device, dtype=torch.bfloat16).expand(dy.shape)  # what y.sum().backward() hands over
         expanded = compose_backward(one, inner, inputs.magnitude, norm)
         assert torch.equal(expanded[2], compose_backward(one.contiguous(), inner, inputs.magnitude, norm)[2])
@@ -289,6 +299,13 @@ class TestLowRankBackward:
         torch.testing.assert_close(d_m, plain_m, rtol=1e-5, atol=1e-5)
         assert_rounded_once(d_h, S * d_inner.double() @ inputs.lora_B.double())
         assert_rounded_once(d_b, (1 if h_is_scaled else S) * d_inner.double().T @ h.double())
+
+    def test_refuses_a_rank_beyond_its_block(self, device):
+        inputs = linear_inputs((4, 8, 8, 65), dtype=torch.bfloat16, device=device)
+        inner, h, norm = activations(inputs)
+        arguments = inner, inner, inputs.magnitude, norm, h, inputs.lora_B, scaling(device)
+        with pytest.raises(ValueError, match="rank must be at most 64 here, got 65"):
+            low_rank_backward(*arguments, h_is_scaled=True)
 
     def test_strips_and_strides(self, device):
         inputs = linear_inputs((150, 200, 32, 20), dtype=torch.bfloat16, device=device)
@@ -388,3 +405,5 @@ class TestConfigs:
         assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16).block_t == 16
         assert configs.column_config(8192, 8192).rows == 256
         assert configs.column_config(64, 128).rows == 32
+        for config in (configs.column_config(2**27, 64), configs.low_rank_config(2**27, 64, 8)):
+            assert -(-(2**27) // config.rows) <= 65_535  # what a grid's second axis holds

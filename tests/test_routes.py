@@ -6,7 +6,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.library import opcheck
 
 from dorac import functional, reference
-from dorac.ops import front, linear
+from dorac.ops import front, library, linear
 from dorac.testing import assert_within_budget, linear_inputs
 
 ROUTES = ("separate", "accumulate", "fused")
@@ -112,6 +112,64 @@ def test_second_derivative_of_the_magnitude_alone(route):
     assert torch.autograd.gradgradcheck(function, (x, m))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("magnitude_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_mix_of_dtypes_has_a_route(dtype, factor_dtype, magnitude_dtype, training, monkeypatch, device):
+    if device == "cpu":  # as on a GPU, whose kernels leave float64 alone
+        monkeypatch.setattr(front, "has_kernels", lambda *tensors: all(t.dtype.itemsize < 8 for t in tensors))
+    inputs = linear_inputs(
+        "odd", dtype=dtype, factor_dtype=factor_dtype, magnitude_dtype=magnitude_dtype, device=device
+    ).leaves()
+    with torch.set_grad_enabled(training):
+        y = layer(inputs)
+    assert y.dtype is dtype
+    truth, truth_y = exact(inputs, torch.float64)
+    tolerance = (
+        {"rtol": 4e-2, "atol": 8e-2} if torch.bfloat16 in (dtype, factor_dtype) else {"rtol": 4e-3, "atol": 8e-3}
+    )
+    torch.testing.assert_close(y.double(), truth_y, **tolerance)
+    if training:
+        y.backward(torch.ones_like(y))
+        truth_y.backward(torch.ones_like(truth_y))
+        for leaf, best in zip(inputs.tensors(), truth.tensors(), strict=True):
+            assert leaf.grad.dtype is leaf.dtype
+            size = best.grad.abs().max().item()
+            tolerance["atol"] = 2e-2 * size
+            torch.testing.assert_close(leaf.grad.double(), best.grad, **tolerance)
+
+
+def test_gradient_penalty_in_half_precision(route, device):
+    """The second derivative reaches lora_A, lora_B and x through inner, also where the products ran along."""
+    inputs = linear_inputs((8, 24, 16, 4), dtype=torch.bfloat16, device=device).leaves()
+    truth = inputs.double()
+
+    def penalised(i):
+        norm = functional.norm_factored(i.weight, i.lora_A, i.lora_B, S).detach()
+        loss = functional.dora_linear(*i.tensors(), scaling=S, weight_norm=norm).double().square().mean()
+        (g,) = torch.autograd.grad(loss, [i.magnitude], create_graph=True)
+        (loss + 50 * g.double().square().sum()).backward()
+
+    penalised(inputs)
+    penalised(truth)
+    for name in ("x", "lora_A", "lora_B", "magnitude"):
+        actual, best = getattr(inputs, name).grad.double(), getattr(truth, name).grad
+        assert (actual - best).norm() <= 0.03 * best.norm(), name
+
+
+def test_backward_under_autocast_alone(route, device):
+    """A layer that ran outside autocast, its backward inside."""
+    inputs = linear_inputs("odd", dtype=torch.float32, device=device).leaves()
+    twin = inputs.leaves()
+    layer(twin).sum().backward()
+    y = layer(inputs).sum()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y.backward()
+    for left, right in zip(inputs.tensors(), twin.tensors(), strict=True):
+        assert torch.equal(left.grad, right.grad)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_kernels_survive_compilation(training, monkeypatch):
     """The leaves are nodes of the forward and backward graphs, g stays in aten where Inductor fuses it."""
@@ -172,6 +230,15 @@ def test_no_recompile_over_lengths_and_scalings(monkeypatch):
     with torch.compiler.set_stance("fail_on_recompile"):
         for tokens, scaling in ((128, 1.3), (33, -1.0), (65, 0.25), (7, 4.0)):
             run(linear_inputs((tokens, 32, 24, 4), dtype=torch.bfloat16).leaves(), scaling).sum().backward()
+
+
+def test_compiled_graphs_on_disk_know_the_revision():
+    """The compiler's disk caches see an op's arguments, not its body."""
+    backend = AotEagerAndRecordGraphs()
+    torch.compile(layer, fullgraph=True, backend=backend)(linear_inputs("odd", dtype=torch.float32))
+    nodes = [n for n in backend.graphs[0].graph.nodes if getattr(n.target, "__module__", "") == "torch._ops.dorac"]
+    assert len(nodes) == 2
+    assert all(n.args[-1] == library.REVISION for n in nodes)
 
 
 def test_transforms_take_the_formula(monkeypatch):

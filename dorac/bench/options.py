@@ -123,6 +123,7 @@ def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
         "transformers": args.command in ("model", "decode"),
+        "triton": args.command == "tune",
         "matplotlib": args.plot is not None,
     }
     missing = [name for name, needed in wanted.items() if needed and importlib.util.find_spec(name) is None]

@@ -123,7 +123,8 @@ def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, ob
         mode = "eager" if compile_args is None else "compiled"
         traced = compile_args is not None
         chosen = linear.route(x, layer.lora_A, training=phase == "train", traced=traced)
-        for form in ("accumulate", "fused", "separate"):
+        same_dtype = x.dtype is layer.lora_A.dtype
+        for form in ("accumulate", "fused", "separate") if same_dtype else ("fused", "separate"):
             with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
                 measured = against_lora.measure_step(lambda: peers.DoracOnce(layer), compile_args, x, dy)
             case = f"form {phase} {mode} {_shape(layer)}"

@@ -107,6 +107,11 @@ def compose_kernel(
 _launch_compose = Launcher(compose_kernel)
 
 
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    """What the kernels index without strides."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
 def _describable(*tensors: Tensor | None) -> bool:
     """Whether the tensor memory accelerator can address these: contiguous rows, 16-byte aligned."""
     return all(
@@ -135,7 +140,7 @@ def compose(
     """``inner = base + s * lora`` and ``y = g * inner + b`` (or its delta form), both in the dtype of ``base``.
 
     Args:
-        base: ``[T, O]``, any strides.
+        base: ``[T, O]``, any strides, like all tensors here.
         lora: ``[T, O]``; ``h [T, R]`` if ``lora_B`` is given; None for ``inner = base``.
         lora_B: ``[O, R]``, the dtype of ``h``.
         magnitude: ``[O]``; g itself where ``weight_norm`` is None.
@@ -153,6 +158,7 @@ def compose(
         config = (
             tile_config(tokens, out_features, rank, lora.dtype, base.dtype) if project else pointwise_config(tokens)
         )
+    magnitude, weight_norm, bias = _vectors(magnitude, weight_norm, bias)
     matrices = [base, lora, lora_B, y, inner]
     if descriptors := config.descriptors and _describable(*matrices):
         blocks = {id(lora): [config.block_t, config.block_r], id(lora_B): [config.block_o, config.block_r]}
@@ -179,7 +185,7 @@ def compose(
         PROJECT=project,
         HAS_LORA=lora is not None,
         HAS_NORM=weight_norm is not None,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias is not None and not delta,
         DELTA=delta,
         WANT_Y=want_y,
         WANT_INNER=want_inner,
@@ -302,7 +308,7 @@ def low_rank_backward_kernel(
 @triton.jit
 def _strip_sum(partial_ptr, norm_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_NORM, HAS_SCALING, BLOCK):
     """``s * sum over S of partial[S, size]`` in the order of S; with a norm, divided by it (0 on zero rows)."""
-    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = tl.zeros([BLOCK], dtype=tl.float32)
     pointers = partial_ptr + index
@@ -319,7 +325,9 @@ def _strip_sum(partial_ptr, norm_ptr, scaling_ptr, out_ptr, block, size, strips,
 
 @triton.jit
 def strip_sum_kernel(partial_ptr, norm_ptr, out_ptr, size, strips, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    _strip_sum(partial_ptr, norm_ptr, None, out_ptr, tl.program_id(0), size, strips, HAS_NORM, False, BLOCK)
+    _strip_sum(
+        partial_ptr, norm_ptr, None, out_ptr, tl.program_id(0).to(tl.int64), size, strips, HAS_NORM, False, BLOCK
+    )
 
 
 @triton.jit
@@ -341,7 +349,7 @@ def low_rank_strip_sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """The three sums of :func:`low_rank_backward_kernel` in one launch: first the blocks of d_h, then d_b's, d_m's."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     blocks_h, blocks_b = tl.cdiv(size_h, BLOCK), tl.cdiv(size_b, BLOCK)
     if block < blocks_h:
         _strip_sum(partial_h_ptr, None, scaling_ptr, d_h_ptr, block, size_h, strips_o, False, True, BLOCK)
@@ -383,6 +391,7 @@ def compose_backward(
     d_magnitude = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
     if not dy.numel():
         return d_base, d_lora, d_magnitude.zero_()
+    magnitude, weight_norm = _vectors(magnitude, weight_norm)
     config = config or column_config(tokens, out_features)
     strips = triton.cdiv(tokens, config.rows)
     partial = magnitude.new_empty(strips, out_features, dtype=torch.float32)
@@ -442,7 +451,7 @@ def low_rank_backward(
 
     Returns:
         ``d_inner = g * dy [T, O]``, ``d_magnitude [O]``, ``d_h = s * d_inner lora_B [T, R]`` (of h without its scaling)
-        and ``d_lora_B = s * d_inner^T h [O, R]``.
+        and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take ``r / 64`` of the memory of dy meanwhile.
     """
     (tokens, out_features), rank = dy.shape, h.shape[1]
     d_inner = torch.empty_like(inner, memory_format=torch.contiguous_format)
@@ -451,6 +460,9 @@ def low_rank_backward(
     if not dy.numel():
         return d_inner, d_magnitude.zero_(), d_h.zero_(), d_b.zero_()
     config = config or low_rank_config(tokens, out_features, rank)
+    if rank > config.block_r:
+        raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
+    magnitude, weight_norm = _vectors(magnitude, weight_norm)
     strips_t, strips_o = triton.cdiv(tokens, config.rows), triton.cdiv(out_features, config.block_o)
     partial_m = magnitude.new_empty(strips_t, out_features, dtype=torch.float32)
     partial_h = magnitude.new_empty(strips_o, tokens, rank, dtype=torch.float32)

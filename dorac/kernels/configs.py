@@ -114,7 +114,14 @@ def column_config(tokens: int, out_features: int) -> ColumnConfig:
     rows = 256
     while rows > 32 and -(-tokens // rows) * -(-out_features // 128) < 512:
         rows //= 2
-    return ColumnConfig(min(32, rows), 128, rows, 4, 4)
+    return ColumnConfig(min(32, rows), 128, _launchable(tokens, rows), 4, 4)
+
+
+def _launchable(tokens: int, rows: int) -> int:
+    """More rows to a strip where there would be more strips than a grid's second axis holds."""
+    while -(-tokens // rows) > 65_535:
+        rows *= 2
+    return rows
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,4 +130,4 @@ def low_rank_config(tokens: int, out_features: int, rank: int) -> LowRankConfig:
     rows = 1024
     while rows > 64 and -(-tokens // rows) * -(-out_features // 128) < 256:
         rows //= 2
-    return LowRankConfig(32, 128, rows, 4, 2, _power(rank, 16, 64))
+    return LowRankConfig(32, 128, _launchable(tokens, rows), 4, 2, _power(rank, 16, 64))

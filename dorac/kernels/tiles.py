@@ -73,7 +73,7 @@ def product(left, right, acc, SPLIT: tl.constexpr):
 
     Products of half-precision numbers are exact there. Float32 operands are multiplied in full float32, or with SPLIT
     as pairs of bfloat16 numbers, high and low: 16 bits of each operand on the tensor cores, more than the
-    half-precision tensor that the product is added to can tell apart.
+    half-precision tensor that the product is added to can tell apart. There an infinite operand gives NaN.
     """
     if SPLIT:
         left_high = left.to(tl.bfloat16)

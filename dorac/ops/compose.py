@@ -8,8 +8,8 @@ activation's dtype, and nothing else of that size: in eager over the leaf ops ``
 instead would drop forward-mode tangents without an error and raise under ``torch.func.grad``; an Autograd-key kernel
 would not vmap.
 
-The leaves are Triton kernels on CUDA; on the CPU they bound the float32 temporaries of half-precision activations to
-one block of rows.
+The leaves are Triton kernels on the GPUs that have them; on the CPU they bound the float32 temporaries of
+half-precision activations to one block of rows.
 
 Legend: T tokens, O out_features. Activations are [T, O] here; the functional layer accepts any leading shape.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import lib, register_composite, register_leaf
+from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 BLOCK_ELEMENTS = 2**18  # elements per row block of the CPU loops: the fp32 temporaries stay in cache
 
@@ -205,7 +205,7 @@ class _Compose(torch.autograd.Function):
         return d_base, d_lora, d_mag, None, d_bias, None, None
 
 
-def _compose(base, lora, mag_scale, scaling, bias=None, delta=False):
+def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, revision=REVISION):
     tensors = (base, lora, mag_scale, scaling, bias)
     if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
         return compose_aten(*tensors, delta)
@@ -220,7 +220,7 @@ def _compose(base, lora, mag_scale, scaling, bias=None, delta=False):
 
 
 register_composite(
-    "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False) "
-    "-> Tensor",
+    "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False, "
+    f"int revision={REVISION}) -> Tensor",
     _compose,
 )

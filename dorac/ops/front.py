@@ -60,8 +60,14 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Tiles are sized for Hopper's and Blackwell's data-centre chips (227 KiB of shared memory per processor)."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """Tiles are sized for Hopper's and Blackwell's data-centre chips (227 KiB of shared memory per processor).
+
+    AMD's GPUs call themselves CUDA devices with capabilities of their own; a device may also be only a fake tensor's.
+    """
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:

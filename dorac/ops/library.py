@@ -8,6 +8,10 @@ from dorac.ops import front
 
 lib = torch.library.Library("dorac", "DEF")
 
+# An argument of every public op, to be raised with every change of what an op's body decomposes to: the compiler's
+# caches on disk know a graph by its ops and their arguments, and would go on running the old decomposition.
+REVISION = 1
+
 
 def register_composite(schema: str, body: Callable) -> None:
     """Defines a public op whose Python ``body`` is its implementation for autograd, every backend and vmap."""
@@ -18,7 +22,7 @@ def register_composite(schema: str, body: Callable) -> None:
 
 
 def register_leaf(name: str, aten: Callable, cuda: Callable) -> None:
-    """Implements a leaf op: ``aten`` on the CPU and where there are no kernels for its tensors, ``cuda`` elsewhere.
+    """Implements a leaf op: ``cuda`` on CUDA tensors for which there are kernels, ``aten`` everywhere else.
 
     Results are contiguous whatever the strides of the arguments, as the op's fake says.
     """
@@ -31,5 +35,5 @@ def register_leaf(name: str, aten: Callable, cuda: Callable) -> None:
         tensors = (a for a in args if isinstance(a, torch.Tensor))
         return (cuda if front.has_kernels(*tensors) else in_aten)(*args)
 
-    lib.impl(name, in_aten, "CPU")
+    lib.impl(name, in_aten, "CompositeExplicitAutograd")
     lib.impl(name, on_cuda, "CUDA")

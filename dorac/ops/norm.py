@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import lib, register_composite, register_leaf
+from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -89,7 +89,7 @@ def _row_norm_fake(weight, lora_A, lora_B, scaling, weight_sq, budget):
     return weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight, lora_A, lora_B))
 
 
-def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET):
+def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, revision=REVISION):
     tensors = [t if t is None else t.detach() for t in (weight, lora_A, lora_B, scaling, weight_sq)]
     opaque = front.all_plain(*tensors) and not front.under_transform() and not front.exporting()
     with front.autocast_off(weight):
@@ -98,6 +98,6 @@ def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAU
 
 register_composite(
     "norm_factored(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq=None, "
-    f"int budget={DEFAULT_BUDGET}) -> Tensor",
+    f"int budget={DEFAULT_BUDGET}, int revision={REVISION}) -> Tensor",
     _norm_factored,
 )
