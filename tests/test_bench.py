@@ -48,7 +48,7 @@ def names(result: dict) -> list[tuple[str, str]]:
 def check_times(result: dict, device: str) -> None:
     for record in result["records"]:
         assert record["wall_us"] > 0
-        for key in ("gpu_us", "peak_mib", "total_mib"):
+        for key in ("gpu_us", "cpu_us", "peak_mib", "total_mib"):
             assert (record[key] is None) == (device == "cpu"), key
         us = record["wall_us"] if device == "cpu" else record["gpu_us"]
         if "limit_us" in record:

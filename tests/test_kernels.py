@@ -11,7 +11,8 @@ from dorac.testing import LinearInputs, linear_inputs, max_error
 pytest.importorskip("triton")
 
 from dorac.kernels import configs
-from dorac.kernels.compose import compose, compose_backward, low_rank_backward
+from dorac.kernels.backward import compose_backward, low_rank_backward
+from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm
 
 HALF = (torch.bfloat16, torch.float16)

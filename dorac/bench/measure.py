@@ -45,13 +45,15 @@ def measure(
     Returns:
         gpu_us: median over iterations of the summed times of kernels, copies and fills; None on the CPU.
         wall_us: median of the time between two CUDA events; on the CPU of ``time.perf_counter``.
+        cpu_us: median time that the CPU takes to queue a call while the GPU is busy; None on the CPU. Where it exceeds
+            gpu_us, the wall time is the CPU's.
         peak_mib: most memory allocated during one call beyond what was allocated before; None on the CPU.
         total_mib: the same with what was allocated before.
         kernels: records of name, calls and us per iteration, if asked for.
     """
     for _ in range(WARM_UP):
         fn()
-    result = {"gpu_us": None, "wall_us": wall_us(fn, device, flush=flush, calls=calls)}
+    result = {"gpu_us": None, "wall_us": wall_us(fn, device, flush=flush, calls=calls), "cpu_us": cpu_us(fn, device)}
     peak, total = peak_mib(fn, device)
     iterations = []
     if device.type == "cuda":
@@ -76,7 +78,7 @@ def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[s
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     # Outside of the handler, whose traceback keeps the tensors alive.
     release()
-    return {"gpu_us": None, "wall_us": None, "peak_mib": None, "total_mib": None, "failed": reason}
+    return {"gpu_us": None, "wall_us": None, "cpu_us": None, "peak_mib": None, "total_mib": None, "failed": reason}
 
 
 def release() -> None:
@@ -124,6 +126,21 @@ def wall_us(fn: Callback, device: torch.device, *, flush: bool, calls: int) -> f
         end.record()
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3 / calls
+
+
+def cpu_us(fn: Callback, device: torch.device) -> float | None:
+    """Median time that the CPU spends on a call, the GPU being kept busy so that it waits for nothing."""
+    if device.type == "cpu":
+        return None
+    times = []
+    for _ in range(WALL_REPEATS[0]):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(timeline.PAUSE)
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def peak_mib(fn: Callback, device: torch.device) -> tuple[float | None, float | None]:

@@ -69,7 +69,7 @@ def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obje
 
 
 def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    from dorac.kernels import compose, configs
+    from dorac.kernels import backward, configs
 
     inner, _, norm, _ = _activations(layer, args)
     dy = torch.randn_like(inner)
@@ -82,14 +82,14 @@ def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str
     ]
 
     def call(config):
-        return lambda: compose.compose_backward(dy, inner, layer.magnitude, norm, config=config)
+        return lambda: backward.compose_backward(dy, inner, layer.magnitude, norm, config=config)
 
     return _sweep("backward", layer, chosen, candidates, call, args)
 
 
 def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """Also the pass without the products and the two products alone, which it has to beat."""
-    from dorac.kernels import compose, configs
+    from dorac.kernels import backward, configs
 
     if layer.rank > 64:
         return []
@@ -105,10 +105,10 @@ def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable
 
     def call(config):
         tensors = dy, inner, layer.magnitude, norm, h, layer.lora_B, scaling
-        return lambda: compose.low_rank_backward(*tensors, h_is_scaled=True, config=config)
+        return lambda: backward.low_rank_backward(*tensors, h_is_scaled=True, config=config)
 
     def apart():
-        d_inner, _, _ = compose.compose_backward(dy, inner, layer.magnitude, norm)
+        d_inner, _, _ = backward.compose_backward(dy, inner, layer.magnitude, norm)
         return d_inner @ layer.lora_B, d_inner.T @ h
 
     records = list(_sweep("low-rank-backward", layer, chosen, candidates, call, args))

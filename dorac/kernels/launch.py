@@ -45,3 +45,8 @@ def _specialisation(argument: Argument) -> object:
     if isinstance(argument, TensorDescriptor):
         return argument.base.dtype, *argument.block_shape
     return None if argument is None else (argument.dtype, argument.data_ptr() % 16 == 0)
+
+
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Copies of strided vectors, which the kernels index without strides; what is contiguous already stays itself."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]

@@ -139,7 +139,7 @@ def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta):
 
 
 def _compose_backward_cuda(dy, inner, mag_scale, scaling, lora_dtype, delta):
-    from dorac.kernels.compose import compose_backward
+    from dorac.kernels.backward import compose_backward
 
     return compose_backward(dy, inner, mag_scale, None, scaling, delta=delta, lora_dtype=lora_dtype)
 

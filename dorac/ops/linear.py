@@ -139,14 +139,14 @@ def _scale_cuda(inner, magnitude, weight_norm, bias):
 
 
 def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
-    from dorac.kernels.compose import compose_backward
+    from dorac.kernels.backward import compose_backward
 
     d_inner, _, d_magnitude = compose_backward(dy, inner, magnitude, weight_norm)
     return d_inner, d_magnitude
 
 
 def _low_rank_backward_cuda(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
-    from dorac.kernels.compose import low_rank_backward
+    from dorac.kernels.backward import low_rank_backward
 
     return low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled=h_is_scaled)
 

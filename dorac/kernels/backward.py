@@ -1,0 +1,335 @@
+"""The backward pass of ``y = g * inner + b`` on CUDA, for small ranks together with the low-rank branch's products.
+
+It goes once over dy and inner. Sums over rows or columns are written per strip and added in a fixed order by a second
+kernel, so that two runs give the same bits.
+
+Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dorac.kernels.configs import ColumnConfig, LowRankConfig, column_config, low_rank_config
+from dorac.kernels.launch import Launcher, contiguous
+from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile
+
+
+@triton.jit
+def compose_backward_kernel(
+    dy_ptr,
+    inner_ptr,
+    magnitude_ptr,
+    norm_ptr,
+    scaling_ptr,
+    d_base_ptr,
+    d_lora_ptr,
+    partial_ptr,
+    T,
+    O,
+    rows_per_program,
+    stride_dt,
+    stride_do,
+    stride_it,
+    stride_io,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    DELTA: tl.constexpr,
+    WANT_LORA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    strip = tl.program_id(1)
+    cols_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    long_O, mask_O = cols_O.to(tl.int64), cols_O < O
+    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, HAS_NORM)
+    if WANT_LORA:
+        lora_scale_O = g_O * tl.load(scaling_ptr).to(tl.float32)
+    if DELTA:
+        g_O -= 1
+    acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+    begin = strip * rows_per_program
+    for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
+        rows_T = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        mask = (rows_T < T)[:, None] & mask_O[None, :]
+        dy_TO = tl.load(dy_ptr + rows_T[:, None] * stride_dt + long_O[None, :] * stride_do, mask=mask, other=0.0)
+        inner_TO = tl.load(inner_ptr + rows_T[:, None] * stride_it + long_O[None, :] * stride_io, mask=mask, other=0.0)
+        dy_TO = dy_TO.to(tl.float32)
+        acc_TO += dy_TO * inner_TO.to(tl.float32)
+        target = rows_T[:, None] * O + cols_O[None, :]
+        tl.store(d_base_ptr + target, (g_O[None, :] * dy_TO).to(d_base_ptr.dtype.element_ty), mask=mask)
+        if WANT_LORA:
+            d_lora_TO = lora_scale_O[None, :] * dy_TO
+            tl.store(d_lora_ptr + target, d_lora_TO.to(d_lora_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + strip.to(tl.int64) * O + cols_O, tl.sum(acc_TO, axis=0), mask=mask_O)
+
+
+@triton.jit
+def low_rank_backward_kernel(
+    dy_ptr,
+    inner_ptr,
+    magnitude_ptr,
+    norm_ptr,
+    h_ptr,
+    b_ptr,
+    d_inner_ptr,
+    partial_m_ptr,
+    partial_h_ptr,
+    partial_b_ptr,
+    T,
+    O,
+    R,
+    rows_per_program,
+    stride_dt,
+    stride_do,
+    stride_it,
+    stride_io,
+    stride_ht,
+    stride_hr,
+    stride_bo,
+    stride_br,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    strip_o, strip_t = tl.program_id(0), tl.program_id(1)
+    start_o = strip_o * BLOCK_O
+    cols_O = start_o + tl.arange(0, BLOCK_O)
+    mask_O = cols_O < O
+    ranks_R = tl.arange(0, BLOCK_R)
+    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, True)
+    b_OR = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+    acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+    acc_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
+    begin = strip_t * rows_per_program
+    for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
+        dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
+        inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
+        h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+        dy_TO = dy_TO.to(tl.float32)
+        acc_TO += dy_TO * inner_TO.to(tl.float32)
+        d_inner_TO = (g_O[None, :] * dy_TO).to(d_inner_ptr.dtype.element_ty)
+        store_tile(d_inner_ptr, d_inner_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+        acc_OR = product(d_inner_TO.T, h_TR, acc_OR, False)
+        d_h_TR = product(d_inner_TO, b_OR, tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32), False)
+        rows_T = start + tl.arange(0, BLOCK_T)
+        target = (strip_o.to(tl.int64) * T + rows_T)[:, None] * R + ranks_R[None, :]
+        tl.store(partial_h_ptr + target, d_h_TR, mask=(rows_T < T)[:, None] & (ranks_R < R)[None, :])
+    target_O = strip_t.to(tl.int64) * O + cols_O
+    tl.store(partial_m_ptr + target_O, tl.sum(acc_TO, axis=0), mask=mask_O)
+    target_OR = target_O[:, None] * R + ranks_R[None, :]
+    tl.store(partial_b_ptr + target_OR, acc_OR, mask=mask_O[:, None] & (ranks_R < R)[None, :])
+
+
+@triton.jit
+def _strip_sum(partial_ptr, norm_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_NORM, HAS_SCALING, BLOCK):
+    """``s * sum over S of partial[S, size]`` in the order of S; with a norm, divided by it (0 on zero rows)."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    pointers = partial_ptr + index
+    for _ in range(strips):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += size
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
+        total = tl.where(norm <= 1e-12, 0.0, total / norm)
+    if HAS_SCALING:
+        total *= tl.load(scaling_ptr).to(tl.float32)
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def strip_sum_kernel(partial_ptr, norm_ptr, out_ptr, size, strips, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
+    _strip_sum(
+        partial_ptr, norm_ptr, None, out_ptr, tl.program_id(0).to(tl.int64), size, strips, HAS_NORM, False, BLOCK
+    )
+
+
+@triton.jit
+def low_rank_strip_sum_kernel(
+    partial_m_ptr,
+    partial_h_ptr,
+    partial_b_ptr,
+    norm_ptr,
+    scaling_ptr,
+    d_m_ptr,
+    d_h_ptr,
+    d_b_ptr,
+    size_m,
+    size_h,
+    size_b,
+    strips_t,
+    strips_o,
+    SCALE_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The three sums of :func:`low_rank_backward_kernel` in one launch: first the blocks of d_h, then d_b's, d_m's."""
+    block = tl.program_id(0).to(tl.int64)
+    blocks_h, blocks_b = tl.cdiv(size_h, BLOCK), tl.cdiv(size_b, BLOCK)
+    if block < blocks_h:
+        _strip_sum(partial_h_ptr, None, scaling_ptr, d_h_ptr, block, size_h, strips_o, False, True, BLOCK)
+    elif block < blocks_h + blocks_b:
+        block -= blocks_h
+        _strip_sum(partial_b_ptr, None, scaling_ptr, d_b_ptr, block, size_b, strips_t, False, SCALE_B, BLOCK)
+    else:
+        block -= blocks_h + blocks_b
+        _strip_sum(partial_m_ptr, norm_ptr, None, d_m_ptr, block, size_m, strips_t, True, False, BLOCK)
+
+
+_launch_compose_backward = Launcher(compose_backward_kernel)
+_launch_low_rank_backward = Launcher(low_rank_backward_kernel)
+_launch_strip_sum = Launcher(strip_sum_kernel)
+_launch_low_rank_strip_sum = Launcher(low_rank_strip_sum_kernel)
+
+
+def compose_backward(
+    dy: Tensor,
+    inner: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor | None,
+    scaling: Tensor | None = None,
+    *,
+    delta: bool = False,
+    lora_dtype: torch.dtype | None = None,
+    config: ColumnConfig | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``d_base = g * dy`` (with ``delta`` ``(g - 1) * dy``), ``d_lora = g * s * dy``, and the magnitude's gradient.
+
+    Args:
+        dy, inner: ``[T, O]``, any strides.
+        magnitude: ``[O]``; g itself where ``weight_norm`` is None, and the gradient is then that of g.
+        lora_dtype: of ``d_lora``; None for no ``d_lora`` (in the full form it is ``s * d_base``).
+    """
+    tokens, out_features = dy.shape
+    d_base = torch.empty_like(inner, memory_format=torch.contiguous_format)
+    d_lora = None if lora_dtype is None else torch.empty_like(d_base, dtype=lora_dtype)
+    d_magnitude = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
+    if not dy.numel():
+        return d_base, d_lora, d_magnitude.zero_()
+    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    config = config or column_config(tokens, out_features)
+    strips = triton.cdiv(tokens, config.rows)
+    partial = magnitude.new_empty(strips, out_features, dtype=torch.float32)
+    _launch_compose_backward(
+        (triton.cdiv(out_features, config.block_o), strips, 1),
+        dy,
+        inner,
+        magnitude,
+        weight_norm,
+        scaling,
+        d_base,
+        d_lora,
+        partial,
+        tokens,
+        out_features,
+        config.rows,
+        *dy.stride(),
+        *inner.stride(),
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        HAS_NORM=weight_norm is not None,
+        DELTA=delta,
+        WANT_LORA=d_lora is not None,
+        STAGES=config.stages,
+        warps=config.warps,
+    )
+    _launch_strip_sum(
+        (triton.cdiv(out_features, 64), 1, 1),
+        partial,
+        weight_norm,
+        d_magnitude,
+        out_features,
+        strips,
+        warps=2,
+        HAS_NORM=weight_norm is not None,
+        BLOCK=64,
+    )
+    return d_base, d_lora, d_magnitude
+
+
+def low_rank_backward(
+    dy: Tensor,
+    inner: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    *,
+    h_is_scaled: bool,
+    config: LowRankConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`compose_backward` with the two products of d_inner by low-rank matrices in the same pass.
+
+    Args:
+        dy, inner: ``[T, O]``, any strides. h: ``[T, R]``, or ``s * h`` with ``h_is_scaled``. lora_B: ``[O, R]``.
+
+    Returns:
+        ``d_inner = g * dy [T, O]``, ``d_magnitude [O]``, ``d_h = s * d_inner lora_B [T, R]`` (of h without its scaling)
+        and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take ``r / 64`` of the memory of dy meanwhile.
+    """
+    (tokens, out_features), rank = dy.shape, h.shape[1]
+    d_inner = torch.empty_like(inner, memory_format=torch.contiguous_format)
+    d_magnitude = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
+    d_h, d_b = h.new_empty(h.shape), lora_B.new_empty(lora_B.shape)
+    if not dy.numel():
+        return d_inner, d_magnitude.zero_(), d_h.zero_(), d_b.zero_()
+    config = config or low_rank_config(tokens, out_features, rank)
+    if rank > config.block_r:
+        raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
+    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    strips_t, strips_o = triton.cdiv(tokens, config.rows), triton.cdiv(out_features, config.block_o)
+    partial_m = magnitude.new_empty(strips_t, out_features, dtype=torch.float32)
+    partial_h = magnitude.new_empty(strips_o, tokens, rank, dtype=torch.float32)
+    partial_b = magnitude.new_empty(strips_t, out_features, rank, dtype=torch.float32)
+    _launch_low_rank_backward(
+        (strips_o, strips_t, 1),
+        dy,
+        inner,
+        magnitude,
+        weight_norm,
+        h,
+        lora_B,
+        d_inner,
+        partial_m,
+        partial_h,
+        partial_b,
+        tokens,
+        out_features,
+        rank,
+        config.rows,
+        *dy.stride(),
+        *inner.stride(),
+        *h.stride(),
+        *lora_B.stride(),
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        BLOCK_R=config.block_r,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank % config.block_r),
+        STAGES=config.stages,
+        warps=config.warps,
+    )
+    block = 128
+    sizes = out_features, tokens * rank, out_features * rank
+    _launch_low_rank_strip_sum(
+        (sum(triton.cdiv(size, block) for size in sizes), 1, 1),
+        partial_m,
+        partial_h,
+        partial_b,
+        weight_norm,
+        scaling,
+        d_magnitude,
+        d_h,
+        d_b,
+        *sizes,
+        strips_t,
+        strips_o,
+        warps=4,
+        SCALE_B=not h_is_scaled,
+        BLOCK=block,
+    )
+    return d_inner, d_magnitude, d_h, d_b
