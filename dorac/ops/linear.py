@@ -272,9 +272,13 @@ class _DoraLinear(torch.autograd.Function):
             elif dy is not None and needs_inner:  # under the compiler in aten, which fuses it into what made dy
                 scale = torch.ops.dorac.scale if leaf_ops and ctx.eager else _scale
                 d_inner = scale(dy, magnitude, weight_norm, None)
+            d_lora = None
+            if d_inner is not None and lora_dtype.itemsize > x_dtype.itemsize:
+                # Not rounded to the activation's dtype on its way to wider factors.
+                d_lora = _scale(dy.to(lora_dtype), magnitude, weight_norm, None)
             d_inner = _sum(d_inner, d_inner_again)
             if d_inner is not None:
-                d_lora = d_inner.to(lora_dtype)
+                d_lora = d_inner.to(lora_dtype) if d_lora is None else _sum(d_lora, d_inner_again)
                 if needs_b and d_b is None:
                     d_b = d_lora.t() @ h
                     d_b = d_b if h_is_scaled else scaling * d_b
