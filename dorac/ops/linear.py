@@ -16,7 +16,8 @@ tensor subclasses. The whole layer is one Function, because its cheapest form cr
 The first form rounds to the activation's dtype three times (the low-rank product, inner, y) where the others round
 inner for backward alone; the mean error of the layer stays at two thirds to nine tenths of stock PEFT's.
 
-:func:`route` is the table of which form is taken where; ``python -m dorac.bench tune`` prints what it rests on.
+:func:`route` is the table of which form is taken where, from the benchmarks of layers and stacks at ranks 16 and 384
+in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form`` prints the forms side by side.
 
 Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
 """
@@ -32,7 +33,8 @@ from dorac.ops import front
 from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
-LOW_RANK = 16  # up to which rank the backward pass takes the low-rank products along
+# Up to which rank the backward pass takes the low-rank products along: faster than cuBLAS at 16, slower at 64.
+LOW_RANK = 16
 
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
@@ -109,9 +111,7 @@ def _scale_backward(dy, inner, magnitude, weight_norm):
     """``g * dy``, and the magnitude's gradient; none reaches it on zero rows, whose g is the constant 1."""
     acc = accumulate_dtype(dy, inner, magnitude, weight_norm)
     d_g = (dy.to(acc) * inner.to(acc)).sum(0)
-    norm = weight_norm.to(acc)
-    zero_row = norm <= ZERO_ROW_NORM
-    d_magnitude = torch.where(zero_row, 0.0, d_g / torch.where(zero_row, 1.0, norm))
+    d_magnitude = torch.where(weight_norm <= ZERO_ROW_NORM, 0.0, magnitude_scale(d_g, weight_norm))
     return _scale(dy, magnitude, weight_norm, None), d_magnitude.to(magnitude.dtype)
 
 
@@ -193,17 +193,22 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
-def _value(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager):
-    """The layer where nothing is saved for backward."""
+def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager, needs_inner):
+    """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated."""
     h = x.to(lora_A.dtype) @ lora_A.t()
     if path == "accumulate":
-        inner = torch.ops.dorac.low_rank_linear(x, weight, scaling * h, lora_B)
-        return (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias)
+        h = scaling * h
+        inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
+        return (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias), inner, h
     base = x @ weight.t()
-    if path == "fused":
-        return torch.ops.dorac.up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, False)
-    g = magnitude_scale(magnitude, weight_norm)
-    return compose_parts(base, h @ lora_B.t(), g, scaling, bias, False, eager=eager, needs_inner=False)[0]
+    if path == "separate":
+        g = magnitude_scale(magnitude, weight_norm)
+        parts = compose_parts(base, h @ lora_B.t(), g, scaling, bias, False, eager=eager, needs_inner=needs_inner)
+        return *parts, h
+    tensors = (base, h, lora_B, magnitude, weight_norm, scaling, bias, False)
+    if needs_inner:
+        return *torch.ops.dorac.up_compose_forward(*tensors), h
+    return torch.ops.dorac.up_compose(*tensors), None, h
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -215,21 +220,8 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager):
         needs_x, needs_weight, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
-        h = x.to(lora_A.dtype) @ lora_A.t()
-        inner = None
-        if path == "accumulate":
-            h = scaling * h
-            inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
-            y = (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias)
-        elif path == "fused":
-            tensors = (x @ weight.t(), h, lora_B, magnitude, weight_norm, scaling, bias, False)
-            if needs_m:
-                y, inner = torch.ops.dorac.up_compose_forward(*tensors)
-            else:
-                y = torch.ops.dorac.up_compose(*tensors)
-        else:
-            g, lora = magnitude_scale(magnitude, weight_norm), h @ lora_B.t()
-            y, inner = compose_parts(x @ weight.t(), lora, g, scaling, bias, False, eager=eager, needs_inner=needs_m)
+        tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+        y, inner, h = _forward(*tensors, path, eager, needs_m)
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,
             weight if needs_x else None,
@@ -325,7 +317,7 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         path = route(flat, lora_A, training=training, traced=not eager)
         arguments = (flat, *tensors[1:], path, eager)
-        y = _DoraLinear.apply(*arguments)[0] if training else _value(*arguments)
+        y = _DoraLinear.apply(*arguments)[0] if training else _forward(*arguments, False)[0]
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
