@@ -10,9 +10,9 @@ import torch
 
 import dorac
 from dorac import functional
+from dorac.cli import BadInput
 from dorac.demo import compare, data, model, train
 from dorac.demo.__main__ import main
-from dorac.demo.options import BadInput
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

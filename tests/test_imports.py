@@ -23,6 +23,7 @@ FLOORS = {
     "apply": 6,
     "checkpoint": 7,
     "testing": 7,
+    "cli": 7,
     "demo": 8,
     "bench": 8,
 }

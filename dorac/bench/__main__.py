@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from dorac.bench import compose, decode, layer, measure, model, norm, options, report, tune
-from dorac.bench.options import BadInput
+from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "norm": norm,

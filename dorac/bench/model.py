@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac.bench import against_lora, options, peers, report
-from dorac.bench.options import BadInput
+from dorac.cli import BadInput
 
 # The whole stack, the same for everyone; where transformers or PEFT break the graph, the record counts it.
 COMPILE = {"fullgraph": False, "dynamic": False}

@@ -1,25 +1,17 @@
 """The command line, checked before anything is measured."""
 
 import argparse
-import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from dorac import cli
+from dorac.cli import DTYPES, BadInput
+
 PHASES = ("train", "inference")
 PICTURES = (".png", ".pdf", ".svg")
-
-
-class BadInput(Exception):
-    """One sentence for the user: what was given, and what to do about it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise BadInput(message)
 
 
 def positive(text: str) -> int:
@@ -49,7 +41,7 @@ def parse(argv: list[str], subcommands: Mapping[str, ModuleType]) -> argparse.Na
         BadInput: whatever cannot work, as far as it can be told without measuring.
     """
     args = _parser(subcommands).parse_args(argv)
-    args.device = _device(args.device)
+    args.device = cli.device(args.device)
     defaults = subcommands[args.command].DEFAULTS
     if args.device.type not in defaults:
         raise BadInput(f"{args.command} runs on {' and '.join(defaults)} only, --device is {args.device}")
@@ -70,7 +62,7 @@ def parse(argv: list[str], subcommands: Mapping[str, ModuleType]) -> argparse.Na
 
 
 def _parser(subcommands: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = cli.Parser(
         prog="python -m dorac.bench",
         description="Measures dorac beside plain LoRA, stock PEFT and compiled dense DoRA, in one run.",
         allow_abbrev=False,
@@ -86,11 +78,7 @@ def _parser(subcommands: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default here: %(default)s)",
-    )
+    cli.add_device(parser)
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="of weights and activations (default: %(default)s)")
     add("--adapter-dtype", choices=list(DTYPES), help="of lora_A and lora_B (default: that of --dtype)")
     add("--seed", type=int, default=0, help="of every random input (default: %(default)s)")
@@ -103,22 +91,6 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="FILE", help="draw bars of the ratio to LoRA, or of the fraction of the limit")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadInput(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise BadInput(
-                f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-            )
-    return device
-
-
 def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
@@ -126,9 +98,7 @@ def _check_packages(args: argparse.Namespace) -> None:
         "triton": args.command == "tune",
         "matplotlib": args.plot is not None,
     }
-    missing = [name for name, needed in wanted.items() if needed and importlib.util.find_spec(name) is None]
-    if missing:
-        raise BadInput(f'this needs {", ".join(missing)}: pip install "dorac[bench]"')
+    cli.require_packages("this", [name for name, needed in wanted.items() if needed], "bench")
 
 
 def _check_files(args: argparse.Namespace) -> None:

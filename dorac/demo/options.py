@@ -2,20 +2,17 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import tempfile
 from pathlib import Path
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from dorac import cli
+from dorac.cli import DTYPES, BadInput
+
 # accelerate because transformers reads no GGUF file without it.
 _PACKAGES = ("transformers", "accelerate", "gguf", "matplotlib", "tqdm")
-
-
-class BadInput(Exception):
-    """One sentence for the user: what was given, and what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +35,6 @@ class Options:
     merge: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise BadInput(message)
-
-
 def parse(argv: list[str] | None) -> Options:
     """Reads and checks the command line; ``--out`` and ``--merge`` are made here, with a trial write.
 
@@ -57,10 +49,10 @@ def parse(argv: list[str] | None) -> Options:
         raise BadInput(f"--seed must be below 2**63, got {given['seed']}")
     if not (math.isfinite(given["lr"]) and given["lr"] > 0):
         raise BadInput(f"--lr must be a positive number, got {given['lr']}")
-    given["device"] = _device(given["device"])
+    given["device"] = cli.device(given["device"])
     given["dtype"] = DTYPES[given["dtype"]]
     options = Options(**given)
-    _check_packages(options)
+    cli.require_packages("the demo", [*_PACKAGES, *(["peft"] if options.compare else [])], "demo")
     if options.merge is not None:
         _check_merge(options)
     for name, directory in (("--out", options.out), ("--merge", options.merge)):
@@ -70,7 +62,7 @@ def parse(argv: list[str] | None) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = cli.Parser(
         prog="python -m dorac.demo",
         description="Fine-tunes a causal language model with DoRA on every linear layer of its blocks.",
         allow_abbrev=False,
@@ -87,11 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, help="blocks per step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the adapters' start and the order of the blocks (default: 0)")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default here: %(default)s)",
-    )
+    cli.add_device(parser)
     add(
         "--dtype",
         choices=list(DTYPES),
@@ -109,25 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--merge", type=Path, metavar="DIR", help="also write the model with the adapter merged in")
     return parser
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadInput(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
-
-
-def _check_packages(options: Options) -> None:
-    names = [*_PACKAGES, *(["peft"] if options.compare else [])]
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BadInput(f'the demo needs {", ".join(missing)}: pip install "dorac[demo]"')
 
 
 def _check_merge(options: Options) -> None:
