@@ -61,11 +61,10 @@ def check_norm(weight, lora_A, lora_B, config=None):
 
 class TestNorm:
     @pytest.mark.parametrize("regime", REGIMES)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+    @pytest.mark.parametrize(
+        ("dtype", "factor_dtype"), [*((d, d) for d in DTYPES), *((d, torch.float32) for d in HALF)]
+    )
     def test_regimes(self, regime, dtype, factor_dtype, device):
-        if dtype is torch.float32 and factor_dtype is not None:
-            pytest.skip("the same as None")
         inputs = linear_inputs(regime, dtype=dtype, factor_dtype=factor_dtype, device=device)
         check_norm(inputs.weight, inputs.lora_A, inputs.lora_B)
 
@@ -180,14 +179,6 @@ class TestCompose:
         assert none is None
         truth = base.double() + S * h.double() @ inputs.lora_B.double().T
         assert_rounded_once(y, g_of(inputs, norm) * truth + inputs.bias.double(), slack=2**-16)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_inner_alone_is_a_rank_update(self, dtype, device):
-        inputs = linear_inputs("odd", dtype=dtype, device=device)
-        base, h, _ = activations(inputs)
-        none, inner = compose(base, h, inputs.lora_B, None, None, scaling(device), None, want_y=False, want_inner=True)
-        assert none is None
-        assert_rounded_once(inner, base.double() + S * h.double() @ inputs.lora_B.double().T)
 
     @pytest.mark.parametrize("regime", ["odd", "no_tokens", "tall"])
     @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dorac.kernels.configs import ColumnConfig, LowRankConfig, column_config, low_rank_config
 from dorac.kernels.launch import Launcher, contiguous
-from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile
+from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile, strip_sum
 
 
 @triton.jit
@@ -35,14 +35,16 @@ def compose_backward_kernel(
     stride_io,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile reaches over an edge
     HAS_NORM: tl.constexpr,
     DELTA: tl.constexpr,
     WANT_LORA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     strip = tl.program_id(1)
-    cols_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    long_O, mask_O = cols_O.to(tl.int64), cols_O < O
+    start_o = tl.program_id(0) * BLOCK_O
+    cols_O = start_o + tl.arange(0, BLOCK_O)
+    mask_O = cols_O < O
     g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, HAS_NORM)
     if WANT_LORA:
         lora_scale_O = g_O * tl.load(scaling_ptr).to(tl.float32)
@@ -51,17 +53,14 @@ def compose_backward_kernel(
     acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     begin = strip * rows_per_program
     for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
-        rows_T = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        mask = (rows_T < T)[:, None] & mask_O[None, :]
-        dy_TO = tl.load(dy_ptr + rows_T[:, None] * stride_dt + long_O[None, :] * stride_do, mask=mask, other=0.0)
-        inner_TO = tl.load(inner_ptr + rows_T[:, None] * stride_it + long_O[None, :] * stride_io, mask=mask, other=0.0)
+        dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
+        inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
         dy_TO = dy_TO.to(tl.float32)
         acc_TO += dy_TO * inner_TO.to(tl.float32)
-        target = rows_T[:, None] * O + cols_O[None, :]
-        tl.store(d_base_ptr + target, (g_O[None, :] * dy_TO).to(d_base_ptr.dtype.element_ty), mask=mask)
+        store_tile(d_base_ptr, g_O[None, :] * dy_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
         if WANT_LORA:
             d_lora_TO = lora_scale_O[None, :] * dy_TO
-            tl.store(d_lora_ptr + target, d_lora_TO.to(d_lora_ptr.dtype.element_ty), mask=mask)
+            store_tile(d_lora_ptr, d_lora_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
     tl.store(partial_ptr + strip.to(tl.int64) * O + cols_O, tl.sum(acc_TO, axis=0), mask=mask_O)
 
 
@@ -125,18 +124,23 @@ def low_rank_backward_kernel(
 
 
 @triton.jit
-def _strip_sum(partial_ptr, norm_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_NORM, HAS_SCALING, BLOCK):
-    """``s * sum over S of partial[S, size]`` in the order of S; with a norm, divided by it (0 on zero rows)."""
+def _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, block, size, strips, HAS_NORM, BLOCK):
+    """The summed strips: dg; divided by the norm (0 on zero rows): dm."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    pointers = partial_ptr + index
-    for _ in range(strips):
-        total += tl.load(pointers, mask=mask, other=0.0)
-        pointers += size
+    total = strip_sum(partial_ptr, index, mask, size, strips)
     if HAS_NORM:
         norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
         total = tl.where(norm <= 1e-12, 0.0, total / norm)
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_scaled(partial_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_SCALING, BLOCK):
+    """The summed strips, times s."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    total = strip_sum(partial_ptr, index, mask, size, strips)
     if HAS_SCALING:
         total *= tl.load(scaling_ptr).to(tl.float32)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -144,9 +148,7 @@ def _strip_sum(partial_ptr, norm_ptr, scaling_ptr, out_ptr, block, size, strips,
 
 @triton.jit
 def strip_sum_kernel(partial_ptr, norm_ptr, out_ptr, size, strips, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    _strip_sum(
-        partial_ptr, norm_ptr, None, out_ptr, tl.program_id(0).to(tl.int64), size, strips, HAS_NORM, False, BLOCK
-    )
+    _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, tl.program_id(0).to(tl.int64), size, strips, HAS_NORM, BLOCK)
 
 
 @triton.jit
@@ -171,13 +173,13 @@ def low_rank_strip_sum_kernel(
     block = tl.program_id(0).to(tl.int64)
     blocks_h, blocks_b = tl.cdiv(size_h, BLOCK), tl.cdiv(size_b, BLOCK)
     if block < blocks_h:
-        _strip_sum(partial_h_ptr, None, scaling_ptr, d_h_ptr, block, size_h, strips_o, False, True, BLOCK)
+        _store_scaled(partial_h_ptr, scaling_ptr, d_h_ptr, block, size_h, strips_o, True, BLOCK)
     elif block < blocks_h + blocks_b:
         block -= blocks_h
-        _strip_sum(partial_b_ptr, None, scaling_ptr, d_b_ptr, block, size_b, strips_t, False, SCALE_B, BLOCK)
+        _store_scaled(partial_b_ptr, scaling_ptr, d_b_ptr, block, size_b, strips_t, SCALE_B, BLOCK)
     else:
         block -= blocks_h + blocks_b
-        _strip_sum(partial_m_ptr, norm_ptr, None, d_m_ptr, block, size_m, strips_t, True, False, BLOCK)
+        _store_d_magnitude(partial_m_ptr, norm_ptr, d_m_ptr, block, size_m, strips_t, True, BLOCK)
 
 
 _launch_compose_backward = Launcher(compose_backward_kernel)
@@ -231,6 +233,7 @@ def compose_backward(
         *inner.stride(),
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o),
         HAS_NORM=weight_norm is not None,
         DELTA=delta,
         WANT_LORA=d_lora is not None,

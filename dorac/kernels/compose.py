@@ -48,7 +48,6 @@ def compose_kernel(
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DELTA: tl.constexpr,
-    WANT_Y: tl.constexpr,
     WANT_INNER: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # the five matrices are tensor descriptors, which handle the edges
@@ -83,16 +82,15 @@ def compose_kernel(
         inner_TO = base_TO
     if WANT_INNER:
         store_tile(inner_ptr, inner_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
-    if WANT_Y:
-        cols_O = start_o + tl.arange(0, BLOCK_O)
-        g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)[None, :]
-        if DELTA:
-            y_TO = (g_O - 1) * base_TO + g_O * lora_TO
-        else:
-            y_TO = g_O * inner_TO
-        if HAS_BIAS:
-            y_TO += tl.load(bias_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)[None, :]
-        store_tile(y_ptr, y_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
+    cols_O = start_o + tl.arange(0, BLOCK_O)
+    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)[None, :]
+    if DELTA:
+        y_TO = (g_O - 1) * base_TO + g_O * lora_TO
+    else:
+        y_TO = g_O * inner_TO
+    if HAS_BIAS:
+        y_TO += tl.load(bias_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)[None, :]
+    store_tile(y_ptr, y_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
 
 
 _launch_compose = Launcher(compose_kernel)
@@ -113,16 +111,15 @@ def compose(
     base: Tensor,
     lora: Tensor | None,
     lora_B: Tensor | None,
-    magnitude: Tensor | None,
+    magnitude: Tensor,
     weight_norm: Tensor | None,
     scaling: Tensor | None,
     bias: Tensor | None,
     *,
     delta: bool = False,
-    want_y: bool = True,
     want_inner: bool = False,
     config: TileConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """``inner = base + s * lora`` and ``y = g * inner + b`` (or its delta form), both in the dtype of ``base``.
 
     Args:
@@ -134,7 +131,7 @@ def compose(
         config: how to launch; None chooses it.
     """
     tokens, out_features = base.shape
-    y = torch.empty_like(base, memory_format=torch.contiguous_format) if want_y else None
+    y = torch.empty_like(base, memory_format=torch.contiguous_format)
     inner = torch.empty_like(base, memory_format=torch.contiguous_format) if want_inner else None
     if not base.numel():
         return y, inner
@@ -173,7 +170,6 @@ def compose(
         HAS_NORM=weight_norm is not None,
         HAS_BIAS=bias is not None and not delta,
         DELTA=delta,
-        WANT_Y=want_y,
         WANT_INNER=want_inner,
         SPLIT=project and lora.dtype is torch.float32 and base.dtype is not torch.float32,
         DESCRIPTORS=descriptors,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
 from dorac.kernels.launch import Launcher
-from dorac.kernels.tiles import load_tile, product
+from dorac.kernels.tiles import load_tile, product, strip_sum
 
 
 @triton.jit
@@ -93,13 +93,11 @@ def row_square_kernel(
 
 
 @triton.jit
-def finish_kernel(partial_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out = sqrt(sum over S of partial[S, size])``, in the order of S."""
+def finish_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+    """``out = sqrt(sum over S of partial[S, size])``."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + split * size + index, mask=index < size, other=0.0)
-    tl.store(out_ptr + index, tl.sqrt_rn(total), mask=index < size)
+    mask = index < size
+    tl.store(out_ptr + index, tl.sqrt_rn(strip_sum(partial_ptr, index, mask, size, splits)), mask=mask)
 
 
 _launch_row_square = Launcher(row_square_kernel)
@@ -160,5 +158,5 @@ def row_norm(
     )
     if splits > 1:
         size = experts * out_features
-        _launch_finish((triton.cdiv(size, 256), 1, 1), out, norm, size, warps=4, SPLITS=splits, BLOCK=256)
+        _launch_finish((triton.cdiv(size, 256), 1, 1), out, norm, size, splits, warps=4, BLOCK=256)
     return norm

@@ -95,3 +95,14 @@ def magnitude_scale(magnitude_ptr, norm_ptr, index, mask, HAS_NORM: tl.constexpr
         norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
         g = tl.where(norm <= 1e-12, 1.0, tl.div_rn(g, norm))
     return g
+
+
+@triton.jit
+def strip_sum(partial_ptr, index, mask, size, strips):
+    """``sum over S of partial[S, size]`` at ``index``, in the order of S."""
+    total = tl.zeros(index.shape, dtype=tl.float32)
+    pointers = partial_ptr + index
+    for _ in range(strips):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += size
+    return total
