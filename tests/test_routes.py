@@ -39,8 +39,6 @@ def exact(inputs, dtype):
 @pytest.mark.parametrize("regime", ["odd", "one_token", "no_tokens", "rank_over_128", "wide"])
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_values_and_gradients(route, dtype, regime, use_compile, device):
-    if device == "cuda" and dtype is torch.float32 and route == "fused":
-        pytest.skip("never taken")
     inputs = linear_inputs(regime, dtype=dtype, device=device).leaves()
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if use_compile else layer
     y = run(inputs)
@@ -55,6 +53,7 @@ def test_values_and_gradients(route, dtype, regime, use_compile, device):
     for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias"):
         actual, other, best = (getattr(i, name).grad for i in (inputs, dense, truth))
         assert actual.dtype == getattr(inputs, name).dtype
+        # As above, and d_inner, d_h and the result.
         assert_within_budget(actual, other, best, sum_length=1, roundings=4)
 
 
@@ -125,19 +124,17 @@ def test_every_mix_of_dtypes_has_a_route(dtype, factor_dtype, magnitude_dtype, t
     with torch.set_grad_enabled(training):
         y = layer(inputs)
     assert y.dtype is dtype
+    narrowest = max((dtype, factor_dtype, magnitude_dtype), key=lambda d: torch.finfo(d).eps)
+    dense, dense_y = exact(inputs, narrowest)
     truth, truth_y = exact(inputs, torch.float64)
-    tolerance = (
-        {"rtol": 4e-2, "atol": 8e-2} if torch.bfloat16 in (dtype, factor_dtype) else {"rtol": 4e-3, "atol": 8e-3}
-    )
-    torch.testing.assert_close(y.double(), truth_y, **tolerance)
+    assert_within_budget(y, dense_y, truth_y, sum_length=1, roundings=3)
     if training:
-        y.backward(torch.ones_like(y))
-        truth_y.backward(torch.ones_like(truth_y))
-        for leaf, best in zip(inputs.tensors(), truth.tensors(), strict=True):
+        dy = torch.ones_like(y)
+        for result in (y, dense_y, truth_y):
+            result.backward(dy.to(result.dtype))
+        for leaf, other, best in zip(inputs.tensors(), dense.tensors(), truth.tensors(), strict=True):
             assert leaf.grad.dtype is leaf.dtype
-            size = best.grad.abs().max().item()
-            tolerance["atol"] = 2e-2 * size
-            torch.testing.assert_close(leaf.grad.double(), best.grad, **tolerance)
+            assert_within_budget(leaf.grad, other.grad, best.grad, sum_length=1, roundings=4)
 
 
 def test_gradient_penalty_in_half_precision(route, device):
@@ -153,9 +150,10 @@ def test_gradient_penalty_in_half_precision(route, device):
 
     penalised(inputs)
     penalised(truth)
+    bound = 4 * torch.finfo(torch.bfloat16).eps  # inner, g, its square's derivative and the result are rounded
     for name in ("x", "lora_A", "lora_B", "magnitude"):
         actual, best = getattr(inputs, name).grad.double(), getattr(truth, name).grad
-        assert (actual - best).norm() <= 0.03 * best.norm(), name
+        assert (actual - best).norm() <= bound * best.norm(), name
 
 
 def test_backward_under_autocast_alone(route, device):
@@ -305,7 +303,7 @@ def leaf_args(name, dtype, transposed, device):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_leaves(name, dtype, transposed, device):
     if name == "low_rank_backward" and dtype.itemsize > 2 and device == "cuda":
-        pytest.skip("never taken")
+        pytest.skip("the layer takes this op for half precision alone, which its tiles are sized for")
     opcheck(getattr(torch.ops.dorac, name).default, leaf_args(name, dtype, transposed, device))
 
 
@@ -319,6 +317,6 @@ def test_opcheck_of_the_layer(dtype, grads, device):
         inputs.magnitude.requires_grad_(grads == "all")
     scaling = torch.tensor(S, dtype=norm.dtype, device=device)
     tensors = (*inputs.tensors()[:5], norm, scaling, inputs.bias)
-    # The forms that a GPU takes in eager and in graphs round differently.
-    tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 else {}
+    # Eager and graph take one form on the CPU; those that a GPU takes round differently.
+    tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 and device == "cuda" else {}
     opcheck(torch.ops.dorac.dora_linear.default, tensors, **tolerance)
