@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from dorac import functional
-from dorac.nn import DoraLinear
+from dorac.nn import DoraLayer, layer_class
 from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -31,7 +30,7 @@ def apply_dora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
 ) -> list[str]:
-    """Replaces the named linear layers of ``model`` by :class:`dorac.nn.DoraLinear`, in place, and freezes the rest.
+    """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
@@ -39,7 +38,7 @@ def apply_dora(
         model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
             layer but the language-model head).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLinear`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLayer`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -88,13 +87,12 @@ def apply_dora(
 def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -> None:
     """Builds all wrappers first, so that a refusal leaves the model as it was; then freezes and puts them in place."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    wrappers: dict[nn.Module, DoraLinear] = {}  # one wrapper for a module that the model holds under several names
+    wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     try:
         for target in targets:
             if target.module not in wrappers:
-                wrappers[target.module] = DoraLinear(target.module, target.r, target.lora_alpha, **options).train(
-                    target.module.training
-                )
+                layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options)
+                wrappers[target.module] = layer.train(target.module.training)
     except BaseException:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -161,12 +159,12 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
 
     Args:
-        model: a model with :class:`dorac.nn.DoraLinear` layers, or one such layer.
+        model: a model with adapted layers (:class:`dorac.nn.DoraLayer`), or one such layer.
         unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
             parameters still frozen but for those in ``modules_to_save``.
 
     Returns:
-        ``model``; the plain layer if ``model`` itself is a ``DoraLinear`` and ``unload`` is set.
+        ``model``; the plain layer if ``model`` itself is an adapted layer and ``unload`` is set.
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
@@ -179,7 +177,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     for name, layer in layers.items():
         finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
-            raise ValueError(f"{name or 'DoraLinear'}: the adapter is not finite, merging would destroy the weight")
+            raise ValueError(
+                f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
+            )
     merged = []
     for name, layer in layers.items():
         if layer.merged:
@@ -189,7 +189,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         except ValueError as error:
             for other in merged:
                 other.unmerge()
-            raise ValueError(f"{name or 'DoraLinear'}: {error}") from None
+            raise ValueError(f"{name or type(layer).__name__}: {error}") from None
         merged.append(layer)
     if not unload:
         return root
@@ -215,9 +215,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
     for name, layer in layers.items():
         try:
-            functional.invertible_scale(layer.lora_magnitude_vector, layer.merged_norm)
+            layer.check_unmergeable()
         except ValueError as error:
-            raise ValueError(f"{name or 'DoraLinear'}: {error}") from None
+            raise ValueError(f"{name or type(layer).__name__}: {error}") from None
     for layer in layers.values():
         layer.unmerge()
     return model
@@ -228,12 +228,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def dora_layers(model: nn.Module) -> dict[str, DoraLinear]:
+def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; one that is held in several places has several names."""
-    return {name: module for name, module in named_places(model) if isinstance(module, DoraLinear)}
+    return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
 
 
-def require_layers(model: nn.Module) -> dict[str, DoraLinear]:
+def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; a ``ValueError`` if there is none."""
     layers = dora_layers(model)
     if not layers:
@@ -243,9 +243,9 @@ def require_layers(model: nn.Module) -> dict[str, DoraLinear]:
 
 def _refuse_tied(model: nn.Module) -> None:
     """A base weight that something outside its wrapper reads too must not be merged into."""
-    paths: dict[DoraLinear, list[str]] = {}
+    paths: dict[DoraLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DoraLinear):
+        if isinstance(module, DoraLayer):
             paths.setdefault(module, []).append(f"{name}." if name else "")
     parameters = list(model.named_parameters(remove_duplicate=False))
     for layer, prefixes in paths.items():

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
-from dorac.nn.linear import DoraLinear, check_hyperparameters, scaling_factor
+from dorac.nn import DoraLayer, layer_class
+from dorac.nn.kinds import KINDS
+from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.targets import check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-# Our parameter names and the endings of PEFT's keys.
-_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+_ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
 # What a config may say: these are honoured ...
 _HONOURED = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
 _HONOURED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
@@ -112,8 +113,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         bases = {target.name: target.module for target in targets}
         expected = {}
         for target in targets:
-            wrapped = DoraLinear.adapter_shapes(target.module, target.r)
-            expected |= {f"{_PREFIX}{target.name}.{suffix}": wrapped[name] for name, suffix in _SUFFIXES.items()}
+            cls = layer_class(target.module)
+            shapes = cls.adapter_shapes(target.module, target.r)
+            expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
     base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}
@@ -129,7 +131,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     problems += [
         f"dtype of {key}: {t.dtype}"
         for key, t in tensors.items()
-        if key.endswith(tuple(_SUFFIXES.values())) and not t.is_floating_point()
+        if key.endswith(_ENDINGS) and not t.is_floating_point()
     ]
     if problems:
         more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
@@ -150,12 +152,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     return list(layers)
 
 
-def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLinear]) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str, Tensor]:
     """The model's own tensors under PEFT's keys."""
     adapters = {
-        f"{_PREFIX}{name}.{suffix}": getattr(layer, attribute)
+        f"{_PREFIX}{name}.{key}": getattr(layer, attribute)
         for name, layer in layers.items()
-        for attribute, suffix in _SUFFIXES.items()
+        for attribute, key in layer.PEFT_KEYS.items()
     }
     return adapters | _saved_tensors(model, saved_modules(model))
 
@@ -168,7 +170,7 @@ def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
     }
 
 
-def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
+def _config(model: nn.Module, layers: dict[str, DoraLayer]) -> dict:
     """The ``LoraConfig`` that describes the wrapped layers, as a dictionary."""
 
     def common(attribute: str):
@@ -198,7 +200,7 @@ def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
         "alpha_pattern": alpha_pattern,
         "lora_dropout": common("lora_dropout"),
         "use_rslora": common("use_rslora"),
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "target_modules": _shortest_names(model, layers),
         "modules_to_save": saved_modules(model) or None,
         "bias": "none",
@@ -206,7 +208,7 @@ def _config(model: nn.Module, layers: dict[str, DoraLinear]) -> dict:
     }
 
 
-def _shortest_names(model: nn.Module, layers: dict[str, DoraLinear]) -> list[str] | str:
+def _shortest_names(model: nn.Module, layers: dict[str, DoraLayer]) -> list[str] | str:
     """The last parts of the wrapped modules' names, or else their full names, or else a regex: what names no other."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
     inside = tuple(f"{name}." for name in layers)
@@ -249,9 +251,10 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _refuse_root(layers: dict[str, DoraLinear]) -> None:
+def _refuse_root(layers: dict[str, DoraLayer]) -> None:
     if "" in layers:
-        raise ValueError("the model is itself a DoraLinear, which PEFT's keys cannot name; pass a model that holds it")
+        kind = type(layers[""]).__name__
+        raise ValueError(f"the model is itself a {kind}, which PEFT's keys cannot name; pass a model that holds it")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -263,7 +266,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _setting_mismatches(layers: dict[str, DoraLinear], config: dict) -> list[str]:
+def _setting_mismatches(layers: dict[str, DoraLayer], config: dict) -> list[str]:
     """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
     problems = []
     for name, layer in layers.items():

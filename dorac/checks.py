@@ -24,24 +24,32 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor, weight_name: str = 
         raise ValueError(f"{name} must be on {weight.device} like {weight_name}, got {tensor.device}")
 
 
-def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype."""
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bool = True) -> None:
+    """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
+
+    With ``batched`` also ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
+    """
+    _check_float("weight", weight)
+    if weight.ndim != 2 and not (batched and weight.ndim == 3):
+        expected = "2 dimensions, or 3 with experts" if batched else "2 dimensions"
+        raise ValueError(f"weight must have {expected}, got shape {list(weight.shape)}")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         _check_float(name, tensor)
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got shape {list(tensor.shape)}")
+        if tensor.ndim != weight.ndim:
+            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
         _check_device(name, tensor, weight)
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
-    out_features, in_features = weight.shape
-    rank = lora_A.shape[0]
+    *experts, out_features, in_features = weight.shape
+    e = "E, " if experts else ""
+    rank = lora_A.shape[-2]
     if rank < 1:
         raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
-    if lora_A.shape[1] != in_features:
-        expected = f"[r, in] = [{rank}, {in_features}]"
+    if list(lora_A.shape) != [*experts, rank, in_features]:
+        expected = f"[{e}r, in] = {[*experts, rank, in_features]}"
         raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")
-    if lora_B.shape[0] != out_features or lora_B.shape[1] != rank:
-        expected = f"[out, r] = [{out_features}, {rank}]"
+    if list(lora_B.shape) != [*experts, out_features, rank]:
+        expected = f"[{e}out, r] = {[*experts, out_features, rank]}"
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
 
 
@@ -59,14 +67,23 @@ def check_scaling(scaling: float | Tensor) -> None:
         raise ValueError(f"scaling must be finite, got {scaling}")
 
 
-def check_vector(name: str, vector: Tensor | None, weight: Tensor, weight_name: str = "weight") -> None:
-    """A float ``[out]`` vector on the weight's device, or nothing."""
-    if vector is None:
-        return
+def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_name: str) -> None:
     _check_float(name, vector)
-    if vector.ndim != 1 or vector.shape[0] != weight.shape[0]:
-        raise ValueError(f"{name} must be [out] = [{weight.shape[0]}], got shape {list(vector.shape)}")
-    _check_device(name, vector, weight, weight_name)
+    if vector.shape != rows:
+        letters = "[out]" if len(rows) == 1 else "[E, out]"
+        raise ValueError(f"{name} must be {letters} = {list(rows)}, got shape {list(vector.shape)}")
+    _check_device(name, vector, like, like_name)
+
+
+def check_vector(name: str, vector: Tensor | None, weight: Tensor) -> None:
+    """A float ``[out]`` vector (``[E, out]`` with experts) on the weight's device, or nothing."""
+    if vector is not None:
+        _check_rows(name, vector, weight.shape[:-1], weight, "weight")
+
+
+def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
+    """A magnitude for these norms."""
+    _check_rows("magnitude", magnitude, weight_norm.shape, weight_norm, "weight_norm")
 
 
 def check_budget(budget: int) -> None:
@@ -111,6 +128,7 @@ def check_linear(
     weight_norm: Tensor | None,
 ) -> None:
     """All tensors of ``dora_linear``."""
+    check_factors(weight, lora_A, lora_B, batched=False)
     check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     _check_float("x", x)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from dorac.nn import DoraLinear
-from dorac.nn.linear import is_conv1d, unwrappable
+from dorac.nn import DoraLayer, layer_class, unwrappable
+from dorac.nn.linear import is_conv1d
 
 ALL_LINEAR = "all-linear"
 
@@ -90,7 +90,7 @@ def find_targets(
     for name, module in places:
         if not wanted(name, module):
             continue
-        if isinstance(module, DoraLinear):
+        if isinstance(module, DoraLayer):
             if not all_linear:
                 reasons.append(f"{name}: is adapted already")
         elif reason := refused.get(name) or unwrappable(module):
@@ -109,7 +109,7 @@ def find_targets(
         if kinds:
             hint = f"modules of this model that could be: {', '.join(kinds[:20])}"
         elif not unwrappable(model):
-            hint = f"the model is itself a {type(model).__name__}: wrap it with dorac.nn.DoraLinear"
+            hint = f"the model is itself a {type(model).__name__}: wrap it with dorac.nn.{layer_class(model).__name__}"
         if isinstance(target_modules, str) and not all_linear:
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
@@ -175,7 +175,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:
     parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), DoraLinear)
+    return bool(parent) and isinstance(model.get_submodule(parent), DoraLayer)
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:

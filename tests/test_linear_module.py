@@ -96,7 +96,7 @@ def test_any_leading_shape(shape):
 @pytest.mark.parametrize("init", [True, "gaussian", False])
 def test_g_is_exactly_one_at_init(base, dtype, init):
     layer = DoraLinear(base(dtype=dtype), R, 5, init_lora_weights=init)
-    norm = functional.norm_factored(layer._weight(), layer.lora_A, layer.lora_B, layer.scaling)
+    norm = functional.norm_factored(layer._matrix(), layer.lora_A, layer.lora_B, layer.scaling)
     assert torch.equal(functional.magnitude_scale(layer.lora_magnitude_vector, norm), torch.ones_like(norm))
     assert layer.lora_A.count_nonzero()
     assert bool(layer.lora_B.count_nonzero()) == (init is False)

@@ -1,5 +1,7 @@
 """Modules: parameters and one functional call each."""
 
+from dorac.nn.kinds import layer_class, unwrappable
+from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear
 
-__all__ = ["DoraLinear"]
+__all__ = ["DoraLayer", "DoraLinear", "layer_class", "unwrappable"]

@@ -1,0 +1,28 @@
+"""DoRA as pure functions of tensors (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353).
+
+    V = W + s * lora_B @ lora_A          the adapted direction, section 4.1
+    n = ||V||_row                        one L2 norm per output row, a constant in backprop, section 4.3
+    g = m / n                            1 where n <= 1e-12
+    y = g * (x W^T + s (x lora_A^T) lora_B^T) + b
+
+Neither V nor ``lora_B @ lora_A`` is ever materialised. Norm, g and the compose arithmetic are computed in float32
+(float64 for float64 inputs), also under autocast, and the result is rounded once, to the activation's dtype. All
+functions trace under ``torch.compile(fullgraph=True)`` and never change their inputs.
+
+Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
+"""
+
+from dorac.functional.linear import compose, dora_linear
+from dorac.functional.merge import invertible_scale, merge_weight, unmerge_weight
+from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
+
+__all__ = [
+    "compose",
+    "dora_linear",
+    "init_magnitude",
+    "invertible_scale",
+    "magnitude_scale",
+    "merge_weight",
+    "norm_factored",
+    "unmerge_weight",
+]

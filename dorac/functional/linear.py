@@ -1,0 +1,98 @@
+"""The linear layer, and compose, the step of it that other layers share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac import checks
+from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
+from dorac.numerics import accumulate_dtype
+from dorac.ops.library import REVISION
+from dorac.ops.norm import DEFAULT_BUDGET
+
+
+def compose(
+    base: Tensor,
+    lora: Tensor,
+    mag_scale: Tensor,
+    scaling: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    delta: bool = False,
+) -> Tensor:
+    """``g * (base + s * lora) + b``, or with ``delta=True`` the change ``(g - 1) * base + g * s * lora`` to ``base``.
+
+    The delta is computed in that form, never as ``g * (base + s * lora) - base``: g is close to 1 and the difference
+    would cancel.
+
+    Args:
+        base: ``[*, out]``, the frozen layer's output without its bias.
+        lora: ``[*, out]``, the low-rank branch's output before scaling, any float dtype.
+        mag_scale: g, ``[out]``, from :func:`magnitude_scale`.
+        scaling: s, a finite number or a 0-d tensor.
+        bias: ``[out]``; never scaled by g. Not allowed in the delta form, whose ``base`` excludes the bias.
+
+    Returns:
+        ``[*, out]`` in the dtype of ``base``. Gradients flow to base, lora, mag_scale and bias; one tensor of the
+        size of the output is saved for backward, and none if ``mag_scale`` needs no gradient.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a bias in the delta form.
+    """
+    checks.check_compose(base, lora, mag_scale, bias, delta)
+    checks.check_scaling(scaling)
+    s = scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
+    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, REVISION)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor,
+    weight_norm: Tensor | None = None,
+    dropout_p: float = 0.0,
+    budget: int = DEFAULT_BUDGET,
+) -> Tensor:
+    """A linear layer with DoRA: ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b``, ``g = m / ||W + s BA||_row``.
+
+    Args:
+        x: ``[*, in]``, the dtype of ``weight`` (under autocast any float dtype).
+        weight: ``[out, in]``, any strides; usually frozen, receives its gradient (with n held constant) if it requires
+            one.
+        lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's; the low-rank branch
+            runs in it.
+        magnitude: m, ``[out]``, any float dtype; best kept in float32.
+        bias: ``[out]``.
+        scaling: s, a finite number or a 0-d tensor.
+        weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
+        dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer
+            sees x, the change that DoRA makes to it sees ``x' = dropout(x)``, so that
+            ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module
+            passes 0 in eval mode.
+        budget: bytes for the buffers of the norm, see :func:`norm_factored`.
+
+    Returns:
+        ``[*, out]`` in the dtype of ``x W^T``. Gradients flow to x, lora_A, lora_B, magnitude, bias and weight,
+        never through the norm.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
+            outside [0, 1).
+    """
+    checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
+    checks.check_scaling(scaling)
+    checks.check_dropout(dropout_p)
+    s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+    if weight_norm is None:
+        weight_norm = norm_factored(weight, lora_A, lora_B, s, budget=budget)
+    if not dropout_p:
+        return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, REVISION)
+    x_adapter = F.dropout(x, dropout_p)
+    lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
+    g = magnitude_scale(magnitude, weight_norm)
+    return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)

@@ -1,0 +1,89 @@
+"""The norm, the scale it gives, and the magnitude that starts with it."""
+
+import torch
+from torch import Tensor
+
+from dorac import checks, ops
+from dorac.numerics import accumulate_dtype
+from dorac.ops import front
+from dorac.ops.library import REVISION
+from dorac.ops.norm import DEFAULT_BUDGET
+
+
+def scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scaling`` as a 0-d tensor. The ops take no Python float: the compiler would compile one graph per value."""
+    if isinstance(scaling, Tensor):
+        return scaling.to(device=like.device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        # A product keeps the value symbolic; torch.full would specialise the graph on it.
+        return torch.ones((), dtype=dtype, device=like.device) * scaling
+    return torch.full((), scaling, dtype=dtype, device=like.device)
+
+
+def norm_factored(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    *,
+    weight_sq: Tensor | None = None,
+    budget: int = DEFAULT_BUDGET,
+) -> Tensor:
+    """``n = ||W + s * lora_B @ lora_A||_row``, without the product.
+
+    Args:
+        weight: ``[out, in]``, float16 / bfloat16 / float32 / float64, any strides (a transposed view is not copied);
+            or ``[E, out, in]``, E experts, and then every other tensor starts with E too.
+        lora_A: ``[r, in]``, any of these dtypes.
+        lora_B: ``[out, r]``, the dtype of ``lora_A``.
+        scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
+        weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W
+            lose digits. The Triton kernel, which reads W once at any rate, makes no use of it.
+        budget: bytes that all live buffers of the computation may take together. At least one column of W is processed
+            at a time, however small the budget; on CUDA the columns come in multiples of 64 where the budget allows.
+            The Triton kernel needs no buffers.
+
+    Returns:
+        ``[out]``, float32 (float64 if any input is float64). No gradient flows through it (paper, section 4.3),
+        also in forward mode.
+
+    Raises:
+        TypeError: a tensor that is not of these dtypes (float8 and integer weights are dequantised by the caller).
+        ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte.
+    """
+    checks.check_factors(weight, lora_A, lora_B)
+    checks.check_scaling(scaling)
+    checks.check_vector("weight_sq", weight_sq, weight)
+    checks.check_budget(budget)
+    s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+    # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
+    with front.autocast_off(weight):
+        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, REVISION)
+
+
+def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
+    """``g = m / n`` per output row, 1 on zero rows (``n <= 1e-12``); gradient flows to ``magnitude``.
+
+    Args:
+        magnitude: ``[out]``, any float dtype.
+        weight_norm: ``[out]`` from :func:`norm_factored`.
+
+    Returns:
+        ``[out]``, float32 (float64 if either input is float64).
+
+    Raises:
+        TypeError, ValueError: a magnitude whose dtype, length or device does not fit ``weight_norm``.
+    """
+    checks.check_magnitude(magnitude, weight_norm)
+    return ops.compose.magnitude_scale(magnitude, weight_norm)
+
+
+def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """``m0 = ||W + s * lora_B @ lora_A||_row``: the adapted layer starts with g = 1 exactly (paper, section 4.1).
+
+    Args, Raises: see :func:`norm_factored`.
+
+    Returns:
+        ``[out]``, float32 (float64 if any input is float64), whatever the dtype of the factors.
+    """
+    return norm_factored(weight, lora_A, lora_B, scaling)

@@ -1,0 +1,241 @@
+"""``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dorac import functional
+from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
+
+
+def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """s: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` rank-stabilised (arXiv 2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def not_stock(module: nn.Module, stock: type[nn.Module]) -> str | None:
+    """Why an adapted layer cannot stand for ``module`` and its weight although it is a ``stock``, or None if it can."""
+    kind = type(module).__name__
+    if type(module).forward is not stock.forward or "forward" in vars(module):
+        return f"{kind} has a forward of its own, which the adapted layer would not run"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return f"{kind} is lazy and has no weight yet: run one batch first"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"{kind} has a weight of {module.weight.dtype}, dequantise it first"
+    if parametrize.is_parametrized(module, "weight"):
+        return f"the weight of {kind} is parametrised (torch.nn.utils.parametrize)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
+    return None
+
+
+class DoraLayer(nn.Module):
+    """A frozen base layer with its adapter. A subclass names its parameters, sees its weight as a matrix and runs.
+
+    The factors and the magnitude are trained; the magnitude is float32 (float64 for a float64 layer) and stays so under
+    ``.to(torch.bfloat16)``. State-dict keys are ``base_layer.*`` and those of ``PEFT_KEYS``. They do not tell whether
+    the adapter is merged: save the state of an unmerged layer, or unload it.
+
+    Args:
+        base_layer: the layer to adapt; kept, not copied.
+        r: rank, at least 1.
+        lora_alpha: the scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: probability in [0, 1); in training mode the frozen layer sees x and the adapter ``dropout(x)``, as
+            in PEFT.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        init_lora_weights: True: as PEFT; "gaussian": the factor that is not zero is normal; False: neither factor is
+            zero, so that the adapter does something from the start.
+        adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
+            otherwise.
+
+    Raises:
+        TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
+            float32 or float64.
+        ValueError: a rank below 1, a scaling that is not finite, a dropout outside [0, 1).
+
+    Source: arXiv 2402.09353, section 4.1; the norm is a constant in backprop (section 4.3).
+    """
+
+    # The adapter's parameters (lora_A, lora_B, the magnitude, in this order) and the endings of PEFT's keys for them.
+    PEFT_KEYS: ClassVar[dict[str, str]]
+
+    @classmethod
+    def unwrappable(cls, module: nn.Module) -> str | None:
+        """Why this class cannot wrap ``module``, or None if it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
+        """The shapes that the adapter's parameters would have around ``base_layer``, in the order of ``PEFT_KEYS``."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        *,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if reason := self.unwrappable(base_layer):
+            raise TypeError(f"base_layer cannot be wrapped: {reason}")
+        check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        self._adopt(base_layer)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.use_rslora = use_rslora
+        self.lora_dropout = float(lora_dropout)
+        self.init_lora_weights = init_lora_weights
+        self.scaling = scaling_factor(r, lora_alpha, use_rslora)
+
+        weight = base_layer.weight
+        if adapter_dtype is None:
+            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
+        *factors, (magnitude, magnitude_shape) = self.adapter_shapes(base_layer, r).items()
+        for name, shape in factors:
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device)))
+        wide = accumulate_dtype(weight, *self._parameters.values())
+        setattr(self, magnitude, nn.Parameter(torch.empty(magnitude_shape, dtype=wide, device=weight.device)))
+        # The norm before the merge while the base weight holds the merged one: what unmerging needs.
+        self.register_buffer("merged_norm", None, persistent=False)
+        self.reset_parameters()
+        base_layer.requires_grad_(False)
+
+    def _adopt(self, base_layer: nn.Module) -> None:
+        """Takes the layer in, with what forward needs to know of it."""
+        self.base_layer = base_layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new factors and sets the magnitude to the norm, so that g = 1; refused while merged."""
+        if self.merged:
+            raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
+        self._draw_factors()
+        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
+        self.lora_magnitude_vector.copy_(norm.view_as(self.lora_magnitude_vector))
+
+    def _draw_factors(self) -> None:
+        """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
+        lora_A, lora_B = (getattr(self, name) for name in list(self.PEFT_KEYS)[:2])
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        if self.init_lora_weights is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(lora_B)
+
+    def _matrix(self) -> Tensor:
+        """The base weight as the ``[out, in]`` matrix that the norm is taken of: a view where there is one."""
+        return self.base_layer.weight
+
+    def _write(self, matrix: Tensor) -> None:
+        """Sets the base weight from such a matrix."""
+        self._matrix().copy_(matrix)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
+        return self.lora_A, self.lora_B
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base layer's weight, for code that asks a layer for its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
+        return self.merged_norm is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Writes the adapted weight into the base layer; a second call does nothing.
+
+        Raises:
+            ValueError: the merged weight would not be finite in its dtype; the layer stays unmerged.
+        """
+        if self.merged:
+            return
+        merged, norm = functional.merge_weight(
+            self._matrix(), *self._factors(), self.lora_magnitude_vector.flatten(), scaling=self.scaling
+        )
+        if not merged.is_meta and not merged.isfinite().all():
+            raise ValueError(
+                f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
+            )
+        self._write(merged)
+        self.merged_norm = norm
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the adapter out of the base weight again, to ``2 eps * max(|V|, |W|)``; nothing if it is not merged.
+
+        Raises:
+            ValueError: rows whose g is zero cannot be restored; the layer stays merged.
+        """
+        if not self.merged:
+            return
+        self._write(
+            functional.unmerge_weight(
+                self._matrix(),
+                *self._factors(),
+                self.lora_magnitude_vector.flatten(),
+                scaling=self.scaling,
+                weight_norm=self.merged_norm,
+            )
+        )
+        self.merged_norm = None
+
+    def check_unmergeable(self) -> None:
+        """Raises what :meth:`unmerge` would, without changing anything."""
+        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
+        wide = (self.lora_magnitude_vector, self.lora_magnitude_vector.grad, self.merged_norm)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
+            return tensor.to(moved.device) if keep else moved
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.merged:
+            name = prefix.rstrip(".") or type(self).__name__
+            raise ValueError(f"{name} is merged; unmerge it before loading a state dict")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+
+
+def check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
+) -> None:
+    """Refuses what :class:`DoraLayer` cannot be built with."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
+        raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)):
+        raise TypeError(f"lora_dropout must be a number, got {lora_dropout!r}")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    if init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype}")
