@@ -200,7 +200,9 @@ def test_the_table(monkeypatch):
     assert linear.route(half, small, training=True, traced=True) == "accumulate"
     assert linear.route(half, small, training=True, traced=False) == "fused"
     assert linear.route(half, large, training=True, traced=False) == "accumulate"
-    assert linear.route(half[:1], large, training=False, traced=True) == "fused"
+    assert linear.route(half[:1], large, training=False, traced=True) == "separate"
+    assert linear.route(half[:1], large, training=False, traced=False) == "fused"
+    assert linear.route(half[:17], large, training=False, traced=True) == "fused"
     assert linear.route(half, wide[:16], training=True, traced=True) == "fused"
     assert linear.route(wide, wide[:16], training=False, traced=False) == "accumulate"
 

@@ -41,9 +41,11 @@ def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, ob
     factors = layer.lora_A, layer.lora_B, scaling
     chosen = configs.norm_config(1, *layer.weight.shape, layer.rank, layer.weight.dtype, layer.lora_A.dtype)
     candidates = [
-        dataclasses.replace(chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages)
-        for (block_o, block_i), splits, warps, stages in itertools.product(
-            ((64, 64), (128, 64), (64, 128)), (1, 2, 4), (4, 8), (2, 3)
+        dataclasses.replace(
+            chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages, registers=registers
+        )
+        for (block_o, block_i), splits, (warps, registers), stages in itertools.product(
+            ((64, 64), (128, 64), (64, 128)), (1, 2, 4), ((4, False), (8, False), (8, True)), (2, 3)
         )
     ]
     return _sweep("norm", layer, chosen, candidates, lambda c: lambda: norm.row_norm(layer.weight, *factors, c), args)

@@ -23,6 +23,7 @@ class NormConfig:
     splits: int
     warps: int
     stages: int
+    registers: bool = False  # lora_B is kept in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _power(value: int, low: int, high: int) -> int:
 def norm_config(
     experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, factor_dtype: torch.dtype
 ) -> NormConfig:
-    """Wide tiles where the weight's bytes are the limit, resident factors where the product is."""
+    """Wide tiles where the weight's bytes are the limit, factors in registers where the product is."""
     block_r = _power(rank, 16, 128)
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         config = NormConfig(32, 32, min(block_r, 32), 1, 4, 2)
@@ -72,8 +73,10 @@ def norm_config(
         config = NormConfig(64, 128, block_r, 1, 8, 3) if rank <= 16 else NormConfig(64, 64, 32, 1, 4, 2)
     elif rank <= 64:
         config = NormConfig(64, 128, block_r, 1, 8 if rank <= 16 else 4, 3)
+    elif rank <= 384:
+        config = NormConfig(128, 64, block_r, 1, 8, 3, registers=True)
     else:
-        config = NormConfig(64, 64, block_r if rank <= 384 else 64, 1, 4, 3)
+        config = NormConfig(64, 64, 64, 1, 4, 3)
     resident = 1 if rank > 64 and weight_dtype.itemsize == 2 else 2  # programs at once on a processor
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     most = max(1, in_features // (4 * config.block_i))

@@ -19,6 +19,16 @@ from dorac.kernels.tiles import load_tile, product, strip_sum
 
 
 @triton.jit
+def _in_registers(tile, N: tl.constexpr):
+    """The tile as what a product leaves in registers, from where the next product takes its left operand.
+
+    What comes from memory Triton keeps in shared memory instead, whose bandwidth is the limit at large ranks.
+    """
+    identity = (tl.arange(0, N)[:, None] == tl.arange(0, N)[None, :]).to(tl.float32).to(tile.dtype)
+    return product(tile, identity, tl.zeros(tile.shape, dtype=tl.float32), False).to(tile.dtype)
+
+
+@triton.jit
 def row_square_kernel(
     w_ptr,
     a_ptr,
@@ -45,6 +55,7 @@ def row_square_kernel(
     EVEN: tl.constexpr,  # no tile reaches over an edge
     FINISH: tl.constexpr,  # one split: write the norm itself
     SPLIT: tl.constexpr,  # float32 factors of a half-precision weight
+    REGISTERS: tl.constexpr,  # the resident chunks wait in registers, not in shared memory
     STAGES: tl.constexpr,
 ):
     """Partial sums of squares ``out[S, E, O]``, or with FINISH the norms ``out[E, O]``."""
@@ -62,6 +73,13 @@ def row_square_kernel(
         b1 = load_tile(b_ptr, start_o, BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
     if CHUNKS >= 3:
         b2 = load_tile(b_ptr, start_o, 2 * BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+    if REGISTERS:
+        if CHUNKS >= 1:
+            b0 = _in_registers(b0, BLOCK_R)
+        if CHUNKS >= 2:
+            b1 = _in_registers(b1, BLOCK_R)
+        if CHUNKS >= 3:
+            b2 = _in_registers(b2, BLOCK_R)
 
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     begin = split * columns_per_split
@@ -153,6 +171,7 @@ def row_norm(
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
         FINISH=splits == 1,
         SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
+        REGISTERS=config.registers,
         STAGES=config.stages,
         warps=config.warps,
     )

@@ -35,6 +35,9 @@ from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 # Up to which rank the backward pass takes the low-rank products along: faster than cuBLAS at 16, slower at 64.
 LOW_RANK = 16
+# Up to how many tokens compiled inference leaves the whole layer to the compiler, which fuses its elementwise end into
+# the next layer's beginning: at 1 to 8 tokens a kernel of our own costs more than its product saves.
+DECODE = 16
 
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
@@ -179,7 +182,7 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
 
     - "accumulate": the low-rank part first, the large product accumulated onto it, then g;
     - "fused": the large product first, then up-projection and g in one kernel;
-    - "separate": three products and compose: where there are no kernels, or none for these dtypes.
+    - "separate": three products and compose: where there are no kernels, or none for these dtypes, and at decode.
     """
     if not front.has_kernels(x, lora_A):
         return "separate"
@@ -190,6 +193,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"  # without tensor cores the kernel's product is no match for cuBLAS
     if training and traced:
         return "accumulate"
+    if traced and front.at_most(x.shape[0], DECODE):
+        return "separate"
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
