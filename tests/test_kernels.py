@@ -97,6 +97,12 @@ class TestNorm:
         assert torch.equal(norm[1], row_norm(weight[1], lora_A[1], lora_B[1], scaling(device)))
         check_norm(weight.transpose(1, 2).contiguous().transpose(1, 2), lora_A, lora_B)
 
+    @pytest.mark.parametrize("rank", [128, 300, 384, 400])
+    def test_large_ranks(self, rank, device):
+        """One or three chunks of lora_B in registers, whole and not, and more than are kept."""
+        inputs = linear_inputs((1, 130, 70, rank), dtype=torch.bfloat16, device=device)
+        check_norm(inputs.weight, inputs.lora_A, inputs.lora_B)
+
     @pytest.mark.parametrize("splits", [1, 2, 5])
     def test_column_splits(self, splits, device):
         inputs = linear_inputs((1, 40, 300, 20), dtype=torch.bfloat16, device=device)
@@ -116,6 +122,14 @@ class TestNorm:
         inputs.weight[2, 5] = torch.inf
         norm = row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device))
         assert norm[2] == torch.inf
+        assert norm.isfinite().sum() == norm.numel() - 1
+
+    @pytest.mark.parametrize("rank", [8, 200])
+    def test_a_factor_that_is_not_finite_stays_in_its_row(self, rank, device):
+        inputs = linear_inputs((1, 70, 40, rank), dtype=torch.bfloat16, device=device)
+        inputs.lora_B[2, 5] = torch.inf
+        norm = row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device))
+        assert not norm[2].isfinite()
         assert norm.isfinite().sum() == norm.numel() - 1
 
 

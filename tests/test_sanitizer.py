@@ -1,0 +1,55 @@
+"""Every kernel under NVIDIA's compute-sanitizer: no access out of bounds, no race in shared memory."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+# Off the tiles' edges, one program and several, each path that a kernel has; no allocator between tensors and checker.
+SCRIPT = """
+import itertools, torch
+from dorac.kernels.backward import compose_backward, low_rank_backward
+from dorac.kernels.compose import compose
+from dorac.kernels.norm import row_norm
+from dorac.testing import linear_inputs
+
+s = torch.full((), 0.7, device="cuda")
+for dtype, factor_dtype in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float32)):
+    for shape in ((33, 65, 127, 7), (130, 264, 136, 72), (3, 130, 70, 300), (3, 20, 24, 600)):
+        if torch.float32 in (dtype, factor_dtype) and shape[3] > 100:
+            continue
+        inputs = linear_inputs(shape, dtype=dtype, factor_dtype=factor_dtype, device="cuda")
+        factors = inputs.lora_A, inputs.lora_B
+        norm = row_norm(inputs.weight, *factors, s)
+        row_norm(inputs.weight.T.contiguous().T, *factors, s)
+        row_norm(*(torch.stack([t, t]) for t in (inputs.weight, *factors)), s)
+        if factor_dtype.itemsize < dtype.itemsize:
+            continue
+        base, h = inputs.x @ inputs.weight.T, inputs.x.to(factor_dtype) @ inputs.lora_A.T
+        for delta in (False, True):
+            bias = None if delta else inputs.bias
+            _, inner = compose(base, h, inputs.lora_B, inputs.magnitude, norm, s, bias, delta=delta, want_inner=True)
+            compose(base, h @ inputs.lora_B.T, None, inputs.magnitude, norm, s, bias, delta=delta, want_inner=True)
+        compose_backward(base, inner, inputs.magnitude, norm)
+        if dtype is factor_dtype is torch.bfloat16 and shape[3] <= 64:
+            low_rank_backward(base, inner, inputs.magnitude, norm, h, inputs.lora_B, s, h_is_scaled=True)
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_clean(tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, which comes with the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SCRIPT]
+    result = subprocess.run(
+        command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "done" in result.stdout
+    assert "0 errors" in result.stdout or "0 hazards" in result.stdout, result.stdout
