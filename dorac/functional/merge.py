@@ -21,7 +21,7 @@ def _low_rank_chunks(
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
     scaled_b = lora_B.to(acc) * scaling_tensor(scaling, weight, acc)
-    for columns in column_chunks(weight, lora_A, lora_B, None, budget):
+    for columns in column_chunks(weight, lora_A, lora_B, False, budget):
         with front.autocast_off(weight):
             product = scaled_b @ lora_A[..., columns].to(acc)
         yield weight[..., columns].to(acc), product
