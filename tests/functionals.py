@@ -1,0 +1,151 @@
+"""The functionals that the tables of transforms, dtypes and random cases run over: a new one is an entry here.
+
+Legend: a layer's tensors come in the order ``data, weight, lora_A, lora_B, magnitude, bias``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import dorac
+from dorac import functional, reference
+from dorac.testing import linear_inputs
+
+SCALING = 0.7
+LAYER = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """One row.
+
+    Args:
+        function, reference: what is tested and the textbook of it, ``(*tensors, **options) -> tensor``.
+        arguments: makes the float64 tensors that both are called with.
+        names: of the tensors.
+        data: positions of what a sample is; mapped by vmap over inputs. adapters: of what is stacked for an ensemble.
+        norm_grad: whether both take the keyword ``norm_grad``.
+        module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
+            reference's tensors after the data from the module's state.
+    """
+
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    arguments: Callable[[], tuple[Tensor, ...]]
+    names: tuple[str, ...] = LAYER
+    data: tuple[int, ...] = (0,)
+    adapters: tuple[int, ...] = (2, 3, 4)
+    norm_grad: bool = True
+    module: Callable[[int, bool], torch.nn.Module] | None = None
+    module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the float tensors."""
+        return tuple(i for i, t in enumerate(self.arguments()) if t.is_floating_point())
+
+    def bind(self, norm_grad: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Function and reference of the tensors alone."""
+        if not self.norm_grad:
+            return self.function, self.reference
+        return (
+            lambda *tensors: self.function(*tensors, norm_grad=norm_grad),
+            lambda *tensors: self.reference(*tensors, norm_grad=norm_grad),
+        )
+
+
+def scaled(function: Callable[..., Tensor], **fixed) -> Callable[..., Tensor]:
+    """``function`` with its scaling given."""
+    return lambda *tensors, **options: function(*tensors, scaling=SCALING, **fixed, **options)
+
+
+def linear_arguments() -> tuple[Tensor, ...]:
+    return linear_inputs((4, 5, 6, 3)).tensors()
+
+
+def linear_module(seed: int, norm_grad: bool) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    base = torch.nn.Linear(6, 5, dtype=torch.float64)
+    layer = dorac.nn.DoraLinear(base, r=3, lora_alpha=3 * SCALING, init_lora_weights=False, norm_grad=norm_grad)
+    torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    return layer
+
+
+def linear_state(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    names = ("base_layer.weight", "lora_A", "lora_B", "lora_magnitude_vector", "base_layer.bias")
+    return tuple(state[name] for name in names)
+
+
+def given_norm(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The layer as a function of its norm, too."""
+    return lambda *tensors: layer(*tensors[:-1], scaling=SCALING, weight_norm=tensors[-1])
+
+
+def with_norm() -> tuple[Tensor, ...]:
+    tensors = linear_arguments()
+    return *tensors, 1.1 * reference.row_norm(*tensors[1:4], SCALING)
+
+
+def norm_reference(*tensors: Tensor, norm_grad: bool) -> Tensor:
+    norm = reference.row_norm(*tensors, SCALING)
+    return norm if norm_grad else norm.detach()
+
+
+def parts() -> tuple[Tensor, ...]:
+    """What compose takes: base, lora, g."""
+    x, weight, lora_A, lora_B, magnitude, _ = linear_arguments()
+    return x @ weight.T, x @ lora_A.T @ lora_B.T, magnitude
+
+
+FUNCTIONALS = {
+    "dora_linear": Functional(
+        scaled(functional.dora_linear),
+        scaled(reference.dora_linear),
+        linear_arguments,
+        module=linear_module,
+        module_arguments=linear_state,
+    ),
+    "dora_linear, norm given": Functional(
+        given_norm(functional.dora_linear),
+        given_norm(reference.dora_linear),
+        with_norm,
+        names=(*LAYER, "weight_norm"),
+        norm_grad=False,
+    ),
+    "norm_factored": Functional(
+        scaled(functional.norm_factored),
+        norm_reference,
+        lambda: linear_arguments()[1:4],
+        names=LAYER[1:4],
+        adapters=(1, 2),
+    ),
+    "magnitude_scale": Functional(
+        functional.magnitude_scale,
+        reference.magnitude_scale,
+        lambda: (linear_arguments()[4], with_norm()[-1]),
+        names=("magnitude", "weight_norm"),
+        data=(1,),
+        adapters=(0,),
+        norm_grad=False,
+    ),
+    "compose": Functional(
+        lambda base, lora, g, bias: functional.compose(base, lora, g, SCALING, bias=bias),
+        lambda base, lora, g, bias: reference.compose(base, lora, g, SCALING, bias),
+        lambda: (*parts(), linear_arguments()[5]),
+        names=("base", "lora", "mag_scale", "bias"),
+        data=(0, 1),
+        adapters=(2,),
+        norm_grad=False,
+    ),
+    "compose, delta": Functional(
+        lambda *tensors: functional.compose(*tensors, SCALING, delta=True),
+        lambda *tensors: reference.compose_delta(*tensors, SCALING),
+        parts,
+        names=("base", "lora", "mag_scale"),
+        data=(0, 1),
+        adapters=(2,),
+        norm_grad=False,
+    ),
+}
