@@ -27,6 +27,8 @@ class Functional:
         names: of the tensors.
         data: positions of what a sample is; mapped by vmap over inputs. adapters: of what is stacked for an ensemble.
         norm_grad: whether both take the keyword ``norm_grad``.
+        norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
+            the arguments ``(data, weight, lora_A, lora_B, magnitude, bias, *, scaling, weight_norm, norm_grad)``.
         module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
             reference's tensors after the data from the module's state.
     """
@@ -38,6 +40,7 @@ class Functional:
     data: tuple[int, ...] = (0,)
     adapters: tuple[int, ...] = (2, 3, 4)
     norm_grad: bool = True
+    norm: Callable[..., Tensor] | None = None
     module: Callable[[int, bool], torch.nn.Module] | None = None
     module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
 
@@ -58,7 +61,7 @@ class Functional:
 
 def scaled(function: Callable[..., Tensor], **fixed) -> Callable[..., Tensor]:
     """``function`` with its scaling given."""
-    return lambda *tensors, **options: function(*tensors, scaling=SCALING, **fixed, **options)
+    return lambda *tensors, **options: function(*tensors, **{"scaling": SCALING, **fixed, **options})
 
 
 def linear_arguments() -> tuple[Tensor, ...]:
@@ -104,6 +107,7 @@ FUNCTIONALS = {
         scaled(functional.dora_linear),
         scaled(reference.dora_linear),
         linear_arguments,
+        norm=reference.row_norm,
         module=linear_module,
         module_arguments=linear_state,
     ),
@@ -149,3 +153,71 @@ FUNCTIONALS = {
         norm_grad=False,
     ),
 }
+
+LAYERS = {name: row for name, row in FUNCTIONALS.items() if row.norm}
+
+
+def cast(tensors, dtype, factor_dtype=None, magnitude_dtype=None) -> tuple[Tensor | None, ...]:
+    """A layer's tensors in the dtypes of a mix; the factors default to ``dtype``, the magnitude to float32 or wider."""
+    factor_dtype = factor_dtype or dtype
+    magnitude_dtype = magnitude_dtype or torch.promote_types(dtype, torch.float32)
+    dtypes = (dtype, dtype, factor_dtype, factor_dtype, magnitude_dtype, dtype)
+    return tuple(
+        t.to(d) if t is not None and t.is_floating_point() else t for t, d in zip(tensors, dtypes, strict=True)
+    )
+
+
+def leaves_of(tensors, dtype=None) -> list[Tensor | None]:
+    """Copies in the same layout that require a gradient, if they can."""
+    copies = [t if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+    copies = [t.to(dtype) if dtype and t is not None and t.is_floating_point() else t for t in copies]
+    return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in copies]
+
+
+def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[Tensor | None]]:
+    """y and the gradients of ``<dy, y>``; dy is drawn from seed 1 in y's dtype if it is None."""
+    leaves = leaves_of(tensors, dtype)
+    y = function(*leaves)
+    if dy is None:
+        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y.backward(dy.to(y))
+    return y.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: float = SCALING, **options):
+    """The sums of the absolute values of all terms that y and each gradient consist of, in float64.
+
+    They bound what roundings can do: a computation that rounds k times on the way from inputs to result is off by at
+    most ``k * u * size``, u half an eps. The norm is off by the roundings of W and BA apart, ``|W| + |s| |B| |A|`` in
+    length where V may be short; g and its sizes are enlarged by that ratio. With every input positive each gradient of
+    the textbook is the sum of absolute values itself.
+    """
+    wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
+    norm = row.norm(*wide[1:4], scaling)
+    absolute = leaves_of([t.abs() if t is not None and t.is_floating_point() else t for t in wide])
+    long_norm = row.norm(*absolute[1:4], abs(scaling))
+    ratio = 1 + long_norm.detach() / norm
+    y = row.reference(*absolute, scaling=abs(scaling), weight_norm=norm / ratio, **options)
+    total = (dy.detach().double().abs() * y).sum()
+    if norm_grad:
+        (d_magnitude,) = torch.autograd.grad(total, absolute[4], retain_graph=True)
+        d_norm = d_magnitude * absolute[4].detach() / norm
+        total = total + (d_norm * ratio / norm * long_norm.square() / 2).sum()
+    chosen = [t for t in absolute if t is not None and t.requires_grad]
+    gradients = dict(zip(map(id, chosen), torch.autograd.grad(total, chosen), strict=True))
+    return y.detach(), [gradients.get(id(t)) for t in absolute]
+
+
+# Roundings to the narrowest dtype between the inputs and a gradient, at most: x for the factors' dtype, h, the low-rank
+# part, base, inner and y forward; d_inner, d_h, the two parts of dx and their sum, or the result, backward.
+ROUNDINGS = 10
+
+
+def assert_within(actual: Tensor, truth: Tensor, size: Tensor, *, narrowest: torch.dtype, terms: int, label: str = ""):
+    """At most :data:`ROUNDINGS` roundings to ``narrowest``, and one in float32 (float64) per term of the sums."""
+    accumulate = torch.float64 if narrowest is torch.float64 else torch.float32
+    relative = ROUNDINGS * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
+    error = (actual.detach().double() - truth).abs()
+    tiny = torch.finfo(actual.dtype).tiny  # below it a result has an absolute error
+    over = error > relative * size + tiny
+    assert not over.any(), f"{label}: {error[over].max():.3e} over {(relative * size)[over].min():.3e}"
