@@ -194,15 +194,17 @@ def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: flo
     """
     wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
     norm = row.norm(*wide[1:4], scaling)
+    zero_row = norm <= 1e-12  # a constant, with g = 1
+    divisor = norm.masked_fill(zero_row, 1)
     absolute = leaves_of([t.abs() if t is not None and t.is_floating_point() else t for t in wide])
     long_norm = row.norm(*absolute[1:4], abs(scaling))
-    ratio = 1 + long_norm.detach() / norm
+    ratio = (1 + long_norm.detach() / divisor).masked_fill(zero_row, 1)
     y = row.reference(*absolute, scaling=abs(scaling), weight_norm=norm / ratio, **options)
     total = (dy.detach().double().abs() * y).sum()
     if norm_grad:
         (d_magnitude,) = torch.autograd.grad(total, absolute[4], retain_graph=True)
-        d_norm = d_magnitude * absolute[4].detach() / norm
-        total = total + (d_norm * ratio / norm * long_norm.square() / 2).sum()
+        d_norm = (d_magnitude * absolute[4].detach() * ratio / divisor**2).masked_fill(zero_row, 0)
+        total = total + (d_norm * long_norm.square() / 2).sum()
     chosen = [t for t in absolute if t is not None and t.requires_grad]
     gradients = dict(zip(map(id, chosen), torch.autograd.grad(total, chosen), strict=True))
     return y.detach(), [gradients.get(id(t)) for t in absolute]
@@ -218,6 +220,6 @@ def assert_within(actual: Tensor, truth: Tensor, size: Tensor, *, narrowest: tor
     accumulate = torch.float64 if narrowest is torch.float64 else torch.float32
     relative = ROUNDINGS * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
     error = (actual.detach().double() - truth).abs()
-    tiny = torch.finfo(actual.dtype).tiny  # below it a result has an absolute error
+    tiny = torch.finfo(narrowest).tiny  # below it a number's error is absolute
     over = error > relative * size + tiny
     assert not over.any(), f"{label}: {error[over].max():.3e} over {(relative * size)[over].min():.3e}"
