@@ -11,6 +11,8 @@ import torch
 from functionals import FUNCTIONALS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
+from dorac import functional, reference
+
 ROWS = [(name, flag) for name, row in FUNCTIONALS.items() for flag in ((False, True) if row.norm_grad else (None,))]
 
 
@@ -211,6 +213,29 @@ def test_no_tangent_is_silently_zero(name, norm_grad, position):
         h = 1e-5  # the difference is off by h^2 and by the value's rounding over h
         differences = (f(argument + h * tangent) - f(argument - h * tangent)) / (2 * h)
         torch.testing.assert_close(ours, differences, rtol=1e-7, atol=1e-8 * value.abs().max().item())
+
+
+def test_a_merged_weight_is_a_constant_that_maps():
+    """Merging is documented as not differentiable, in reverse as in forward mode; over stacked adapters it is right."""
+    _, weight, *adapter, _ = FUNCTIONALS["dora_linear"].arguments()
+
+    def merge(*adapter):
+        return functional.merge_weight(weight, *adapter, scaling=0.7)
+
+    def restore(*adapter):
+        norm = functional.norm_factored(weight, *adapter[:2], 0.7, norm_grad=True)
+        return functional.unmerge_weight(weight, *adapter, scaling=0.7, weight_norm=norm)
+
+    for function in (merge, restore):
+        _, tangents = jvp(function, tuple(adapter), tuple(map(direction, adapter)))
+        tangents = tangents if isinstance(tangents, tuple) else (tangents,)
+        assert all((t == 0).all() for t in tangents)
+    stacked = [ensemble(t) for t in adapter]
+    merged, norms = vmap(merge)(*stacked)
+    for k, single in enumerate(zip(*stacked, strict=True)):
+        norm = reference.row_norm(weight, *single[:2], 0.7)
+        torch.testing.assert_close(norms[k], norm)
+        torch.testing.assert_close(merged[k], reference.merge_weight(weight, *single, scaling=0.7, weight_norm=norm))
 
 
 @pytest.mark.parametrize("norm_grad", [False, True])
