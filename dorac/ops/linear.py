@@ -307,7 +307,7 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
             return linear_aten(*tensors)
         if weight_norm.requires_grad and torch.is_grad_enabled():
-            # g = m / n = (m * n0 / n) / n0 for a constant n0 = n: what is known of m's gradient gives that of n too.
+            # g = m / n = (m * n0 / n) / n0 for the constant n0 = n: the gradient of m * n0 / n reaches n, too.
             constant = weight_norm.detach()
             wide = magnitude.to(accumulate_dtype(magnitude, weight_norm))
             magnitude, weight_norm = wide * magnitude_scale(constant, weight_norm), constant
