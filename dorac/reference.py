@@ -53,6 +53,27 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
+def dora_embedding(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    weight_norm: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; n, and what padding looks up, held constant in backprop."""
+    if weight_norm is None:
+        weight_norm = row_norm(weight.T, lora_A, lora_B, scaling).detach()
+    if padding_idx is not None:
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+        lora_A = torch.where(padding, lora_A.detach(), lora_A)
+    return merge_weight(weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).T[x]
+
+
 def merge_weight(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
 ) -> Tensor:
