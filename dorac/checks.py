@@ -143,7 +143,7 @@ def check_linear(
 def check_embedding(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
 ) -> None:
-    """All tensors of ``dora_embedding``: indices, ``weight [vocab, dim]``, ``lora_A [r, vocab]``, ``lora_B [dim, r]``."""
+    """The tensors of ``dora_embedding``: ``weight [vocab, dim]``, ``lora_A [r, vocab]``, ``lora_B [dim, r]``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of indices, got {type(x).__name__}")
     if x.dtype not in (torch.int64, torch.int32):

@@ -5,6 +5,7 @@ Every function computes in the dtype of its inputs: pass float64 for the truth, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -71,7 +72,8 @@ def dora_embedding(
         padding = torch.arange(len(weight), device=weight.device) == padding_idx
         weight = torch.where(padding[:, None], weight.detach(), weight)
         lora_A = torch.where(padding, lora_A.detach(), lora_A)
-    return merge_weight(weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).T[x]
+    adapted = merge_weight(weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm)
+    return F.embedding(x, adapted.T)
 
 
 def merge_weight(

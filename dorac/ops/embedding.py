@@ -29,7 +29,8 @@ class _SparseColumns(torch.autograd.Function):
         (index_T,) = ctx.saved_tensors
         rows = torch.arange(ctx.shape[0], device=index_T.device)
         indices = torch.stack((rows.repeat_interleave(len(index_T)), index_T.repeat(ctx.shape[0])))
-        return torch.sparse_coo_tensor(indices, d_TR.t().reshape(-1), ctx.shape), None
+        # The lookup has checked the indices.
+        return torch.sparse_coo_tensor(indices, d_TR.t().reshape(-1), ctx.shape, check_invariants=False), None
 
 
 def _sparse_columns(matrix, index, revision=REVISION):
