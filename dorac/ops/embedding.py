@@ -28,7 +28,8 @@ class _SparseColumns(torch.autograd.Function):
     def backward(ctx, d_TR):
         (index_T,) = ctx.saved_tensors
         rows = torch.arange(ctx.shape[0], device=index_T.device)
-        indices = torch.stack((rows.repeat_interleave(len(index_T)), index_T.repeat(ctx.shape[0])))
+        grid = torch.broadcast_tensors(rows[:, None], index_T[None])
+        indices = torch.stack([coordinate.reshape(-1) for coordinate in grid])
         # The lookup has checked the indices.
         return torch.sparse_coo_tensor(indices, d_TR.t().reshape(-1), ctx.shape, check_invariants=False), None
 
