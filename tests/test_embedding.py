@@ -5,11 +5,14 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.library import opcheck
 
 from dorac import functional, reference
 from dorac.functional.embedding import EMBEDDING_BUDGET
-from dorac.testing import assert_within_budget, embedding_inputs
+from dorac.testing import assert_within_budget, embedding_inputs, max_error
 from tests.test_norm import peak_bytes
 
 HALF = (torch.bfloat16, torch.float16)
@@ -42,7 +45,7 @@ def table(inputs, dtype=None):
 
 
 def check(inputs, scaling=0.7, function=functional.dora_embedding, padding_idx=None):
-    """The forward pass and the gradients of every float argument."""
+    """The forward pass and the gradients of every float argument; prints their errors (``pytest -s``)."""
     x, *tables = inputs
     ours, dense, truth = table(tables), table(tables, tables[0].dtype), table(tables, torch.float64)
     y = function(x, *ours, scaling=scaling, padding_idx=padding_idx)
@@ -55,6 +58,10 @@ def check(inputs, scaling=0.7, function=functional.dora_embedding, padding_idx=N
     y.backward(dy)
     for result in results:
         result.backward(dy.to(result.dtype))
+    errors = {"y": max_error(y, results[1])} | {
+        name: max_error(t.grad, exact.grad) for name, t, exact in zip(NAMES, ours, truth, strict=True)
+    }
+    print(f"\n{[*x.shape, *tables[0].shape, rank]} {y.dtype}: ", {k: f"{e:.1e}" for k, e in errors.items()}, end="")
     for name, actual, yardstick, exact in zip(NAMES, ours, dense, truth, strict=True):
         assert actual.grad.dtype == actual.dtype, name
         if name == "magnitude" and y.dtype in HALF:
@@ -189,6 +196,76 @@ def test_autocast(dtype, use_compile, device):
     assert y.dtype == torch.float32
 
 
+def check_random(shape, dtype, factor_dtype, transposed, scaling, trained, seed):
+    """Forward and backward against elementwise bounds: one rounding per value stored, one per term of a sum."""
+    x, *tables = embedding_inputs(shape, dtype=dtype, factor_dtype=factor_dtype, seed=seed)
+    if transposed:
+        tables = [t.T.contiguous().T if t.ndim == 2 else t for t in tables]
+    leaves = [t.requires_grad_(name in trained) for name, t in zip(NAMES, tables, strict=True)]
+    y = functional.dora_embedding(x, *leaves, scaling=scaling)
+    assert y.requires_grad == bool(trained)
+    indices, vocab, dim, rank = shape
+    narrow, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(factor_dtype, torch.float32)).eps
+    if dtype is torch.float64:
+        wide = torch.finfo(torch.float64).eps
+    factor = torch.finfo(factor_dtype).eps
+    weight, lora_A, lora_B, magnitude = (t.detach().double() for t in tables)
+    norm = reference.row_norm(weight.T, lora_A, lora_B, scaling)
+    largest = reference.row_norm(weight.abs().T, lora_A.abs(), lora_B.abs(), abs(scaling))
+    lost = (rank + vocab + 8) * wide * (largest / norm)  # relative error of g
+    g = magnitude / norm
+    size = weight.abs()[x] + abs(scaling) * lora_A.abs().T[x] @ lora_B.abs().T
+    exact = reference.dora_embedding(x, weight, lora_A, lora_B, magnitude, scaling=scaling)
+    assert ((y.double() - exact).abs() <= g * size * (narrow + factor + (rank + 4) * wide + lost)).all()
+    if not trained:
+        return
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(y)
+    y.backward(dy)
+    dy = dy.double()
+    truth = [t.requires_grad_() for t in (weight, lora_A, lora_B, magnitude)]
+    reference.dora_embedding(x, *truth, scaling=scaling).backward(dy)
+    weight, lora_A, lora_B, magnitude = (t.detach() for t in truth)
+    d_inner = g * dy.abs()
+    lost_T = lost.max() + (dim + indices + 8) * wide  # of a gradient that is a sum over features or indices
+    add = lambda rows: torch.zeros(vocab, rows.shape[1], dtype=torch.float64).index_add(0, x, rows)  # noqa: E731
+    bounds = {
+        "weight": add(d_inner) * ((indices + 2) * narrow + lost_T),
+        "lora_A": add(abs(scaling) * d_inner @ lora_B.abs()).T * ((indices + 3) * factor + lost_T),
+        "lora_B": abs(scaling) * d_inner.T @ lora_A.abs().T[x] * (2 * factor + lost_T),
+        "magnitude": (dy.abs() * size).sum(0) / norm * (narrow + 2 * factor + rank * wide + lost_T),
+    }
+    subnormal = (indices + 3) * max(torch.finfo(d).smallest_subnormal for d in (dtype, factor_dtype))
+    for name, leaf, exact in zip(NAMES, leaves, truth, strict=True):
+        assert (leaf.grad is not None) == (name in trained), name
+        if leaf.grad is not None:
+            assert leaf.grad.dtype == leaf.dtype
+            assert ((leaf.grad.double() - exact.grad).abs() <= bounds[name] + subnormal).all(), name
+
+
+RANDOM = given(
+    shape=st.tuples(st.integers(0, 20), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20)),
+    dtype=st.sampled_from(DTYPES),
+    factor_dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+    scaling=st.integers(-400, 400).map(lambda n: n / 100),
+    trained=st.sets(st.sampled_from(NAMES)),
+    seed=st.integers(0, 2**16),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@RANDOM
+def test_random_cases(**case):
+    check_random(**case)
+
+
+@pytest.mark.full
+@settings(max_examples=2000, deadline=None)
+@RANDOM
+def test_2000_random_cases(**case):
+    check_random(**case)
+
+
 # --- padding, frequencies, sparse gradients --------------------------------------------------------------------------
 
 
@@ -245,6 +322,13 @@ def test_sparse_gradient_of_a_trained_table():
     assert ours[0].grad.layout == ours[1].grad.layout == torch.sparse_coo
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual.grad.to_dense(), expected.grad)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_opcheck_of_the_sparse_lookup(requires_grad, index_dtype):
+    x, _, lora_A, *_ = embedding_inputs(SHAPES["odd"])
+    opcheck(torch.ops.dorac.sparse_columns.default, (lora_A.requires_grad_(requires_grad), x.to(index_dtype)))
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
