@@ -206,8 +206,6 @@ def check_random(shape, dtype, factor_dtype, transposed, scaling, trained, seed)
     assert y.requires_grad == bool(trained)
     indices, vocab, dim, rank = shape
     narrow, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(factor_dtype, torch.float32)).eps
-    if dtype is torch.float64:
-        wide = torch.finfo(torch.float64).eps
     factor = torch.finfo(factor_dtype).eps
     weight, lora_A, lora_B, magnitude = (t.detach().double() for t in tables)
     norm = reference.row_norm(weight.T, lora_A, lora_B, scaling)
@@ -234,7 +232,7 @@ def check_random(shape, dtype, factor_dtype, transposed, scaling, trained, seed)
         "lora_B": abs(scaling) * d_inner.T @ lora_A.abs().T[x] * (2 * factor + lost_T),
         "magnitude": (dy.abs() * size).sum(0) / norm * (narrow + 2 * factor + rank * wide + lost_T),
     }
-    subnormal = (indices + 3) * max(torch.finfo(d).smallest_subnormal for d in (dtype, factor_dtype))
+    subnormal = (indices + 3) * max(torch.finfo(d).tiny * torch.finfo(d).eps for d in (dtype, factor_dtype))
     for name, leaf, exact in zip(NAMES, leaves, truth, strict=True):
         assert (leaf.grad is not None) == (name in trained), name
         if leaf.grad is not None:
