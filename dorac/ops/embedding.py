@@ -30,8 +30,8 @@ class _SparseColumns(torch.autograd.Function):
         rows = torch.arange(ctx.shape[0], device=index_T.device)
         grid = torch.broadcast_tensors(rows[:, None], index_T[None])
         indices = torch.stack([coordinate.reshape(-1) for coordinate in grid])
-        # The lookup has checked the indices.
-        return torch.sparse_coo_tensor(indices, d_TR.t().reshape(-1), ctx.shape, check_invariants=False), None
+        # As torch builds such a gradient: the lookup has checked the indices, and 2.11 warns of the public constructor.
+        return torch.ops.aten._sparse_coo_tensor_unsafe(indices, d_TR.t().reshape(-1), ctx.shape), None
 
 
 def _sparse_columns(matrix, index, revision=REVISION):
