@@ -1,11 +1,13 @@
-"""Model surgery: wrap a model's linear layers with DoRA, freeze the rest, merge."""
+"""Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from dorac.nn import DoraLayer, layer_class
+from dorac.nn.kinds import CONVOLUTIONS
 from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -29,13 +31,14 @@ def apply_dora(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
+    grouped_lora_A: bool = False,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
     Args:
-        model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
+        model: any module that contains layers of the kinds that ``dorac.nn`` adapts.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
             layer but the language-model head).
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLayer`.
@@ -46,6 +49,7 @@ def apply_dora(
             lora_alpha. A key that matches nothing is warned about.
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
+        grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
 
     Returns:
         The names of the wrapped modules, in the model's order.
@@ -72,6 +76,13 @@ def apply_dora(
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
     )
+    if grouped_lora_A:
+        targets = [
+            dataclasses.replace(target, layout={"grouped_lora_A": True})
+            if layer_class(target.module) in CONVOLUTIONS
+            else target
+            for target in targets
+        ]
     wrap(
         model,
         targets,
@@ -91,7 +102,9 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -
     try:
         for target in targets:
             if target.module not in wrappers:
-                layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options)
+                layer = layer_class(target.module)(
+                    target.module, target.r, target.lora_alpha, **options, **target.layout
+                )
                 wrappers[target.module] = layer.train(target.module.training)
     except BaseException:
         for parameter in trainable:

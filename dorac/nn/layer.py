@@ -1,6 +1,7 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,7 @@ class DoraLayer(nn.Module):
             zero, so that the adapter does something from the start.
         adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
             otherwise.
+        layout: what ``adapter_shapes`` of the subclass takes.
 
     Raises:
         TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
@@ -68,6 +70,16 @@ class DoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def unfit_rank(cls, base_layer: nn.Module, r: int) -> str | None:
+        """Why an adapter around ``base_layer`` cannot have the rank ``r``, or None if it can."""
+        return None
+
+    @classmethod
+    def layout_of(cls, base_layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        """The options of :meth:`adapter_shapes` that tensors of an adapter, by the names of its parameters, ask for."""
+        return {}
+
+    @classmethod
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
         """The shapes that the adapter's parameters would have around ``base_layer``, in the order of ``PEFT_KEYS``."""
         raise NotImplementedError
@@ -82,11 +94,15 @@ class DoraLayer(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        **layout,
     ) -> None:
         super().__init__()
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        if reason := self.unfit_rank(base_layer, r):
+            raise ValueError(reason)
+        shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
@@ -98,7 +114,7 @@ class DoraLayer(nn.Module):
         weight = base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        *factors, (magnitude, magnitude_shape) = self.adapter_shapes(base_layer, r).items()
+        *factors, (magnitude, magnitude_shape) = shapes.items()
         for name, shape in factors:
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device)))
         wide = accumulate_dtype(weight, *self._parameters.values())
@@ -118,8 +134,7 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
-        self.lora_magnitude_vector.copy_(norm.view_as(self.lora_magnitude_vector))
+        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
 
     def _draw_factors(self) -> None:
         """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
@@ -145,6 +160,14 @@ class DoraLayer(nn.Module):
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
 
+    def _magnitude(self) -> Tensor:
+        """The magnitude of the matrix, ``[out]``."""
+        return self.lora_magnitude_vector.flatten()
+
+    def _norm(self) -> Tensor:
+        """The norm that the magnitude is divided by, as many elements as it has."""
+        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
+
     @property
     def weight(self) -> nn.Parameter:
         """The base layer's weight, for code that asks a layer for its dtype or device."""
@@ -165,7 +188,7 @@ class DoraLayer(nn.Module):
         if self.merged:
             return
         merged, norm = functional.merge_weight(
-            self._matrix(), *self._factors(), self.lora_magnitude_vector.flatten(), scaling=self.scaling
+            self._matrix(), *self._factors(), self._magnitude(), scaling=self.scaling
         )
         if not merged.is_meta and not merged.isfinite().all():
             raise ValueError(
@@ -187,7 +210,7 @@ class DoraLayer(nn.Module):
             functional.unmerge_weight(
                 self._matrix(),
                 *self._factors(),
-                self.lora_magnitude_vector.flatten(),
+                self._magnitude(),
                 scaling=self.scaling,
                 weight_norm=self.merged_norm,
             )
@@ -196,7 +219,7 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm)
+        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
