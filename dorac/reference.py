@@ -113,7 +113,7 @@ def dora_conv(
     v = adapted_filters(weight, lora_A, lora_B, scaling, groups)
     g = magnitude_scale(magnitude, weight_norm).view(-1, *[1] * (v.ndim - 1))
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[v.ndim]
-    if padding_mode != "zeros":
+    if padding_mode != "zeros" or padding == "same":
         dimensions = v.ndim - 2
         dilations = (dilation,) * dimensions if isinstance(dilation, int) else dilation
         amounts = []
@@ -123,5 +123,5 @@ def dora_conv(
                 amounts += [total // 2, total - total // 2]
             else:
                 amounts += [padding if isinstance(padding, int) else padding[i]] * 2
-        x, padding = F.pad(x, amounts, mode=padding_mode), 0
+        x, padding = F.pad(x, amounts, mode="constant" if padding_mode == "zeros" else padding_mode), 0
     return conv(x, g * v, bias, stride, padding, dilation)

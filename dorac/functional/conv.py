@@ -56,8 +56,8 @@ def conv_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int = 
 def _square_outside(lora_A: Tensor, lora_B: Tensor, scaling: Tensor, groups: int, budget: int) -> Tensor:
     """``s^2 ||(BA)_o||^2`` over the channels outside of the group of output o, ``[out]`` in float64.
 
-    From the Gram matrix of each group's rows of lora_A, which is [r/G, r/G]: float64 gives the square root half of its
-    digits, all that float32 has, where the products nearly cancel.
+    From the Gram matrix of each group's rows of lora_A, [r/G, r/G]. Where the products of the factors nearly cancel, a
+    square root keeps half of the digits of the sum under it: in float64, as many as float32 products have.
     """
     a = lora_A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).flatten(3)  # [G, r/G, G, in/G * k]
     own = torch.eye(groups, dtype=torch.bool, device=a.device)[:, None, :, None]
@@ -174,10 +174,13 @@ def _dora_conv(
     unbatched = x.ndim == dimensions + 1
     x = x.unsqueeze(0) if unbatched else x
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x
-    if padding_mode != "zeros":
+    padding = [before for before, _ in border]
+    if padding_mode != "zeros" or any(before != after for before, after in border):
+        # Here once; a convolution with unequal zeros before and after would copy its input by itself, each of them.
         amounts = [amount for pair in reversed(border) for amount in pair]
-        padded = F.pad(x, amounts, mode=padding_mode)
-        x_adapter = F.pad(x_adapter, amounts, mode=padding_mode) if dropout_p else padded
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+        padded = F.pad(x, amounts, mode=mode)
+        x_adapter = F.pad(x_adapter, amounts, mode=mode) if dropout_p else padded
         x, padding = padded, 0
 
     def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
