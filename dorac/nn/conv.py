@@ -82,7 +82,8 @@ class _DoraConvNd(DoraLayer):
         return self._matrices()[1:]
 
     def _magnitude(self) -> Tensor:
-        return self.lora_magnitude_vector.view(self._matrix().shape[:-1])
+        groups = self.base_layer.groups
+        return self.lora_magnitude_vector.flatten() if groups == 1 else self.lora_magnitude_vector.view(groups, -1)
 
     def _write(self, matrix: Tensor) -> None:
         weight = self.base_layer.weight
