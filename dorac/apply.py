@@ -181,13 +181,16 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
-            change both; an adapter that is not finite: it would destroy the base weight. Refused by name, and nothing
-            is changed. A weight that overflows its dtype: refused by name, the layers merged before it are unmerged.
+            change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
+            lora_A sees all channels: it has no merged form. Refused by name, and nothing is changed. A weight that
+            overflows its dtype: refused by name, the layers merged before it are unmerged.
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
     _refuse_tied(model)
     for name, layer in layers.items():
+        if reason := layer.cannot_merge():
+            raise ValueError(f"{name or type(layer).__name__}: {reason}")
         finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(

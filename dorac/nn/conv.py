@@ -97,20 +97,14 @@ class _DoraConvNd(DoraLayer):
         base = self.base_layer
         return functional.norm_factored_conv(base.weight, self.lora_A, self.lora_B, self.scaling, groups=base.groups)
 
-    def merge(self) -> None:
-        """Writes the adapted weight into the base layer; a second call does nothing.
-
-        Raises:
-            ValueError: a grouped convolution whose lora_A sees all input channels; a merged weight that would not be
-                finite in its dtype. The layer stays unmerged.
-        """
-        if not self.grouped_lora_A:
-            raise ValueError(
-                f"cannot merge into {type(self.base_layer).__name__} with groups={self.base_layer.groups}: its lora_A "
-                "sees all input channels, so the adapted filters reach beyond their group and have no grouped form; "
-                "build the layer with grouped_lora_A=True to merge it"
-            )
-        super().merge()
+    def cannot_merge(self) -> str | None:
+        if self.grouped_lora_A:
+            return None
+        return (
+            f"cannot merge into {type(self.base_layer).__name__} with groups={self.base_layer.groups}: its lora_A sees "
+            "all input channels, so the adapted filters reach beyond their group and have no grouped form; wrap it "
+            "with grouped_lora_A=True to merge it"
+        )
 
     def unmerge(self) -> None:
         if self.merged:

@@ -178,15 +178,22 @@ class DoraLayer(nn.Module):
         """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
         return self.merged_norm is not None
 
+    def cannot_merge(self) -> str | None:
+        """Why the adapted weight has no place in the base layer, or None if it has."""
+        return None
+
     @torch.no_grad()
     def merge(self) -> None:
         """Writes the adapted weight into the base layer; a second call does nothing.
 
         Raises:
-            ValueError: the merged weight would not be finite in its dtype; the layer stays unmerged.
+            ValueError: :meth:`cannot_merge`; the merged weight would not be finite in its dtype. The layer stays
+                unmerged.
         """
         if self.merged:
             return
+        if reason := self.cannot_merge():
+            raise ValueError(reason)
         merged, norm = functional.merge_weight(
             self._matrix(), *self._factors(), self._magnitude(), scaling=self.scaling
         )
