@@ -43,7 +43,9 @@ def images(batch, size, memory_format):
     return torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, pytest.param(torch.contiguous_format, marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("grouped_lora_A", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_equals_eager_without_recompiles(memory_format, backend, grouped_lora_A):
@@ -110,7 +112,7 @@ def test_functional_scalings_do_not_recompile():
             torch.testing.assert_close(run(*inputs.tensors(), scaling=scaling, **geometry), expected)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_export_is_plain_aten(strict):
     model = adapted()
     x = images(4, 12, torch.contiguous_format)
