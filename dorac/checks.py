@@ -25,6 +25,17 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor, weight_name: str = 
         raise ValueError(f"{name} must be on {weight.device} like {weight_name}, got {tensor.device}")
 
 
+def _check_pair(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Two float factors of as many dimensions as the weight, on its device, of one dtype."""
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_float(name, tensor)
+        if tensor.ndim != weight.ndim:
+            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
+        _check_device(name, tensor, weight)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+
+
 def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bool = True) -> None:
     """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
 
@@ -34,13 +45,7 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bo
     if weight.ndim != 2 and not (batched and weight.ndim == 3):
         expected = "2 dimensions, or 3 with experts" if batched else "2 dimensions"
         raise ValueError(f"weight must have {expected}, got shape {list(weight.shape)}")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_float(name, tensor)
-        if tensor.ndim != weight.ndim:
-            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
-        _check_device(name, tensor, weight)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = "E, " if experts else ""
     rank = lora_A.shape[-2]
@@ -167,13 +172,7 @@ def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: i
     _check_float("weight", weight)
     if not 3 <= weight.ndim <= 5:
         raise ValueError(f"weight must be [out, in/groups, k...] with 1 to 3 k, got shape {list(weight.shape)}")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_float(name, tensor)
-        if tensor.ndim != weight.ndim:
-            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
-        _check_device(name, tensor, weight)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    _check_pair(weight, lora_A, lora_B)
     if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
     out_channels, channels, *kernel = weight.shape

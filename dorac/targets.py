@@ -193,6 +193,11 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
                 bypassed[f"{name}.{child}".lstrip(".")] = (
                     f"TransformerEncoderLayer reads the weight of {child} past its forward in its inference fast path"
                 )
+        elif type(module).__module__.startswith("transformers.models."):
+            kind = type(module).__name__
+            child = "conv" if "ShortConv" in kind else "conv1d"  # of state-space blocks and what is like them
+            if isinstance(getattr(module, child, None), nn.Conv1d):
+                bypassed[f"{name}.{child}".lstrip(".")] = f"{kind} reads the weight of {child} past its forward"
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             bypassed[name] = (
                 f"{type(module).__name__} is not supported: transposed convolutions have no DoRA norm defined"

@@ -186,6 +186,19 @@ def test_transposed_convolutions_stay_refused():
     assert dorac.apply_dora(model, ["down"]) == ["down"]
 
 
+@pytest.mark.parametrize("kind", ["Mamba", "Lfm2"])
+def test_convolutions_that_kernels_read_are_refused(kind):
+    """Causal convolution kernels are handed the weight itself: an adapter around it would be ignored on CUDA."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1}
+    if kind == "Lfm2":
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv"], "pad_token_id": 0}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+    (name,) = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)]
+    with pytest.raises(ValueError, match=rf"{name}: {kind}\w+ reads the weight of conv\w* past its forward"):
+        dorac.apply_dora(model, [name])
+
+
 def test_all_linear_leaves_convolutions_alone():
     assert dorac.apply_dora(build(), "all-linear") == ["head"]
 

@@ -61,7 +61,7 @@ def _square_outside(lora_A: Tensor, lora_B: Tensor, scaling: Tensor, groups: int
     """
     a = lora_A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).flatten(3)  # [G, r/G, G, in/G * k]
     own = torch.eye(groups, dtype=torch.bool, device=a.device)[:, None, :, None]
-    step = max(1, budget // (2 * 8 * a[0].numel()))
+    step = max(1, budget // (2 * 8 * (a.numel() // groups)))
     grams = []
     for i in range(0, groups, step):
         rows = a[i : i + step].double().masked_fill(own[i : i + step], 0).flatten(2)
