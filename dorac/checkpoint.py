@@ -42,7 +42,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
     ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
-    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
+    ``LoraConfig`` with ``use_dora``. PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``,
+    ``.lora_B`` and ``.lora_magnitude_vector`` are dorac's, and only :func:`load_adapter` reads them. Each file is written beside its place and then moved there, so that an
     interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
 
     Raises:
@@ -115,7 +116,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for target in targets:
             cls = layer_class(target.module)
             shapes = cls.adapter_shapes(target.module, target.r)
-            expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
+            expected |= {f"{_PREFIX}{target.name}.{cls.PEFT_KEYS[name]}": shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
     base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}

@@ -1,5 +1,5 @@
 """Operators of the ``dorac`` library; importing this package registers them and touches neither Triton nor CUDA."""
 
-from dorac.ops import compose, linear, norm
+from dorac.ops import compose, grouped, linear, norm, take
 
-__all__ = ["compose", "linear", "norm"]
+__all__ = ["compose", "grouped", "linear", "norm", "take"]

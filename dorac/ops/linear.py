@@ -19,6 +19,8 @@ inner for backward alone; the mean error of the layer stays at two thirds to nin
 :func:`route` is the table of which form is taken where, from the benchmarks of layers and stacks at ranks 16 and 384
 in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form`` prints the forms side by side.
 
+A layer of experts (every tensor with a leading E) is the formula in aten: batched products, and g per expert and row.
+
 Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
 """
 
@@ -41,6 +43,24 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
     """The formula in plain differentiable aten."""
     lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
     return compose_aten(F.linear(x, weight), lora, magnitude_scale(magnitude, weight_norm), scaling, bias, False)
+
+
+def experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None):
+    """The formula with a leading dimension of experts on every tensor; a given ``x_adapter`` is what the change sees."""
+    rows, adapter_rows = (
+        None if t is None else t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]) for t in (x, x_adapter)
+    )
+    bias = None if bias is None else bias.unsqueeze(1)
+    g = magnitude_scale(magnitude, weight_norm).unsqueeze(1)
+    h = (rows if x_adapter is None else adapter_rows).to(lora_A.dtype) @ lora_A.mT
+    lora = h @ lora_B.mT
+    base = rows @ weight.mT
+    if x_adapter is None:
+        y = compose_aten(base, lora, g, scaling, bias, False)
+    else:
+        base = base if bias is None else base + bias
+        y = base + compose_aten(adapter_rows @ weight.mT, lora, g, scaling, None, True)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 lib.define("low_rank_linear(Tensor x, Tensor weight, Tensor h, Tensor lora_B) -> Tensor")
@@ -304,6 +324,8 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         )
     with front.autocast_off(x):
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+        if weight.ndim == 3:
+            return experts_aten(*tensors)
         if (
             front.under_transform()
             or front.exporting()
