@@ -42,9 +42,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
     ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
-    ``LoraConfig`` with ``use_dora``. PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``,
-    ``.lora_B`` and ``.lora_magnitude_vector`` are dorac's, and only :func:`load_adapter` reads them. Each file is written beside its place and then moved there, so that an
+    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
     interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
+
+    PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
+    ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA

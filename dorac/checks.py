@@ -24,15 +24,14 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor, weight_name: str = 
         raise ValueError(f"{name} must be on {weight.device} like {weight_name}, got {tensor.device}")
 
 
-def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bool = True) -> None:
+def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
 
-    With ``batched`` also ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
+    With experts ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
     """
     _check_float("weight", weight)
-    if weight.ndim != 2 and not (batched and weight.ndim == 3):
-        expected = "2 dimensions, or 3 with experts" if batched else "2 dimensions"
-        raise ValueError(f"weight must have {expected}, got shape {list(weight.shape)}")
+    if weight.ndim not in (2, 3):
+        raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         _check_float(name, tensor)
         if tensor.ndim != weight.ndim:

@@ -1,14 +1,13 @@
 """Adapters as values: made stronger or weaker, added up, stacked.
 
-DoRA moves a weight in two ways, by its delta ``s * lora_B @ lora_A`` and by its magnitude, and both are measured from
-the base: the delta from 0, the magnitude from ``||W||_row``. Strength and weights multiply these two distances; the norm
-is that of the new delta, computed wherever an adapter is used. So strength 0 is exactly the base layer, strength 1 the
-adapter, and in between
+DoRA moves a weight by its delta ``s * lora_B @ lora_A``, which starts at 0, and by its magnitude, which starts at
+``||W||_row``. Strength and weights multiply these two distances from the base; the norm is that of the new delta,
+computed wherever the adapter is used. Strength 0 is the base layer, strength 1 the adapter, and in between
 
     V = W + a * s * lora_B @ lora_A      m_a = ||W|| + a * (m - ||W||)      W' = m_a / ||V|| * V
 
-PEFT does something else, and says nothing: ``set_scale`` and ``scale_layer`` scale the delta and leave m (at 0 the layer
-is ``m / ||W|| * W``, not W); ``add_weighted_adapter`` combines factors and not magnitudes (PEFT issue 3761).
+PEFT does something else, and says nothing: ``set_scale`` and ``scale_layer`` scale the delta and leave m (at 0 the
+layer is ``m / ||W|| * W``, not W); ``add_weighted_adapter`` combines factors and not magnitudes (PEFT issue 3761).
 """
 
 from collections.abc import Sequence
@@ -74,9 +73,9 @@ def combine_adapters(weight: Tensor, adapters: Sequence[Adapter], weights: Seque
             1 and else zeros give that adapter back.
 
     Returns:
-        Factors of rank ``sum r_i``, ``[A_1; A_2; ...]`` and ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]``, and the magnitude, all in
-        float32 (float64 if any input is float64): in half precision the weighting would round each lora_B again. The
-        scaling is 1.
+        Factors of rank ``sum r_i``, ``[A_1; A_2; ...]`` and ``[w_1 s_1 B_1, w_2 s_2 B_2, ...]``, and the magnitude, all
+        in float32 (float64 if any input is float64): in half precision the weighting would round each lora_B again.
+        The scaling is 1.
 
     Raises:
         TypeError, ValueError: no adapters, not as many weights; an adapter that does not fit the weight.

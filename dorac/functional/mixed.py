@@ -66,7 +66,7 @@ def dora_linear_mixed(
 
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     lora = rows.to(lora_A.dtype) @ chosen(lora_A, 0.0).mT @ chosen(lora_B, 0.0).mT
-    g = chosen(magnitude_scale(magnitude, weight_norm), 1.0).unsqueeze(1)
+    g = magnitude_scale(chosen(magnitude, 1.0), chosen(weight_norm, 1.0)).unsqueeze(1)
     s = torch.ops.dorac.take(s, index, REVISION).view(-1, 1, 1)
     return compose_aten(F.linear(rows, weight), lora, g, s, bias, False).reshape(*x.shape[:-1], weight.shape[0])
 

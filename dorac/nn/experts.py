@@ -10,11 +10,12 @@ from dorac import functional
 from dorac.nn.layer import DoraLayer, not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
+_LLAMA4 = "transformers.models.llama4.modeling_llama4"
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 def _is_routed(module: nn.Module) -> bool:
-    """Whether the module is one of transformers' experts that take the router's choice: Mixtral, Qwen3-MoE, GPT-OSS, ...
+    """Whether the module is one of transformers' experts that take the router's choice: Mixtral's, GPT-OSS', ...
 
     Their forward, made by ``use_experts_implementation``, is one function of their parameters, flags and gate.
     """
@@ -24,7 +25,7 @@ def _is_routed(module: nn.Module) -> bool:
 
 def _is_sorted(module: nn.Module) -> bool:
     """Whether the module is Llama 4's experts, which take as many tokens for each expert, sorted by expert."""
-    llama4 = sys.modules.get("transformers.models.llama4.modeling_llama4")
+    llama4 = sys.modules.get(_LLAMA4)
     return llama4 is not None and isinstance(module, llama4.Llama4TextExperts)
 
 
@@ -45,15 +46,15 @@ def _transposed(module: nn.Module) -> bool:
 class DoraExperts(DoraLayer):
     """Adapts transformers' experts with DoRA, each projection of each expert for itself: ``V_e = W_e + s B_e A_e``.
 
-    The forward is the module's own with every expert's weight replaced by ``m_e / ||V_e||_row * V_e``; the norm is taken
-    per output of an expert in either layout of the parameters. No adapted weight is ever made: rows are sorted by expert
-    and go through :func:`dorac.functional.dora_linear_grouped` (through the batched :func:`dorac.functional.dora_linear`
-    in Llama 4, which sends every token to every expert), whatever ``config._experts_implementation`` says. Merged, the
-    module itself runs.
+    The forward is the module's own with every expert's weight replaced by ``m_e / ||V_e||_row * V_e``; the norm is
+    taken per output of an expert in either layout of the parameters. No adapted weight is ever made: rows are sorted by
+    expert and go through :func:`dorac.functional.dora_linear_grouped` (in Llama 4, which sends every token to every
+    expert, through the batched :func:`dorac.functional.dora_linear`), whatever ``config._experts_implementation``
+    says. Merged, the module itself runs.
 
     For each projection P of the module (``gate_up_proj`` and ``down_proj``, or ``up_proj`` and ``down_proj``) there are
-    ``P_lora_A [E, r, in]``, ``P_lora_B [E, out, r]`` and ``P_lora_magnitude_vector [E, out]``; the parameters and biases
-    of the module are frozen. PEFT refuses DoRA on experts (its ``target_parameters`` are for LoRA), so that the
+    ``P_lora_A [E, r, in]``, ``P_lora_B [E, out, r]`` and ``P_lora_magnitude_vector [E, out]``; the parameters and
+    biases of the module are frozen. PEFT refuses DoRA on experts (its ``target_parameters`` are for LoRA), so that the
     adapter's keys ``P.lora_A``, ``P.lora_B``, ``P.lora_magnitude_vector`` are dorac's own.
 
     Args:
@@ -78,8 +79,8 @@ class DoraExperts(DoraLayer):
             return f"{kind} does not hold gate_up_proj or up_proj, and down_proj, as 3-D parameters"
         if getattr(module, "_is_expert_parallel", False):
             return f"{kind} is spread over processes (expert parallelism)"
-        stock = type(module) if _is_routed(module) else sys.modules["transformers.models.llama4.modeling_llama4"]
-        return not_stock(module, getattr(stock, "Llama4TextExperts", stock), names)
+        stock = type(module) if _is_routed(module) else sys.modules[_LLAMA4].Llama4TextExperts
+        return not_stock(module, stock, names)
 
     @classmethod
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:

@@ -1,9 +1,9 @@
-"""``dorac::grouped_linear``: ``y[s] = W[e(s)] x[s]`` for rows sorted by expert, the product that mixtures of experts make.
+"""``dorac::grouped_linear``: ``y[s] = W[e(s)] x[s]`` for rows sorted by expert, the product of mixtures of experts.
 
-Registration. As ``dorac::compose``: a CompositeImplicitAutograd op whose body applies an ``autograd.Function`` over leaf
-ops. ``grouped_product`` and ``grouped_outer`` are each other's derivatives, so that every order of derivative is made of
-them. Under ``torch.func``, export and for tensor subclasses, where a leaf would be wrong, every row gets a copy of its
-expert's matrix: right, but with memory for ``S * O * I`` elements.
+Registration. As ``dorac::compose``: a CompositeImplicitAutograd op whose body applies an ``autograd.Function`` over
+leaf ops. ``grouped_product`` and ``grouped_outer`` are each other's derivatives, so that every order of derivative is
+made of them. Under ``torch.func``, export and for tensor subclasses, where a leaf would be wrong, every row gets a copy
+of its expert's matrix: right, but with memory for ``S * O * I`` elements.
 
 The leaves multiply expert by expert, which reads the offsets: on CUDA that waits for the device, but not for bfloat16
 whose rows are whole multiples of 16 bytes, where torch's grouped GEMM takes all experts in one launch.

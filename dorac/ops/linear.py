@@ -45,21 +45,27 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
     return compose_aten(F.linear(x, weight), lora, magnitude_scale(magnitude, weight_norm), scaling, bias, False)
 
 
+def _per_expert(x):
+    """``[E, *, I] -> [E, T, I]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
 def experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None):
-    """The formula with a leading dimension of experts on every tensor; a given ``x_adapter`` is what the change sees."""
-    rows, adapter_rows = (
-        None if t is None else t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]) for t in (x, x_adapter)
-    )
-    bias = None if bias is None else bias.unsqueeze(1)
+    """The formula with a leading dimension of experts on every tensor; where given, x_adapter is what the change sees.
+
+    With it, the change to the frozen layer is added in the delta form.
+    """
+    rows = _per_expert(x)
+    adapter_rows = rows if x_adapter is None else _per_expert(x_adapter)
     g = magnitude_scale(magnitude, weight_norm).unsqueeze(1)
-    h = (rows if x_adapter is None else adapter_rows).to(lora_A.dtype) @ lora_A.mT
-    lora = h @ lora_B.mT
+    bias = None if bias is None else bias.unsqueeze(1)
+    lora = adapter_rows.to(lora_A.dtype) @ lora_A.mT @ lora_B.mT
     base = rows @ weight.mT
     if x_adapter is None:
         y = compose_aten(base, lora, g, scaling, bias, False)
     else:
-        base = base if bias is None else base + bias
-        y = base + compose_aten(adapter_rows @ weight.mT, lora, g, scaling, None, True)
+        y = base if bias is None else base + bias
+        y = y + compose_aten(adapter_rows @ weight.mT, lora, g, scaling, None, True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
