@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.take import take_aten
 
 lib.define("grouped_product(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 lib.define("grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor")
@@ -120,7 +121,7 @@ def _grouped_linear(x, weight, offsets, index, revision=REVISION):
         x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
     with front.autocast_off(x):
         if front.under_transform() or front.exporting() or not front.all_plain(x, weight, offsets):
-            return (weight[index] @ x.unsqueeze(-1)).squeeze(-1)
+            return (take_aten(weight, index) @ x.unsqueeze(-1)).squeeze(-1)
         return _GroupedLinear.apply(x, weight, offsets)
 
 

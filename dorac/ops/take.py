@@ -2,15 +2,25 @@
 
 Registration. As ``dorac::compose``: a CompositeImplicitAutograd op over a leaf. The gradient of plain indexing is an
 accumulating ``index_put``, which Inductor turns into float atomics on CUDA; the leaf ``sum_by_index`` keeps one order,
-whether eager or compiled. Under ``torch.func``, export and for tensor subclasses it is plain indexing.
+whether eager or compiled. Under ``torch.func``, export and for tensor subclasses it is an embedding lookup: Inductor
+compiles the Hessian of plain indexing to wrong numbers (torch 2.11 and 2.13), and crashes on that of ``index_select``.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+
+def take_aten(stack: Tensor, index: Tensor) -> Tensor:
+    """``stack[index]`` for a vector of numbers, in differentiable aten."""
+    length, *entry = stack.shape
+    return F.embedding(index, stack.reshape(length, math.prod(entry))).view(index.shape[0], *entry)
+
 
 lib.define("sum_by_index(Tensor entries, Tensor index, SymInt length) -> Tensor")
 
@@ -58,7 +68,7 @@ class _SumByIndex(torch.autograd.Function):
 
 def _take(stack, index, revision=REVISION):
     if front.under_transform() or front.exporting() or not front.all_plain(stack, index):
-        return stack[index]
+        return take_aten(stack, index)
     return _Take.apply(stack, index)
 
 
