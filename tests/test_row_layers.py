@@ -244,6 +244,21 @@ def test_second_derivatives_with_frozen_subsets(name):
 
 
 @names
+def test_export_is_plain_aten(name):
+    """An exported layer holds no op of dorac's."""
+    layer = LAYERS[name]
+    inputs = layer.inputs(5, 6, 3, dtype=torch.float32)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return layer.function(*tensors, scaling=SCALING)
+
+    program = torch.export.export(Layer(), inputs.tensors()).run_decompositions()
+    assert "dorac" not in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs.tensors()), layer.function(*inputs.tensors(), scaling=SCALING))
+
+
+@names
 def test_no_recompile_over_rows_and_scaling(name):
     layer = LAYERS[name]
     inputs = layer.inputs(5, 6, 3, dtype=torch.float32)

@@ -16,6 +16,7 @@ from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
+
 def take_aten(stack: Tensor, index: Tensor) -> Tensor:
     """``stack[index]`` for a vector of numbers, in differentiable aten."""
     length, *entry = stack.shape
