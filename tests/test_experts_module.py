@@ -334,8 +334,8 @@ def test_functional_call_over_stacked_modules(family):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def logits(model, tokens=torch.arange(1, 9).view(2, 4)):
-    return model(input_ids=tokens, use_cache=False).logits
+def logits(model):
+    return model(input_ids=torch.arange(1, 9).view(2, 4), use_cache=False).logits
 
 
 def adapt_model(family, **options):

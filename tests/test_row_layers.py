@@ -11,7 +11,7 @@ import torch
 from row_layers import LAYERS, OFFSETS, SCALING
 
 from dorac import functional, reference
-from dorac.testing import assert_within_budget, max_error
+from dorac.testing import assert_within_budget, expert_inputs, max_error
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -241,6 +241,27 @@ def test_second_derivatives_with_frozen_subsets(name):
             penalty = sum(grad.square().sum() for grad in first)
             results.append(torch.autograd.grad(penalty, chosen))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["experts", "grouped"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_of_the_weights_size_is_allocated(name, transposed):
+    """Forward and backward; the norm's buffers stay in their budget."""
+    experts, out_features, in_features = 16, 128, 128
+    inputs = expert_inputs(experts, (4, out_features, in_features, 4), dtype=torch.float32, transposed=transposed)
+    tensors = [t.requires_grad_(i in (0, 2, 3, 4)) for i, t in enumerate(inputs.tensors())]
+    options = {"scaling": SCALING, "budget": 2**17}
+    if name == "grouped":
+        tensors[0] = tensors[0].flatten(0, 1)
+        options["offsets"] = torch.arange(4, 4 * experts + 1, 4)
+        function = functional.dora_linear_grouped
+    else:
+        function = functional.dora_linear
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*tensors, **options).sin().sum().backward()
+    allocations = [event.cpu_memory_usage for event in profile.events()]
+    assert max(allocations) > 0
+    assert max(allocations) < inputs.weight.nbytes / 4
 
 
 @names
