@@ -103,12 +103,33 @@ def test_dense_truth_compiled(name, rank, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("sizes", [(17, 24), (64, 32), (1, 1)])
+@pytest.mark.parametrize("sizes", [(17, 24), (64, 32)])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_full_matrix(name, dtype, bias, rank, sizes, transposed, use_compile, device):
     inputs = LAYERS[name].inputs(*sizes, rank, dtype=dtype, bias=bias, transposed=transposed, device=device)
     check(name, inputs, use_compile)
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 384])
+def test_one_feature(name, dtype, rank, device):
+    """One input and one output: too few numbers to measure dense arithmetic by, so the bound is that of every sum."""
+    layer = LAYERS[name]
+    inputs = layer.inputs(1, 1, rank, dtype=dtype, device=device)
+    y = layer.function(*inputs.tensors(), scaling=SCALING)
+    x, weight, lora_A, lora_B, magnitude, bias, _ = layer.gather(*inputs.double().tensors(), None)
+    g = reference.magnitude_scale(magnitude, reference.row_norm(weight, lora_A, lora_B, SCALING)).unsqueeze(1)
+    size = (x @ weight.mT).abs() + SCALING * x.abs() @ lora_A.mT.abs() @ lora_B.mT.abs()
+    # x W^T, h, h lora_B^T and y are rounded to dtype, sums of rank terms to float32 (twice: in the product, in n).
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    condition = 1 + SCALING * (lora_B.abs() @ lora_A.abs()) / (weight + SCALING * lora_B @ lora_A).abs()
+    bound = g * size * (2 * torch.finfo(dtype).eps + (rank + 4) * wide * condition) + torch.finfo(dtype).eps * (
+        bias.unsqueeze(1).abs() + g * size
+    )
+    truth = layer.textbook(*inputs.double().tensors())
+    assert ((y.double() - truth).abs() <= bound.view_as(truth)).all()
 
 
 @names
