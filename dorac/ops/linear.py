@@ -221,6 +221,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"
     if traced and front.at_most(x.shape[0], DECODE):
         return "separate"
+    if not training and not traced:
+        return "fused"
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
