@@ -1,11 +1,13 @@
 """Model surgery: wrap a model's linear layers with DoRA, freeze the rest, merge."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dorac.nn import DoraLayer, layer_class
+from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -174,8 +176,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     root, model = model, uncompiled(model)
     layers = require_layers(model)
     _refuse_tied(model)
+    reshard(model)
     for name, layer in layers.items():
-        finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
+        finite = all(p.is_meta or sharded.whole(p.isfinite().all()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
@@ -213,6 +216,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             stays merged).
     """
     layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
+    reshard(uncompiled(model))
     for name, layer in layers.items():
         try:
             layer.check_unmergeable()
@@ -228,6 +232,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 has gathered: after a forward some parameters are still copies, and writes to them get lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; one that is held in several places has several names."""
     return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
@@ -241,6 +253,12 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return layers
 
 
+def _address(parameter: Tensor) -> int | None:
+    """Where the parameter's memory begins (of a DTensor, this rank's shard), or None if it has none."""
+    local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
+    return local.data_ptr() if local.numel() and not local.is_meta else None
+
+
 def _refuse_tied(model: nn.Module) -> None:
     """A base weight that something outside its wrapper reads too must not be merged into."""
     paths: dict[DoraLayer, list[str]] = {}
@@ -251,9 +269,7 @@ def _refuse_tied(model: nn.Module) -> None:
     for layer, prefixes in paths.items():
         weight = layer.base_layer.weight
         for name, parameter in parameters:
-            same = parameter is weight or (
-                weight.numel() and not weight.is_meta and parameter.data_ptr() == weight.data_ptr()
-            )
+            same = parameter is weight or (_address(parameter) == _address(weight) is not None)
             if same and not name.startswith(tuple(prefixes)):
                 raise ValueError(
                     f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a "

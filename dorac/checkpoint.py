@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
+from dorac.apply import dora_layers, find_saved, require_layers, reshard, saved_modules, uncompiled, wrap
 from dorac.nn import DoraLayer, layer_class
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.ops import sharded
 from dorac.targets import check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,7 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
     ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
     ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
-    interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
+    interruption leaves the previous one whole. Whether the adapter is merged makes no difference. Of a sharded model
+    every rank calls this and rank 0 writes.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
@@ -54,7 +56,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = require_layers(model)
     _refuse_root(layers)
     config = _config(model, layers)
-    tensors = {key: t.detach().clone().contiguous() for key, t in _adapter_tensors(model, layers).items()}
+    reshard(model)
+    parameters = _adapter_tensors(model, layers)
+    tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
@@ -146,9 +152,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             use_rslora=bool(config.get("use_rslora")),
         )
         layers = dora_layers(model)
+    reshard(model)
     with torch.no_grad():
         for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(sharded.like(tensors[key], parameter))
     return list(layers)
 
 

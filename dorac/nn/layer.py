@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from dorac import functional
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
+from dorac.ops import sharded
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -25,6 +26,8 @@ def not_stock(module: nn.Module, stock: type[nn.Module]) -> str | None:
         return f"{kind} is lazy and has no weight yet: run one batch first"
     if module.weight.dtype not in FLOAT_DTYPES:
         return f"{kind} has a weight of {module.weight.dtype}, dequantise it first"
+    if sharded.any_sharded(module.weight):
+        return f"the weight of {kind} is sharded (a DTensor): wrap first, then shard"
     if parametrize.is_parametrized(module, "weight"):
         return f"the weight of {kind} is parametrised (torch.nn.utils.parametrize)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -167,7 +170,7 @@ class DoraLayer(nn.Module):
         merged, norm = functional.merge_weight(
             self._matrix(), *self._factors(), self.lora_magnitude_vector.flatten(), scaling=self.scaling
         )
-        if not merged.is_meta and not merged.isfinite().all():
+        if not merged.is_meta and not sharded.whole(merged.isfinite().all()):
             raise ValueError(
                 f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
             )

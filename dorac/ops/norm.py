@@ -3,7 +3,7 @@
 Registration. ``norm_factored`` is a CompositeImplicitAutograd op whose body detaches its inputs (the norm is a constant
 in backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an opaque op would be wrong: under
 ``torch.func`` (a leaf has no vmap rule), in ``torch.export`` (an opaque node cannot run without Python) and for tensor
-subclasses such as DTensor (a leaf has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap
+subclasses (a leaf knows nothing of them). DTensors go through ``ops/sharded.py``, which takes the norm shard by shard. The same body under FuncTorchBatchedDecomposition keeps vmap
 off its slow per-sample loop. The leaf carries no autograd, so nothing can drop a gradient or a tangent silently:
 ``detach`` in front of it, unlike ``no_grad``, also stops forward-mode tangents. It is opaque to the compiler because
 its chunked loop, on CUDA its Triton kernel, is what bounds memory.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
-from dorac.ops import front
+from dorac.ops import front, sharded
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
@@ -95,6 +95,8 @@ def _row_norm_fake(weight, lora_A, lora_B, scaling, weight_sq, budget):
 
 def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, revision=REVISION):
     tensors = [t if t is None else t.detach() for t in (weight, lora_A, lora_B, scaling, weight_sq)]
+    if sharded.any_sharded(*tensors):  # the norm of the shards makes no use of the weight's square
+        return sharded.row_norm(*tensors[:4], budget)
     opaque = front.all_plain(*tensors) and not front.under_transform() and not front.exporting()
     with front.autocast_off(weight):
         return (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*tensors, budget)

@@ -1,0 +1,91 @@
+"""Tensor parallelism of adapted layers: torch's own styles, which also take ``dorac.nn``.
+
+``parallelize_module(model, mesh, plan)`` with these styles in the plan shards a :class:`dorac.nn.DoraLinear` as torch
+shards an ``nn.Linear``, its factors and magnitude along with the weight:
+
+    style              base weight [out, in]   lora_A [r, in]   lora_B [out, r]   magnitude, bias [out]
+    ColwiseParallel    Shard(0)                Replicate        Shard(0)          Shard(0)
+    RowwiseParallel    Shard(1)                Shard(1)         Replicate         Replicate
+
+The rank is never sharded, so neither layout communicates more than plain LoRA in that layout does, but for the norm:
+none over sharded rows, one all-reduce of the ``[out]`` sums of squares over sharded columns. As with torch's styles,
+gradients of replicated parameters come as ``Partial`` DTensors, whose sum the optimizer makes.
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
+from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
+from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from dorac.nn import DoraLayer, DoraLinear
+
+
+class ColwiseParallel(_ColwiseParallel):
+    """``torch.distributed.tensor.parallel.ColwiseParallel`` that also takes a :class:`dorac.nn.DoraLinear`.
+
+    Every rank holds some of the output features of all five tensors but lora_A, which it holds whole. The input is
+    replicated, the output sharded on its last dimension, unless ``input_layouts`` and ``output_layouts`` say otherwise.
+
+    Args: see torch's class. Other adapted layers, and merged ones, are refused with a ``ValueError``.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, DoraLayer):
+            return super()._apply(module, device_mesh)
+        return _distribute(self, module, device_mesh, weight=Shard(0), lora_A=Replicate(), rows=Shard(0))
+
+
+class RowwiseParallel(_RowwiseParallel):
+    """``torch.distributed.tensor.parallel.RowwiseParallel`` that also takes a :class:`dorac.nn.DoraLinear`.
+
+    Every rank holds some of the input features of the base weight and of lora_A, and the rest whole. The input is
+    sharded on its last dimension, the output summed and replicated, unless ``input_layouts`` and ``output_layouts`` say
+    otherwise.
+
+    Args: see torch's class. Other adapted layers, and merged ones, are refused with a ``ValueError``.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, DoraLayer):
+            return super()._apply(module, device_mesh)
+        self.desired_input_layouts = (Shard(-1),)
+        return _distribute(self, module, device_mesh, weight=Shard(1), lora_A=Shard(1), rows=Replicate())
+
+
+def _distribute(
+    style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, *, weight: Placement, lora_A: Placement, rows: Placement
+) -> nn.Module:
+    """Distributes the layer's parameters: these placements of the ``[out, in]`` matrix, of lora_A and of the rest."""
+    kind = type(style).__name__
+    if not isinstance(layer, DoraLinear):
+        raise ValueError(f"{kind} shards DoraLinear, nn.Linear and nn.Embedding, got {type(layer).__name__}")
+    if layer.merged:
+        raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
+    if layer.fan_in_fan_out:  # the weight is stored [in, out]
+        weight = Shard(1 - weight.dim)
+    placements = {
+        "base_layer.weight": weight,
+        "base_layer.bias": rows,
+        "lora_A": lora_A,
+        "lora_B": rows,
+        "lora_magnitude_vector": rows,
+    }
+
+    def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            placement = placements[f"{name}.{key}".lstrip(".")]
+            shards = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
+            module.register_parameter(key, nn.Parameter(shards, requires_grad=parameter.requires_grad))
+
+    return distribute_module(
+        layer,
+        mesh,
+        partition,
+        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
+        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+    )
