@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
 from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
-from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
 
 from dorac.nn import DoraLayer, DoraLinear
 

@@ -53,7 +53,7 @@ def check_sharded(**tensors: Tensor | None) -> None:
         if tensor is not None and not isinstance(tensor, DTensor):
             sharded = ", ".join(k for k, t in tensors.items() if isinstance(t, DTensor))
             raise TypeError(
-                f"{name} must be a DTensor like {sharded}, got a plain {type(tensor).__name__}: shard a layer as a "
+                f"{name} must be a DTensor like {sharded}, got a plain tensor: shard a layer as a "
                 "whole, after wrapping it (dorac.parallel for tensor parallelism, fully_shard for FSDP2)"
             )
     mesh = tensors["weight"].device_mesh
