@@ -79,6 +79,12 @@ def distributed(inputs, mesh, layout):
     return [t.requires_grad_(name != "weight") for name, t in zip(FIELDS, tensors, strict=True)]
 
 
+def assert_gradients(tensors, reference):
+    for name, t, r in zip(FIELDS, tensors, reference, strict=True):
+        if name != "weight":
+            assert_same(t.grad, r.grad, r.dtype)
+
+
 def functions(mesh, _folder):
     """``dorac.functional`` on DTensors: numbers, and collectives beside those of plain LoRA in the same layout."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -128,9 +134,13 @@ def functions(mesh, _folder):
             # Over sharded columns the magnitude's gradient is one more sum of [out].
             assert every[1] == given[1] == plain[1] | norm_counts, (every, given, plain)
             assert_same(y, expected, dtype)
-            for name, t, r in zip(FIELDS, tensors, reference.tensors(), strict=True):
-                if name != "weight":
-                    assert_same(t.grad, r.grad, dtype)
+            assert_gradients(tensors, reference.tensors())
+
+            y, forward, _ = both_ways(functional.dora_linear, scaling=0.7, norm_grad=True)
+            assert "all_gather_into_tensor" not in forward, forward
+            reference = inputs.leaves()
+            functional.dora_linear(*reference.tensors(), scaling=0.7, norm_grad=True).backward(dy)
+            assert_gradients(tensors, reference.tensors())
 
 
 class Mlp(nn.Module):
