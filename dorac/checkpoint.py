@@ -1,6 +1,7 @@
 """Adapters on disk in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from dorac.nn import DoraLayer, layer_class
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.ops import sharded
-from dorac.targets import check_names, find_targets, from_pattern, matches, named_places
+from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -41,11 +42,12 @@ _NEUTRAL |= {
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
-    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
-    ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
-    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
-    interruption leaves the previous one whole. Whether the adapter is merged makes no difference. Of a sharded model
-    every rank calls this and rank 0 writes.
+    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
+    embedding ``.lora_embedding_A`` and ``.lora_embedding_B``) and ``.lora_magnitude_vector`` in their own dtypes (and
+    the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
+    written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
+    adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
+    reads those. Of a sharded model every rank calls this and rank 0 writes.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
@@ -78,7 +80,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
-    language-model head is read too, as PEFT does.
+    token embedding or language-model head is read too, as PEFT does.
 
     Returns:
         The names of the modules that the adapter went to.
@@ -89,6 +91,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             unchanged.
     """
     model = uncompiled(model)
+    reshard(model)
     config = _read_config(Path(directory, CONFIG_NAME))
     tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
     layers = dora_layers(model)
@@ -116,11 +119,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             alpha_pattern=config.get("alpha_pattern"),
             saved=saved,
         )
+        targets = [_laid_out(target, tensors) for target in targets]
         bases = {target.name: target.module for target in targets}
         expected = {}
         for target in targets:
             cls = layer_class(target.module)
-            shapes = cls.adapter_shapes(target.module, target.r)
+            shapes = cls.adapter_shapes(target.module, target.r, **target.layout)
             expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
@@ -152,11 +156,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             use_rslora=bool(config.get("use_rslora")),
         )
         layers = dora_layers(model)
-    reshard(model)
     with torch.no_grad():
         for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
             parameter.copy_(sharded.like(tensors[key], parameter))
     return list(layers)
+
+
+def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:
+    """The target with the layout that the file's tensors for it have."""
+    cls = layer_class(target.module)
+    keys = {name: f"{_PREFIX}{target.name}.{key}" for name, key in cls.PEFT_KEYS.items()}
+    present = {name: tensors[key] for name, key in keys.items() if key in tensors}
+    return dataclasses.replace(target, layout=cls.layout_of(target.module, present))
 
 
 def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str, Tensor]:

@@ -35,6 +35,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if any_sharded(tensor) else tensor
 
 
+def replicated(tensor: Tensor) -> Tensor:
+    """A DTensor that every rank holds whole, so that any view of it is possible; a plain tensor as it is."""
+    if not any_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A plain tensor that every rank holds, as a DTensor in the layout of ``other`` if that is one."""
     if not any_sharded(other):
