@@ -288,7 +288,9 @@ def _refuse_tied(model: nn.Module) -> None:
     for layer, prefixes in paths.items():
         weight = layer.base_layer.weight
         for name, parameter, address in parameters:
-            if (parameter is weight or address == _address(weight) is not None) and not name.startswith(tuple(prefixes)):
+            if (parameter is weight or address == _address(weight) is not None) and not name.startswith(
+                tuple(prefixes)
+            ):
                 raise ValueError(
                     f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a "
                     "weight of its own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"

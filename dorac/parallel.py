@@ -7,9 +7,10 @@ shards an ``nn.Linear``, its factors and magnitude along with the weight:
     ColwiseParallel    Shard(0)                Replicate        Shard(0)          Shard(0)
     RowwiseParallel    Shard(1)                Shard(1)         Replicate         Replicate
 
-(An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA in that layout does, but for the norm:
-none over sharded rows, one all-reduce of the ``[out]`` sums of squares over sharded columns. As with torch's styles,
-gradients of replicated parameters come as ``Partial`` DTensors, whose sum the optimizer makes.
+(An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
+in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
+and in backward one of the magnitude's gradient. As with torch's styles, gradients of other replicated parameters come
+as ``Partial`` DTensors, whose sum the optimizer makes.
 """
 
 from functools import partial

@@ -158,6 +158,18 @@ class Mlp(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
+def other_kinds():
+    """An embedding and convolutions, adapted off their zero init."""
+    layers = [
+        dorac.nn.DoraEmbedding(nn.Embedding(10, 12), r=4, init_lora_weights=False),
+        dorac.nn.DoraConv2d(nn.Conv2d(4, 6, 3), r=4, init_lora_weights=False),
+        dorac.nn.DoraConv2d(nn.Conv2d(4, 6, 3, groups=2), r=4, init_lora_weights=False, grouped_lora_A=True),
+    ]
+    for layer in layers:
+        nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    return layers
+
+
 def assert_same_gradients(model, reference):
     gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     assert len(gradients) == 6
@@ -269,6 +281,20 @@ def tensor_parallel(mesh, folder):
     partly = parallelize_module(Mlp(), mesh, {"up.base_layer": ColwiseParallel()})
     with pytest.raises(TypeError, match="lora_A must be a DTensor like weight, got a plain tensor: shard a layer as"):
         partly(x)
+    for layer in other_kinds():
+        with pytest.raises(ValueError, match=r"RowwiseParallel (cannot shard the vocabulary|shards linear layers and)"):
+            parallelize_module(layer, mesh, RowwiseParallel())
+    reference = other_kinds()[0]
+    embedding = parallelize_module(copy.deepcopy(reference), mesh, ColwiseParallel(output_layouts=Replicate()))
+    ids = torch.tensor([[1, 2, 9], [0, 5, 1]])
+    with collectives() as counts:
+        embedded = embedding(ids)
+    assert counts == {"all_gather_into_tensor": 1}, counts  # of the output
+    embedded.square().sum().backward()
+    reference(ids).square().sum().backward()
+    for name, p in reference.named_parameters():
+        if p.grad is not None:
+            assert_same(embedding.get_parameter(name).grad, p.grad)
     plain = parallelize_module(nn.Sequential(nn.Linear(24, 24)), mesh, {"0": ColwiseParallel()})
     assert plain(x).shape == (2, 3, 12)
     plain = nn.Linear(24, 24)
@@ -349,6 +375,28 @@ def fsdp(mesh, folder):
         whole.reshard()
         assert_same(whole.up.weight, loaded.up.weight)
         assert_same(whole(x), before)
+
+    for reference in other_kinds():
+        x = torch.tensor([[1, 2, 9], [0, 5, 1]]) if hasattr(reference, "padding_idx") else torch.randn(2, 4, 5, 5)
+        layer = fully_shard(copy.deepcopy(reference), mesh=mesh)
+        with collectives() as counts:
+            y = layer(x)
+            y.square().sum().backward()
+        assert counts == {"allgather_base": 1, "reduce_scatter_base": 1}, counts
+        expected = reference(x)
+        expected.square().sum().backward()
+        for name, p in reference.named_parameters():
+            if p.grad is not None:
+                assert_same(layer.get_parameter(name).grad, p.grad)
+        weight = reference.weight.detach().clone()
+        dorac.merge(reference)
+        dorac.merge(layer)
+        assert_same(layer.base_layer.weight, reference.weight)
+        dorac.unmerge(layer)
+        assert_same(layer.base_layer.weight, weight)
+        before = layer.lora_magnitude_vector.full_tensor()
+        layer.reset_parameters()
+        assert not torch.equal(layer.lora_magnitude_vector.full_tensor(), before)
 
 
 def compiled(mesh, _folder):

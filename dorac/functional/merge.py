@@ -76,6 +76,8 @@ def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
 
     Of sharded arguments the whole scale: every rank refuses what one does.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError("unmerging cannot be exported: it reads values of g, to refuse rows that are lost")
     g = sharded.whole(magnitude_scale(magnitude, weight_norm))
     lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
     if lost:

@@ -144,7 +144,8 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
+        norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
+        self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
 
     def _draw_factors(self) -> None:
         """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
@@ -202,6 +203,11 @@ class DoraLayer(nn.Module):
         """
         if self.merged:
             return
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                f"{type(self).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
+                "weight; merge before exporting"
+            )
         if reason := self.cannot_merge():
             raise ValueError(reason)
         merged, norm = functional.merge_weight(
@@ -241,7 +247,7 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
+        functional.invertible_scale(*(sharded.replicated(t).flatten() for t in (self._magnitude(), self.merged_norm)))
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
