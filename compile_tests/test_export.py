@@ -1,7 +1,9 @@
 """Exported programs hold aten ops only once decomposed, and run in processes where dorac is not installed."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.export import Dim
 import dorac
 from dorac.ops import front
 
+README = (Path(dorac.__file__).parents[1] / "README.md").read_text()
 BATCH, LENGTH = Dim("batch"), Dim("length")
 
 
@@ -112,32 +115,26 @@ def test_what_cannot_be_exported_says_so():
         assert not block.layer.merged
 
 
-def test_saved_program_runs_without_dorac(tmp_path):
-    base, make_input, dynamic = KINDS["linear"]
-    block = Block(base()).eval()
-    torch.export.save(exported(block, make_input(2, 7), dynamic).run_decompositions(), tmp_path / "block.pt2")
-    save_expected(block, tmp_path, make_input(3, 5))
-    run_without_dorac(tmp_path, f"f = torch.export.load({str(tmp_path / 'block.pt2')!r}).module()")
-
-
-def test_aoti_package(tmp_path, device):
-    """One package: runs without dorac, at other sizes than it was traced with; damaged, torch refuses it."""
-    base, make_input, dynamic = KINDS["linear"]
+def test_recipe(tmp_path, device, monkeypatch):
+    """README's: both files run without dorac, at other sizes than traced with; a damaged package torch refuses."""
+    base, make_input, _ = KINDS["linear"]
     block = Block(base()).to(device).eval()
-    path = package(exported(block, make_input(2, 7).to(device), dynamic), tmp_path / "block.pt2")
+    names = {"torch": torch, "model": block, "x": make_input(2, 7).to(device)}
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"^### Export$.*?```python\n(.*?)```", README, re.DOTALL | re.MULTILINE).group(1), names)
     save_expected(block, tmp_path, make_input(1, 1).to(device), make_input(3, 33).to(device))
-    run_without_dorac(tmp_path, f"f = torch._inductor.aoti_load_package({path!r})")
+    run_without_dorac(tmp_path, "f = torch.export.load('model.pt2').module()")
+    run_without_dorac(tmp_path, "f = torch._inductor.aoti_load_package('compiled.pt2')")
 
-    content = (tmp_path / "block.pt2").read_bytes()
+    content = (tmp_path / "compiled.pt2").read_bytes()
     damaged = {"empty": b"", "text": b"not a package" * 100, "half": content[: len(content) // 2]}
     for name, data in damaged.items():
         (tmp_path / f"{name}.pt2").write_bytes(data)
-    torch.export.save(exported(block, make_input(2, 7).to(device), dynamic), tmp_path / "foreign.pt2")
     run_fresh(  # in a process of its own: a crash would end it with a signal
         "import torch\n"
-        f"for name in {[*damaged, 'foreign', 'missing']!r}:\n"
+        f"for name in {[*damaged, 'model', 'missing']!r}:\n"  # model.pt2 is a program, not a package
         "    try:\n"
-        f"        torch._inductor.aoti_load_package({str(tmp_path)!r} + f'/{{name}}.pt2')\n"
+        "        torch._inductor.aoti_load_package(f'{name}.pt2')\n"
         "    except RuntimeError as error:\n"
         "        print(error)\n"
         "    else:\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_readme import recipe
 from torch import nn
 
 import dorac
@@ -399,6 +400,27 @@ def fsdp(mesh, folder):
         assert not torch.equal(layer.lora_magnitude_vector.full_tensor(), before)
 
 
+def recipes(mesh, _folder):
+    """README's, as written: layers that start at g = 1 with lora_B zero compute what the plain ones do."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24)
+
+        def forward(self, x):
+            return self.down(nn.functional.gelu(self.up(x)))
+
+    plain, x = Plain(), torch.randn(3, 24)
+    for heading in ("Tensor parallelism", "FSDP2"):
+        model = copy.deepcopy(plain)
+        if heading == "FSDP2":
+            dorac.apply_dora(model, "all-linear", r=4)
+        exec(recipe(heading), {"torch": torch, "dorac": dorac, "model": model, "mesh": mesh})
+        assert_same(model(x), plain(x))
+        assert all(hasattr(p, "placements") for p in model.parameters()), heading
+
+
 def compiled(mesh, _folder):
     """The same models under ``compile(fullgraph=True)``, eager and compiled collectives alike."""
     from torch._dynamo.testing import AotEagerAndRecordGraphs
@@ -439,6 +461,8 @@ def compiled(mesh, _folder):
     assert_same_gradients(model, reference)
 
 
-@pytest.mark.parametrize("workers", [(functions, tensor_parallel, fsdp), (compiled,)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "workers", [(functions, tensor_parallel, fsdp), (recipes, compiled)], ids=["eager", "compiled"]
+)
 def test_two_processes_give_the_numbers_of_one(workers, tmp_path):
     mp.spawn(_start, (workers, tmp_path), nprocs=WORLD)
