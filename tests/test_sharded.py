@@ -144,6 +144,58 @@ def functions(mesh, _folder):
             assert_gradients(tensors, reference.tensors())
 
 
+def experts(mesh, _folder):
+    """A weight [E, out, in] along each of its dimensions: norm, merge and unmerge on shards."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    weight, lora_A, lora_B = torch.randn(4, 6, 10), torch.randn(4, 2, 10), torch.randn(4, 6, 2)
+    norm = functional.norm_factored(weight, lora_A, lora_B, 0.7)
+    magnitude = norm * (0.8 + 0.4 * torch.rand_like(norm))
+    merged, _ = functional.merge_weight(weight, lora_A, lora_B, magnitude, scaling=0.7)
+    for dim, expected in ((0, {}), (1, {}), (2, {"all_reduce": 1})):
+        layouts = (dim, None if dim == 1 else dim, None if dim == 2 else dim, None if dim == 2 else dim)
+        tensors = [
+            distribute_tensor(t, mesh, [Replicate() if d is None else Shard(d)])
+            for t, d in zip((weight, lora_A, lora_B, magnitude), layouts, strict=True)
+        ]
+        with collectives() as counts:
+            sharded_merged, sharded_norm = functional.merge_weight(*tensors, scaling=0.7)
+        assert counts == expected, (dim, counts)
+        assert_same(sharded_norm, norm)
+        assert_same(sharded_merged, merged)
+        assert sharded_merged.placements == (Shard(dim),)
+        again = functional.unmerge_weight(sharded_merged, *tensors[1:], scaling=0.7, weight_norm=sharded_norm)
+        assert_same(again, weight)
+
+
+def two_dimensional(_mesh, _folder):
+    """FSDP2 over tensor parallelism: the same rows sharded twice."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from dorac.parallel import ColwiseParallel, RowwiseParallel
+
+    reference = Mlp()
+    x, y = torch.randn(4, 24), torch.randn(4, 24)
+    train(reference, x, y)
+    adapted = reference(x).detach()
+    merged = dorac.merge(copy.deepcopy(reference))
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        model = copy.deepcopy(reference)
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        mine = slice(None) if shape == (1, 2) else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        train(model, x[mine], y[mine])
+        assert_same_gradients(model, reference)
+        dorac.merge(model)
+        for name in ("up", "down"):
+            assert_same(model.get_submodule(name).weight, merged.get_submodule(name).weight)
+        with torch.no_grad():
+            assert_same(model(x), adapted)
+
+
 class Mlp(nn.Module):
     """Two adapted layers as a transformer's MLP has them, the first without a bias."""
 
@@ -462,7 +514,9 @@ def compiled(mesh, _folder):
 
 
 @pytest.mark.parametrize(
-    "workers", [(functions, tensor_parallel, fsdp), (recipes, compiled)], ids=["eager", "compiled"]
+    "workers",
+    [(functions, experts, tensor_parallel, fsdp, two_dimensional), (recipes, compiled)],
+    ids=["eager", "compiled"],
 )
 def test_two_processes_give_the_numbers_of_one(workers, tmp_path):
     mp.spawn(_start, (workers, tmp_path), nprocs=WORLD)
