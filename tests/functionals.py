@@ -6,6 +6,7 @@ Legend: a layer's tensors come in the order ``data, weight, lora_A, lora_B, magn
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import row_layers
 import torch
 from torch import Tensor
 
@@ -104,6 +105,12 @@ def sparse_embedding(layer: Callable[..., Tensor], **fixed) -> Callable[..., Ten
     """The layer with its table given, as a function of the rest."""
     weight = embedding_arguments()[1]
     return lambda x, *adapter, **options: layer(x, weight, *adapter, scaling=SCALING, **fixed, **options)
+
+
+def row_layer(name: str) -> Functional:
+    """The row of a functional that takes one of several layers per row."""
+    layer = row_layers.LAYERS[name]
+    return Functional(scaled(layer.function), scaled(layer.textbook), lambda: layer.inputs(3, 4, 2).tensors())
 
 
 def conv_row(convolution: Convolution, channels_last: bool = False) -> Functional:
@@ -210,6 +217,9 @@ FUNCTIONALS = {
         adapters=(2,),
         norm_grad=False,
     ),
+    "dora_linear, experts": row_layer("experts"),
+    "dora_linear_grouped": row_layer("grouped"),
+    "dora_linear_mixed": row_layer("mixed"),
     "dora_embedding": Functional(
         scaled(functional.dora_embedding),
         scaled(reference.dora_embedding),

@@ -115,6 +115,12 @@ MODULES = "modules"
 CORE = ("dora_linear", "dora_linear, norm given", "norm_factored", "magnitude_scale", "compose", "compose, delta")
 COMPILED_IN_CI = ("jvp", "vmap(grad)", "ensemble(grad)")
 SAMPLE = (
+    ("dora_linear, experts", True, "jvp"),
+    ("dora_linear, experts", False, "vmap(grad)"),
+    ("dora_linear_grouped", True, "ensemble(grad)"),
+    ("dora_linear_grouped", False, "jvp"),
+    ("dora_linear_mixed", True, "vmap(grad)"),
+    ("dora_linear_mixed", False, "jvp"),
     ("dora_embedding", True, "jvp"),
     ("dora_embedding, sparse", False, "vmap(grad)"),
     ("norm_factored_conv", False, "jvp"),
@@ -134,10 +140,10 @@ def row_label(name: str, norm_grad: bool | None) -> str:
 def _table():
     yield
     columns = [*COLUMNS, MODULES]
-    print("\n" + " " * 27 + " ".join(f"{c:>14}" for c in columns) + "    (backends that equal the textbook)")
+    print("\n" + " " * 38 + " ".join(f"{c:>14}" for c in columns) + "    (backends that equal the textbook)")
     for row in ROWS:
         cells = ("+".join(passed.get((*row, c), ())) or "-" for c in columns)
-        print(f"{row_label(*row):>26} " + " ".join(f"{cell:>14}" for cell in cells))
+        print(f"{row_label(*row):>37} " + " ".join(f"{cell:>14}" for cell in cells))
 
 
 def compiled(function, backend):
