@@ -142,12 +142,11 @@ def switch(root: nn.Module, name: str = "") -> None:
     Modules change their class and keep their identity, and with it parameters, hooks and whoever holds them.
     """
     classes = _ours_by_stock()
+    ours = set(classes.values())
     for module in root.modules():
-        variants = getattr(module, "lora_variant", None)
-        if variants is not None:
-            dora = {adapter: variant for adapter, variant in variants.items() if type(variant) in classes}
-            variants.update({adapter: classes[type(variant)]() for adapter, variant in dora.items()})
-            if not dora:
+        if hasattr(module, "lora_variant"):
+            _replace_variants(module, classes)
+            if ours.isdisjoint(map(type, module.lora_variant.values())):
                 continue  # plain LoRA, or another variant of it
         module.__class__ = classes.get(type(module), type(module))
     _state.roots.add(root)
@@ -157,12 +156,17 @@ def switch(root: nn.Module, name: str = "") -> None:
 def _restore(root: nn.Module) -> None:
     classes = {ours: stock for stock, ours in _ours_by_stock().items()}
     for module in root.modules():
-        for adapter, variant in getattr(module, "lora_variant", {}).items():
-            if type(variant) in classes:
-                module.lora_variant[adapter] = classes[type(variant)]()
+        if hasattr(module, "lora_variant"):
+            _replace_variants(module, classes)
         if type(module) in classes:
             module.__class__ = classes[type(module)]
             getattr(module, "_dora_cache", {}).clear()
+
+
+def _replace_variants(module: nn.Module, classes: dict[type, type]) -> None:
+    for adapter, variant in module.lora_variant.items():
+        if type(variant) in classes:
+            module.lora_variant[adapter] = classes[type(variant)]()
 
 
 def _report_stock(root: nn.Module, root_name: str) -> None:
