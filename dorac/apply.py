@@ -1,4 +1,4 @@
-"""Model surgery: wrap a model's linear layers with DoRA, freeze the rest, merge."""
+"""Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
 from collections.abc import Mapping, Sequence
 
@@ -36,9 +36,9 @@ def apply_dora(
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
     Args:
-        model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
-        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
-            layer but the language-model head).
+        model: any module that contains ``nn.Linear``, transformers' ``Conv1D`` or ``nn.Embedding`` layers.
+        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
+            linear layer but the language-model head).
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
             :class:`dorac.nn.DoraLayer`.
         exclude_modules: a list of names or endings, or a regex; never adapted.

@@ -40,10 +40,11 @@ _NEUTRAL |= {
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
-    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
-    ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
-    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
-    interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
+    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
+    embedding ``.lora_embedding_A`` and ``.lora_embedding_B``) and ``.lora_magnitude_vector`` in their own dtypes (and
+    the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
+    written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
+    adapter is merged makes no difference.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
@@ -72,7 +73,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
-    language-model head is read too, as PEFT does.
+    token embedding or language-model head is read too, as PEFT does.
 
     Returns:
         The names of the modules that the adapter went to.

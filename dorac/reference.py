@@ -5,6 +5,7 @@ Every function computes in the dtype of its inputs: pass float64 for the truth, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -53,6 +54,28 @@ def dora_linear(
         weight_norm = norm if norm_grad else norm.detach()
     y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).T
     return y if bias is None else y + bias
+
+
+def dora_embedding(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    weight_norm: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; n, and what padding looks up, held constant in backprop."""
+    if weight_norm is None:
+        weight_norm = row_norm(weight.T, lora_A, lora_B, scaling).detach()
+    if padding_idx is not None:
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+        lora_A = torch.where(padding, lora_A.detach(), lora_A)
+    adapted = merge_weight(weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm)
+    return F.embedding(x, adapted.T)
 
 
 def merge_weight(

@@ -90,6 +90,28 @@ def linear_inputs(
     return inputs.map(lambda t: t.to(device))
 
 
+def embedding_inputs(
+    shape: tuple[int, int, int, int] = (33, 65, 24, 7),
+    *,
+    dtype: torch.dtype = torch.float64,
+    factor_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(x, weight, lora_A, lora_B, magnitude)`` of an embedding of ``shape`` (indices, vocab, dim, rank).
+
+    Neither factor is zero and the magnitude lies up to 20 % off the norm. The indices repeat some words and meet the
+    first and the last one.
+    """
+    indices, vocab, dim, rank = shape
+    layer = linear_inputs((1, dim, vocab, rank), dtype=dtype, factor_dtype=factor_dtype, seed=seed)
+    x = torch.randint(vocab, (indices,), generator=torch.Generator().manual_seed(seed))
+    x[: indices // 4] = x[-1:]
+    x[:2] = torch.tensor([0, vocab - 1])[:indices]
+    tensors = (x, layer.weight.T.contiguous(), layer.lora_A, layer.lora_B, layer.magnitude)
+    return tuple(t.to(device) for t in tensors)
+
+
 def max_error(actual: Tensor, truth: Tensor) -> float:
     """The largest absolute difference, in float64; 0 for empty tensors."""
     assert actual.shape == truth.shape, (actual.shape, truth.shape)

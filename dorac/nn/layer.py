@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from dorac import checks, functional
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
+from dorac.ops.norm import DEFAULT_BUDGET
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -62,6 +63,8 @@ class DoraLayer(nn.Module):
 
     # The adapter's parameters (lora_A, lora_B, the magnitude, in this order) and the endings of PEFT's keys for them.
     PEFT_KEYS: ClassVar[dict[str, str]]
+    # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
+    norm_budget: ClassVar[int] = DEFAULT_BUDGET
 
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
@@ -122,7 +125,7 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
+        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
         self.lora_magnitude_vector.copy_(norm.view_as(self.lora_magnitude_vector))
 
     def _draw_factors(self) -> None:
@@ -169,7 +172,11 @@ class DoraLayer(nn.Module):
         if self.merged:
             return
         merged, norm = functional.merge_weight(
-            self._matrix(), *self._factors(), self.lora_magnitude_vector.flatten(), scaling=self.scaling
+            self._matrix(),
+            *self._factors(),
+            self.lora_magnitude_vector.flatten(),
+            scaling=self.scaling,
+            budget=self.norm_budget,
         )
         if not merged.is_meta and not merged.isfinite().all():
             raise ValueError(
@@ -194,6 +201,7 @@ class DoraLayer(nn.Module):
                 self.lora_magnitude_vector.flatten(),
                 scaling=self.scaling,
                 weight_norm=self.merged_norm,
+                budget=self.norm_budget,
             )
         )
         self.merged_norm = None
