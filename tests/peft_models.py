@@ -29,9 +29,9 @@ class Kind:
     def is_index(self) -> bool:
         return not self.draw(1).is_floating_point()
 
-    def input(self, seed: int, dtype: torch.dtype) -> Tensor:
+    def input(self, seed: int, dtype: torch.dtype, samples: int = 3) -> Tensor:
         torch.manual_seed(seed)
-        x = self.draw(3)
+        x = self.draw(samples)
         return x if self.is_index else x.to(dtype)
 
 

@@ -14,7 +14,7 @@ import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # in float64 the two differ by the order of sums alone
-FUNCTIONS = ("dora_linear",)
+FUNCTIONS = ("dora_linear", "dora_embedding", "dora_conv1d", "dora_conv2d", "dora_conv3d")
 
 
 def run(model, x, *, seed=7):
@@ -193,13 +193,13 @@ def test_half_precision_error_beside_peft(kind, autocast_adapter_dtype, hooked, 
     which flips single roundings: there the bound has 1 % of slack for these small layers.
     """
     ours_square = stock_square = 0.0
-    for seed in range(8):
+    for seed in range(4):
         stock, ours = twins(kind, dtype=dtype, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed)
         if hooked:
             for model in (stock, ours):
                 target(model).base_layer.register_forward_hook(lambda module, args, y: y)
         exact = copy.deepcopy(stock).double()
-        x = KINDS[kind].input(seed, dtype)
+        x = KINDS[kind].input(seed, dtype, samples=32)
         with torch.no_grad():
             truth = exact(x if KINDS[kind].is_index else x.double())
             ours_y, stock_y = ours(x), stock(x)

@@ -13,7 +13,7 @@ from peft.tuners.lora import dora
 from torch import Tensor, nn
 
 from dorac import functional
-EMBEDDING_BUDGET = 16 * 2**20  # TEMP
+from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
 from dorac.peft.weights import dense_weight, gathered, linear_from_copy
 
@@ -118,7 +118,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             base_result: the base layer's output for this x; None computes it again, without the bias.
 
         Returns:
-            ``[*, out]`` in the wider dtype of base and lora.
+            ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
         with gathered([*base_layer.parameters(), *lora_A.parameters(), *lora_B.parameters()]) as will_be_released:
             weight = dense_weight(base_layer)
@@ -132,15 +132,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def _delta(self, base: Tensor, lora: Tensor, norm: Tensor, scaling: float, dim: int = -1) -> Tensor:
         g = self.mag_scale(norm).flatten().to(base.device)
-        wide = torch.promote_types(base.dtype, lora.dtype)  # the caller rounds once, after its sum
+        wide = accumulate_dtype(base, lora, g)  # the caller rounds once, after its sum
         return functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
 
 
 def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:
-    """The base layer's output before its bias, whose dimension ``trailing`` others follow."""
-    if bias is None:
-        return base_result
-    return base_result - bias.to(base_result).view(-1, *[1] * trailing)
+    """The base layer's output before its bias, in float32 or float64; ``trailing`` dimensions follow the outputs'."""
+    base_result = base_result.to(accumulate_dtype(base_result))
+    return base_result if bias is None else base_result - bias.to(base_result).view(-1, *[1] * trailing)
 
 
 class DoraEmbeddingLayer(DoraLinearLayer):
