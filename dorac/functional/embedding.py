@@ -23,6 +23,7 @@ def dora_embedding(
     *,
     scaling: float | Tensor,
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
@@ -47,6 +48,7 @@ def dora_embedding(
         magnitude: m, ``[dim]``, any float dtype; best kept in float32.
         scaling: s, a finite number or a 0-d tensor.
         weight_norm: n, ``[dim]``, if it is known, from ``norm_factored(weight.T, lora_A, lora_B, scaling)``.
+        norm_grad: whether gradient flows through the norm too, to all columns of ``lora_A``; see :func:`norm_factored`.
         padding_idx: an index that adds nothing to the gradients of ``lora_A`` and ``weight``, whose row there stays as
             it is; its output is that of any row, and lora_B and the magnitude see it, as in PEFT.
         scale_grad_by_freq: divides what an index adds to the gradients of ``lora_A`` and ``weight`` by how often it
@@ -56,8 +58,8 @@ def dora_embedding(
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:
-        ``[*, dim]`` in the dtype of ``weight``. Gradients flow to lora_A, lora_B, magnitude and weight, never through
-        the norm.
+        ``[*, dim]`` in the dtype of ``weight``. Gradients flow to lora_A, lora_B, magnitude and weight, through the
+        norm only if ``norm_grad`` says so.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, factors in another layout, a scaling that is
@@ -70,11 +72,12 @@ def dora_embedding(
     checks.check_embedding(x, weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_lookup(padding_idx, scale_grad_by_freq, sparse, weight.shape[0])
     checks.check_scaling(scaling)
+    checks.check_norm_grad(norm_grad, weight_norm)
     # Before the norm, so that an index out of range costs nothing.
     base = F.embedding(x, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
-        weight_norm = norm_factored(weight.t(), lora_A, lora_B, s, budget=budget)
+        weight_norm = norm_factored(weight.t(), lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
     if sparse:
         h = _sparse_lookup(x, lora_A, padding_idx)
     else:

@@ -46,7 +46,7 @@ class DoraEmbedding(DoraLayer):
     ``embed_scale`` multiplies the result, after the norm, as in PEFT.
 
     Args:
-        base_layer, r, lora_alpha, use_rslora, adapter_dtype: see :class:`dorac.nn.DoraLayer`.
+        base_layer, r, lora_alpha, use_rslora, adapter_dtype, norm_grad: see :class:`dorac.nn.DoraLayer`.
         lora_dropout: kept for the adapter's config, without effect: an index cannot be dropped, and PEFT does not
             drop it either.
         init_lora_weights: True or "gaussian": lora_embedding_A zero, lora_embedding_B standard normal, as PEFT; False:
@@ -131,6 +131,7 @@ class DoraEmbedding(DoraLayer):
             self.lora_embedding_B,
             self.lora_magnitude_vector,
             scaling=self.scaling,
+            norm_grad=self.norm_grad,
             padding_idx=self.base_layer.padding_idx,
             scale_grad_by_freq=self.base_layer.scale_grad_by_freq,
             sparse=self.base_layer.sparse,

@@ -1,6 +1,7 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -52,6 +53,7 @@ class DoraLayer(nn.Module):
         adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
             otherwise.
         norm_grad: whether gradient flows through the norm, see :func:`dorac.functional.norm_factored`.
+        layout: what ``adapter_shapes`` of the subclass takes.
 
     Raises:
         TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
@@ -72,6 +74,16 @@ class DoraLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def unfit_rank(cls, base_layer: nn.Module, r: int) -> str | None:
+        """Why an adapter around ``base_layer`` cannot have the rank ``r``, or None if it can."""
+        return None
+
+    @classmethod
+    def layout_of(cls, base_layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        """The options of :meth:`adapter_shapes` that tensors of an adapter, by the names of its parameters, ask for."""
+        return {}
+
+    @classmethod
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
         """The shapes that the adapter's parameters would have around ``base_layer``, in the order of ``PEFT_KEYS``."""
         raise NotImplementedError
@@ -87,12 +99,16 @@ class DoraLayer(nn.Module):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         norm_grad: bool = False,
+        **layout,
     ) -> None:
         super().__init__()
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         checks.check_norm_grad(norm_grad)
+        if reason := self.unfit_rank(base_layer, r):
+            raise ValueError(reason)
+        shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
@@ -105,7 +121,7 @@ class DoraLayer(nn.Module):
         weight = base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        *factors, (magnitude, magnitude_shape) = self.adapter_shapes(base_layer, r).items()
+        *factors, (magnitude, magnitude_shape) = shapes.items()
         for name, shape in factors:
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device)))
         wide = accumulate_dtype(weight, *self._parameters.values())
@@ -125,8 +141,7 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
-        self.lora_magnitude_vector.copy_(norm.view_as(self.lora_magnitude_vector))
+        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
 
     def _draw_factors(self) -> None:
         """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
@@ -152,6 +167,14 @@ class DoraLayer(nn.Module):
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
 
+    def _magnitude(self) -> Tensor:
+        """The magnitude of the matrix, ``[out]``."""
+        return self.lora_magnitude_vector.flatten()
+
+    def _norm(self) -> Tensor:
+        """The norm that the magnitude is divided by, as many elements as it has."""
+        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
+
     @property
     def weight(self) -> nn.Parameter:
         """The base layer's weight, for code that asks a layer for its dtype or device."""
@@ -162,19 +185,26 @@ class DoraLayer(nn.Module):
         """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
         return self.merged_norm is not None
 
+    def cannot_merge(self) -> str | None:
+        """Why the adapted weight has no place in the base layer, or None if it has."""
+        return None
+
     @torch.no_grad()
     def merge(self) -> None:
         """Writes the adapted weight into the base layer; a second call does nothing.
 
         Raises:
-            ValueError: the merged weight would not be finite in its dtype; the layer stays unmerged.
+            ValueError: :meth:`cannot_merge`; the merged weight would not be finite in its dtype. The layer stays
+                unmerged.
         """
         if self.merged:
             return
+        if reason := self.cannot_merge():
+            raise ValueError(reason)
         merged, norm = functional.merge_weight(
             self._matrix(),
             *self._factors(),
-            self.lora_magnitude_vector.flatten(),
+            self._magnitude(),
             scaling=self.scaling,
             budget=self.norm_budget,
         )
@@ -198,7 +228,7 @@ class DoraLayer(nn.Module):
             functional.unmerge_weight(
                 self._matrix(),
                 *self._factors(),
-                self.lora_magnitude_vector.flatten(),
+                self._magnitude(),
                 scaling=self.scaling,
                 weight_norm=self.merged_norm,
                 budget=self.norm_budget,
@@ -208,7 +238,7 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm)
+        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
