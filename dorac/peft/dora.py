@@ -2,7 +2,7 @@
 
 A layer holds the magnitude, ``weight``, and computes what DoRA adds to the base layer's output,
 ``(g - 1) * base + g * s * lora``. They subclass PEFT's, so that ``isinstance`` keeps its meaning; what they inherit is
-the constructor, the cache, ``train`` and ``__repr__``.
+the constructor, the cache and ``train``.
 """
 
 import copy
@@ -134,6 +134,9 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         g = self.mag_scale(norm).flatten().to(base.device)
         wide = accumulate_dtype(base, lora, g)  # the caller rounds once, after its sum
         return functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
+
+    def __repr__(self) -> str:
+        return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
 
 
 def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:
