@@ -145,7 +145,7 @@ def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) ->
     return base_result if bias is None else base_result - bias.to(base_result).view(-1, *[1] * trailing)
 
 
-class DoraEmbeddingLayer(DoraLinearLayer):
+class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
     """The magnitude of an embedding, ``weight [dim]``, whose norm is taken over the vocabulary."""
 
     get_lora_weight = dora.DoraEmbeddingLayer.get_lora_weight.__wrapped__

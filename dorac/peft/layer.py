@@ -146,9 +146,7 @@ class _ConvNd:
         base, magnitude = self.base_layer, self.lora_magnitude_vector[adapter]
         factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
-        norm = magnitude.factored_norm(
-            base.weight, *factors, scaling, groups=base.groups, adapter_name=adapter
-        )
+        norm = magnitude.factored_norm(base.weight, *factors, scaling, groups=base.groups, adapter_name=adapter)
         return getattr(functional, self.FUNCTION)(
             x,
             base.weight,

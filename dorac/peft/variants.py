@@ -52,7 +52,9 @@ def merged(module: nn.Module, adapter: str, *, safe_merge: bool) -> Tensor:
     magnitude = module.lora_magnitude_vector[adapter]
     scaling = module.scaling[adapter]
     with module._unmerged_base_weight(safe_merge=safe_merge) as base_weight:
-        norm = magnitude.factored_norm(base_weight, *(f.to(base_weight.device) for f in factors(module, adapter)), scaling)
+        norm = magnitude.factored_norm(
+            base_weight, *(f.to(base_weight.device) for f in factors(module, adapter)), scaling
+        )
     module._cache_store(f"{adapter}-weight_norm", norm)
     weight = dequantize_module_weight(module.get_base_layer()).detach()
     matrix, _ = functional.merge_weight(
