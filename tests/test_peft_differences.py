@@ -9,7 +9,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from peft_models import Holder, off_init, stock_model, target, twins  # noqa: E402
+from peft_models import Holder, off_init, target, twins  # noqa: E402
 
 import dorac.peft  # noqa: E402
 from dorac import reference  # noqa: E402

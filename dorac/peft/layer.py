@@ -5,7 +5,6 @@ needs lies there as plain tensors, these classes compute base and adapter togeth
 quantised or sharded weights, hooks) they do what PEFT does, with the layers of :mod:`dorac.peft.dora`.
 """
 
-import torch
 from peft.tuners.lora import layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
