@@ -13,7 +13,7 @@ which is the DoRA adapter with the direction ``V = W + D``, ``D = sum_i (w_i g_i
 - "linear" adds factors of one rank as PEFT does for LoRA: ``A = sum_i sign(w_i s_i) sqrt(|w_i s_i|) * A_i`` and
   ``B = sum_i sqrt(|w_i s_i|) * (g_i / c) * B_i``. Exact for one adapter, a rough approximation for more.
 
-The other types of PEFT's prune or elect elements of a plain LoRA's weight change; beside a magnitude that has no meaning,
+The other types of PEFT prune or elect elements of a plain LoRA weight change; beside a magnitude that has no meaning,
 and they are refused.
 """
 
