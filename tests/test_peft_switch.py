@@ -3,9 +3,11 @@
 import copy
 import gc
 import importlib.metadata
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ peft = pytest.importorskip("peft")
 
 from peft.tuners import lora  # noqa: E402
 from peft_models import KINDS, Holder, stock_model, target, twins  # noqa: E402
+from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import dorac.peft  # noqa: E402
 
@@ -294,3 +297,26 @@ def test_new_magnitudes_are_float32():
             norm = layer.lora_magnitude_vector["default"].factored_norm(base.weight, *factors, layer.scaling["default"])
             assert torch.equal(magnitude, norm)
             assert model(KINDS[kind].input(3, torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_the_readmes_lines():
+    readme = (Path(dorac.peft.__file__).parents[2] / "README.md").read_text()
+    code = re.search(r"^## PEFT$.*?```python\n(.*?)```", readme, re.DOTALL | re.MULTILINE).group(1)
+    names = {"peft": peft, "torch": torch, "model": PreTrainedConfigured()}
+    exec(code, names)
+    x = torch.randn(2, 4)
+    assert on_dorac(names["model"]._orig_mod)
+    with torch.compiler.set_stance("force_eager"):
+        assert names["model"](x).shape == (2, 4)
+
+
+class PreTrainedConfigured(PreTrainedModel):
+    """ "all-linear" is for models of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.inner = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.inner(x).relu())
