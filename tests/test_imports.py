@@ -21,6 +21,7 @@ FLOORS = {
     "nn": 4,
     "targets": 5,
     "apply": 6,
+    "caching": 7,
     "checkpoint": 7,
     "testing": 7,
     "cli": 7,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dorac import functional
+from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 
 
@@ -93,7 +94,7 @@ class DoraLayer(nn.Module):
         self.use_rslora = use_rslora
         self.lora_dropout = float(lora_dropout)
         self.init_lora_weights = init_lora_weights
-        self.scaling = scaling_factor(r, lora_alpha, use_rslora)
+        self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
         weight = base_layer.weight
         if adapter_dtype is None:
@@ -105,6 +106,11 @@ class DoraLayer(nn.Module):
         setattr(self, magnitude, nn.Parameter(torch.empty(magnitude_shape, dtype=wide, device=weight.device)))
         # The norm before the merge while the base weight holds the merged one: what unmerging needs.
         self.register_buffer("merged_norm", None, persistent=False)
+        # The norm while it is cached (norm_cache.py), and the tensors that it was taken of.
+        self.register_buffer("cached_norm", None, persistent=False)
+        self.cached_of: tuple[Tensor, ...] | None = None
+        self.check_cached_norm = False
+        self.register_load_state_dict_post_hook(_norm_after_load)
         self.reset_parameters()
         base_layer.requires_grad_(False)
 
@@ -118,8 +124,8 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        norm = functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
-        self.lora_magnitude_vector.copy_(norm.view_as(self.lora_magnitude_vector))
+        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
+        norm_cache.refresh([self])
 
     def _draw_factors(self) -> None:
         """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
@@ -144,6 +150,32 @@ class DoraLayer(nn.Module):
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
+
+    def base_weights(self) -> list[nn.Parameter]:
+        """The parameters of the base layer that merging changes."""
+        return [self.base_layer.weight]
+
+    def _norm(self) -> Tensor:
+        """The norm that the magnitude is divided by, as many elements as it has."""
+        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
+
+    def norm_inputs(self) -> tuple[Tensor, ...]:
+        """The tensors that the norm depends on."""
+        return *self.base_weights(), *self._factors()
+
+    def _known_norm(self) -> Tensor | None:
+        """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""
+        return norm_cache.known_norm(self)
+
+    @property
+    def scaling(self) -> float | Tensor:
+        """s. Setting it refreshes a cached norm."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float | Tensor) -> None:
+        self._scaling = value
+        norm_cache.refresh([self])
 
     @property
     def weight(self) -> nn.Parameter:
@@ -193,21 +225,27 @@ class DoraLayer(nn.Module):
             )
         )
         self.merged_norm = None
+        norm_cache.refresh([self])
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
         functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
-        wide = (self.lora_magnitude_vector, self.lora_magnitude_vector.grad, self.merged_norm)
+        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.
+
+        A cached norm is taken anew, of the parameters as they are then.
+        """
+        wide = (self.lora_magnitude_vector, self.lora_magnitude_vector.grad, self.merged_norm, self.cached_norm)
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
             return tensor.to(moved.device) if keep else moved
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        norm_cache.refresh([self])
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if self.merged:
@@ -215,8 +253,17 @@ class DoraLayer(nn.Module):
             raise ValueError(f"{name} is merged; unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __getstate__(self) -> dict:
+        """What copies and pickles hold: no cached norm, since nobody would refresh it in them."""
+        return self.__dict__ | {"_buffers": self._buffers | {"cached_norm": None}, "cached_of": None}
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+
+
+def _norm_after_load(layer: DoraLayer, incompatible_keys: object) -> None:
+    """After ``load_state_dict`` of the layer or of what holds it."""
+    norm_cache.refresh([layer])
 
 
 def check_hyperparameters(
