@@ -22,6 +22,7 @@ def apply_dora(
     use_rslora: bool = False,
     init_lora_weights: bool | str = True,
     adapter_dtype: torch.dtype | None = None,
+    norm_grad: bool = False,
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
@@ -38,7 +39,8 @@ def apply_dora(
         model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
             layer but the language-model head).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see :class:`dorac.nn.DoraLayer`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
+            :class:`dorac.nn.DoraLayer`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -80,6 +82,7 @@ def apply_dora(
         use_rslora=use_rslora,
         init_lora_weights=init_lora_weights,
         adapter_dtype=adapter_dtype,
+        norm_grad=norm_grad,
     )
     return [target.name for target in targets]
 

@@ -93,6 +93,17 @@ def check_budget(budget: int) -> None:
         raise ValueError(f"budget must be at least one byte, got {budget}")
 
 
+def check_norm_grad(norm_grad: bool, weight_norm: Tensor | None = None) -> None:
+    """A bool, and False with a given norm: whether gradient flows through that one was settled where it was made."""
+    if not isinstance(norm_grad, bool):
+        raise TypeError(f"norm_grad must be a bool, got {type(norm_grad).__name__}")
+    if norm_grad and weight_norm is not None:
+        raise ValueError(
+            "norm_grad must be False where weight_norm is given: gradient flows through a norm that carries one, "
+            "as norm_factored(..., norm_grad=True) returns it"
+        )
+
+
 def check_dropout(dropout_p: float) -> None:
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")

@@ -45,10 +45,12 @@ def dora_linear(
     *,
     scaling: float,
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
 ) -> Tensor:
-    """``y = x (g V)^T + b`` with n held constant in backprop."""
+    """``y = x (g V)^T + b`` with n held constant in backprop unless ``norm_grad``."""
     if weight_norm is None:
-        weight_norm = row_norm(weight, lora_A, lora_B, scaling).detach()
+        norm = row_norm(weight, lora_A, lora_B, scaling)
+        weight_norm = norm if norm_grad else norm.detach()
     y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).T
     return y if bias is None else y + bias
 

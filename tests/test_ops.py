@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_routes import LAYER_LEAVES
 from torch.library import opcheck
 
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -57,6 +58,30 @@ def test_norm_with_trainable_factors(device):
     )
     opcheck(torch.ops.dorac.norm_factored.default, args)
     assert not torch.ops.dorac.norm_factored(*args).requires_grad
+    opcheck(torch.ops.dorac.norm_factored.default, (*args, True))
+    assert torch.ops.dorac.norm_factored(*args, True).requires_grad
+
+
+def with_experts(tensor):
+    """Two experts at the strides of one."""
+    return torch.stack([tensor.mT, 2 * tensor.mT]).mT if not tensor.is_contiguous() else torch.stack([tensor, -tensor])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("factor_dtype", [None, pytest.param(torch.float32, marks=full)])
+def test_norm_backward_and_experts(dtype, layout, experts, factor_dtype, device):
+    inputs, scaling = norm_args("odd", dtype, factor_dtype, layout, device)
+    tensors = [inputs.weight, inputs.lora_A, inputs.lora_B]
+    if experts:
+        tensors = [with_experts(t) for t in tensors]
+        assert tensors[0].is_contiguous() == (layout == "contiguous")
+        opcheck(torch.ops.dorac.row_norm.default, (*tensors, scaling, None, DEFAULT_BUDGET))
+    row_scale = torch.ones(tensors[0].shape[:-1], dtype=scaling.dtype, device=device)
+    opcheck(torch.ops.dorac.row_norm_backward.default, (row_scale, *tensors, scaling, DEFAULT_BUDGET))
+    leaves = [t.detach().requires_grad_(i > 0) for i, t in enumerate(tensors)]
+    opcheck(torch.ops.dorac.norm_factored.default, (*leaves, scaling, None, DEFAULT_BUDGET, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,3 +121,11 @@ def test_compose_backward(dtype, layout, delta, device):
     dy, inner = activation((6, 9), dtype, layout, False, device), activation((6, 9), dtype, "contiguous", False, device)
     g, scaling = activation((9,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
     opcheck(torch.ops.dorac.compose_backward.default, (dy, inner, g, scaling, wide, delta))
+
+
+def test_every_op_is_checked():
+    """Here, or in tests/test_routes.py with the routes that an op is taken on: a new op needs its opcheck too."""
+    registered = {name.removeprefix("dorac::") for name in torch._C._dispatch_get_all_op_names() if "dorac::" in name}
+    norm = {"norm_factored", "row_norm", "row_norm_backward"}
+    compose = {"compose", "compose_value", "compose_forward", "compose_backward"}
+    assert registered == norm | compose | {"dora_linear", *LAYER_LEAVES}

@@ -298,9 +298,10 @@ def leaf_args(name, dtype, transposed, device):
     return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
 
 
-@pytest.mark.parametrize(
-    "name", ["low_rank_linear", "scale", "scale_backward", "low_rank_backward", "up_compose", "up_compose_forward"]
-)
+LAYER_LEAVES = ["low_rank_linear", "scale", "scale_backward", "low_rank_backward", "up_compose", "up_compose_forward"]
+
+
+@pytest.mark.parametrize("name", LAYER_LEAVES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_leaves(name, dtype, transposed, device):
@@ -310,13 +311,16 @@ def test_opcheck_of_the_leaves(name, dtype, transposed, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grads", ["none", "all", "frozen_magnitude"])
-def test_opcheck_of_the_layer(dtype, grads, device):
-    inputs = linear_inputs("odd", dtype=dtype, device=device)
+@pytest.mark.parametrize("grads", ["none", "all", "frozen_magnitude", "norm"])
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_opcheck_of_the_layer(dtype, grads, transposed, device):
+    inputs = linear_inputs("odd", dtype=dtype, transposed=transposed, bias=not transposed, device=device)
+    assert inputs.weight.is_contiguous() != transposed
     norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
     if grads != "none":
         inputs = inputs.leaves()
         inputs.magnitude.requires_grad_(grads == "all")
+        norm.requires_grad_(grads == "norm")
     scaling = torch.tensor(S, dtype=norm.dtype, device=device)
     tensors = (*inputs.tensors()[:5], norm, scaling, inputs.bias)
     # Eager and graph take one form on the CPU; those that a GPU takes round differently.

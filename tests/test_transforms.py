@@ -1,115 +1,269 @@
-"""torch.func over dora_linear, eager and compiled, against the textbook with its norm detached."""
+"""The table of transforms: every functional under the transforms of torch.func, eager and compiled, against textbooks.
+
+``pytest tests/test_transforms.py -s`` prints it (``-m 'full or not full'`` with the cells that CI leaves out). The rows
+are :data:`functionals.FUNCTIONALS`, with and without the norm's gradient.
+"""
+
+import collections
 
 import pytest
 import torch
+from functionals import FUNCTIONALS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-import dorac
 from dorac import functional, reference
-from dorac.testing import linear_inputs
 
-INPUTS = linear_inputs((4, 5, 6, 3))
-ARGS = INPUTS.tensors()
-TANGENTS = tuple(torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(1)) for t in ARGS)
-STACKED = tuple(torch.stack([t, 2 * t, t - 0.1]) for t in (INPUTS.lora_A, INPUTS.lora_B, INPUTS.magnitude))
+ROWS = [(name, flag) for name, row in FUNCTIONALS.items() for flag in ((False, True) if row.norm_grad else (None,))]
 
 
-def loss_of(layer):
-    return lambda *args: layer(*args, scaling=0.7).square().sum()
+def direction(t: torch.Tensor) -> torch.Tensor:
+    """A fixed tangent or cotangent without a zero."""
+    return torch.arange(1, t.numel() + 1, dtype=t.dtype, device=t.device).sin().view(t.shape)
 
 
-def per_sample(loss):
-    return vmap(grad(loss, argnums=(1, 2, 3, 4, 5)), in_dims=(0, None, None, None, None, None))
+def loss_of(function):
+    return lambda *args: function(*args).sin().sum()
 
 
-def ensemble(loss):
-    run = vmap(loss, in_dims=(None, None, 0, 0, 0, None))
-    return lambda x, weight, lora_A, lora_B, magnitude, bias: run(x, weight, *STACKED, bias)
+def at(function, positions, args):
+    """``function`` of its arguments at ``positions`` alone, and those arguments."""
+
+    def of_chosen(*chosen):
+        changed = dict(zip(positions, chosen, strict=True))
+        return function(*(changed.get(i, t) for i, t in enumerate(args)))
+
+    return of_chosen, tuple(args[i] for i in positions)
 
 
-TRANSFORMS = {
-    "grad": lambda loss: grad(loss, argnums=(0, 1, 2, 3, 4, 5)),
-    "vjp": lambda loss: lambda *args: vjp(loss, *args)[1](torch.ones((), dtype=torch.float64)),
-    "jvp": lambda loss: lambda *args: jvp(loss, args, TANGENTS),
-    "jacrev": lambda loss: jacrev(loss, argnums=(2, 4)),
-    # One argument each: torch 2.11 cannot compile the basis that jacfwd builds for two, whatever the function.
-    "jacfwd": lambda loss: jacfwd(loss, argnums=3),
-    "jacfwd_magnitude": lambda loss: jacfwd(loss, argnums=4),
-    "hessian": lambda loss: hessian(loss, argnums=3),
-    "per_sample": per_sample,
-    "ensemble": ensemble,
-    "ensemble_grad": lambda loss: ensemble(grad(loss, argnums=(0, 2, 3, 4))),
-    "vmap_vmap": lambda loss: (
-        lambda *args: vmap(vmap(loss, (0, *[None] * 5)), (None, None, 0, 0, 0, None))(
-            args[0], args[1], *STACKED, args[5]
-        )
-    ),
+def mapped(function, positions, stack):
+    """vmap over ``positions``, whose arguments ``stack`` turns into a batch of two or three."""
+
+    def run(*args):
+        batch = [stack(t) if i in positions else t for i, t in enumerate(args)]
+        return vmap(function, tuple(0 if i in positions else None for i in range(len(args))))(*batch)
+
+    return run
+
+
+def samples(t):
+    return torch.stack([t, t.flip(0)])
+
+
+def ensemble(t):
+    return torch.stack([t, 0.5 * t + 0.3, 2 * t])
+
+
+def run_vjp(function, row):
+    positions = row.differentiable
+
+    def run(*args):
+        of_chosen, chosen = at(function, positions, args)
+        y, pull_back = vjp(of_chosen, *chosen)
+        return y, pull_back(direction(y))
+
+    return run
+
+
+def run_jvp(function, row):
+    positions = row.differentiable
+
+    def run(*args):
+        of_chosen, chosen = at(function, positions, args)
+        return jvp(of_chosen, chosen, tuple(map(direction, chosen)))
+
+    return run
+
+
+def run_jacfwd(function, row):
+    """One argument each: torch 2.11 cannot compile the basis that jacfwd builds for two, whatever the function."""
+    return lambda *args: tuple(jacfwd(function, argnums=i)(*args) for i in row.adapters)
+
+
+def run_hessian(function, row):
+    """Of all adapter tensors together, in one vector for the same reason."""
+
+    def run(*args):
+        of_chosen, chosen = at(loss_of(function), row.adapters, args)
+        sizes = [t.numel() for t in chosen]
+
+        def of_vector(vector):
+            pieces = vector.split(sizes)
+            return of_chosen(*(piece.view(t.shape) for piece, t in zip(pieces, chosen, strict=True)))
+
+        return hessian(of_vector)(torch.cat([t.flatten() for t in chosen]))
+
+    return run
+
+
+COLUMNS = {
+    "grad": lambda f, row: grad(loss_of(f), argnums=row.differentiable),
+    "vjp": run_vjp,
+    "jvp": run_jvp,
+    "jacrev": lambda f, row: jacrev(f, argnums=row.adapters),
+    "jacfwd": run_jacfwd,
+    "hessian": run_hessian,
+    "vmap(x)": lambda f, row: mapped(f, row.data, samples),
+    "vmap(grad)": lambda f, row: mapped(grad(loss_of(f), argnums=row.adapters), row.data, samples),
+    "vmap(jvp)": lambda f, row: mapped(run_jvp(f, row), row.data, samples),
+    "ensemble": lambda f, row: mapped(f, row.adapters, ensemble),
+    "ensemble(grad)": lambda f, row: mapped(grad(loss_of(f), argnums=row.adapters), row.adapters, ensemble),
+    "vmap(vmap)": lambda f, row: mapped(mapped(f, row.data, samples), row.adapters, ensemble),
 }
+MODULES = "modules"
+# Of the rows but the first, CI compiles the columns in which the other ways to register an op are silently wrong.
+COMPILED_IN_CI = ("jvp", "vmap(grad)", "ensemble(grad)")
+
+passed: dict[tuple, list[str]] = collections.defaultdict(list)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+def row_label(name: str, norm_grad: bool | None) -> str:
+    return f"{name}, norm_grad" if norm_grad else name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table():
+    yield
+    columns = [*COLUMNS, MODULES]
+    print("\n" + " " * 27 + " ".join(f"{c:>14}" for c in columns) + "    (backends that equal the textbook)")
+    for row in ROWS:
+        cells = ("+".join(passed.get((*row, c), ())) or "-" for c in columns)
+        print(f"{row_label(*row):>26} " + " ".join(f"{cell:>14}" for cell in cells))
+
+
+def compiled(function, backend):
+    return torch.compile(function, fullgraph=True, backend=backend) if backend else function
+
+
+def record(name, norm_grad, column, backend):
+    passed[name, norm_grad, column].append({None: "eager", "aot_eager": "aot", "inductor": "ind"}[backend])
+
+
+def cells():
+    for name, norm_grad in ROWS:
+        for column in COLUMNS:
+            for backend in (None, "aot_eager", "inductor"):
+                sample = (name == "dora_linear" and not norm_grad) or column in COMPILED_IN_CI
+                ci = backend is None or (backend == "aot_eager" and sample)
+                label = f"{row_label(name, norm_grad)}-{column}-{backend or 'eager'}"
+                yield pytest.param(name, norm_grad, column, backend, id=label, marks=[] if ci else [pytest.mark.full])
+
+
+@pytest.mark.parametrize(("name", "norm_grad", "column", "backend"), list(cells()))
+def test_cell(name, norm_grad, column, backend):
+    row = FUNCTIONALS[name]
+    ours, textbook = row.bind(norm_grad)
+    args = row.arguments()
+    result = compiled(COLUMNS[column](ours, row), backend)(*args)
+    torch.testing.assert_close(result, COLUMNS[column](textbook, row)(*args))
+    record(name, norm_grad, column, backend)
+
+
+@pytest.mark.parametrize("name", [name for name, row in FUNCTIONALS.items() if row.module])
+@pytest.mark.parametrize("norm_grad", [False, True])
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_equals_the_textbook(name, backend):
-    transform = TRANSFORMS[name]
-    ours = transform(loss_of(functional.dora_linear))
-    if backend:
-        ours = torch.compile(ours, fullgraph=True, backend=backend)
-    torch.testing.assert_close(ours(*ARGS), transform(loss_of(reference.dora_linear))(*ARGS))
-
-
-def test_forward_mode_through_the_norm_is_zero():
-    """jvp along the factors alone changes the norm, but the norm is a constant."""
-    norm = lambda lora_B: functional.norm_factored(INPUTS.weight, INPUTS.lora_A, lora_B, 0.7)  # noqa: E731
-    value, tangent = jvp(norm, (INPUTS.lora_B,), (torch.ones_like(INPUTS.lora_B),))
-    assert (tangent == 0).all()
-    torch.testing.assert_close(value, reference.row_norm(INPUTS.weight, INPUTS.lora_A, INPUTS.lora_B, 0.7))
-
-
-def test_delta_form_transforms():
-    base, lora, g = INPUTS.x @ INPUTS.weight.T, INPUTS.x @ INPUTS.lora_A.T @ INPUTS.lora_B.T, INPUTS.magnitude
-
-    def ours(*args):
-        return functional.compose(*args, 0.7, delta=True).square().sum()
-
-    def textbook(*args):
-        return reference.compose_delta(*args, 0.7).square().sum()
-
-    for transform in (lambda f: hessian(f, argnums=(0, 2)), lambda f: vmap(grad(f, argnums=(0, 1)), (0, 0, None))):
-        torch.testing.assert_close(transform(ours)(base, lora, g), transform(textbook)(base, lora, g))
-
-
-def test_functional_call_over_stacked_modules():
-    layers = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        base = torch.nn.Linear(6, 5, dtype=torch.float64)
-        base.load_state_dict({"weight": INPUTS.weight, "bias": INPUTS.bias})
-        layer = dorac.nn.DoraLinear(base, r=2, init_lora_weights=False)
-        torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
-        layers.append(layer)
+def test_functional_call_over_stacked_modules(name, norm_grad, backend):
+    """Three modules over one skeleton without memory: values, and gradients of each module's own adapter."""
+    row = FUNCTIONALS[name]
+    _, textbook = row.bind(norm_grad)
+    layers = [row.module(seed, norm_grad) for seed in range(3)]
     params, buffers = stack_module_state(layers)
-    skeleton = layers[0].to("meta")
-    run = vmap(lambda p, b, x: functional_call(skeleton, (p, b), (x,)), (0, 0, None))
-    expected = torch.stack(
-        [
-            reference.dora_linear(
-                INPUTS.x,
-                *(params[k][i] for k in ("base_layer.weight", "lora_A", "lora_B", "lora_magnitude_vector")),
-                params["base_layer.bias"][i],
-                scaling=layers[0].scaling,
+    skeleton = row.module(0, norm_grad).to("meta")
+    x = row.arguments()[0]
+
+    def loss(p, b):
+        return functional_call(skeleton, (p, b), (x,)).sin().sum()
+
+    run = compiled(vmap(torch.func.grad_and_value(loss)), backend)
+    gradients, values = run({k: v.detach() for k, v in params.items()}, buffers)
+    for i, layer in enumerate(layers):
+        state = {k: v.detach().clone().requires_grad_() for k, v in layer.state_dict().items()}
+        expected = textbook(x, *row.module_arguments(state)).sin().sum()
+        torch.testing.assert_close(values[i], expected.detach())
+        for key, leaf in state.items():
+            torch.testing.assert_close(
+                gradients[key][i], torch.autograd.grad(expected, leaf, retain_graph=True)[0], msg=key
             )
-            for i in range(3)
-        ]
-    )
-    torch.testing.assert_close(run(params, buffers, INPUTS.x), expected)
-    torch.testing.assert_close(
-        torch.compile(run, fullgraph=True, backend="aot_eager")(params, buffers, INPUTS.x), expected
-    )
+    record(name, norm_grad, MODULES, backend)
 
 
-def test_grad_of_compiled_equals_backward():
+def tangents():
+    for name, norm_grad in ROWS:
+        for position, argument in enumerate(FUNCTIONALS[name].names):
+            if position in FUNCTIONALS[name].differentiable:
+                yield pytest.param(name, norm_grad, position, id=f"{row_label(name, norm_grad)}-{argument}")
+
+
+@pytest.mark.parametrize(("name", "norm_grad", "position"), list(tangents()))
+def test_no_tangent_is_silently_zero(name, norm_grad, position):
+    """Along each argument alone: the tangent against the textbook's, against differences where no norm is detached."""
+    row = FUNCTIONALS[name]
+    ours, textbook = row.bind(norm_grad)
+    along = [at(f, (position,), row.arguments()) for f in (ours, textbook)]
+    (f, (argument,)), (g, _) = along
+    tangent = direction(argument)
+    value, ours = jvp(f, (argument,), (tangent,))
+    torch.testing.assert_close(ours, jvp(g, (argument,), (tangent,))[1])
+    _, pull_back = vjp(f, argument)
+    torch.testing.assert_close((pull_back(direction(value))[0] * tangent).sum(), (direction(value) * ours).sum())
+    if name == "norm_factored" and not norm_grad:
+        assert (ours == 0).all()
+        return
+    assert ours.abs().max() > 1e-3
+    if norm_grad or not row.norm_grad:
+        h = 1e-5  # the difference is off by h^2 and by the value's rounding over h
+        differences = (f(argument + h * tangent) - f(argument - h * tangent)) / (2 * h)
+        torch.testing.assert_close(ours, differences, rtol=1e-7, atol=1e-8 * value.abs().max().item())
+
+
+def test_a_merged_weight_is_a_constant_that_maps():
+    """Merging is documented as not differentiable, in reverse as in forward mode; over stacked adapters it is right."""
+    _, weight, *adapter, _ = FUNCTIONALS["dora_linear"].arguments()
+
+    def merge(*adapter):
+        return functional.merge_weight(weight, *adapter, scaling=0.7)
+
+    def restore(*adapter):
+        norm = functional.norm_factored(weight, *adapter[:2], 0.7, norm_grad=True)
+        return functional.unmerge_weight(weight, *adapter, scaling=0.7, weight_norm=norm)
+
+    for function in (merge, restore):
+        _, tangents = jvp(function, tuple(adapter), tuple(map(direction, adapter)))
+        tangents = tangents if isinstance(tangents, tuple) else (tangents,)
+        assert all((t == 0).all() for t in tangents)
+    stacked = [ensemble(t) for t in adapter]
+    merged, norms = vmap(merge)(*stacked)
+    for k, single in enumerate(zip(*stacked, strict=True)):
+        norm = reference.row_norm(weight, *single[:2], 0.7)
+        torch.testing.assert_close(norms[k], norm)
+        torch.testing.assert_close(merged[k], reference.merge_weight(weight, *single, scaling=0.7, weight_norm=norm))
+
+
+@pytest.mark.parametrize("norm_grad", [False, True])
+def test_grad_of_compiled_equals_backward(norm_grad):
     """A plain backward and torch.func.grad inside the compiled function agree."""
-    leaves = INPUTS.leaves()
-    functional.dora_linear(*leaves.tensors(), scaling=0.7).square().sum().backward()
-    compiled = torch.compile(TRANSFORMS["grad"](loss_of(functional.dora_linear)), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*ARGS), tuple(t.grad for t in leaves.tensors()))
+    row = FUNCTIONALS["dora_linear"]
+    loss = loss_of(row.bind(norm_grad)[0])
+    leaves = [t.clone().requires_grad_() for t in row.arguments()]
+    loss(*leaves).backward()
+    run = compiled(grad(loss, argnums=row.differentiable), "aot_eager")
+    torch.testing.assert_close(run(*row.arguments()), tuple(t.grad for t in leaves))
+
+
+def test_more_adapters_are_no_new_graph():
+    """The compiled ensemble's gradient is, after a second number of adapters, one graph for any."""
+    row = FUNCTIONALS["dora_linear"]
+    f, args = row.bind(True)[0], row.arguments()
+
+    def run(*adapters):
+        of_chosen, _ = at(loss_of(f), row.adapters, args)
+        return vmap(grad(of_chosen, argnums=(0, 1, 2)))(*adapters)
+
+    def stacked(k):
+        return [torch.stack([(1 + i / 10) * args[p] for i in range(k)]) for p in row.adapters]
+
+    fast = compiled(run, "aot_eager")
+    for k in (3, 4):
+        fast(*stacked(k))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for k in (2, 5, 9):
+            torch.testing.assert_close(fast(*stacked(k)), run(*stacked(k)))

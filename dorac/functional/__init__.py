@@ -1,7 +1,7 @@
 """DoRA as pure functions of tensors (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353).
 
     V = W + s * lora_B @ lora_A          the adapted direction, section 4.1
-    n = ||V||_row                        one L2 norm per output row, a constant in backprop, section 4.3
+    n = ||V||_row                        one L2 norm per output row, a constant in backprop (section 4.3) unless asked
     g = m / n                            1 where n <= 1e-12
     y = g * (x W^T + s (x lora_A^T) lora_B^T) + b
 

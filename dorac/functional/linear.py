@@ -55,6 +55,7 @@ def dora_linear(
     *,
     scaling: float | Tensor,
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
     dropout_p: float = 0.0,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
@@ -70,6 +71,8 @@ def dora_linear(
         bias: ``[out]``.
         scaling: s, a finite number or a 0-d tensor.
         weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
+        norm_grad: whether gradient flows through the norm too, see :func:`norm_factored`; not with ``weight_norm``,
+            which carries its own or none.
         dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer
             sees x, the change that DoRA makes to it sees ``x' = dropout(x)``, so that
             ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module
@@ -78,18 +81,19 @@ def dora_linear(
 
     Returns:
         ``[*, out]`` in the dtype of ``x W^T``. Gradients flow to x, lora_A, lora_B, magnitude, bias and weight,
-        never through the norm.
+        through the norm only if ``norm_grad`` or a ``weight_norm`` that requires a gradient says so.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
-            outside [0, 1).
+            outside [0, 1), ``norm_grad`` together with ``weight_norm``.
     """
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     checks.check_scaling(scaling)
     checks.check_dropout(dropout_p)
+    checks.check_norm_grad(norm_grad, weight_norm)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
-        weight_norm = norm_factored(weight, lora_A, lora_B, s, budget=budget)
+        weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
     if not dropout_p:
         return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, REVISION)
     x_adapter = F.dropout(x, dropout_p)

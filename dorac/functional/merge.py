@@ -21,7 +21,7 @@ def _low_rank_chunks(
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
     scaled_b = lora_B.to(acc) * scaling_tensor(scaling, weight, acc)
-    for columns in column_chunks(weight, lora_A, lora_B, None, budget):
+    for columns in column_chunks(weight, lora_A, lora_B, False, budget):
         with front.autocast_off(weight):
             product = scaled_b @ lora_A[..., columns].to(acc)
         yield weight[..., columns].to(acc), product
@@ -40,7 +40,7 @@ def merge_weight(
 ) -> tuple[Tensor, Tensor]:
     """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight of the adapted layer (paper, section 4.1).
 
-    Args: as in :func:`dora_linear`. Not differentiable: the results carry no gradient.
+    Args: as in :func:`dora_linear`. Not differentiable: the results are constants, in forward mode too.
 
     Returns:
         ``(W', n)``: ``[out, in]`` in the weight's dtype, rounded once, and the norm ``[out]`` that
@@ -55,7 +55,8 @@ def merge_weight(
     checks.check_scaling(scaling)
     g = magnitude_scale(magnitude, weight_norm)[..., None]
     chunks = _low_rank_chunks(weight, lora_A, lora_B, scaling, budget)
-    return torch.cat([(g * (w + product)).to(weight.dtype) for w, product in chunks], dim=-1), weight_norm
+    merged = torch.cat([(g * (w + product)).to(weight.dtype) for w, product in chunks], dim=-1)
+    return merged.detach(), weight_norm.detach()  # no_grad alone lets the tangents of forward mode through
 
 
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
@@ -100,4 +101,4 @@ def unmerge_weight(
     checks.check_scaling(scaling)
     g = invertible_scale(magnitude, weight_norm)[..., None]
     chunks = _low_rank_chunks(merged_weight, lora_A, lora_B, scaling, budget)
-    return torch.cat([(w / g - product).to(merged_weight.dtype) for w, product in chunks], dim=-1)
+    return torch.cat([(w / g - product).to(merged_weight.dtype) for w, product in chunks], dim=-1).detach()

@@ -27,6 +27,7 @@ def norm_factored(
     scaling: float | Tensor,
     *,
     weight_sq: Tensor | None = None,
+    norm_grad: bool = False,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """``n = ||W + s * lora_B @ lora_A||_row``, without the product.
@@ -38,27 +39,36 @@ def norm_factored(
         lora_B: ``[out, r]``, the dtype of ``lora_A``.
         scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
         weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W
-            lose digits. The Triton kernel, which reads W once at any rate, makes no use of it.
+            lose digits. The Triton kernel, which reads W once at any rate, makes no use of it. It is a constant: with
+            ``norm_grad`` the weight's gradient is whole without it.
+        norm_grad: whether the norm carries its gradient, to lora_A and lora_B, to the weight if that requires one and
+            to a tensor scaling. It is exact, of every order and in forward mode, in the factored form
+            ``d_B = s c (W A^T + s B A A^T)``, ``d_A = s ((cB)^T W + s (cB)^T B A)``, ``c = d_n / n``; zero rows
+            (``n <= 1e-12``) have none. Backward goes over the weight once more in chunks; under ``torch.func``, in
+            ``torch.export`` and for tensor subclasses it is plain aten, which keeps a float32 copy of a half-precision
+            weight and whose backward autocast reaches where it is run inside it: enter autocast inside the transform.
         budget: bytes that all live buffers of the computation may take together. At least one column of W is processed
             at a time, however small the budget; on CUDA the columns come in multiples of 64 where the budget allows.
             The Triton kernel needs no buffers.
 
     Returns:
         ``[out]``, float32 (float64 if any input is float64). No gradient flows through it (paper, section 4.3),
-        also in forward mode.
+        also in forward mode, unless ``norm_grad`` asks for it; the value is the same either way.
 
     Raises:
-        TypeError: a tensor that is not of these dtypes (float8 and integer weights are dequantised by the caller).
+        TypeError: a tensor that is not of these dtypes (float8 and integer weights are dequantised by the caller); a
+            ``norm_grad`` that is not a bool.
         ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte.
     """
     checks.check_factors(weight, lora_A, lora_B)
     checks.check_scaling(scaling)
     checks.check_vector("weight_sq", weight_sq, weight)
     checks.check_budget(budget)
+    checks.check_norm_grad(norm_grad)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
-        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, REVISION)
+        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad, REVISION)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dorac import functional
+from dorac import checks, functional
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 
@@ -51,10 +51,11 @@ class DoraLayer(nn.Module):
             zero, so that the adapter does something from the start.
         adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
             otherwise.
+        norm_grad: whether gradient flows through the norm, see :func:`dorac.functional.norm_factored`.
 
     Raises:
         TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
-            float32 or float64.
+            float32 or float64; a ``norm_grad`` that is not a bool.
         ValueError: a rank below 1, a scaling that is not finite, a dropout outside [0, 1).
 
     Source: arXiv 2402.09353, section 4.1; the norm is a constant in backprop (section 4.3).
@@ -83,17 +84,20 @@ class DoraLayer(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        norm_grad: bool = False,
     ) -> None:
         super().__init__()
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        checks.check_norm_grad(norm_grad)
         self._adopt(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
         self.lora_dropout = float(lora_dropout)
         self.init_lora_weights = init_lora_weights
+        self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
         weight = base_layer.weight

@@ -1,9 +1,9 @@
 """The norm of a layer, kept between the steps that change it.
 
-A layer's norm is cached while its buffer ``cached_norm`` is there (:func:`dorac.cache_norms` makes it). Whatever changes
-what the norm depends on ends in :func:`refresh`, which takes the norm anew and writes it in place: a captured CUDA graph
-reads the same memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is that of the
-tensors the forward uses; everywhere else the forward takes its own, as without a cache.
+A layer's norm is cached while its buffer ``cached_norm`` is there (:func:`dorac.cache_norms` makes it). Whatever
+changes what the norm depends on ends in :func:`refresh`, which takes the norm anew and writes it in place: a captured
+CUDA graph reads the same memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is
+that of the tensors the forward uses; everywhere else the forward takes its own, as without a cache.
 """
 
 from collections.abc import Iterable
@@ -97,13 +97,13 @@ def is_stale(layer: "DoraLayer") -> bool:
 def _usable(layer: "DoraLayer") -> bool:
     """Whether the cached norm is that of the present tensors, as far as refreshing sees to it.
 
-    It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation), nor
-    where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes its
-    own norm, since nobody would refresh it there.
+    It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
+    nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
+    its own norm, since nobody would refresh it there.
     """
-    if layer.cached_of is None or torch.compiler.is_exporting() or isinstance(layer.scaling, Tensor):
+    if layer.cached_of is None or layer.norm_grad or isinstance(layer.scaling, Tensor):
         return False
-    if any(weight.requires_grad for weight in layer.base_weights()):
+    if torch.compiler.is_exporting() or any(weight.requires_grad for weight in layer.base_weights()):
         return False
     return all(mine is known for mine, known in zip(_identity(layer), layer.cached_of, strict=True))
 

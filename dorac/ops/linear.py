@@ -309,14 +309,14 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         )
     with front.autocast_off(x):
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
-        if (
-            front.under_transform()
-            or front.exporting()
-            or not front.all_plain(*tensors)
-            or scaling.requires_grad
-            or weight_norm.requires_grad
-        ):
+        if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
             return linear_aten(*tensors)
+        if weight_norm.requires_grad and torch.is_grad_enabled():
+            # g = m / n = (m * n0 / n) / n0 for the constant n0 = n: the gradient of m * n0 / n reaches n, too.
+            constant = weight_norm.detach()
+            wide = magnitude.to(accumulate_dtype(magnitude, weight_norm))
+            magnitude, weight_norm = wide * magnitude_scale(constant, weight_norm), constant
+            tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
         eager = front.all_eager(*tensors)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -8,6 +8,10 @@ off its slow per-sample loop. The leaf carries no autograd, so nothing can drop 
 ``detach`` in front of it, unlike ``no_grad``, also stops forward-mode tangents. It is opaque to the compiler because
 its chunked loop, on CUDA its Triton kernel, is what bounds memory.
 
+With ``norm_grad`` the same value carries its gradient: where the leaf runs, through an ``autograd.Function`` that keeps
+nothing but its inputs and the norm and goes over the columns of W once more in backward (the leaf
+``row_norm_backward``); elsewhere through :func:`differentiable_norm`, whose plain aten every transform sees.
+
 Legend: O out_features, I in_features, R rank, C columns of one chunk; any of them may follow a dimension of experts.
 """
 
@@ -16,21 +20,24 @@ import math
 import torch
 from torch import Tensor
 
-from dorac.numerics import accumulate_dtype
+from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
 
 
-def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, weight_sq: Tensor | None, budget: int) -> list[slice]:
-    """Chunks of the weight's columns, each so wide that every live buffer fits in ``budget`` bytes, at least one."""
+def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, expanded: bool, budget: int) -> list[slice]:
+    """Chunks of the weight's columns, each so wide that every live buffer fits in ``budget`` bytes, at least one.
+
+    ``expanded``: V is not formed, only ``W A^T``, ``A A^T`` and what else has a rank for a side.
+    """
     experts = math.prod(weight.shape[:-2])
     out_features, in_features = experts * weight.shape[-2], weight.shape[-1]
     rank = lora_A.shape[-2]
     acc = accumulate_dtype(weight, lora_A, lora_B)
     per_column = (weight.dtype != acc) * out_features + (lora_A.dtype != acc) * experts * rank  # the converted chunks
-    if weight_sq is None:
+    if not expanded:
         fixed = out_features * (rank + 8)  # scaled lora_B, the float64 sum of squares and its temporaries
         per_column += out_features  # the adapted chunk
     else:
@@ -54,7 +61,7 @@ def row_norm_aten(
     acc = accumulate_dtype(weight, lora_A, lora_B)
     addmm = torch.addmm if weight.ndim == 2 else torch.baddbmm
     scaled_b_OR = lora_B * scaling.to(acc).reshape(1)  # one element, not none: a 0-d factor would not promote lora_B
-    chunks = column_chunks(weight, lora_A, lora_B, weight_sq, budget)
+    chunks = column_chunks(weight, lora_A, lora_B, weight_sq is not None, budget)
     if weight_sq is None:
         # Summed in float64, so that many small chunks are as exact as one large one.
         square_O = scaled_b_OR.new_zeros(weight.shape[:-1], dtype=torch.float64)
@@ -74,8 +81,49 @@ def row_norm_aten(
     return (weight_sq.to(acc) + cross_O + product_O).clamp_min(0).sqrt()
 
 
+def row_norm_backward_aten(
+    row_scale: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, budget: int
+) -> tuple[Tensor, Tensor]:
+    """``s (c B)^T V`` and ``(c V) A^T`` in chunks of columns, for ``c = d_norm / n``, in the accumulate dtype.
+
+    The first is the gradient of lora_A, s times the second that of lora_B. V stays expanded: ``V A^T = U + s B G``,
+    ``U = W A^T``, ``G = A A^T``. Differentiable in plain aten.
+    """
+    acc = accumulate_dtype(weight, lora_A, lora_B)
+    b_OR = lora_B.to(acc)
+    scaled_RO = scaling * (row_scale[..., None] * b_OR).mT
+    product_RR = scaling * (scaled_RO @ b_OR)
+
+    def products(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:  # a function, so that no chunk outlives its turn
+        w_OC, a_RC = weight[..., chunk].to(acc), lora_A[..., chunk].to(acc)
+        return w_OC @ a_RC.mT, a_RC @ a_RC.mT, scaled_RO @ w_OC + product_RR @ a_RC
+
+    u_OR, gram_RR, d_a_chunks = torch.zeros_like(b_OR), torch.zeros_like(product_RR), []
+    for u_part, gram_part, d_a_RC in map(products, column_chunks(weight, lora_A, lora_B, True, budget)):
+        u_OR, gram_RR = u_OR + u_part, gram_RR + gram_part
+        d_a_chunks.append(d_a_RC)
+    return torch.cat(d_a_chunks, -1), row_scale[..., None] * (u_OR + scaling * (b_OR @ gram_RR))
+
+
+def differentiable_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
+    """``norm``, a constant, with the derivatives of every order of ``||W + s*BA||_row``, in plain aten.
+
+    The square q is expanded, so its value would cancel where a row of V is short; ``q - q.detach()`` is zero and has
+    q's derivatives. A zero row stays constant: its norm has no derivative.
+    """
+    acc = norm.dtype
+    w_OI, a_RI, b_OR = weight.to(acc), lora_A.to(acc), scaling * lora_B.to(acc)
+    q_O = w_OI.square().sum(-1) + (b_OR * (2 * (w_OI @ a_RI.mT) + b_OR @ (a_RI @ a_RI.mT))).sum(-1)
+    zero_row = norm <= ZERO_ROW_NORM
+    return torch.where(zero_row, norm, (torch.where(zero_row, 1.0, norm).square() + (q_O - q_O.detach())).sqrt())
+
+
 lib.define(
     "row_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, int budget) -> Tensor"
+)
+lib.define(
+    "row_norm_backward(Tensor row_scale, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, int budget) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -86,6 +134,7 @@ def _row_norm_cuda(weight, lora_A, lora_B, scaling, weight_sq, budget):
 
 
 register_leaf("row_norm", row_norm_aten, _row_norm_cuda)
+register_leaf("row_norm_backward", row_norm_backward_aten, row_norm_backward_aten)
 
 
 @torch.library.register_fake("dorac::row_norm", lib=lib)
@@ -93,15 +142,69 @@ def _row_norm_fake(weight, lora_A, lora_B, scaling, weight_sq, budget):
     return weight.new_empty(weight.shape[:-1], dtype=accumulate_dtype(weight, lora_A, lora_B))
 
 
-def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, revision=REVISION):
-    tensors = [t if t is None else t.detach() for t in (weight, lora_A, lora_B, scaling, weight_sq)]
-    opaque = front.all_plain(*tensors) and not front.under_transform() and not front.exporting()
+@torch.library.register_fake("dorac::row_norm_backward", lib=lib)
+def _row_norm_backward_fake(row_scale, weight, lora_A, lora_B, scaling, budget):
+    acc = accumulate_dtype(weight, lora_A, lora_B)
+    return lora_A.new_empty(lora_A.shape, dtype=acc), lora_B.new_empty(lora_B.shape, dtype=acc)
+
+
+class _RowNorm(torch.autograd.Function):
+    """The leaf with its gradient ``d_V = c V``, ``c = d_norm / n``. Saving its own output keeps n connected when the
+    gradient is differentiated again."""
+
+    @staticmethod
+    def forward(ctx, weight, lora_A, lora_B, scaling, weight_sq, budget):
+        norm = torch.ops.dorac.row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget)
+        ctx.save_for_backward(weight, lora_A, lora_B, scaling, norm)
+        ctx.budget = budget
+        return norm
+
+    @staticmethod
+    def backward(ctx, d_norm):
+        weight, lora_A, lora_B, scaling, norm = ctx.saved_tensors
+        needs_weight, needs_a, needs_b, needs_scaling = ctx.needs_input_grad[:4]
+        # A leaf op can be neither differentiated again nor batched.
+        leaf_op = not torch.is_grad_enabled() and not front.under_transform()
+        d_weight = d_a = d_b = d_scaling = None
+        with front.autocast_off(weight):
+            zero_row = norm <= ZERO_ROW_NORM
+            row_scale = torch.where(zero_row, 0.0, d_norm / torch.where(zero_row, 1.0, norm))
+            if needs_a or needs_b or needs_scaling:
+                backward = torch.ops.dorac.row_norm_backward if leaf_op else row_norm_backward_aten
+                d_a, unscaled_d_b = backward(row_scale, weight, lora_A, lora_B, scaling, ctx.budget)
+                d_a, d_b = d_a.to(lora_A.dtype), (scaling * unscaled_d_b).to(lora_B.dtype)
+                d_scaling = (lora_B * unscaled_d_b).sum() if needs_scaling else None
+            if needs_weight:
+                acc = norm.dtype
+                b_OR = scaling * row_scale[..., None] * lora_B.to(acc)
+                chunks = column_chunks(weight, lora_A, lora_B, False, ctx.budget)
+                d_weight = torch.cat(
+                    [
+                        (row_scale[..., None] * weight[..., c] + b_OR @ lora_A[..., c].to(acc)).to(weight.dtype)
+                        for c in chunks
+                    ],
+                    -1,
+                )
+        return d_weight, d_a if needs_a else None, d_b if needs_b else None, d_scaling, None, None
+
+
+def _norm_factored(
+    weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, norm_grad=False, revision=REVISION
+):
+    inputs = (weight, lora_A, lora_B, scaling)
+    constants = [t if t is None else t.detach() for t in (*inputs, weight_sq)]
+    transformed = front.under_transform()
+    opaque = front.all_plain(*constants) and not transformed and not front.exporting()
+    differentiable = norm_grad and (transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)))
     with front.autocast_off(weight):
-        return (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*tensors, budget)
+        if differentiable and opaque:
+            return _RowNorm.apply(*inputs, constants[-1], budget)
+        norm = (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*constants, budget)
+        return differentiable_norm(norm, *inputs) if differentiable else norm
 
 
 register_composite(
     "norm_factored(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq=None, "
-    f"int budget={DEFAULT_BUDGET}, int revision={REVISION}) -> Tensor",
+    f"int budget={DEFAULT_BUDGET}, bool norm_grad=False, int revision={REVISION}) -> Tensor",
     _norm_factored,
 )

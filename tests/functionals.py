@@ -1,0 +1,225 @@
+"""The functionals that the tables of transforms, dtypes and random cases run over: a new one is an entry here.
+
+Legend: a layer's tensors come in the order ``data, weight, lora_A, lora_B, magnitude, bias``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import dorac
+from dorac import functional, reference
+from dorac.testing import linear_inputs
+
+SCALING = 0.7
+LAYER = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """One row.
+
+    Args:
+        function, reference: what is tested and the textbook of it, ``(*tensors, **options) -> tensor``.
+        arguments: makes the float64 tensors that both are called with.
+        names: of the tensors.
+        data: positions of what a sample is; mapped by vmap over inputs. adapters: of what is stacked for an ensemble.
+        norm_grad: whether both take the keyword ``norm_grad``.
+        norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
+            the arguments ``(data, weight, lora_A, lora_B, magnitude, bias, *, scaling, weight_norm, norm_grad)``.
+        module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
+            reference's tensors after the data from the module's state.
+    """
+
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    arguments: Callable[[], tuple[Tensor, ...]]
+    names: tuple[str, ...] = LAYER
+    data: tuple[int, ...] = (0,)
+    adapters: tuple[int, ...] = (2, 3, 4)
+    norm_grad: bool = True
+    norm: Callable[..., Tensor] | None = None
+    module: Callable[[int, bool], torch.nn.Module] | None = None
+    module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the float tensors."""
+        return tuple(i for i, t in enumerate(self.arguments()) if t.is_floating_point())
+
+    def bind(self, norm_grad: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Function and reference of the tensors alone."""
+        if not self.norm_grad:
+            return self.function, self.reference
+        return (
+            lambda *tensors: self.function(*tensors, norm_grad=norm_grad),
+            lambda *tensors: self.reference(*tensors, norm_grad=norm_grad),
+        )
+
+
+def scaled(function: Callable[..., Tensor], **fixed) -> Callable[..., Tensor]:
+    """``function`` with its scaling given."""
+    return lambda *tensors, **options: function(*tensors, **{"scaling": SCALING, **fixed, **options})
+
+
+def linear_arguments() -> tuple[Tensor, ...]:
+    return linear_inputs((4, 5, 6, 3)).tensors()
+
+
+def linear_module(seed: int, norm_grad: bool) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    base = torch.nn.Linear(6, 5, dtype=torch.float64)
+    layer = dorac.nn.DoraLinear(base, r=3, lora_alpha=3 * SCALING, init_lora_weights=False, norm_grad=norm_grad)
+    torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    return layer
+
+
+def linear_state(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    names = ("base_layer.weight", "lora_A", "lora_B", "lora_magnitude_vector", "base_layer.bias")
+    return tuple(state[name] for name in names)
+
+
+def given_norm(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The layer as a function of its norm, too."""
+    return lambda *tensors: layer(*tensors[:-1], scaling=SCALING, weight_norm=tensors[-1])
+
+
+def with_norm() -> tuple[Tensor, ...]:
+    tensors = linear_arguments()
+    return *tensors, 1.1 * reference.row_norm(*tensors[1:4], SCALING)
+
+
+def norm_reference(*tensors: Tensor, norm_grad: bool) -> Tensor:
+    norm = reference.row_norm(*tensors, SCALING)
+    return norm if norm_grad else norm.detach()
+
+
+def parts() -> tuple[Tensor, ...]:
+    """What compose takes: base, lora, g."""
+    x, weight, lora_A, lora_B, magnitude, _ = linear_arguments()
+    return x @ weight.T, x @ lora_A.T @ lora_B.T, magnitude
+
+
+FUNCTIONALS = {
+    "dora_linear": Functional(
+        scaled(functional.dora_linear),
+        scaled(reference.dora_linear),
+        linear_arguments,
+        norm=reference.row_norm,
+        module=linear_module,
+        module_arguments=linear_state,
+    ),
+    "dora_linear, norm given": Functional(
+        given_norm(functional.dora_linear),
+        given_norm(reference.dora_linear),
+        with_norm,
+        names=(*LAYER, "weight_norm"),
+        norm_grad=False,
+    ),
+    "norm_factored": Functional(
+        scaled(functional.norm_factored),
+        norm_reference,
+        lambda: linear_arguments()[1:4],
+        names=LAYER[1:4],
+        adapters=(1, 2),
+    ),
+    "magnitude_scale": Functional(
+        functional.magnitude_scale,
+        reference.magnitude_scale,
+        lambda: (linear_arguments()[4], with_norm()[-1]),
+        names=("magnitude", "weight_norm"),
+        data=(1,),
+        adapters=(0,),
+        norm_grad=False,
+    ),
+    "compose": Functional(
+        lambda base, lora, g, bias: functional.compose(base, lora, g, SCALING, bias=bias),
+        lambda base, lora, g, bias: reference.compose(base, lora, g, SCALING, bias),
+        lambda: (*parts(), linear_arguments()[5]),
+        names=("base", "lora", "mag_scale", "bias"),
+        data=(0, 1),
+        adapters=(2,),
+        norm_grad=False,
+    ),
+    "compose, delta": Functional(
+        lambda *tensors: functional.compose(*tensors, SCALING, delta=True),
+        lambda *tensors: reference.compose_delta(*tensors, SCALING),
+        parts,
+        names=("base", "lora", "mag_scale"),
+        data=(0, 1),
+        adapters=(2,),
+        norm_grad=False,
+    ),
+}
+
+LAYERS = {name: row for name, row in FUNCTIONALS.items() if row.norm}
+
+
+def cast(tensors, dtype, factor_dtype=None, magnitude_dtype=None) -> tuple[Tensor | None, ...]:
+    """A layer's tensors in the dtypes of a mix; the factors default to ``dtype``, the magnitude to float32 or wider."""
+    factor_dtype = factor_dtype or dtype
+    magnitude_dtype = magnitude_dtype or torch.promote_types(dtype, torch.float32)
+    dtypes = (dtype, dtype, factor_dtype, factor_dtype, magnitude_dtype, dtype)
+    return tuple(
+        t.to(d) if t is not None and t.is_floating_point() else t for t, d in zip(tensors, dtypes, strict=True)
+    )
+
+
+def leaves_of(tensors, dtype=None) -> list[Tensor | None]:
+    """Copies in the same layout that require a gradient, if they can."""
+    copies = [t if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+    copies = [t.to(dtype) if dtype and t is not None and t.is_floating_point() else t for t in copies]
+    return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in copies]
+
+
+def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[Tensor | None]]:
+    """y and the gradients of ``<dy, y>``; dy is drawn from seed 1 in y's dtype if it is None."""
+    leaves = leaves_of(tensors, dtype)
+    y = function(*leaves)
+    if dy is None:
+        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y.backward(dy.to(y))
+    return y.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: float = SCALING, **options):
+    """The sums of the absolute values of all terms that y and each gradient consist of, in float64.
+
+    They bound what roundings can do: a computation that rounds k times on the way from inputs to result is off by at
+    most ``k * u * size``, u half an eps. The norm is off by the roundings of W and BA apart, ``|W| + |s| |B| |A|`` in
+    length where V may be short; g and its sizes are enlarged by that ratio. With every input positive each gradient of
+    the textbook is the sum of absolute values itself.
+    """
+    wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
+    norm = row.norm(*wide[1:4], scaling)
+    zero_row = norm <= 1e-12  # a constant, with g = 1
+    divisor = norm.masked_fill(zero_row, 1)
+    absolute = leaves_of([t.abs() if t is not None and t.is_floating_point() else t for t in wide])
+    long_norm = row.norm(*absolute[1:4], abs(scaling))
+    ratio = (1 + long_norm.detach() / divisor).masked_fill(zero_row, 1)
+    y = row.reference(*absolute, scaling=abs(scaling), weight_norm=norm / ratio, **options)
+    total = (dy.detach().double().abs() * y).sum()
+    if norm_grad:
+        (d_magnitude,) = torch.autograd.grad(total, absolute[4], retain_graph=True)
+        d_norm = (d_magnitude * absolute[4].detach() * ratio / divisor**2).masked_fill(zero_row, 0)
+        total = total + (d_norm * long_norm.square() / 2).sum()
+    chosen = [t for t in absolute if t is not None and t.requires_grad]
+    gradients = dict(zip(map(id, chosen), torch.autograd.grad(total, chosen), strict=True))
+    return y.detach(), [gradients.get(id(t)) for t in absolute]
+
+
+# Roundings to the narrowest dtype between the inputs and a gradient, at most: x for the factors' dtype, h, the low-rank
+# part, base, inner and y forward; d_inner, d_h, the two parts of dx and their sum, or the result, backward.
+ROUNDINGS = 10
+
+
+def assert_within(actual: Tensor, truth: Tensor, size: Tensor, *, narrowest: torch.dtype, terms: int, label: str = ""):
+    """At most :data:`ROUNDINGS` roundings to ``narrowest``, and one in float32 (float64) per term of the sums."""
+    accumulate = torch.float64 if narrowest is torch.float64 else torch.float32
+    relative = ROUNDINGS * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
+    error = (actual.detach().double() - truth).abs()
+    tiny = torch.finfo(narrowest).tiny  # below it a number's error is absolute
+    over = error > relative * size + tiny
+    assert not over.any(), f"{label}: {error[over].max():.3e} over {(relative * size)[over].min():.3e}"

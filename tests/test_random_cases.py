@@ -1,0 +1,218 @@
+"""Random layers and random nonsense: every result within its budget of the textbook's, every refusal by name.
+
+A new layer joins with an entry in :data:`functionals.LAYERS` and one in :data:`SHAPES`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from functionals import LAYERS, assert_within, cast, sizes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dorac.testing import linear_inputs
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def linear_layers(draw) -> tuple[tuple[Tensor | None, ...], dict]:
+    """The float64 tensors of a linear layer of any shape, and options that say what shape it is (it has none)."""
+    leading = draw(st.lists(st.integers(0, 4), max_size=3))
+    tokens = torch.Size(leading).numel()
+    out_features, in_features, rank = draw(st.integers(0, 24)), draw(st.integers(1, 24)), draw(st.integers(1, 10))
+    inputs = linear_inputs((tokens, out_features, in_features, rank), seed=draw(st.integers(0, 2**16)))
+    x, *rest = inputs.tensors()
+    return (x.reshape(*leading, in_features), *rest), {}
+
+
+# How to draw the tensors of each layer and the options of its function that belong to their shapes.
+SHAPES: dict[str, Callable[[], st.SearchStrategy]] = {"dora_linear": linear_layers}
+
+
+@dataclasses.dataclass
+class Case:
+    """A layer's tensors with their dtypes, layouts and needs of a gradient, and how its function is called."""
+
+    layer: str
+    tensors: list[Tensor | None]
+    shape_options: dict
+    options: dict
+    narrowest: torch.dtype
+
+    @property
+    def row(self):
+        return LAYERS[self.layer]
+
+    @property
+    def scaling(self) -> float:
+        return float(self.options["scaling"])
+
+    def run(self) -> Tensor:
+        return self.row.function(*self.tensors, **self.shape_options, **self.options)
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values at other strides."""
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+    if layout == "strided":
+        return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+    return tensor
+
+
+@st.composite
+def cases(draw) -> Case:
+    layer = draw(st.sampled_from(list(SHAPES)))
+    tensors, shape_options = draw(SHAPES[layer]())
+    dtype, magnitude_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    factor_dtype = draw(st.sampled_from([dtype, *DTYPES]))
+    scaling = draw(st.floats(-4, 4).map(lambda s: round(s, 3)))
+    if draw(st.booleans()):
+        scaling = torch.tensor(scaling, dtype=draw(st.sampled_from(DTYPES)))
+    if tensors[1].shape[0] and draw(st.booleans()):
+        for t in (tensors[1], tensors[3]):
+            t[0] = 0  # a zero row
+    tensors = list(cast(tensors, dtype, factor_dtype, magnitude_dtype))
+    if draw(st.booleans()):
+        tensors[5] = None
+    for i, t in enumerate(tensors):
+        if t is not None:
+            t = in_layout(t, draw(st.sampled_from(["contiguous", "contiguous", "transposed", "strided"])))
+            tensors[i] = t.detach().requires_grad_(draw(st.booleans())) if t.is_floating_point() else t
+    options = {"scaling": scaling, "budget": draw(st.sampled_from([1, 1000, 2**28]))}
+    options["norm_grad"] = draw(st.booleans())
+    if draw(st.integers(0, 3)) == 0:
+        row = LAYERS[layer]
+        norm = row.norm(*(t.detach().double() for t in tensors[1:4]), float(scaling))
+        options |= {"norm_grad": False, "weight_norm": norm.to(torch.promote_types(dtype, torch.float32))}
+    narrowest = max((dtype, factor_dtype, magnitude_dtype), key=lambda d: torch.finfo(d).eps)
+    return Case(layer, tensors, shape_options, options, narrowest)
+
+
+def check(case: Case) -> None:
+    y = case.run()
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    needed = [t is not None and t.requires_grad for t in case.tensors]
+    assert y.requires_grad == any(needed)
+    exact = [t if t is None or not t.is_floating_point() else t.detach().double() for t in case.tensors]
+    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in exact]
+    norm_grad = case.options["norm_grad"]
+    fixed = {"weight_norm": case.options["weight_norm"].double()} if "weight_norm" in case.options else {}
+    truth = case.row.reference(
+        *leaves, scaling=case.scaling, **case.shape_options, **(fixed or {"norm_grad": norm_grad})
+    )
+    size, gradient_sizes = sizes(
+        case.row, case.tensors, dy, norm_grad=norm_grad, scaling=case.scaling, **case.shape_options
+    )
+    budget = {"narrowest": case.narrowest, "terms": sum(sum(t.shape) for t in case.tensors[:4])}
+    assert y.dtype == case.tensors[1].dtype
+    assert y.shape == truth.shape
+    assert_within(y, truth.detach(), size, label="y", **budget)
+    if not any(needed):
+        return
+    y.backward(dy)
+    truth.backward(dy.double())
+    for name, tensor, leaf, bound, needs in zip(
+        case.row.names, case.tensors, leaves, gradient_sizes, needed, strict=True
+    ):
+        assert (tensor is not None and tensor.grad is not None) == needs, name
+        if needs:
+            assert tensor.grad.dtype == tensor.dtype
+            assert_within(tensor.grad, leaf.grad, bound, label=name, **budget)
+
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+
+
+@settings(max_examples=100, derandomize=True, database=None, **COMMON)
+@given(case=cases())
+def test_equals_the_textbook(case):
+    check(case)
+
+
+@pytest.mark.full
+@settings(max_examples=2000, **COMMON)
+@given(case=cases())
+def test_two_thousand_cases(case):
+    check(case)
+
+
+NOT_TENSORS = [None, 1.0, [[1.0]], "weight", (1, 2)]
+NOT_FLOATS = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+BAD_OPTIONS = {
+    "scaling": [float("nan"), float("inf"), float("-inf"), "2", None, [1.0], 1j, torch.ones(2), torch.tensor(1)],
+    "budget": [0, -1, 1.5, "1", None, float("nan")],
+    "dropout_p": [1.0, -0.1, 2, float("nan"), "0.5", None],
+    "norm_grad": [1, "yes", None],
+    "weight_norm": [1.0, torch.ones(99), torch.ones(()), torch.ones(3, dtype=torch.int64), "norm"],
+}
+
+
+@st.composite
+def broken_cases(draw) -> tuple[Case, set[str]]:
+    """A case that cannot work, and the arguments of which the refusal may name one."""
+    case = draw(cases())
+    case.options.pop("weight_norm", None)
+    names = case.row.names
+    if draw(st.booleans()):
+        option = draw(st.sampled_from(list(BAD_OPTIONS)))
+        if option == "weight_norm":
+            case.options["norm_grad"] = False
+        case.options[option] = draw(st.sampled_from(BAD_OPTIONS[option]))
+        return case, {option}
+    position = draw(st.sampled_from([i for i, t in enumerate(case.tensors) if t is not None]))
+    tensor = case.tensors[position].detach()
+    kind = draw(st.sampled_from(["not a tensor", "dtype", "device", "dimensions", "size", "mixed dtypes"]))
+    blamed = {names[position]}
+    if kind == "not a tensor":
+        tensor = draw(st.sampled_from(NOT_TENSORS[1:] if names[position] == "bias" else NOT_TENSORS))
+    elif kind == "dtype" and tensor.is_floating_point():
+        tensor = torch.ones(tensor.shape).to(draw(st.sampled_from(NOT_FLOATS)))
+    elif kind == "device":
+        tensor = tensor.to("meta")
+        blamed = set(names)  # the other tensors are not where the weight is
+    elif kind == "dimensions" and names[position] not in ("x", "input"):
+        tensor = tensor[None, None]
+        blamed = set(names) if position == 1 else blamed
+    elif kind == "size" and names[position] not in ("input",):
+        dimension = draw(st.integers(0, tensor.ndim - 1)) if position else tensor.ndim - 1
+        shape = list(tensor.shape)
+        shape[dimension] += draw(st.integers(1, 3))
+        tensor = torch.ones(shape, dtype=tensor.dtype)
+        blamed = {"weight": set(names), "lora_A": {"lora_A", "lora_B"}}.get(names[position], blamed)
+    else:
+        position, blamed = 2, {"lora_A", "lora_B"}
+        tensor = case.tensors[2].detach()
+        tensor = tensor.to(torch.float16 if tensor.dtype is torch.float32 else torch.float32)
+    case.tensors[position] = tensor
+    return case, blamed
+
+
+def check_refused(broken: tuple[Case, set[str]]) -> None:
+    case, blamed = broken
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        case.run()
+    message = str(refusal.value)
+    assert any(message.startswith(name) or f" {name} " in message for name in blamed), message
+    assert "must" in message, message
+
+
+@settings(max_examples=100, derandomize=True, database=None, **COMMON)
+@given(broken=broken_cases())
+def test_refuses_by_name(broken):
+    check_refused(broken)
+
+
+@pytest.mark.full
+@settings(max_examples=2000, **COMMON)
+@given(broken=broken_cases())
+def test_two_thousand_refusals(broken):
+    check_refused(broken)
+
+
+def test_every_layer_is_drawn():
+    assert set(SHAPES) == set(LAYERS)
