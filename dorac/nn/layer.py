@@ -110,7 +110,8 @@ class DoraLayer(nn.Module):
         setattr(self, magnitude, nn.Parameter(torch.empty(magnitude_shape, dtype=wide, device=weight.device)))
         # The norm before the merge while the base weight holds the merged one: what unmerging needs.
         self.register_buffer("merged_norm", None, persistent=False)
-        # The norm while it is cached (norm_cache.py), and the tensors that it was taken of.
+        # See norm_cache.py: whether the norm is cached, the norm, what it was taken of, whether forward checks it.
+        self.caches_norm = False
         self.register_buffer("cached_norm", None, persistent=False)
         self.cached_of: tuple[Tensor, ...] | None = None
         self.check_cached_norm = False
@@ -258,8 +259,8 @@ class DoraLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:
-        """What copies and pickles hold: no cached norm, since nobody would refresh it in them."""
-        return self.__dict__ | {"_buffers": self._buffers | {"cached_norm": None}, "cached_of": None}
+        """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
+        return self.__dict__ | {"caches_norm": False, "cached_of": None}
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"

@@ -1,9 +1,9 @@
 """The norm of a layer, kept between the steps that change it.
 
-A layer's norm is cached while its buffer ``cached_norm`` is there (:func:`dorac.cache_norms` makes it). Whatever
-changes what the norm depends on ends in :func:`refresh`, which takes the norm anew and writes it in place: a captured
-CUDA graph reads the same memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is
-that of the tensors the forward uses; everywhere else the forward takes its own, as without a cache.
+Switched on by :func:`dorac.cache_norms`, a layer has its norm in the buffer ``cached_norm``. Whatever changes what the
+norm depends on ends in :func:`refresh`, which takes the norm anew and writes it in place: a captured CUDA graph reads
+the same memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is that of the
+tensors the forward uses; everywhere else the forward takes its own, as without a cache.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ STALE = (
 
 def uncacheable(layer: "DoraLayer") -> str | None:
     """Why the norm of this layer cannot be cached, or None if it can."""
-    if layer.cached_norm is not None:
+    if layer.caches_norm:
         return "it is cached already; remove() that cache first"
     if any(weight.requires_grad for weight in layer.base_weights()):
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
@@ -37,7 +37,7 @@ def uncacheable(layer: "DoraLayer") -> str | None:
 def start(layers: Iterable["DoraLayer"], *, debug: bool) -> None:
     """Caches the norms of these layers from now on; ``debug``: checks them in every forward."""
     for layer in layers:
-        layer.cached_norm = torch.empty(0)
+        layer.caches_norm = True
         layer.check_cached_norm = debug
     refresh(layers)
 
@@ -45,6 +45,7 @@ def start(layers: Iterable["DoraLayer"], *, debug: bool) -> None:
 def stop(layers: Iterable["DoraLayer"]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
+        layer.caches_norm = False
         layer.cached_norm = layer.cached_of = None
 
 
@@ -53,7 +54,7 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged."""
     pairs = []
     for layer in layers:
-        if layer.cached_norm is None:
+        if not layer.caches_norm:
             continue
         if layer.merged:
             layer.cached_of = None
@@ -112,8 +113,8 @@ def _identity(layer: "DoraLayer") -> tuple[Tensor, ...]:
     return *layer.norm_inputs(), layer.cached_norm
 
 
-def _like(cached: Tensor, norm: Tensor) -> bool:
-    return (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device)
+def _like(cached: Tensor | None, norm: Tensor) -> bool:
+    return cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device)
 
 
 @torch.compiler.disable(
