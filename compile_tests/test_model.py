@@ -35,34 +35,38 @@ def real_smollm2() -> torch.nn.Module:
     return load_model(locate(None), dtype=torch.float32, device="cpu")
 
 
-def adapted(model: torch.nn.Module) -> torch.nn.Module:
-    """Every linear kind wrapped with one rank and four scalings, off the zero init."""
+def adapted(model: torch.nn.Module, embedding: bool = False) -> torch.nn.Module:
+    """Every linear kind, and the token embedding if asked for, with one rank and four scalings, off the zero init."""
     layers = model.config.num_hidden_layers
     names = dorac.apply_dora(
         model,
-        "all-linear",
+        [*SEVEN, "embed_tokens"] if embedding else "all-linear",
         r=4,
         lora_alpha=8,
         init_lora_weights=False,
         alpha_pattern={"q_proj": 2, "down_proj": 5, r"layers\.1\..*": 3},
     )
-    assert {name.rpartition(".")[2] for name in names} == SEVEN
-    assert len(names) == 7 * layers
-    assert len({layer.scaling for layer in model.modules() if isinstance(layer, dorac.nn.DoraLinear)}) == 4
+    assert {name.rpartition(".")[2] for name in names} == SEVEN | ({"embed_tokens"} if embedding else set())
+    assert len(names) == 7 * layers + embedding
+    assert len({layer.scaling for layer in model.modules() if isinstance(layer, dorac.nn.DoraLayer)}) == 4
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, dorac.nn.DoraLinear):
-                layer.lora_B.mul_(0.1)  # drawn as large as the weights, it would drown what the model has learnt
+            if isinstance(layer, dorac.nn.DoraLayer):
+                lora_A, lora_B = layer._factors()
+                lora_B.mul_(0.1)  # drawn as large as the weights, it would drown what the model has learnt
+                if isinstance(layer, dorac.nn.DoraEmbedding):
+                    lora_A.mul_(0.01)
                 layer.lora_magnitude_vector.copy_(
-                    dorac.functional.init_magnitude(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+                    dorac.functional.init_magnitude(layer._matrix(), lora_A, lora_B, layer.scaling)
                 )
                 layer.lora_magnitude_vector.mul_(torch.rand_like(layer.lora_magnitude_vector) * 0.2 + 0.9)
     return model
 
 
+@pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("build", [lambda: random_smollm2(2), pytest.param(real_smollm2, marks=pytest.mark.full)])
-def test_fullgraph_over_lengths(build):
-    model = adapted(build())
+def test_fullgraph_over_lengths(build, embedding):
+    model = adapted(build(), embedding)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
 

@@ -1,11 +1,13 @@
-"""Model surgery: wrap a model's linear layers with DoRA, freeze the rest, merge."""
+"""Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from dorac.nn import DoraLayer, layer_class
+from dorac.nn.kinds import CONVOLUTIONS
 from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -30,15 +32,16 @@ def apply_dora(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
+    grouped_lora_A: bool = False,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
     Args:
-        model: any module that contains ``nn.Linear`` or transformers' ``Conv1D`` layers.
-        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every such
-            layer but the language-model head).
+        model: any module that contains layers of the kinds that ``dorac.nn`` adapts.
+        target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
+            linear layer but the language-model head).
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
             :class:`dorac.nn.DoraLayer`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
@@ -48,6 +51,7 @@ def apply_dora(
             lora_alpha. A key that matches nothing is warned about.
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
+        grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
 
     Returns:
         The names of the wrapped modules, in the model's order.
@@ -74,6 +78,13 @@ def apply_dora(
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
     )
+    if grouped_lora_A:
+        targets = [
+            dataclasses.replace(target, layout={"grouped_lora_A": True})
+            if layer_class(target.module) in CONVOLUTIONS
+            else target
+            for target in targets
+        ]
     wrap(
         model,
         targets,
@@ -94,7 +105,9 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -
     try:
         for target in targets:
             if target.module not in wrappers:
-                layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options)
+                layer = layer_class(target.module)(
+                    target.module, target.r, target.lora_alpha, **options, **target.layout
+                )
                 wrappers[target.module] = layer.train(target.module.training)
     except BaseException:
         for parameter in trainable:
@@ -171,13 +184,16 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
-            change both; an adapter that is not finite: it would destroy the base weight. Refused by name, and nothing
-            is changed. A weight that overflows its dtype: refused by name, the layers merged before it are unmerged.
+            change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
+            lora_A sees all channels: it has no merged form. Refused by name, and nothing is changed. A weight that
+            overflows its dtype: refused by name, the layers merged before it are unmerged.
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
     _refuse_tied(model)
     for name, layer in layers.items():
+        if reason := layer.cannot_merge():
+            raise ValueError(f"{name or type(layer).__name__}: {reason}")
         finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(

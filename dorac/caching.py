@@ -51,10 +51,9 @@ class NormCache:
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
         norm_cache.start(layers.values(), debug=debug)
         self._layers = weakref.WeakValueDictionary(layers)  # the hooks are global and must not keep the model alive
-        self._hooks = (
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        )
+        # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
+        before, after = (torch.compiler.disable(hook) for hook in (self._before_step, self._after_step))
+        self._hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
 
     def refresh(self) -> None:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""
@@ -87,12 +86,10 @@ class NormCache:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [layer for layer in self._layers.values() if any(id(t) in held for t in layer.norm_inputs())]
 
-    @torch.compiler.disable  # reads ids; torch breaks the graph of an optimizer's step at any rate
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:  # it may run the model between two changes of the parameters
             norm_cache.suspend(self._stepped(optimizer))
 
-    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         norm_cache.refresh(self._stepped(optimizer))

@@ -1,6 +1,7 @@
 """Adapters on disk in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, 
 from dorac.nn import DoraLayer, layer_class, norm_cache
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
-from dorac.targets import check_names, find_targets, from_pattern, matches, named_places
+from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -40,10 +41,12 @@ _NEUTRAL |= {
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
-    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight`` and
-    ``.lora_magnitude_vector`` in their own dtypes (and the modules in ``modules_to_save``), ``adapter_config.json`` the
-    ``LoraConfig`` with ``use_dora``. Each file is written beside its place and then moved there, so that an
-    interruption leaves the previous one whole. Whether the adapter is merged makes no difference.
+    ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
+    embedding ``.lora_embedding_A`` and ``.lora_embedding_B``) and ``.lora_magnitude_vector`` in their own dtypes (and
+    the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
+    written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
+    adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
+    reads those.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
@@ -72,7 +75,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
-    language-model head is read too, as PEFT does.
+    token embedding or language-model head is read too, as PEFT does.
 
     Returns:
         The names of the modules that the adapter went to.
@@ -110,11 +113,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             alpha_pattern=config.get("alpha_pattern"),
             saved=saved,
         )
+        targets = [_laid_out(target, tensors) for target in targets]
         bases = {target.name: target.module for target in targets}
         expected = {}
         for target in targets:
             cls = layer_class(target.module)
-            shapes = cls.adapter_shapes(target.module, target.r)
+            shapes = cls.adapter_shapes(target.module, target.r, **target.layout)
             expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
@@ -151,6 +155,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             parameter.copy_(tensors[key])
     norm_cache.refresh(layers.values())
     return list(layers)
+
+
+def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:
+    """The target with the layout that the file's tensors for it have."""
+    cls = layer_class(target.module)
+    keys = {name: f"{_PREFIX}{target.name}.{key}" for name, key in cls.PEFT_KEYS.items()}
+    present = {name: tensors[key] for name, key in keys.items() if key in tensors}
+    return dataclasses.replace(target, layout=cls.layout_of(target.module, present))
 
 
 def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str, Tensor]:

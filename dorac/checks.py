@@ -10,6 +10,7 @@ from torch import Tensor
 from dorac.numerics import FLOAT_DTYPES
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # of nn.Conv
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
@@ -24,6 +25,17 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor, weight_name: str = 
         raise ValueError(f"{name} must be on {weight.device} like {weight_name}, got {tensor.device}")
 
 
+def _check_pair(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Two float factors of as many dimensions as the weight, on its device, of one dtype."""
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_float(name, tensor)
+        if tensor.ndim != weight.ndim:
+            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
+        _check_device(name, tensor, weight)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+
+
 def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bool = True) -> None:
     """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
 
@@ -33,13 +45,7 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bo
     if weight.ndim != 2 and not (batched and weight.ndim == 3):
         expected = "2 dimensions, or 3 with experts" if batched else "2 dimensions"
         raise ValueError(f"weight must have {expected}, got shape {list(weight.shape)}")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_float(name, tensor)
-        if tensor.ndim != weight.ndim:
-            raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
-        _check_device(name, tensor, weight)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = "E, " if experts else ""
     rank = lora_A.shape[-2]
@@ -111,19 +117,25 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def check_compose(base: Tensor, lora: Tensor, mag_scale: Tensor, bias: Tensor | None, delta: bool) -> None:
+def check_compose(
+    base: Tensor, lora: Tensor, mag_scale: Tensor, bias: Tensor | None, delta: bool, dim: int = -1
+) -> None:
     """``base`` and ``lora`` of one shape ``[*, out]``, ``mag_scale`` and ``bias`` ``[out]``; no bias with ``delta``."""
     for name, tensor in (("base", base), ("lora", lora)):
         _check_float(name, tensor)
     if base.ndim == 0 or base.shape != lora.shape:
         raise ValueError(f"base and lora must share a shape [*, out], got {list(base.shape)} and {list(lora.shape)}")
     _check_device("lora", lora, base, "base")
+    if not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
+    if not -base.ndim <= dim < base.ndim:
+        raise ValueError(f"dim must be a dimension of base, whose shape is {list(base.shape)}, got {dim}")
     for name, vector in (("mag_scale", mag_scale), ("bias", bias)):
         if vector is None and name == "bias":
             continue
         _check_float(name, vector)
-        if vector.ndim != 1 or vector.shape[0] != base.shape[-1]:
-            raise ValueError(f"{name} must be [out] = [{base.shape[-1]}], got shape {list(vector.shape)}")
+        if vector.ndim != 1 or vector.shape[0] != base.shape[dim]:
+            raise ValueError(f"{name} must be [out] = [{base.shape[dim]}], got shape {list(vector.shape)}")
         _check_device(name, vector, base, "base")
     if delta and bias is not None:
         raise ValueError("bias must be None in the delta form: its base excludes the bias, which DoRA leaves as it is")
@@ -145,10 +157,52 @@ def check_linear(
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [*, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
+    check_activation_dtype(x, weight)
+    check_vector("bias", bias, weight)
+
+
+def check_activation_dtype(x: Tensor, weight: Tensor) -> None:
+    """The activation's dtype is the weight's, or what autocast makes of both."""
     device = weight.device.type
     if x.dtype != weight.dtype and not (device != "meta" and torch.is_autocast_enabled(device)):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, outside autocast, got {x.dtype}")
-    check_vector("bias", bias, weight)
+
+
+def check_embedding(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
+) -> None:
+    """The tensors of ``dora_embedding``: ``weight [vocab, dim]``, ``lora_A [r, vocab]``, ``lora_B [dim, r]``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of indices, got {type(x).__name__}")
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"x must hold int64 or int32 indices, got {x.dtype}")
+    _check_float("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [vocab, dim], got shape {list(weight.shape)}")
+    _check_device("x", x, weight)
+    vocab, dim = weight.shape
+    for name, tensor, layout, axis, size in (
+        ("lora_A", lora_A, f"[r, vocab] = [r, {vocab}]", -1, vocab),
+        ("lora_B", lora_B, f"[dim, r] = [{dim}, r]", 0, dim),
+    ):
+        _check_float(name, tensor)
+        if tensor.ndim != 2 or tensor.shape[axis] != size:
+            raise ValueError(
+                f"{name} must be {layout} for an embedding [vocab, dim] = {list(weight.shape)} (PEFT's "
+                f"lora_embedding_{name[-1]} as stored, not its transpose), got shape {list(tensor.shape)}"
+            )
+    check_adapter(weight.t(), lora_A, lora_B, magnitude, weight_norm)
+
+
+def check_lookup(padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool, vocab: int) -> None:
+    """How an embedding treats the gradients of its table."""
+    if padding_idx is not None:
+        if isinstance(padding_idx, bool) or not isinstance(padding_idx, (int, torch.SymInt)):
+            raise TypeError(f"padding_idx must be an integer or None, got {padding_idx!r}")
+        if not -vocab <= padding_idx < vocab:
+            raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
+    if sparse and scale_grad_by_freq:
+        raise ValueError("sparse must be False with scale_grad_by_freq: torch does not scale sparse gradients")
 
 
 def check_adapter(
@@ -159,3 +213,97 @@ def check_adapter(
     _check_float("magnitude", magnitude)
     check_vector("magnitude", magnitude, weight)
     check_vector("weight_norm", weight_norm, weight)
+
+
+def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int) -> None:
+    """``weight [out, in/G, k...]``, ``lora_A [r, in/G or in, k...]``, ``lora_B [out, r/G, 1...]`` of a convolution."""
+    _check_float("weight", weight)
+    if not 3 <= weight.ndim <= 5:
+        raise ValueError(f"weight must be [out, in/groups, k...] with 1 to 3 k, got shape {list(weight.shape)}")
+    _check_pair(weight, lora_A, lora_B)
+    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
+    out_channels, channels, *kernel = weight.shape
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups must be at least 1 and divide the {out_channels} output channels, got {groups}")
+    rank = lora_A.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
+    if rank % groups:
+        raise ValueError(f"lora_A must have a rank that groups={groups} divides, got a rank of {rank}")
+    if list(lora_A.shape[2:]) != kernel or lora_A.shape[1] not in (channels, channels * groups):
+        expected = f"[r, in, k...] = {[rank, channels * groups, *kernel]}"
+        expected += f" or [r, in/groups, k...] = {[rank, channels, *kernel]}" if groups > 1 else ""
+        raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")
+    if list(lora_B.shape) != [out_channels, rank // groups, *[1] * len(kernel)]:
+        expected = f"[out, r/groups, 1...] = {[out_channels, rank // groups, *[1] * len(kernel)]}"
+        raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
+
+
+def check_conv(
+    dimensions: int,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor | None,
+    groups: int,
+) -> None:
+    """All tensors of ``dora_conv1d``, ``2d`` or ``3d``."""
+    _check_float("weight", weight)
+    if weight.ndim != dimensions + 2:
+        raise ValueError(f"weight must have {dimensions + 2} dimensions, got shape {list(weight.shape)}")
+    check_conv_factors(weight, lora_A, lora_B, groups)
+    _check_float("magnitude", magnitude)
+    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm), ("bias", bias)):
+        if vector is not None:
+            _check_rows(name, vector, weight.shape[:1], weight, "weight")
+    _check_float("x", x)
+    in_channels = weight.shape[1] * groups
+    if x.ndim not in (dimensions + 1, dimensions + 2) or x.shape[-1 - dimensions] != in_channels:
+        sizes = ", ".join("DHW"[-dimensions:]) if dimensions > 1 else "L"
+        expected = f"[N, in, {sizes}] or [in, {sizes}] with in = {in_channels}"
+        raise ValueError(f"x must be {expected}, got shape {list(x.shape)}")
+    _check_device("x", x, weight)
+    check_activation_dtype(x, weight)
+
+
+def check_geometry(dimensions: int, stride: object, padding: object, dilation: object, padding_mode: object) -> None:
+    """What ``nn.Conv`` takes as stride, padding, dilation and padding mode."""
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if name == "padding" and isinstance(value, str):
+            if value not in ("same", "valid"):
+                raise ValueError(f"padding must be numbers, 'same' or 'valid', got {value!r}")
+            continue
+        values = (value,) * dimensions if isinstance(value, int) else value
+        if not isinstance(values, (tuple, list)) or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+            raise TypeError(f"{name} must be an integer or {dimensions} of them, got {value!r}")
+        if len(values) != dimensions or any(v < least for v in values):
+            raise ValueError(f"{name} must be one integer or {dimensions} of them, at least {least}, got {value!r}")
+    strides = (stride,) if isinstance(stride, int) else stride
+    if padding == "same" and any(v != 1 for v in strides):
+        raise ValueError(f"padding must not be 'same' with a stride other than 1, got stride {stride!r}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
+
+
+def check_extent(
+    x: Tensor, weight: Tensor, border: list[tuple[int, int]], dilation: tuple[int, ...], padding_mode: str
+) -> None:
+    """Whether the padding can be taken from x, and the kernel fits into the two."""
+    sizes = x.shape[-len(border) :]
+    for size, kernel, (before, after), step in zip(sizes, weight.shape[2:], border, dilation, strict=True):
+        most = {"reflect": size - 1, "circular": size}.get(padding_mode)
+        if most is not None and max(before, after) > most:
+            raise ValueError(
+                f"padding must be at most {most} with padding_mode {padding_mode!r} for x {list(x.shape)}, "
+                f"got {max(before, after)}"
+            )
+        reach = step * (kernel - 1) + 1
+        if size + before + after < reach:
+            raise ValueError(
+                f"x must be at least as large as the kernel, which reaches over {reach}, got shape {list(x.shape)} "
+                f"and a padding of {before + after}"
+            )

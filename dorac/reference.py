@@ -5,6 +5,7 @@ Every function computes in the dtype of its inputs: pass float64 for the truth, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,6 +56,28 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
+def dora_embedding(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    weight_norm: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; n, and what padding looks up, held constant in backprop."""
+    if weight_norm is None:
+        weight_norm = row_norm(weight.T, lora_A, lora_B, scaling).detach()
+    if padding_idx is not None:
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+        lora_A = torch.where(padding, lora_A.detach(), lora_A)
+    adapted = merge_weight(weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm)
+    return F.embedding(x, adapted.T)
+
+
 def merge_weight(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
 ) -> Tensor:
@@ -67,3 +90,62 @@ def unmerge_weight(
 ) -> Tensor:
     """``W = W' / g - s * B A``, ``[out, in]``."""
     return merged / magnitude_scale(magnitude, weight_norm)[:, None] - scaling * (lora_B @ lora_A)
+
+
+def ungrouped(weight: Tensor, groups: int) -> Tensor:
+    """A grouped convolution's weight ``[out, in/G, k...]`` as a plain one's, ``[out, in, k...]``: block-diagonal."""
+    group = torch.arange(groups, device=weight.device)
+    member = group.repeat_interleave(weight.shape[0] // groups)[:, None] == group
+    return (member.view(*member.shape, *[1] * (weight.ndim - 1)) * weight[:, None]).flatten(1, 2)
+
+
+def adapted_filters(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """``V = W + s * B A`` of a convolution as a plain one's, ``[out, in, k...]``.
+
+    A ``lora_A [r, in/G, k...]`` is grouped as the weight is, a ``lora_A [r, in, k...]`` sees every channel.
+    """
+    if lora_A.shape[1] == weight.shape[1]:
+        lora_A = ungrouped(lora_A, groups)
+    product = ungrouped(lora_B, groups).flatten(1) @ lora_A.flatten(1)
+    return ungrouped(weight, groups) + scaling * product.view(-1, *lora_A.shape[1:])
+
+
+def filter_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """The L2 norm of each output channel of V, ``[out]``."""
+    return torch.linalg.vector_norm(adapted_filters(weight, lora_A, lora_B, scaling, groups).flatten(1), dim=1)
+
+
+def dora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    stride: int = 1,
+    padding: int | str = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    weight_norm: Tensor | None = None,
+) -> Tensor:
+    """``y = conv(x, g V) + b``, one plain convolution with the dense adapted filters; n held constant in backprop."""
+    if weight_norm is None:
+        weight_norm = filter_norm(weight, lora_A, lora_B, scaling, groups).detach()
+    v = adapted_filters(weight, lora_A, lora_B, scaling, groups)
+    g = magnitude_scale(magnitude, weight_norm).view(-1, *[1] * (v.ndim - 1))
+    conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[v.ndim]
+    if padding_mode != "zeros" or padding == "same":
+        dimensions = v.ndim - 2
+        dilations = (dilation,) * dimensions if isinstance(dilation, int) else dilation
+        amounts = []
+        for i in reversed(range(dimensions)):
+            if isinstance(padding, str):
+                total = dilations[i] * (v.shape[2 + i] - 1) if padding == "same" else 0
+                amounts += [total // 2, total - total // 2]
+            else:
+                amounts += [padding if isinstance(padding, int) else padding[i]] * 2
+        x, padding = F.pad(x, amounts, mode="constant" if padding_mode == "zeros" else padding_mode), 0
+    return conv(x, g * v, bias, stride, padding, dilation)

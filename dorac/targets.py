@@ -15,12 +15,13 @@ ALL_LINEAR = "all-linear"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One module to adapt, with the rank and alpha that the patterns give it."""
+    """One module to adapt, with the rank and alpha that the patterns give it, and options of its kind of layer."""
 
     name: str
     module: nn.Module
     r: int
     lora_alpha: float
+    layout: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -90,13 +91,13 @@ def find_targets(
     for name, module in places:
         if not wanted(name, module):
             continue
+        rank = from_pattern("rank_pattern", rank_pattern, name, r)
         if isinstance(module, DoraLayer):
             if not all_linear:
                 reasons.append(f"{name}: is adapted already")
-        elif reason := refused.get(name) or unwrappable(module):
+        elif reason := refused.get(name) or unwrappable(module) or layer_class(module).unfit_rank(module, rank):
             reasons.append(f"{name}: {reason}")
         else:
-            rank = from_pattern("rank_pattern", rank_pattern, name, r)
             targets.append(Target(name, module, rank, from_pattern("alpha_pattern", alpha_pattern, name, lora_alpha)))
     if reasons:
         raise ValueError(
@@ -192,6 +193,11 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
                 bypassed[f"{name}.{child}".lstrip(".")] = (
                     f"TransformerEncoderLayer reads the weight of {child} past its forward in its inference fast path"
                 )
+        elif type(module).__module__.startswith("transformers.models."):
+            kind = type(module).__name__
+            child = "conv" if "ShortConv" in kind else "conv1d"  # of state-space blocks and what is like them
+            if isinstance(getattr(module, child, None), nn.Conv1d):
+                bypassed[f"{name}.{child}".lstrip(".")] = f"{kind} reads the weight of {child} past its forward"
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             bypassed[name] = (
                 f"{type(module).__name__} is not supported: transposed convolutions have no DoRA norm defined"

@@ -72,7 +72,8 @@ def train_a_bit(model):
     """Moves every adapter away from its initial state: no factor zero, every magnitude up to 20 % off the norm."""
     with torch.no_grad():
         for layer in dora_layers(model).values():
-            layer.lora_B.normal_(std=0.3)
+            lora_A, lora_B = layer._factors()
+            (lora_A if isinstance(layer, dorac.nn.DoraEmbedding) else lora_B).normal_(std=0.3)
             layer.lora_magnitude_vector.mul_(0.8 + 0.4 * torch.rand_like(layer.lora_magnitude_vector))
     return model
 
@@ -270,9 +271,9 @@ REFUSED = {
     "no match": (Model, {"target_modules": ["q_proj"]}, ValueError, "matched no module"),
     "an unadaptable module": (
         Model,
-        {"target_modules": ["up", "embed"]},
+        {"target_modules": ["up", "tail.0"]},
         ValueError,
-        "embed: Embedding is not supported",
+        "tail.0: LayerNorm is not supported",
     ),
     "bias": (Model, {"bias": "all"}, ValueError, "bias must be 'none', got 'all'"),
     "rank": (Model, {"r": 0}, ValueError, "r must be at least 1, got 0"),
@@ -322,8 +323,9 @@ def test_a_refusal_leaves_the_model_as_it_was(case):
 @pytest.mark.parametrize(
     ("build", "names"),
     [
-        (Model, ["up", "down", "tail.1", "head"]),
+        (Model, ["up", "down", "tail.1", "head", "embed"]),
         (llama, ["q_proj", "down_proj", "lm_head"]),
+        (llama, ["embed_tokens", "o_proj"]),
         (gpt2, ["c_attn", "c_proj"]),
     ],
 )
@@ -401,6 +403,10 @@ TIED = {
     "a parameter": (
         lambda: adapted(tie(Model()), ["up", "head"]),
         r"head\.base_layer\.weight is tied to embed\.weight",
+    ),
+    "an embedding": (
+        lambda: adapted(tie(Model()), ["up", "embed"]),
+        r"embed\.base_layer\.weight is tied to head\.weight",
     ),
     "tied afterwards": (
         lambda: tie_afterwards(adapted(names=["up", "head"])),

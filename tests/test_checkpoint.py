@@ -81,6 +81,23 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def gemma():
+    """Its embedding scales what it looks up."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
 def output(model):
     with torch.no_grad():
         if any(isinstance(module, nn.Embedding) for module in model.modules()):
@@ -103,7 +120,7 @@ def adapted(model, target_modules, **options):
     """Wrapped and away from its initial state: no factor zero, magnitudes up to 20 % off the norm, heads trained."""
     dorac.apply_dora(model, target_modules, **{"r": 4, "lora_alpha": 6, **options})
     for layer in dora_layers(model).values():
-        move(layer.lora_B)
+        move(*layer._factors())
         move_magnitude(layer.lora_magnitude_vector)
     for name in saved_modules(model):
         move(*model.get_submodule(name).parameters())
@@ -175,7 +192,12 @@ INTEROP = {
     "classifier": (classifier, {"target_modules": ["v_proj"], "modules_to_save": ["score"], "lora_dropout": 0.1}),
     "excluded": (llama, {"target_modules": "all-linear", "exclude_modules": ["0.mlp.up_proj", "k_proj"]}),
     "adapted head": (tied_llama, {"target_modules": ["lm_head", "k_proj"]}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 2}}),
+    "tied embedding": (tied_llama, {"target_modules": ["embed_tokens"], "use_rslora": True, "lora_dropout": 0.1}),
+    "GPT-2's embeddings": (gpt2, {"target_modules": ["wte", "wpe", "c_fc"], "alpha_pattern": {"wpe": 1}}),
+    "scaled embedding": (gemma, {"target_modules": ["embed_tokens", "v_proj", "lm_head"]}),
     "bfloat16": (lambda: llama().bfloat16(), {"target_modules": ["q_proj", "down_proj"]}),
+    "bfloat16 embedding": (lambda: llama().bfloat16(), {"target_modules": ["embed_tokens"]}),
     "float64": (lambda: llama().double(), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "plain torch": (lambda: Model().eval(), {"target_modules": ["up", "1.down"], "modules_to_save": ["head", "norm"]}),
 }
@@ -183,7 +205,7 @@ INTEROP = {
 
 def in_float32(model):
     """Two half-precision computations differ by their roundings; what they compute with is compared in float32."""
-    return model.float() if next(model.parameters()).dtype in HALF else model
+    return model.float() if any(p.dtype in HALF for p in model.parameters()) else model
 
 
 @pytest.mark.parametrize("case", INTEROP)
@@ -240,23 +262,37 @@ def test_a_peft_classifier(tmp_path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_base_weight_of_a_head_in_the_file(wrapped, tmp_path):
-    """Written where the head is adapted, for models whose vocabulary has grown; PEFT loads it, so dorac does."""
-    stock = stock_adapted(llama(), ["lm_head"])
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_the_base_weight_of_a_head_or_embedding_in_the_file(name, wrapped, tmp_path):
+    """Written where it is adapted, for models whose vocabulary has grown; PEFT loads it, so dorac does."""
+    target = [name.rpartition(".")[2]]
+    stock = stock_adapted(llama(), target)
     stock.save_pretrained(tmp_path)
-    model = adapted(llama(), ["lm_head"]) if wrapped else llama()
-    head = model.get_submodule("lm_head.base_layer" if wrapped else "lm_head")
+    model = adapted(llama(), target) if wrapped else llama()
+    base = model.get_submodule(f"{name}.base_layer" if wrapped else name)
     dorac.load_adapter(model, tmp_path)
-    assert model.lm_head.base_layer is head
-    assert torch.equal(head.weight, stock.base_model.model.lm_head.base_layer.weight)
-    assert not head.weight.requires_grad
-    change_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(33, 16)}))(tmp_path)
+    assert model.get_submodule(name).base_layer is base
+    assert torch.equal(base.weight, stock.base_model.model.get_submodule(name).base_layer.weight)
+    assert not base.weight.requires_grad
+    change_tensors(lambda t: t.update({f"base_model.model.{name}.base_layer.weight": torch.ones(33, 16)}))(tmp_path)
     before = snapshot(model)
     with pytest.raises(
-        ValueError, match=r"lm_head\.base_layer\.weight: the model has \[32, 16\], the file \[33, 16\]$"
+        ValueError, match=rf"{name}\.base_layer\.weight: the model has \[32, 16\], the file \[33, 16\]$"
     ):
         dorac.load_adapter(model, tmp_path)
     assert_unchanged(model, before)
+
+
+def test_an_embedding_goes_to_peft_and_back(tmp_path):
+    plain = llama()
+    model = adapted(copy.deepcopy(plain), ["embed_tokens", "o_proj"])
+    dorac.save_adapter(model, tmp_path / "dorac")
+    stock_loaded(copy.deepcopy(plain), tmp_path / "dorac").save_pretrained(tmp_path / "peft")
+    back = copy.deepcopy(plain)
+    dorac.load_adapter(back, tmp_path / "peft")
+    assert torch.equal(output(back), output(model))
+    keys = {f"base_model.model.model.embed_tokens.{key}" for key in back.model.embed_tokens.PEFT_KEYS.values()}
+    assert keys <= load_file(tmp_path / "dorac" / WEIGHTS).keys() & load_file(tmp_path / "peft" / WEIGHTS).keys()
 
 
 def test_config(tmp_path):

@@ -97,14 +97,75 @@ def test_gradients(dtype, delta, use_compile, device):
             assert_within_budget(tensor.grad, dense.grad, truth.grad, sum_length=33)
 
 
+# Memory formats of channels: the strides that torch gives them, whose view as rows is free, and some other order.
+LAYOUTS = {
+    "channels": lambda t: t,
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "other": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 65, 7), (2, 33, 5, 4), (1, 6, 1, 1), (2, 1, 3, 2), (0, 4, 3), (2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize("delta", [False, True])
-def test_gradcheck(delta):
+@pytest.mark.parametrize("use_compile", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_channels(layout, shape, dtype, delta, use_compile, device):
+    """Outputs along dimension 1: the values and gradients of the outputs moved last, in the format of base."""
+    rows = (shape[0], *shape[2:], shape[1])
+    base, lora, g, bias = inputs(rows, dtype, device=device, bias=not delta)
+    base, lora = (LAYOUTS[layout](t.movedim(-1, 1).contiguous()) for t in (base, lora))
+    tensors = [t if t is None else t.detach().requires_grad_() for t in (base, lora, g, bias)]
+    twins = [t if t is None else t.detach().clone().requires_grad_() for t in (base, lora, g, bias)]
+    compose = torch.compile(functional.compose, fullgraph=True) if use_compile else functional.compose
+    y = compose(*tensors[:3], 0.7, bias=tensors[3], delta=delta, dim=1)
+    moved = functional.compose(
+        *(t.movedim(1, -1) for t in twins[:2]), twins[2], 0.7, bias=twins[3], delta=delta
+    ).movedim(-1, 1)
+    assert y.dtype == dtype
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y, moved, **tolerance)
+    if layout != "other" and y.numel():
+        assert y.stride() == base.stride()
+    dy = torch.randn_like(moved)
+    y.backward(dy)
+    moved.backward(dy)
+    for tensor, twin in zip(tensors, twins, strict=True):
+        if tensor is not None:
+            # g and bias are sums over at most 40 positions, in another order.
+            eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps if dtype in HALF else 0)
+            limit = {"rtol": 40 * eps, "atol": 40 * eps}
+            torch.testing.assert_close(tensor.grad, twin.grad, **limit)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -4])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_any_dimension(dim, use_compile):
+    generator = torch.Generator().manual_seed(0)
+    base, lora = (torch.randn(3, 4, 5, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    out = base.shape[dim]
+    g, bias = (torch.rand(out, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    compose = functional.compose
+    if use_compile:
+        compose = torch.compile(compose, fullgraph=True, backend="aot_eager")
+    y = compose(base, lora, g, 0.7, bias=bias, dim=dim)
+    expected = reference.compose(base.movedim(dim, -1), lora.movedim(dim, -1), g, 0.7, bias).movedim(-1, dim)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), (g, bias)), torch.autograd.grad(expected.square().sum(), (g, bias))
+    )
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_gradcheck(delta, dim):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    args = (draw(3, 2, 5), draw(3, 2, 5), draw(5), *([] if delta else [draw(5)]))
+    shape = (3, 2, 5) if dim == -1 else (3, 5, 2)
+    args = (draw(*shape), draw(*shape), draw(5), *([] if delta else [draw(5)]))
 
     def function(base, lora, g, bias=None):
-        return functional.compose(base, lora, g, 0.7, bias=bias, delta=delta)
+        return functional.compose(base, lora, g, 0.7, bias=bias, delta=delta, dim=dim)
 
     options = {"check_batched_grad": True, "fast_mode": False}
     assert torch.autograd.gradcheck(function, args, check_forward_ad=True, check_batched_forward_grad=True, **options)

@@ -11,8 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import dorac
-from dorac import functional
-from dorac.nn import DoraLinear
+from dorac.nn import DoraConv2d, DoraEmbedding, DoraLayer, DoraLinear
 
 IN, OUT = 24, 17
 
@@ -36,8 +35,8 @@ def adapted(dtype=torch.float32, **options) -> Net:
     return model
 
 
-def layers(model) -> list[DoraLinear]:
-    return [module for module in model.modules() if isinstance(module, DoraLinear)]
+def layers(model) -> list[DoraLayer]:
+    return [module for module in model.modules() if isinstance(module, DoraLayer)]
 
 
 def trained(model) -> list[nn.Parameter]:
@@ -48,7 +47,7 @@ def assert_fresh(model) -> None:
     """Every layer's forward would use a cached norm, and it is the present one to the bit."""
     for layer in layers(model):
         assert layer._known_norm() is layer.cached_norm
-        present = functional.norm_factored(layer._matrix(), layer.lora_A, layer.lora_B, layer.scaling)
+        present = layer._norm()
         assert torch.equal(layer.cached_norm, present)
         assert (layer.cached_norm.dtype, layer.cached_norm.device) == (present.dtype, present.device)
 
@@ -110,6 +109,48 @@ def test_compiled_losses_are_the_same_bits(backend, compiled_step, device):
     dorac.cache_norms(model)
     assert run(model) == expected
     assert_fresh(model)
+
+
+KINDS = {
+    "Conv1D": lambda: (DoraLinear(pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, IN), 3), (5, IN)),
+    "dropout": lambda: (DoraLinear(nn.Linear(IN, OUT), 3, lora_dropout=0.3), (5, IN)),
+    "Embedding": lambda: (DoraEmbedding(nn.Embedding(9, OUT), 3), (2, 5)),
+    "Conv2d": lambda: (DoraConv2d(nn.Conv2d(4, 6, 3), 3), (2, 4, 7, 7)),
+    "grouped Conv2d": lambda: (DoraConv2d(nn.Conv2d(4, 6, 3, groups=2), 4), (2, 4, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(kind):
+    layer, shape = KINDS[kind]()
+    x = torch.randint(9, shape) if kind == "Embedding" else torch.randn(shape)
+    model, twin = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer))
+
+    def run(model):
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(trained(model), lr=0.1)
+        losses = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            losses.append(model(x).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+        return torch.stack(losses).detach()
+
+    expected = run(twin)
+    dorac.cache_norms(model)
+    assert torch.equal(run(model), expected)
+    assert len(set(expected.tolist())) == 4
+    assert_fresh(model)
+    assert computed_norms(lambda: model(x)) == 0 < computed_norms(lambda: twin(x))
+    state = copy.deepcopy(twin.state_dict())
+    if layer.cannot_merge() is None:
+        dorac.merge(model)
+        dorac.unmerge(model)
+        assert_fresh(model)
+    model.load_state_dict(state)
+    assert_fresh(model)
+    assert_fresh(model.bfloat16())
 
 
 def test_forward_computes_no_norm():
@@ -495,7 +536,7 @@ def test_debug_mode_finds_it_in_forward():
 def test_debug_mode_under_compile():
     model, x = adapted(), torch.randn(5, IN)
     dorac.cache_norms(model, debug=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="checks in eager"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compares in eager only"):
         torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")

@@ -10,6 +10,7 @@ from dorac.testing import linear_inputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 full = pytest.mark.full
+SAMPLED = [torch.bfloat16, *(pytest.param(dtype, marks=full) for dtype in DTYPES if dtype is not torch.bfloat16)]
 
 
 def activation(shape, dtype, layout, requires_grad, device):
@@ -99,6 +100,36 @@ def test_compose(dtype, layout, grads, delta, shape, lora_dtype, device):
     g = activation(shape[1:], wide, "contiguous", grads == "all", device)
     bias = None if delta else activation(shape[1:], dtype, "contiguous", grads == "all", device)
     opcheck(torch.ops.dorac.compose.default, (base, lora, g, torch.tensor(0.7, dtype=wide, device=device), bias, delta))
+
+
+@pytest.mark.parametrize("dtype", SAMPLED)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("delta", [False, pytest.param(True, marks=full)])
+def test_compose_of_channels(dtype, channels_last, grads, delta, device):
+    wide = torch.promote_types(dtype, torch.float32)
+    base, lora = (activation((2, 6, 3, 4), dtype, "contiguous", False, device) for _ in range(2))
+    if channels_last:
+        base, lora = (t.contiguous(memory_format=torch.channels_last) for t in (base, lora))
+    base, lora = base.requires_grad_(grads), lora.requires_grad_(grads)
+    g = activation((6,), wide, "contiguous", grads, device)
+    bias = None if delta else activation((6,), dtype, "contiguous", grads, device)
+    scaling = torch.tensor(0.7, dtype=wide, device=device)
+    opcheck(torch.ops.dorac.compose.default, (base, lora, g, scaling, bias, delta, 1))
+
+
+@pytest.mark.parametrize("op", ["compose_value", "compose_forward", "compose_backward"])
+@pytest.mark.parametrize("dtype", SAMPLED)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_compose_leaves_of_channels(op, dtype, layout, device):
+    wide = torch.promote_types(dtype, torch.float32)
+    left, right = (activation((2, 6, 3, 4), dtype, "contiguous", False, device) for _ in range(2))
+    if layout == "strided":
+        left, right = (t.transpose(0, 3).contiguous().transpose(0, 3) for t in (left, right))
+        assert not left.is_contiguous()
+    g, scaling = activation((6,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
+    last = wide if op == "compose_backward" else activation((6,), dtype, "contiguous", False, device)
+    opcheck(getattr(torch.ops.dorac, op).default, (left, right, g, scaling, last, False))
 
 
 @pytest.mark.parametrize("op", ["compose_value", "compose_forward"])

@@ -133,6 +133,8 @@ SAME_AS_PEFT = {
     "Conv1D endings": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj"]}),
     "Conv1D all-linear": (gpt2, {"target_modules": "all-linear"}),
     "Conv1D layer": (gpt2, {"target_modules": ["c_fc"], "layers_to_transform": 1, "layers_pattern": "h"}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "k_proj"], "rank_pattern": {"embed_tokens": 5}}),
+    "embeddings by regex": (gpt2, {"target_modules": r".*\.w[tp]e", "alpha_pattern": {"wpe": 3}, "use_rslora": True}),
     "Conv1D regex": (gpt2, {"target_modules": r"transformer\.h\.\d\.attn\.c_.*", "modules_to_save": ["ln_f"]}),
 }
 
@@ -240,7 +242,8 @@ class Attention(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.fc = nn.Linear(4, 4)
         self.up = nn.ConvTranspose2d(4, 4, 1)
-        self.embedding = nn.Embedding(4, 4)
+        self.embedding = nn.Embedding(4, 4, max_norm=1)
+        self.bag = nn.EmbeddingBag(4, 4)
 
 
 class ScaledLinear(nn.Linear):
@@ -267,7 +270,8 @@ UNADAPTABLE = {
     ),
     "the layer itself": (lambda: nn.TransformerEncoderLayer(4, 2, 8), ["linear1"], "linear1: TransformerEncoderLayer"),
     "transposed convolution": (Attention, ["up"], "up: ConvTranspose2d is not supported: transposed"),
-    "embedding": (Attention, ["embedding"], "embedding: Embedding is not supported"),
+    "embedding": (Attention, ["embedding"], "embedding: Embedding has max_norm=1"),
+    "embedding bag": (Attention, ["bag"], "bag: EmbeddingBag is not supported, only nn.Linear"),
     "container": (lambda: nn.Sequential(small()), ["0"], r"0: Sequential is not supported"),
     "activation": (small, r".*1", "1: ReLU is not supported"),
     "own forward": (lambda: nn.ModuleList([ScaledLinear(4, 4)]), ["0"], "0: ScaledLinear has a forward of its own"),

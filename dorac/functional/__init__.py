@@ -12,17 +12,25 @@ functions trace under ``torch.compile(fullgraph=True)`` and never change their i
 Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
 """
 
+from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
+from dorac.functional.embedding import dora_embedding
 from dorac.functional.linear import compose, dora_linear
 from dorac.functional.merge import invertible_scale, merge_weight, unmerge_weight
 from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
 
 __all__ = [
     "compose",
+    "conv_matrices",
+    "dora_conv1d",
+    "dora_conv2d",
+    "dora_conv3d",
+    "dora_embedding",
     "dora_linear",
     "init_magnitude",
     "invertible_scale",
     "magnitude_scale",
     "merge_weight",
     "norm_factored",
+    "norm_factored_conv",
     "unmerge_weight",
 ]

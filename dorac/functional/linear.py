@@ -19,6 +19,7 @@ def compose(
     *,
     bias: Tensor | None = None,
     delta: bool = False,
+    dim: int = -1,
 ) -> Tensor:
     """``g * (base + s * lora) + b``, or with ``delta=True`` the change ``(g - 1) * base + g * s * lora`` to ``base``.
 
@@ -31,18 +32,20 @@ def compose(
         mag_scale: g, ``[out]``, from :func:`magnitude_scale`.
         scaling: s, a finite number or a 0-d tensor.
         bias: ``[out]``; never scaled by g. Not allowed in the delta form, whose ``base`` excludes the bias.
+        dim: which dimension of ``base`` and ``lora`` holds the outputs: 1 for channels, ``[N, out, *]``.
 
     Returns:
-        ``[*, out]`` in the dtype of ``base``. Gradients flow to base, lora, mag_scale and bias; one tensor of the
-        size of the output is saved for backward, and none if ``mag_scale`` needs no gradient.
+        The shape, the dtype and, with channels, the memory format of ``base``. Gradients flow to base, lora, mag_scale
+        and bias; one tensor of the size of the output is saved for backward, and none if ``mag_scale`` needs no
+        gradient.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit; a bias in the delta form.
+        TypeError, ValueError: dtypes, shapes or devices that do not fit; a bias in the delta form; a dim out of range.
     """
-    checks.check_compose(base, lora, mag_scale, bias, delta)
+    checks.check_compose(base, lora, mag_scale, bias, delta, dim)
     checks.check_scaling(scaling)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
-    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, REVISION)
+    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, dim, REVISION)
 
 
 def dora_linear(

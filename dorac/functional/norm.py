@@ -88,12 +88,15 @@ def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
     return ops.compose.magnitude_scale(magnitude, weight_norm)
 
 
-def init_magnitude(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+def init_magnitude(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, *, budget: int = DEFAULT_BUDGET
+) -> Tensor:
     """``m0 = ||W + s * lora_B @ lora_A||_row``: the adapted layer starts with g = 1 exactly (paper, section 4.1).
 
-    Args, Raises: see :func:`norm_factored`.
+    Args, Raises: see :func:`norm_factored`. The ``budget`` is to be that of the forward: another one adds up in another
+        order.
 
     Returns:
         ``[out]``, float32 (float64 if any input is float64), whatever the dtype of the factors.
     """
-    return norm_factored(weight, lora_A, lora_B, scaling)
+    return norm_factored(weight, lora_A, lora_B, scaling, budget=budget)

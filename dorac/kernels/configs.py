@@ -104,7 +104,7 @@ def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype,
         return TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
     if h_dtype is torch.float32:
         return TileConfig(64, 128, 32, 4, 2)
-    return TileConfig(128, 256, 64, 8, 3, descriptors=True)
+    return TileConfig(128, 128, 64, 4, 3, descriptors=True)
 
 
 @functools.lru_cache(maxsize=1024)

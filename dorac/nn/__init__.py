@@ -1,7 +1,18 @@
 """Modules: parameters and one functional call each."""
 
+from dorac.nn.conv import DoraConv1d, DoraConv2d, DoraConv3d
+from dorac.nn.embedding import DoraEmbedding
 from dorac.nn.kinds import layer_class, unwrappable
 from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear
 
-__all__ = ["DoraLayer", "DoraLinear", "layer_class", "unwrappable"]
+__all__ = [
+    "DoraConv1d",
+    "DoraConv2d",
+    "DoraConv3d",
+    "DoraEmbedding",
+    "DoraLayer",
+    "DoraLinear",
+    "layer_class",
+    "unwrappable",
+]

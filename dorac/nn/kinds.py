@@ -2,22 +2,30 @@
 
 from torch import nn
 
+from dorac.nn.conv import DoraConv1d, DoraConv2d, DoraConv3d
+from dorac.nn.embedding import DoraEmbedding
 from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear, is_conv1d
 
-KINDS = (DoraLinear,)
+CONVOLUTIONS = (DoraConv1d, DoraConv2d, DoraConv3d)
+KINDS = (DoraLinear, DoraEmbedding, *CONVOLUTIONS)
 
 
 def layer_class(module: nn.Module) -> type[DoraLayer] | None:
     """The class that adapts modules of this kind, or None. It may still refuse this one: :func:`unwrappable`."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return DoraLinear
-    return None
+    if isinstance(module, nn.Embedding):
+        return DoraEmbedding
+    return next((cls for cls in CONVOLUTIONS if isinstance(module, cls.STOCK)), None)
 
 
 def unwrappable(module: nn.Module) -> str | None:
     """Why no adapted layer can be put in place of ``module``, or None if one can."""
     cls = layer_class(module)
     if cls is None:
-        return f"{type(module).__name__} is not supported, only nn.Linear and transformers' Conv1D are"
+        return (
+            f"{type(module).__name__} is not supported, only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, "
+            "nn.Conv3d and transformers' Conv1D are"
+        )
     return cls.unwrappable(module)

@@ -1,6 +1,7 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from dorac import checks, functional
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
+from dorac.ops.norm import DEFAULT_BUDGET
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -52,6 +54,7 @@ class DoraLayer(nn.Module):
         adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
             otherwise.
         norm_grad: whether gradient flows through the norm, see :func:`dorac.functional.norm_factored`.
+        layout: what ``adapter_shapes`` of the subclass takes.
 
     Raises:
         TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
@@ -63,11 +66,23 @@ class DoraLayer(nn.Module):
 
     # The adapter's parameters (lora_A, lora_B, the magnitude, in this order) and the endings of PEFT's keys for them.
     PEFT_KEYS: ClassVar[dict[str, str]]
+    # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
+    norm_budget: ClassVar[int] = DEFAULT_BUDGET
 
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         """Why this class cannot wrap ``module``, or None if it can."""
         raise NotImplementedError
+
+    @classmethod
+    def unfit_rank(cls, base_layer: nn.Module, r: int) -> str | None:
+        """Why an adapter around ``base_layer`` cannot have the rank ``r``, or None if it can."""
+        return None
+
+    @classmethod
+    def layout_of(cls, base_layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        """The options of :meth:`adapter_shapes` that tensors of an adapter, by the names of its parameters, ask for."""
+        return {}
 
     @classmethod
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
@@ -85,12 +100,16 @@ class DoraLayer(nn.Module):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         norm_grad: bool = False,
+        **layout,
     ) -> None:
         super().__init__()
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
         check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         checks.check_norm_grad(norm_grad)
+        if reason := self.unfit_rank(base_layer, r):
+            raise ValueError(reason)
+        shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
@@ -103,7 +122,7 @@ class DoraLayer(nn.Module):
         weight = base_layer.weight
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        *factors, (magnitude, magnitude_shape) = self.adapter_shapes(base_layer, r).items()
+        *factors, (magnitude, magnitude_shape) = shapes.items()
         for name, shape in factors:
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device)))
         wide = accumulate_dtype(weight, *self._parameters.values())
@@ -160,13 +179,18 @@ class DoraLayer(nn.Module):
         """The parameters of the base layer that merging changes."""
         return [self.base_layer.weight]
 
+    def _magnitude(self) -> Tensor:
+        """The magnitude of the matrix, ``[out]``."""
+        return self.lora_magnitude_vector.flatten()
+
     def _norm(self) -> Tensor:
         """The norm that the magnitude is divided by, as many elements as it has."""
-        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling)
+        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
 
     def norm_inputs(self) -> tuple[Tensor, ...]:
-        """The tensors that the norm depends on."""
-        return *self.base_weights(), *self._factors()
+        """The parameters that the norm depends on."""
+        factors = (getattr(self, name) for name in self.PEFT_KEYS if not name.endswith("lora_magnitude_vector"))
+        return *self.base_weights(), *factors
 
     def _known_norm(self) -> Tensor | None:
         """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""
@@ -192,17 +216,28 @@ class DoraLayer(nn.Module):
         """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
         return self.merged_norm is not None
 
+    def cannot_merge(self) -> str | None:
+        """Why the adapted weight has no place in the base layer, or None if it has."""
+        return None
+
     @torch.no_grad()
     def merge(self) -> None:
         """Writes the adapted weight into the base layer; a second call does nothing.
 
         Raises:
-            ValueError: the merged weight would not be finite in its dtype; the layer stays unmerged.
+            ValueError: :meth:`cannot_merge`; the merged weight would not be finite in its dtype. The layer stays
+                unmerged.
         """
         if self.merged:
             return
+        if reason := self.cannot_merge():
+            raise ValueError(reason)
         merged, norm = functional.merge_weight(
-            self._matrix(), *self._factors(), self.lora_magnitude_vector.flatten(), scaling=self.scaling
+            self._matrix(),
+            *self._factors(),
+            self._magnitude(),
+            scaling=self.scaling,
+            budget=self.norm_budget,
         )
         if not merged.is_meta and not merged.isfinite().all():
             raise ValueError(
@@ -224,9 +259,10 @@ class DoraLayer(nn.Module):
             functional.unmerge_weight(
                 self._matrix(),
                 *self._factors(),
-                self.lora_magnitude_vector.flatten(),
+                self._magnitude(),
                 scaling=self.scaling,
                 weight_norm=self.merged_norm,
+                budget=self.norm_budget,
             )
         )
         self.merged_norm = None
@@ -234,7 +270,7 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm)
+        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.

@@ -117,10 +117,9 @@ def _like(cached: Tensor | None, norm: Tensor) -> bool:
     return cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device)
 
 
-@torch.compiler.disable(
-    reason="cache_norms(debug=True) checks in eager; without fullgraph, or call check() between steps"
-)
 def _check(layer: "DoraLayer") -> None:
+    if torch.compiler.is_compiling():  # breaks the graph, or says why where that is not allowed
+        raise RuntimeError("cache_norms(debug=True) compares in eager only: compile without fullgraph, or use check()")
     with torch.no_grad():
         if is_stale(layer):
             raise RuntimeError(STALE.format(type(layer).__name__))

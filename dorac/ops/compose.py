@@ -11,7 +11,11 @@ would not vmap.
 The leaves are Triton kernels on the GPUs that have them; on the CPU they bound the float32 temporaries of
 half-precision activations to one block of rows.
 
-Legend: T tokens, O out_features. Activations are [T, O] here; the functional layer accepts any leading shape.
+Where the outputs are not the last dimension but channels, the memory format of the activations decides. Channels-last
+ones are rows of outputs: the same view, the same kernels. Others are taken as they are, [N, O, *], and in aten.
+
+Legend: T tokens, O out_features, N samples. Activations are [T, O] here, those of channels [N, O, *] (the outputs are
+dimension 1 either way, g and bias [O]); the functional layer accepts any leading shape.
 """
 
 import math
@@ -24,6 +28,16 @@ from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 BLOCK_ELEMENTS = 2**18  # elements per row block of the CPU loops: the fp32 temporaries stay in cache
+
+
+def _along_outputs(vector_O, activation):
+    """The vector, to be broadcast over every dimension of an activation but its outputs, dimension 1."""
+    return vector_O if vector_O is None or activation.ndim == 2 else vector_O.view(-1, *[1] * (activation.ndim - 2))
+
+
+def _sum_outputs(activation, dtype):
+    """The sum over every dimension but that of the outputs, [O]."""
+    return activation.sum([d for d in range(activation.ndim) if d != 1], dtype=dtype)
 
 
 def _inner(base_TO, lora_TO, scaling, acc):
@@ -62,8 +76,8 @@ def compose_aten(base, lora, mag_scale, scaling, bias, delta):
 
 def _blocks(activation_TO: Tensor) -> list[slice]:
     """Row blocks for the loops below: small on the CPU, one block elsewhere (a launch costs more than it saves)."""
-    tokens, out_features = activation_TO.shape
-    rows = BLOCK_ELEMENTS // max(1, out_features) if activation_TO.device.type == "cpu" else tokens
+    tokens, *row = activation_TO.shape
+    rows = BLOCK_ELEMENTS // max(1, math.prod(row)) if activation_TO.device.type == "cpu" else tokens
     return [slice(i, i + max(1, rows)) for i in range(0, tokens, max(1, rows))]
 
 
@@ -101,6 +115,7 @@ def _compose_backward_fake(dy, inner, mag_scale, scaling, lora_dtype, delta):
 
 def _compose_value(base, lora, mag_scale, scaling, bias, delta):
     y = base.new_empty(base.shape)
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
         y[rows] = compose_aten(base[rows], lora[rows], mag_scale, scaling, bias, delta)
     return y
@@ -109,6 +124,7 @@ def _compose_value(base, lora, mag_scale, scaling, bias, delta):
 def _compose_forward(base, lora, mag_scale, scaling, bias, delta):
     acc = accumulate_dtype(base, lora, mag_scale)
     y, inner = base.new_empty(base.shape), base.new_empty(base.shape)
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
         inner_TO = _inner(base[rows], lora[rows], scaling, acc)
         inner[rows] = inner_TO
@@ -120,9 +136,10 @@ def _compose_backward(dy, inner, mag_scale, scaling, lora_dtype, delta):
     acc = accumulate_dtype(dy, inner, mag_scale)
     d_base, d_lora = inner.new_empty(inner.shape), inner.new_empty(inner.shape, dtype=lora_dtype)
     d_mag = mag_scale.new_zeros(mag_scale.shape, dtype=acc)
+    along = _along_outputs(mag_scale, inner)
     for rows in _blocks(inner):
-        d_base[rows], d_lora[rows] = _grads(dy[rows], mag_scale, scaling, delta, acc)
-        d_mag += (dy[rows].to(acc) * inner[rows].to(acc)).sum(0)
+        d_base[rows], d_lora[rows] = _grads(dy[rows], along, scaling, delta, acc)
+        d_mag += _sum_outputs(dy[rows].to(acc) * inner[rows].to(acc), acc)
     return d_base, d_lora, d_mag.to(mag_scale.dtype)
 
 
@@ -154,11 +171,13 @@ for _name, _aten, _cuda in (
 
 def compose_parts(base, lora, mag_scale, scaling, bias, delta, *, eager, needs_inner):
     """``(y, inner)``, the second None unless needed: over the leaves in eager, in aten under the compiler."""
-    if not needs_inner:
-        compute = torch.ops.dorac.compose_value if eager else compose_aten
-        return compute(base, lora, mag_scale, scaling, bias, delta), None
     if eager:
-        return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
+        if needs_inner:
+            return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
+        return torch.ops.dorac.compose_value(base, lora, mag_scale, scaling, bias, delta), None
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
+    if not needs_inner:
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta), None
     acc = accumulate_dtype(base, lora, mag_scale)
     inner_TO = _inner(base, lora, scaling, acc)
     y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, acc).to(base.dtype)
@@ -192,12 +211,12 @@ class _Compose(torch.autograd.Function):
                     dy, inner, mag_scale, scaling, lora_dtype, ctx.delta
                 )
             else:  # traced, or differentiated again
-                d_base, d_lora = _grads(dy, mag_scale, scaling, ctx.delta, acc)
+                d_base, d_lora = _grads(dy, _along_outputs(mag_scale, dy), scaling, ctx.delta, acc)
                 d_base, d_lora = d_base.to(base_dtype), d_lora.to(lora_dtype)
                 if needs_mag:
-                    d_mag = (dy.to(acc) * inner.to(acc)).sum(0).to(mag_dtype)
+                    d_mag = _sum_outputs(dy.to(acc) * inner.to(acc), acc).to(mag_dtype)
             if needs_bias:
-                d_bias = dy.sum(0, dtype=acc).to(bias_dtype)
+                d_bias = _sum_outputs(dy, acc).to(bias_dtype)
         if d_inner is not None:  # the second derivative reaches inner through d_mag
             d_base = d_inner if d_base is None else d_base + d_inner
             scaled = (scaling.to(acc) * d_inner.to(acc)).to(lora_dtype)
@@ -205,22 +224,38 @@ class _Compose(torch.autograd.Function):
         return d_base, d_lora, d_mag, None, d_bias, None, None
 
 
-def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, revision=REVISION):
+def _channels_last(activation: Tensor, dim: int) -> bool:
+    """Whether the activation lies in memory as rows of the outputs ``dim``, as torch allocates channels-last."""
+    rows = activation.movedim(dim, -1)
+    return rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] and rows.is_contiguous()
+
+
+def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, revision=REVISION):
     tensors = (base, lora, mag_scale, scaling, bias)
+    dim %= base.ndim
+    trailing = base.ndim - 1 - dim
     if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
-        return compose_aten(*tensors, delta)
+        if trailing:
+            mag_scale, bias = (t if t is None else t.reshape(-1, *[1] * trailing) for t in (mag_scale, bias))
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta)
     eager = front.all_eager(*tensors)
+    if trailing and eager and _channels_last(base, dim):
+        base, lora = base.movedim(dim, -1), lora.movedim(dim, -1)
+        return _compose(base, lora, mag_scale, scaling, bias, delta).movedim(-1, dim)
     shape = base.shape
-    base, lora = (t.reshape(math.prod(shape[:-1]), shape[-1]) for t in (base, lora))
+    if not trailing or dim != 1:
+        base, lora = (t.reshape(math.prod(shape[:dim]), *shape[dim:]) for t in (base, lora))
+    if trailing and base.is_cuda:  # the kernels take rows of outputs
+        eager = False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y = _Compose.apply(base, lora, mag_scale, scaling, bias, delta, eager)[0]
     else:
-        y = (torch.ops.dorac.compose_value if eager else compose_aten)(base, lora, mag_scale, scaling, bias, delta)
+        y = compose_parts(base, lora, mag_scale, scaling, bias, delta, eager=eager, needs_inner=False)[0]
     return y.view(shape)
 
 
 register_composite(
     "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False, "
-    f"int revision={REVISION}) -> Tensor",
+    f"int dim=-1, int revision={REVISION}) -> Tensor",
     _compose,
 )

@@ -1,0 +1,490 @@
+"""The convolutions as functions: against one dense, ungrouped convolution with the adapted filters."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dorac import functional, reference
+from dorac.testing import CONVOLUTIONS, Convolution, assert_within_budget, conv_inputs
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = [torch.float64, torch.float32, *HALF]
+NAMES = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
+CASES = pytest.mark.parametrize("case", CONVOLUTIONS)
+SCALING = 0.7
+
+
+def of_rank(case: str, rank: int) -> Convolution:
+    """The case at the next higher rank that its groups divide."""
+    convolution = CONVOLUTIONS[case]
+    return dataclasses.replace(convolution, rank=-(-rank // convolution.groups) * convolution.groups)
+
+
+def layer_of(convolution: Convolution, use_compile: bool = False):
+    """The function under test with the case's geometry."""
+    function = getattr(functional, f"dora_conv{convolution.dimensions}d")
+    if use_compile:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    return lambda *args, **options: function(*args, **{"scaling": SCALING, **convolution.geometry, **options})
+
+
+def textbook_of(convolution: Convolution):
+    return lambda *args, **options: reference.dora_conv(*args, scaling=SCALING, **convolution.geometry, **options)
+
+
+def norm_of(inputs, convolution):
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    return functional.norm_factored_conv(*args, SCALING, groups=convolution.groups)
+
+
+def check_forward(inputs, convolution, layer):
+    textbook = textbook_of(convolution)
+    y = layer(*inputs.tensors())
+    dtype = inputs.x.dtype
+    assert y.dtype == dtype
+    dense = textbook(*inputs.map(lambda t: t.to(dtype)).tensors())
+    truth = textbook(*inputs.double().tensors())
+    # base, lora and the result are rounded to the activation's dtype.
+    assert_within_budget(y, dense, truth, sum_length=convolution.sum_length(), roundings=3)
+
+
+def check_gradients(inputs, convolution, layer):
+    textbook = textbook_of(convolution)
+    leaves = inputs.leaves()
+    y = layer(*leaves.tensors())
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
+    y.backward(dy)
+
+    def exact(dtype):
+        copies = inputs.map(lambda t: t.detach().to(dtype).requires_grad_())
+        textbook(*copies.tensors()).backward(dy.to(dtype))
+        return copies
+
+    same_dtype, truth = exact(y.dtype), exact(torch.float64)
+    for name in NAMES:
+        actual, yardstick, exact_grad = (getattr(layer, name) for layer in (leaves, same_dtype, truth))
+        if actual is None:
+            continue
+        assert actual.grad.dtype == actual.dtype, name
+        if name == "magnitude" and y.dtype in HALF:
+            bound = magnitude_bound(inputs.double(), convolution, dy.double(), y.dtype)
+            assert ((actual.grad.double() - exact_grad.grad).abs() <= bound).all()
+            continue
+        # inner and the gradient of inner are each rounded to the activation's dtype before a product uses them.
+        roundings = 3
+        if name == "x" and y.dtype is torch.float32:
+            # A sum over the ranks, which the dense filters hold summed already: its rounding errors add up at random.
+            roundings += math.isqrt(convolution.rank * math.prod(convolution.kernel))
+        sum_length = convolution.sum_length()
+        assert_within_budget(actual.grad, yardstick.grad, exact_grad.grad, sum_length=sum_length, roundings=roundings)
+
+
+def magnitude_bound(inputs, convolution, dy, dtype):
+    """Float32, but a sum of products with inner, which half-precision products made.
+
+    ``conv(x, W)``, h, ``conv(h, lora_B)`` and inner itself are rounded to the activation's dtype: four roundings of at
+    most ``|conv(x, W)| + s conv(|h|, |lora_B|)``.
+    """
+    plain, zeros = torch.ones_like(inputs.magnitude), torch.zeros_like(inputs.lora_B)
+    one = {"weight_norm": plain}
+    textbook = textbook_of(convolution)
+    base = textbook(inputs.x, inputs.weight, inputs.lora_A, zeros, plain, **one)
+    size = base.abs()
+    for rho in range(inputs.lora_B.shape[1]):  # |h_rho| by |lora_B|: one rank of every group at a time
+        single = torch.zeros_like(inputs.lora_B)
+        single[:, rho] = inputs.lora_B[:, rho]
+        size = size + textbook(inputs.x, torch.zeros_like(inputs.weight), inputs.lora_A, single, plain, **one).abs()
+    others = [d for d in range(dy.ndim) if d != 1]
+    norm = reference.filter_norm(inputs.weight, inputs.lora_A, inputs.lora_B, SCALING, convolution.groups)
+    return 4 * 0.5 * torch.finfo(dtype).eps * (dy.abs() * size).sum(others) / norm
+
+
+@CASES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward(case, dtype, device):
+    convolution = CONVOLUTIONS[case]
+    check_forward(conv_inputs(case, dtype=dtype, device=device), convolution, layer_of(convolution))
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients(case, dtype, device):
+    convolution = CONVOLUTIONS[case]
+    check_gradients(conv_inputs(case, dtype=dtype, device=device), convolution, layer_of(convolution))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "channels_last"),
+    [
+        ("1d_dilated_same", torch.float32, False),
+        ("2d_grouped_peft", torch.bfloat16, True),
+        ("2d_depthwise", torch.float32, True),
+        ("3d_strided", torch.bfloat16, False),
+    ],
+)
+def test_compiled(case, dtype, channels_last, device):
+    """A sample of the full matrix."""
+    convolution = CONVOLUTIONS[case]
+    inputs = conv_inputs(case, dtype=dtype, channels_last=channels_last, bias=not channels_last, device=device)
+    layer = layer_of(convolution, use_compile=True)
+    check_forward(inputs, convolution, layer)
+    check_gradients(inputs, convolution, layer)
+
+
+@pytest.mark.parametrize("case", ["1d", "2d_depthwise_peft", "2d_depthwise"])
+def test_rank_384(case, device):
+    convolution = of_rank(case, 384)
+    inputs = conv_inputs(convolution, dtype=torch.float32, device=device)
+    check_forward(inputs, convolution, layer_of(convolution))
+    check_gradients(inputs, convolution, layer_of(convolution))
+
+
+@pytest.mark.full
+@CASES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 8, 64, 384])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_full_matrix(case, dtype, rank, bias, channels_last, use_compile, device):
+    convolution = of_rank(case, rank)
+    inputs = conv_inputs(convolution, dtype=dtype, bias=bias, channels_last=channels_last, device=device)
+    layer = layer_of(convolution, use_compile)
+    check_forward(inputs, convolution, layer)
+    check_gradients(inputs, convolution, layer)
+
+
+@CASES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_norm(case, dtype, channels_last, device):
+    convolution = CONVOLUTIONS[case]
+    inputs = conv_inputs(case, dtype=dtype, channels_last=channels_last, device=device)
+    norm = norm_of(inputs, convolution)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert norm.dtype == wide
+    dense, truth = (
+        reference.filter_norm(
+            *(t.to(to) for t in (inputs.weight, inputs.lora_A, inputs.lora_B)), SCALING, convolution.groups
+        )
+        for to in (wide, torch.float64)
+    )
+    # In PEFT's layout the two parts are rounded, then their sum.
+    assert_within_budget(norm, dense, truth, sum_length=convolution.sum_length(), roundings=2)
+    assert not norm.requires_grad
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B, SCALING)
+    chunked = functional.norm_factored_conv(*args, groups=convolution.groups, budget=1)
+    assert_within_budget(chunked, dense, truth, sum_length=convolution.sum_length(), roundings=2)
+
+
+def test_norm_of_a_zero_base_in_pefts_layout(device):
+    """Nothing but the factors: a lora_A whose own group is zero too leaves the second term of the norm alone."""
+    convolution = CONVOLUTIONS["2d_grouped_peft"]
+    inputs = conv_inputs("2d_grouped_peft", dtype=torch.float32, device=device)
+    inputs.weight.zero_()
+    ranks, channels = convolution.rank // 3, convolution.x[1] // 3
+    for j in range(3):
+        inputs.lora_A[j * ranks : (j + 1) * ranks, j * channels : (j + 1) * channels] = 0
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    truth = reference.filter_norm(*(t.double() for t in args), SCALING, 3)
+    assert truth.min() > 0.1
+    dense = reference.filter_norm(*args, SCALING, 3)
+    assert_within_budget(norm_of(inputs, convolution), dense, truth, sum_length=convolution.sum_length())
+
+
+def test_filters_that_the_factors_cancel(device):
+    """Nearly dependent rows of lora_A outside of the group, subtracted by lora_B: a Gram matrix in float32 loses it."""
+    case = dataclasses.replace(CONVOLUTIONS["1d_grouped_peft"], rank=4)
+    inputs = conv_inputs(case, dtype=torch.float32, device=device)
+    inputs.weight.zero_()
+    inputs.lora_A[1::2] = inputs.lora_A[::2] + 1e-3 * inputs.lora_A[1::2]
+    inputs.lora_B[:, 1] = -inputs.lora_B[:, 0]
+    args = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    truth = reference.filter_norm(*(t.double() for t in args), SCALING, 2)
+    dense = reference.filter_norm(*args, SCALING, 2)
+    assert truth.max() < 2e-3
+    assert_within_budget(norm_of(inputs, case), dense, truth, sum_length=1, roundings=2)
+
+
+@pytest.mark.parametrize("case", ["2d", "2d_grouped", "2d_grouped_peft", "3d_circular", "1d"])
+def test_a_channels_last_weight_is_not_copied(case):
+    inputs = conv_inputs(case, channels_last=True)
+    assert not inputs.weight.is_contiguous()
+    weight, lora_A, lora_B = functional.conv_matrices(
+        inputs.weight, inputs.lora_A, inputs.lora_B, CONVOLUTIONS[case].groups
+    )
+    assert weight.untyped_storage().data_ptr() == inputs.weight.untyped_storage().data_ptr()
+    contiguous = [t.contiguous() for t in (inputs.weight, inputs.lora_A, inputs.lora_B)]
+    expected = functional.conv_matrices(*contiguous, CONVOLUTIONS[case].groups)
+    assert [t.shape for t in (weight, lora_A, lora_B)] == [t.shape for t in expected]
+    # The same products of a row of either with a row of the other, in another order of the columns.
+    torch.testing.assert_close(weight @ lora_A.mT, expected[0] @ expected[1].mT)
+
+
+@CASES
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("use_compile", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_memory_format_is_the_frozen_layers(case, channels_last, use_compile):
+    """Of the result and of the gradient of x, as torch's own convolution leaves them."""
+    convolution = CONVOLUTIONS[case]
+    inputs = conv_inputs(case, dtype=torch.float32, channels_last=channels_last)
+    x = inputs.x.requires_grad_()
+    conv = getattr(nn, f"Conv{convolution.dimensions}d")(
+        convolution.x[1], convolution.out, convolution.kernel, **convolution.geometry
+    )
+    conv.weight = nn.Parameter(inputs.weight)
+    plain = conv(x)
+    (expected,) = torch.autograd.grad(plain.sum(), x)
+    y = layer_of(convolution, use_compile)(*inputs.tensors())
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert y.stride() == plain.stride()
+    assert actual.stride() == expected.stride()
+    if channels_last and case.startswith(("2d", "3d")) and "1x1" not in case:
+        assert not y.is_contiguous()
+        assert y.movedim(1, -1).is_contiguous()
+
+
+@CASES
+def test_a_zero_adapter_is_nn_conv(case):
+    """Where lora_B is zero and g is 1, whatever nn.Conv makes of the geometry; x without a batch too."""
+    convolution = CONVOLUTIONS[case]
+    inputs = conv_inputs(case)
+    conv = getattr(nn, f"Conv{convolution.dimensions}d")(
+        convolution.x[1], convolution.out, convolution.kernel, **convolution.geometry, dtype=torch.float64
+    )
+    conv.load_state_dict({"weight": inputs.weight, "bias": inputs.bias})
+    magnitude = functional.norm_factored_conv(
+        inputs.weight, inputs.lora_A, torch.zeros_like(inputs.lora_B), SCALING, groups=convolution.groups
+    )
+    args = (inputs.weight, inputs.lora_A, torch.zeros_like(inputs.lora_B), magnitude, inputs.bias)
+    layer = layer_of(convolution)
+    torch.testing.assert_close(layer(inputs.x, *args), conv(inputs.x))
+    torch.testing.assert_close(layer(inputs.x[0], *args), conv(inputs.x)[0])
+    assert layer(inputs.x[:0], *args).shape == (0, *conv(inputs.x).shape[1:])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inputs_unchanged(channels_last):
+    inputs = conv_inputs("2d_circular", channels_last=channels_last)
+    before = [t.clone() for t in inputs.tensors()]
+    layer_of(CONVOLUTIONS["2d_circular"])(*inputs.tensors(), dropout_p=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs.tensors(), strict=True))
+
+
+def test_strided_tensors():
+    """Neither contiguous nor channels-last."""
+    inputs = conv_inputs("2d")
+    strided = inputs.map(lambda t: torch.stack([t, t], -1)[..., 0])
+    assert not any(t.is_contiguous() for t in strided.tensors())
+    layer = layer_of(CONVOLUTIONS["2d"])
+    torch.testing.assert_close(layer(*strided.tensors()), layer(*inputs.tensors()))
+
+
+def test_given_norm_replaces_the_computed_one():
+    case = "2d_grouped_peft"
+    inputs, layer = conv_inputs(case, bias=False), layer_of(CONVOLUTIONS[case])
+    norm = norm_of(inputs, CONVOLUTIONS[case])
+    assert torch.equal(layer(*inputs.tensors(), weight_norm=norm), layer(*inputs.tensors()))
+    halved = layer(*inputs.tensors(), weight_norm=2 * norm)
+    torch.testing.assert_close(2 * halved, layer(*inputs.tensors()))
+
+
+# Small enough for finite differences in every input.
+TINY = {
+    "1d": Convolution((2, 2, 4), 3, (2,), 2, geometry={"stride": 2, "padding": 1}),
+    "2d_grouped": Convolution((1, 2, 3, 3), 2, (2, 2), 2, geometry={"groups": 2, "padding": "same"}),
+    "2d_grouped_peft": Convolution((1, 2, 3, 3), 2, (2, 1), 2, False, {"groups": 2, "dilation": 2}),
+    "2d_reflect": Convolution((1, 2, 3, 2), 2, (2, 2), 1, geometry={"padding": 1, "padding_mode": "reflect"}),
+    "3d": Convolution((1, 1, 2, 3, 2), 2, (2, 2, 1), 2, geometry={"padding_mode": "circular", "padding": (1, 0, 0)}),
+}
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_gradcheck_with_given_norm(case):
+    leaves = conv_inputs(TINY[case]).leaves()
+    layer = layer_of(TINY[case])
+    norm = norm_of(leaves, TINY[case])
+
+    def function(*args):
+        return layer(*args, weight_norm=norm)
+
+    args = leaves.tensors()
+    assert torch.autograd.gradcheck(function, args, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, args, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("trained", [(), ("x",), ("lora_A",), ("lora_B", "magnitude"), ("weight", "bias"), NAMES])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_which_gradients_exist(trained, use_compile):
+    inputs = conv_inputs("2d_grouped_peft", dtype=torch.float32)
+    for name in trained:
+        getattr(inputs, name).requires_grad_()
+    y = layer_of(CONVOLUTIONS["2d_grouped_peft"], use_compile)(*inputs.tensors())
+    assert y.requires_grad == bool(trained)
+    if trained:
+        y.square().sum().backward()
+    assert {name for name in NAMES if getattr(inputs, name).grad is not None} == set(trained)
+    assert all(getattr(inputs, name).grad.count_nonzero() for name in trained)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_saves_one_activation_of_the_outputs(channels_last):
+    """inner, in the activation's dtype; neither base nor lora."""
+    case = Convolution((4, 8, 6, 6), 32, (3, 3), 2, geometry={"padding": 1})
+    inputs = conv_inputs(case, dtype=torch.bfloat16, channels_last=channels_last)
+    for name in ("lora_A", "lora_B", "magnitude"):
+        getattr(inputs, name).requires_grad_()
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        layer_of(case)(*inputs.tensors())
+    assert [t.dtype for t in saved.values() if t.numel() == 4 * 32 * 36] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("case", ["1d", "2d_grouped_peft", "2d_reflect"])
+def test_dropout_leaves_the_frozen_layer_alone(case):
+    convolution, inputs = CONVOLUTIONS[case], conv_inputs(case)
+    x, weight, lora_A, lora_B, magnitude, bias = inputs.tensors()
+    torch.manual_seed(3)
+    y = layer_of(convolution)(*inputs.tensors(), dropout_p=0.4)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    assert 0 < (dropped == 0).double().mean() < 1
+    textbook = textbook_of(convolution)
+    ones, zeros = torch.ones_like(magnitude), torch.zeros_like(lora_B)
+
+    def base(x, bias=None):
+        return textbook(x, weight, lora_A, zeros, ones, bias, weight_norm=ones)
+
+    adapted = textbook(dropped, weight, lora_A, lora_B, magnitude)
+    torch.testing.assert_close(y, base(x, bias) + adapted - base(dropped))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_autocast(dtype, use_compile, device):
+    """Convolutions run in the autocast dtype, norm and g do not."""
+    case = "2d_grouped_peft"
+    inputs, convolution = conv_inputs(case, dtype=torch.float32, device=device), CONVOLUTIONS[case]
+    layer = layer_of(convolution, use_compile)
+    with torch.autocast(device, dtype=dtype):
+        y = layer(*inputs.tensors())
+        eager = layer_of(convolution)(*inputs.tensors())
+        norm = norm_of(inputs, convolution)
+    assert y.dtype == dtype
+    assert torch.equal(y, eager)
+    assert torch.equal(norm, norm_of(inputs, convolution))
+    truth = textbook_of(convolution)(*inputs.double().tensors())
+    dense = textbook_of(convolution)(*inputs.tensors()).to(dtype)
+    # x, the three filters, base, h, lora and the result.
+    assert_within_budget(y, dense, truth, sum_length=1, roundings=8)
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes(dtype, factor_dtype, device):
+    """PEFT's default among them: float32 factors beside a bfloat16 base."""
+    convolution = CONVOLUTIONS["2d_grouped_peft"]
+    inputs = conv_inputs("2d_grouped_peft", dtype=dtype, factor_dtype=factor_dtype, device=device)
+    leaves = inputs.leaves()
+    y = layer_of(convolution)(*leaves.tensors())
+    assert y.dtype == dtype
+    narrow = max((dtype, factor_dtype), key=lambda d: torch.finfo(d).eps)
+    textbook = textbook_of(convolution)
+    dense, truth = textbook(*inputs.map(lambda t: t.to(narrow)).tensors()), textbook(*inputs.double().tensors())
+    assert_within_budget(y, dense, truth, sum_length=convolution.sum_length(), roundings=3)
+    y.sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in leaves.tensors())
+
+
+def test_zero_filters_train(device):
+    inputs = conv_inputs("2d_depthwise_peft", dtype=torch.float32, device=device)
+    for tensor in (inputs.weight, inputs.lora_B, inputs.magnitude):
+        tensor[3] = 0
+    leaves = inputs.leaves()
+    y = layer_of(CONVOLUTIONS["2d_depthwise_peft"])(*leaves.tensors())
+    assert torch.equal(y[:, 3], inputs.bias[3].expand_as(y[:, 3]))
+    y.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves.tensors())
+    assert leaves.lora_B.grad[3].count_nonzero()
+
+
+def test_grouped_matrices_merge():
+    """merge_weight on the matrices gives the weight of the grouped layer."""
+    convolution, inputs = CONVOLUTIONS["2d_grouped"], conv_inputs("2d_grouped", channels_last=True)
+    matrices = functional.conv_matrices(inputs.weight, inputs.lora_A, inputs.lora_B, 3)
+    merged, _ = functional.merge_weight(*matrices, inputs.magnitude.view(3, -1), scaling=SCALING)
+    weight = merged.view(inputs.weight.movedim(1, -1).shape).movedim(-1, 1)
+    y = F.conv2d(inputs.x, weight, inputs.bias, groups=3)
+    torch.testing.assert_close(y, layer_of(convolution)(*inputs.tensors()))
+
+
+@st.composite
+def convolutions(draw):
+    """Any geometry that torch takes, groups and their layouts, ranks, a kernel that fits."""
+    dimensions, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    per_dimension = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dimensions))  # noqa: E731
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    same = draw(st.booleans())
+    kernel, dilation = per_dimension(1, 3), per_dimension(1, 2)
+    return Convolution(
+        (draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)), *per_dimension(5, 7)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        groups * draw(st.integers(1, 4)),
+        draw(st.booleans()),
+        {
+            "stride": 1 if same else per_dimension(1, 2),
+            "padding": "same" if same else draw(st.sampled_from([0, 2, "valid", (1,) * dimensions])),
+            "dilation": dilation,
+            "groups": groups,
+            "padding_mode": mode,
+        },
+    )
+
+
+RANDOM = {
+    "convolution": convolutions(),
+    "scaling": st.floats(-4, 4),
+    "dtype": st.sampled_from(DTYPES),
+    "channels_last": st.booleans(),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def check_random(convolution, scaling, dtype, channels_last, bias, seed):
+    inputs = conv_inputs(convolution, dtype=dtype, channels_last=channels_last, bias=bias, seed=seed)
+    y = layer_of(convolution)(*inputs.tensors(), scaling=scaling)
+    # On the CPU torch's own dilated convolutions in half precision read uninitialised memory if the output is 1 wide.
+    assume(dtype not in HALF or max(convolution.geometry["dilation"]) == 1 or y.shape[-1] > 1)
+    exact = inputs.double()
+    options = {"scaling": scaling, **convolution.geometry}
+    truth = reference.dora_conv(*exact.tensors(), **options)
+    # A sum of products has one rounding per term, of at most the sum of their sizes; in half precision the terms are
+    # summed in float32, and base, h, lora and the result are rounded to the activation's dtype.
+    sizes = exact.map(torch.abs)
+    norm = reference.filter_norm(exact.weight, exact.lora_A, exact.lora_B, scaling, convolution.groups)
+    options["scaling"] = abs(scaling)
+    size = reference.dora_conv(*sizes.tensors(), weight_norm=norm, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    terms = 3 * convolution.sum_length() * torch.finfo(wide).eps
+    assert ((y.double() - truth).abs() <= (terms + 5 * torch.finfo(dtype).eps) * size).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(**RANDOM)
+def test_random_cases(convolution, scaling, dtype, channels_last, bias, seed):
+    check_random(convolution, scaling, dtype, channels_last, bias, seed)
+
+
+@pytest.mark.full
+@settings(max_examples=2000, deadline=None)
+@given(**RANDOM)
+def test_two_thousand_random_cases(convolution, scaling, dtype, channels_last, bias, seed):
+    check_random(convolution, scaling, dtype, channels_last, bias, seed)
