@@ -109,6 +109,54 @@ def cached(scaling: float, rank: int) -> nn.Module:
     return layer
 
 
+VOCAB, CHANNELS = 40, 6
+
+
+def embedding_function(scaling: float, rank: int) -> nn.Module:
+    tensors = {"weight": torch.randn(VOCAB, OUT), "lora_A": torch.randn(rank, VOCAB), "lora_B": torch.randn(OUT, rank)}
+    return Call(functional.dora_embedding, scaling, **tensors, magnitude=torch.rand(OUT) + 0.5)
+
+
+def embedding(scaling: float, rank: int) -> nn.Module:
+    base = nn.Embedding(VOCAB, OUT)
+    return off_norm(dorac.nn.DoraEmbedding(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False))
+
+
+def conv_function(dimensions: int) -> Callable[[float, int], nn.Module]:
+    def build(scaling: float, rank: int) -> nn.Module:
+        function = getattr(functional, f"dora_conv{dimensions}d")
+        kernel, ones = (3,) * dimensions, (1,) * dimensions
+        return Call(
+            function,
+            scaling,
+            weight=0.2 * torch.randn(OUT, CHANNELS, *kernel),
+            lora_A=0.2 * torch.randn(rank, CHANNELS, *kernel),
+            lora_B=0.2 * torch.randn(OUT, rank, *ones),
+            magnitude=torch.rand(OUT) + 0.5,
+            bias=torch.randn(OUT),
+        )
+
+    return build
+
+
+def conv(dimensions: int) -> Callable[[float, int], nn.Module]:
+    def build(scaling: float, rank: int) -> nn.Module:
+        base = getattr(nn, f"Conv{dimensions}d")(CHANNELS, OUT, 3, padding=1)
+        cls = getattr(dorac.nn, f"DoraConv{dimensions}d")
+        return off_norm(cls(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False))
+
+    return build
+
+
+def indices(batch: int, length: int) -> tuple[Tensor]:
+    return (torch.randint(VOCAB, (batch, length)),)
+
+
+def images(dimensions: int) -> Callable[[int, int], tuple[Tensor]]:
+    """The first spatial dimension is the length, the others are of one size."""
+    return lambda batch, length: (torch.randn(batch, CHANNELS, length, *(6,) * (dimensions - 1)),)
+
+
 def features(batch: int, length: int) -> tuple[Tensor]:
     return (torch.randn(batch, length, IN),)
 
@@ -124,7 +172,11 @@ ROWS = {
     "norm_factored": Row(norm_factored, features),
     "compose": Row(compose, outputs, {"ranks": "knows no rank"}),
     "merge_weight": Row(merge_weight, features, NOT_TRAINED),
+    "dora_embedding": Row(embedding_function, indices),
+    **{f"dora_conv{n}d": Row(conv_function(n), images(n)) for n in (1, 2, 3)},
     "DoraLinear": Row(linear, features),
     "DoraLinear, dropout": Row(lambda s, r: linear(s, r, lora_dropout=0.3), features),
     "DoraLinear, norm cached": Row(cached, features),
+    "DoraEmbedding": Row(embedding, indices),
+    **{f"DoraConv{n}d": Row(conv(n), images(n)) for n in (1, 2, 3)},
 }
