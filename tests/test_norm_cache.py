@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import dorac
-from dorac.nn import DoraConv2d, DoraEmbedding, DoraLayer, DoraLinear
+from dorac.nn import DoraConv2d, DoraEmbedding, DoraExperts, DoraLayer, DoraLinear
 
 IN, OUT = 24, 17
 
@@ -118,6 +118,37 @@ KINDS = {
     "Conv2d": lambda: (DoraConv2d(nn.Conv2d(4, 6, 3), 3), (2, 4, 7, 7)),
     "grouped Conv2d": lambda: (DoraConv2d(nn.Conv2d(4, 6, 3, groups=2), 4), (2, 4, 7, 7)),
 }
+
+
+def test_experts():
+    """Two norms in one buffer: those of all projections of all experts."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    config = mixtral.MixtralConfig(hidden_size=12, intermediate_size=10, num_local_experts=4, num_experts_per_tok=2)
+    base = mixtral.MixtralExperts(config)
+    for p in base.parameters():
+        nn.init.normal_(p, std=0.3)
+    layer = DoraExperts(base, 3, init_lora_weights=False)
+    x, chosen, weights = torch.randn(7, 12), torch.randint(4, (7, 2)), torch.rand(7, 2)
+
+    def run(layer):
+        optimizer = torch.optim.SGD(trained(layer), lr=0.1)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(layer(x, chosen, weights).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+        return torch.stack(losses).detach()
+
+    twin = copy.deepcopy(layer)
+    expected = run(twin)
+    dorac.cache_norms(layer)
+    assert torch.equal(run(layer), expected)
+    assert len(set(expected.tolist())) == 3
+    assert computed_norms(lambda: layer(x, chosen, weights)) == 0 < computed_norms(lambda: twin(x, chosen, weights))
+    for change in (layer.merge, layer.unmerge, layer.reset_parameters):
+        change()
+    assert_fresh(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
