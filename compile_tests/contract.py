@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -148,6 +149,66 @@ def conv(dimensions: int) -> Callable[[float, int], nn.Module]:
     return build
 
 
+EXPERTS = 3
+
+
+def stacked_tensors(rank: int) -> dict[str, Tensor]:
+    """Those of ``dora_linear`` once for each expert or adapter."""
+    names = ("weight", "lora_A", "lora_B", "magnitude", "bias")
+    each = [linear_inputs((1, OUT, IN, rank), dtype=torch.float32, seed=seed) for seed in range(EXPERTS)]
+    return {name: torch.stack([getattr(inputs, name) for inputs in each]) for name in names}
+
+
+def linear_of_experts(scaling: float, rank: int) -> nn.Module:
+    return Call(functional.dora_linear, scaling, **stacked_tensors(rank))
+
+
+def grouped(scaling: float, rank: int) -> nn.Module:
+    def call(x: Tensor, offsets: Tensor, **tensors) -> Tensor:
+        return functional.dora_linear_grouped(x, offsets=offsets, **tensors)
+
+    return Call(call, scaling, **stacked_tensors(rank))
+
+
+def mixed(scaling: float, rank: int) -> nn.Module:
+    def call(x: Tensor, adapter_index: Tensor, **tensors) -> Tensor:
+        return functional.dora_linear_mixed(x, adapter_index=adapter_index, **tensors)
+
+    tensors = stacked_tensors(rank)
+    tensors |= {name: tensors[name][0] for name in FROZEN}
+    return Call(call, scaling, **tensors)
+
+
+def experts(scaling: float, rank: int) -> nn.Module:
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    sizes = {"hidden_size": IN, "intermediate_size": OUT, "num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+    base = mixtral.MixtralExperts(mixtral.MixtralConfig(**sizes))
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return off_norm(dorac.nn.DoraExperts(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False))
+
+
+def rows_of_experts(batch: int, length: int) -> tuple[Tensor]:
+    return (torch.randn(EXPERTS, batch, length, IN),)
+
+
+def sorted_rows(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Rows and where each expert's end; the second expert has none."""
+    rows = batch * length
+    return torch.randn(rows, IN), torch.tensor([rows // 3, rows // 3, rows])
+
+
+def indexed_rows(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """The first without an adapter."""
+    return torch.randn(batch, length, IN), torch.arange(batch) % EXPERTS - 1
+
+
+def routed(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = batch * length
+    chosen = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
+    return torch.randn(tokens, IN), chosen, torch.rand(tokens, 2)
+
+
 def indices(batch: int, length: int) -> tuple[Tensor]:
     return (torch.randint(VOCAB, (batch, length)),)
 
@@ -174,9 +235,13 @@ ROWS = {
     "merge_weight": Row(merge_weight, features, NOT_TRAINED),
     "dora_embedding": Row(embedding_function, indices),
     **{f"dora_conv{n}d": Row(conv_function(n), images(n)) for n in (1, 2, 3)},
+    "dora_linear, experts": Row(linear_of_experts, rows_of_experts),
+    "dora_linear_grouped": Row(grouped, sorted_rows),
+    "dora_linear_mixed": Row(mixed, indexed_rows),
     "DoraLinear": Row(linear, features),
     "DoraLinear, dropout": Row(lambda s, r: linear(s, r, lora_dropout=0.3), features),
     "DoraLinear, norm cached": Row(cached, features),
     "DoraEmbedding": Row(embedding, indices),
+    "DoraExperts": Row(experts, routed),
     **{f"DoraConv{n}d": Row(conv(n), images(n)) for n in (1, 2, 3)},
 }

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dorac.ops import front
+
 if TYPE_CHECKING:
     from dorac.nn.layer import DoraLayer
 
@@ -104,7 +106,7 @@ def _usable(layer: "DoraLayer") -> bool:
     """
     if layer.cached_of is None or layer.norm_grad or isinstance(layer.scaling, Tensor):
         return False
-    if torch.compiler.is_exporting() or any(weight.requires_grad for weight in layer.base_weights()):
+    if front.exporting_module() or any(weight.requires_grad for weight in layer.base_weights()):
         return False
     return all(mine is known for mine, known in zip(_identity(layer), layer.cached_of, strict=True))
 
