@@ -35,7 +35,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; cached already). The model is then unchanged.
+            weight or the norm itself is trained; sharded parameters; cached already). The model is then unchanged.
     """
     return NormCache(require_layers(uncompiled(model)), debug=debug)
 

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
+from dorac.apply import dora_layers, find_saved, require_layers, reshard, saved_modules, uncompiled, wrap
 from dorac.nn import DoraLayer, layer_class, norm_cache
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,7 +47,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
     written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
     adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
-    reads those.
+    reads those. Of a sharded model every rank calls this and rank 0 writes.
 
     PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
     ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
@@ -60,7 +61,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = require_layers(model)
     _refuse_root(layers)
     config = _config(model, layers)
-    tensors = {key: t.detach().clone().contiguous() for key, t in _adapter_tensors(model, layers).items()}
+    reshard(model)
+    parameters = _adapter_tensors(model, layers)
+    tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
@@ -89,6 +94,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             unchanged.
     """
     model = uncompiled(model)
+    reshard(model)
     config = _read_config(Path(directory, CONFIG_NAME))
     tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
     layers = dora_layers(model)
@@ -155,7 +161,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         layers = dora_layers(model)
     with torch.no_grad():
         for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(sharded.like(tensors[key], parameter))
     norm_cache.refresh(layers.values())
     return list(layers)
 

@@ -67,11 +67,14 @@ def dora_embedding(
     *,
     scaling: float,
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; n, and what padding looks up, held constant in backprop."""
+    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; what padding looks up is held constant in backprop, and n
+    unless ``norm_grad``."""
     if weight_norm is None:
-        weight_norm = row_norm(weight.T, lora_A, lora_B, scaling).detach()
+        norm = row_norm(weight.T, lora_A, lora_B, scaling)
+        weight_norm = norm if norm_grad else norm.detach()
     if padding_idx is not None:
         padding = torch.arange(len(weight), device=weight.device) == padding_idx
         weight = torch.where(padding[:, None], weight.detach(), weight)
@@ -132,10 +135,13 @@ def dora_conv(
     groups: int = 1,
     padding_mode: str = "zeros",
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
 ) -> Tensor:
-    """``y = conv(x, g V) + b``, one plain convolution with the dense adapted filters; n held constant in backprop."""
+    """``y = conv(x, g V) + b``, one plain convolution with the dense adapted filters; n held constant unless
+    ``norm_grad``."""
     if weight_norm is None:
-        weight_norm = filter_norm(weight, lora_A, lora_B, scaling, groups).detach()
+        norm = filter_norm(weight, lora_A, lora_B, scaling, groups)
+        weight_norm = norm if norm_grad else norm.detach()
     v = adapted_filters(weight, lora_A, lora_B, scaling, groups)
     g = magnitude_scale(magnitude, weight_norm).view(-1, *[1] * (v.ndim - 1))
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[v.ndim]

@@ -23,7 +23,7 @@ class RowLayer:
     """One functional.
 
     Args:
-        function: ``(*tensors, scaling=..., weight_norm=...)``.
+        function: ``(*tensors, scaling=..., weight_norm=..., norm_grad=...)``.
         gather: the tensors of one dense layer for each row (or expert), from those of the function.
         inputs: ``(out, in, rank, **options of linear_inputs)``.
         norm: ``(weight, lora_A, lora_B, scaling)``.
@@ -34,7 +34,15 @@ class RowLayer:
     inputs: Callable[..., LinearInputs]
     norm: Callable[..., Tensor] = functional.norm_factored
 
-    def textbook(self, *tensors: Tensor | None, scaling: float = SCALING, weight_norm: Tensor | None = None) -> Tensor:
+    def textbook(
+        self,
+        *tensors: Tensor | None,
+        scaling: float = SCALING,
+        weight_norm: Tensor | None = None,
+        norm_grad: bool = False,
+    ) -> Tensor:
+        if norm_grad:
+            weight_norm = reference.row_norm(*tensors[1:4], scaling)
         *gathered, norm = self.gather(*tensors, weight_norm)
         y = reference.dora_linear(*gathered, scaling=scaling, weight_norm=norm)
         return y if tensors[0].ndim == 3 else y.squeeze(1)

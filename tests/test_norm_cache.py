@@ -630,6 +630,31 @@ def test_refused(change, message):
     assert all(layer.cached_norm is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
+@pytest.fixture
+def mesh(tmp_path):
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_models_take_their_own_norm(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = adapted(), torch.randn(5, IN)
+    plain = copy.deepcopy(model)
+    dorac.cache_norms(model)
+    fully_shard(model, mesh=mesh)
+    for net in (model, plain):
+        optimizer = torch.optim.SGD(trained(net), lr=0.1)
+        for _ in range(2):
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(model(x), plain(x))
+    with pytest.raises(ValueError, match=r"up: its parameters are sharded \(DTensor\)"):
+        dorac.cache_norms(fully_shard(plain, mesh=mesh))
+
+
 def test_refused_without_a_layer():
     with pytest.raises(ValueError, match="Net holds no DoRA layer"):
         dorac.cache_norms(Net())

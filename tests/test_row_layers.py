@@ -236,13 +236,16 @@ def test_dropout_leaves_the_frozen_layer_alone(name):
 
 
 @names
-def test_gradcheck_with_given_norm(name):
+@pytest.mark.parametrize("norm_grad", [False, True])
+def test_gradcheck(name, norm_grad):
+    """With the norm given and with its gradient."""
     layer = LAYERS[name]
     leaves = layer.inputs(2, 3, 1).leaves()
     norm = layer.norm(*leaves.tensors()[1:4], SCALING)
+    options = {"norm_grad": True} if norm_grad else {"weight_norm": norm}
 
     def function(*tensors):
-        return layer.function(*tensors, scaling=SCALING, weight_norm=norm)
+        return layer.function(*tensors, scaling=SCALING, **options)
 
     assert torch.autograd.gradcheck(function, leaves.tensors(), check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, leaves.tensors(), check_fwd_over_rev=True)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from dorac import checks, functional
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES
+from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -30,6 +31,8 @@ def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] 
             return f"{kind} is lazy and has no {name} yet: run one batch first"
         if weight.dtype not in FLOAT_DTYPES:
             return f"{kind} has a {name} of {weight.dtype}, dequantise it first"
+        if sharded.any_sharded(weight):
+            return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
         if parametrize.is_parametrized(module, name):
             return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -149,7 +152,8 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
+        norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
+        self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
         norm_cache.refresh([self])
 
     def _draw_factors(self) -> None:
@@ -238,6 +242,11 @@ class DoraLayer(nn.Module):
         """
         if self.merged:
             return
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                f"{type(self).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
+                "weight; merge before exporting"
+            )
         if reason := self.cannot_merge():
             raise ValueError(reason)
         merged, norm = functional.merge_weight(
@@ -247,7 +256,7 @@ class DoraLayer(nn.Module):
             scaling=self.scaling,
             budget=self.norm_budget,
         )
-        if not merged.is_meta and not merged.isfinite().all():
+        if not merged.is_meta and not sharded.whole(merged.isfinite().all()):
             raise ValueError(
                 f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
             )
@@ -278,7 +287,7 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
+        functional.invertible_scale(*(sharded.replicated(t).flatten() for t in (self._magnitude(), self.merged_norm)))
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.

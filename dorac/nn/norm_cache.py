@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dorac.ops import front
+from dorac.ops import front, sharded
 
 if TYPE_CHECKING:
     from dorac.nn.layer import DoraLayer
@@ -32,6 +32,8 @@ def uncacheable(layer: "DoraLayer") -> str | None:
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
         return "its norm_grad is set: a norm that carries a gradient belongs to one forward"
+    if sharded.any_sharded(*layer.norm_inputs()):
+        return "its parameters are sharded (DTensor)"
     return None
 
 
@@ -53,12 +55,15 @@ def stop(layers: Iterable["DoraLayer"]) -> None:
 
 @torch.no_grad()
 def refresh(layers: Iterable["DoraLayer"]) -> None:
-    """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged."""
+    """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
+
+    A layer that has been sharded since takes its own from then on.
+    """
     pairs = []
     for layer in layers:
         if not layer.caches_norm:
             continue
-        if layer.merged:
+        if layer.merged or sharded.any_sharded(*layer.norm_inputs()):
             layer.cached_of = None
             continue
         norm = layer._norm()

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
-from dorac.ops import front
+from dorac.ops import front, sharded
 from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
@@ -221,6 +221,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"
     if traced and front.at_most(x.shape[0], DECODE):
         return "separate"
+    if not training and not traced:
+        return "fused"
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
@@ -329,6 +331,9 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 
 def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, revision=REVISION):
+    if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
+        vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
+        sharded.check_sharded(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, **vectors)
     if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone
         x, weight, lora_A, lora_B = (
             t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
