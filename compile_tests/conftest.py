@@ -24,3 +24,22 @@ def _fresh_state():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the contract table of ``test_contract.py``: a mark for what passed, failed, was skipped or not run."""
+    cells = {}
+    for outcome, mark in (("passed", "ok"), ("skipped", "-"), ("failed", "FAILED"), ("error", "FAILED")):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, value in getattr(report, "user_properties", []):
+                if key == "contract":
+                    cells[tuple(value)] = mark
+    for device in dict.fromkeys(device for device, _, _ in cells):
+        columns = list(dict.fromkeys(c for d, _, c in cells if d == device))
+        rows = list(dict.fromkeys(r for d, r, _ in cells if d == device))
+        width = max(map(len, rows))
+        terminalreporter.write_sep("=", f"compile contract, torch {torch.__version__}, {device}")
+        terminalreporter.write_line("  ".join([" " * width, *columns]))
+        for row in rows:
+            marks = (cells.get((device, row, column), "").center(len(column)) for column in columns)
+            terminalreporter.write_line("  ".join([row.ljust(width), *marks]).rstrip())

@@ -2,7 +2,19 @@
 
 from dorac import functional, nn, ops
 from dorac.apply import apply_dora, merge, unmerge
+from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 
 __version__ = "0.1.0"
-__all__ = ["apply_dora", "functional", "load_adapter", "merge", "nn", "ops", "save_adapter", "unmerge"]
+__all__ = [
+    "NormCache",
+    "apply_dora",
+    "cache_norms",
+    "functional",
+    "load_adapter",
+    "merge",
+    "nn",
+    "ops",
+    "save_adapter",
+    "unmerge",
+]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dorac.apply import dora_layers, find_saved, require_layers, reshard, saved_modules, uncompiled, wrap
-from dorac.nn import DoraLayer, layer_class
+from dorac.nn import DoraLayer, layer_class, norm_cache
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.ops import sharded
@@ -162,6 +162,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     with torch.no_grad():
         for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
             parameter.copy_(sharded.like(tensors[key], parameter))
+    norm_cache.refresh(layers.values())
     return list(layers)
 
 

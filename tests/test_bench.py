@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import reference
-from dorac.bench import against_lora, compose, measure, model, options, peers, report, timeline
+from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, timeline
 from dorac.bench.__main__ import SUBCOMMANDS, main
 
 pytest.importorskip("peft")
@@ -215,6 +216,84 @@ def test_model(bench, device):
     trained = bench("model", *STACK, *given, "--phases", "train", "--variants", *MODEL[1:])
     assert names(trained) == [("r2 train", variant) for variant in MODEL[1:]]
     check_ratios(trained, device)
+
+
+def test_model_with_norms_once_per_step(bench, device):
+    variants = ("lora-sum-eager", "dorac-every-eager", "dorac-cached-eager", "dorac-cached-compiled")
+    given = ("--ranks", "2", "--tokens", "8", "--phases", "train", "--micro-batches", "3", "--variants", *variants)
+    result = bench("model", *STACK, *given)
+    assert names(result) == [("r2 train", variant) for variant in variants]
+    check_times(result, device)
+    assert {record["micro_batches"] for record in result["records"]} == {3}
+
+
+@pytest.mark.parametrize("micro_batches", [None, 3])
+def test_steps_of_several_micro_batches(micro_batches, monkeypatch):
+    """So many passes and one optimizer step, which the cached norms follow; values and gradients as before."""
+    args = arguments(layers=1, hidden=32, intermediate=48, heads=4, kv_heads=2, tokens=6)
+    stack = model.build_stack(args)
+    layers = model.draw_layers(model.linear_weights(stack), 2, args)
+    model.build_variant(stack, layers, "dorac-cached-eager")
+    before = [p.detach().clone() for p in stack.parameters()]
+    forwards, steps = [], []
+    stack.register_forward_hook(lambda *_: forwards.append(1))
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    monkeypatch.setattr(measure, "measure", lambda fn, device, **how: fn() or {})
+    x = torch.randn(1, 6, 32)
+    against_lora.measure_step(lambda: stack, None, x, torch.randn_like(x), micro_batches=micro_batches)
+    hook.remove()
+    assert (len(forwards), len(steps)) == ((1, 0) if micro_batches is None else (3, 1))
+    assert all(p.grad is None for p in stack.parameters())
+    assert all(torch.equal(p, b) for p, b in zip(stack.parameters(), before, strict=True))
+
+
+def test_memory(bench, device):
+    variants = ("lora-sum-compiled", "lora-sum-eager", "lora-addmm-eager", "dorac-every-eager", "dorac-cached-eager")
+    given = ("--ranks", "2", "--tokens", "16", "--dtype", "float32", "--variants", *variants)
+    result = bench("memory", *STACK, *given)
+    assert names(result) == [("r2", variant) for variant in variants]
+    records = {record["variant"]: record for record in result["records"]}
+    for record in records.values():
+        assert record["peak_mib"] > record["saved_mib"] > 0
+        assert sum(row["mib"] for row in record["saved"]) == pytest.approx(record["saved_mib"])
+        loras = [r for name, r in records.items() if name.startswith("lora") and name[-5:] == record["variant"][-5:]]
+        for what in ("peak", "saved"):
+            least = min(other[f"{what}_mib"] for other in loras)
+            assert record[f"{what}_ratio"] == pytest.approx(record[f"{what}_mib"] / least)
+    # The vectors of seven norms are the only difference between the two.
+    every, cached = (records[f"dorac-{name}-eager"] for name in ("every", "cached"))
+    outs = (32, 16, 16, 32, 48, 48, 32)
+    assert (every["saved_mib"] - cached["saved_mib"]) * 2**20 == pytest.approx(4 * sum(outs))
+
+
+def test_what_is_saved_for_backward():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+
+    def forward():
+        return (x @ weight).sin().exp()  # saves x and weight, x @ weight, the result of exp
+
+    (first, second) = memory.saved_for_backward(forward, [x, weight])
+    assert torch.equal(first, x @ weight)
+    assert torch.equal(second, forward())
+    assert memory.by_shape([first, second, weight]) == [
+        {"tensor": "float32[5, 8]", "count": 2, "mib": 2 * 160 / 2**20},
+        {"tensor": "float32[8, 8]", "count": 1, "mib": 256 / 2**20},
+    ]
+
+
+def test_peak_of_allocations():
+    def change(time, size):
+        return {"name": "[memory]", "ts": time, "args": {"Bytes": size}}
+
+    events = [change(3, -100), {"name": "mm", "ts": 0}, change(1, 100), change(2, 50), change(4, 70), change(5, -120)]
+    assert memory.peak_of(events) == 150
+
+
+def test_peak_on_the_cpu():
+    x = torch.randn(2**18)  # 1 MiB
+    peak, total = memory.peak_mib(lambda: (x + 1).sin().sum(), torch.device("cpu"))
+    assert peak == pytest.approx(2, abs=0.01)
+    assert total is None
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The demo on a tiny model: bad input, the text, fine-tuning, merging, and the comparison with stock PEFT."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -93,6 +94,9 @@ def no_model(*_, **__):
         (["--rank", "0"], "--rank must be at least 1, got 0"),
         (["--seq-len", "1"], "--seq-len must be at least 2, got 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--micro-batches", "0"], "--micro-batches must be at least 1, got 0"),
+        (["--micro-batches", "3"], "--batch-size 2 must be a multiple of --micro-batches 3"),
+        (["--random-lengths", "--seq-len", "3"], "--random-lengths needs a --seq-len of at least 4, got 3"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--lr", "nan"], "--lr must be a positive number, got nan"),
         (["--lr", "0"], "--lr must be a positive number, got 0.0"),
@@ -358,6 +362,51 @@ def test_dorac_and_stock_peft_train_alike(rank, run, tmp_path, capsys):
     assert losses[-1][0] < losses[0][0]
     assert "median warm step: dorac" in printed
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_norms_once_train_alike_to_the_bit(run, capsys):
+    pytest.importorskip("peft")
+    assert run(*COMPARE, "--cache-norms", "--micro-batches", "2", "--dtype", "bfloat16") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 8
+    assert all(len(row) == 8 and row[1] == row[2] != row[3] for row in rows)
+    assert "norms once: losses the same, bit for bit, step" in printed
+
+
+def test_norms_that_are_not_refreshed_fail_the_comparison(run, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(dorac.NormCache, "_after_step", lambda *_: None)
+    assert run(*COMPARE, "--cache-norms") == 1
+    assert "FAILED: cached norms change the losses" in capsys.readouterr().err
+
+
+def test_micro_batches_add_up_to_the_batch():
+    ids = torch.randint(len(WORDS), (4, 8))
+    gradients = []
+    for micro_batches in (1, 4):
+        lm = make_llama()
+        dorac.apply_dora(lm, "all-linear", 2)
+        trainer = train.Trainer(lm, lr=0.0, dtype=torch.float32, micro_batches=micro_batches)
+        loss = trainer.step(ids)
+        gradients.append([torch.tensor(loss), *(p.grad for p in trainer.parameters)])
+    torch.testing.assert_close(*gradients)
+
+
+def test_random_lengths(tiny, tmp_path, capsys, monkeypatch):
+    lengths = []
+    step = train.Trainer.step
+    monkeypatch.setattr(train.Trainer, "step", lambda self, ids: lengths.append(ids.shape[1]) or step(self, ids))
+    monkeypatch.setattr(model, "compile_blocks", functools.partial(model.compile_blocks, backend="aot_eager"))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(itertools.islice(itertools.cycle(WORDS), 400)), encoding="utf-8")
+    given = ["--model", str(tiny), "--text", str(text), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given += ["--steps", "12", "--rank", "4", "--seq-len", "16", "--batch-size", "2", "--lr", "1e-2"]
+    assert main([*given, "--random-lengths", "--cache-norms"]) == 0
+    assert "no graph break, and nothing was compiled after step 2" in capsys.readouterr().out
+    assert lengths[:2] == [16, 8]
+    assert len(set(lengths[2:])) > 4
+    assert all(2 <= length <= 16 for length in lengths)
 
 
 def test_the_comparison_starts_off_the_zero_initialisation(tmp_path):

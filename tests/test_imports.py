@@ -23,6 +23,7 @@ FLOORS = {
     "peft": 5,
     "targets": 5,
     "apply": 6,
+    "caching": 7,
     "checkpoint": 7,
     "testing": 7,
     "cli": 7,

@@ -1,10 +1,12 @@
 """The recipes of the README run as they are written, and give what the textbook gives."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import dorac
 from dorac import reference
@@ -75,3 +77,75 @@ def test_ensemble_of_adapters(tmp_path):
     assert not torch.allclose(expected[0], expected[1])
     compiled = torch.compile(torch.vmap(names["run"], in_dims=(0, None)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(names["adapters"], x), names["outputs"])
+
+
+# Compiling: as written, but for the backend.
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """``torch.compile`` without Inductor; the number of graphs in ``frame_count``."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def llama(**options) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(num_hidden_layers=10, vocab_size=32, use_cache=False, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    dorac.apply_dora(model, "all-linear", lora_alpha=4, init_lora_weights=False, **options)
+    return model
+
+
+def check_causal_lm(model, expected_graphs, counter):
+    ids = torch.randint(32, (2, 7))
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert counter.frame_count == expected_graphs
+
+
+def test_block_by_block(quick_compiler):
+    model = llama(r=2)
+    exec(recipe("Block by block"), {"torch": torch, "model": model})
+    check_causal_lm(model, 1, quick_compiler)
+
+
+def test_blocks_of_different_ranks(quick_compiler):
+    model = llama(r=2, rank_pattern={rf"layers\.{i}\..*": 3 + i for i in range(10)})
+    model.enable_input_require_grads()
+    with torch._dynamo.config.patch(force_parameter_static_shapes=True):  # put back at the end
+        exec(recipe("Blocks of different ranks"), {"torch": torch, "model": model})
+        check_causal_lm(model, 2, quick_compiler)
+
+
+def test_checkpointing(quick_compiler):
+    model = wrapped()
+    names = {"torch": torch, "model": model}
+    exec(recipe("Checkpointing that keeps what is expensive"), names)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    y = names["run"](x)
+    torch.testing.assert_close(y, textbook(model, trained(model), x))
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert quick_compiler.frame_count == 1
+
+
+def test_norms_once():
+    model, plain = wrapped(), wrapped()
+    plain.load_state_dict(model.state_dict())
+    x, target = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    names = {"torch": torch, "dorac": dorac, "steps": [[(x, target), (2 * x, target)]] * 3}
+    code = recipe("Norms once per optimizer step")
+    results = []
+    for net, source in ((model, code), (plain, "\n".join(code.splitlines()[1:]))):
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        exec(source, names | {"model": net, "optimizer": optimizer})
+        results.append(list(trained(net).values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert model[0].cached_norm is not None
+    assert plain[0].cached_norm is None

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import compose, decode, layer, measure, model, norm, options, report, tune
+from dorac.bench import compose, decode, layer, measure, memory, model, norm, options, report, tune
 from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "layer": layer,
     "model": model,
     "decode": decode,
+    "memory": memory,
     "tune": tune,
 }
 
@@ -56,9 +57,10 @@ def run(args, argv: list[str]) -> int:
                 report.write_json(args.json, run_info, records)
     print(report.table(records))
     for record in records:
-        if record.get("kernels"):
-            print(f"\n{record['case']} {record['variant']}: kernels of one iteration")
-            print(report.table(record["kernels"]))
+        for key, title in report.DETAILS.items():
+            if record.get(key):
+                print(f"\n{record['case']} {record['variant']}: {title}")
+                print(report.table(record[key]))
     if args.json is not None:
         report.write_json(args.json, run_info, records, complete=True)
     if args.plot is not None:

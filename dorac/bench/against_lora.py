@@ -12,12 +12,20 @@ _RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
 
 
 def measure_step(
-    build: Callable[[], nn.Module], compile_args: dict[str, object] | None, x: Tensor, dy: Tensor | None, **how
+    build: Callable[[], nn.Module],
+    compile_args: dict[str, object] | None,
+    x: Tensor,
+    dy: Tensor | None,
+    *,
+    micro_batches: int | None = None,
+    **how,
 ) -> dict[str, object]:
     """Measures a step of what ``build`` returns: forward, and backward from ``dy`` unless that is None (inference).
 
     Args:
         compile_args: of ``torch.compile``; None runs the module eagerly.
+        micro_batches: a training step is so many forward and backward passes and a step of SGD, the cheapest there is
+            (of length zero: the values stay). None: one forward and backward pass alone.
         how: arguments of :func:`measure.measure`.
 
     Returns:
@@ -27,7 +35,7 @@ def measure_step(
     def make() -> measure.Callback:
         module = build().train(dy is not None)
         forward = module if compile_args is None else torch.compile(module, **compile_args)
-        return _inference(forward, x) if dy is None else _training(module, forward, x, dy)
+        return _inference(forward, x) if dy is None else _training(module, forward, x, dy, micro_batches)
 
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
@@ -35,13 +43,21 @@ def measure_step(
     return record if compile_args is None else record | {"graph_breaks": sum(breaks.values())}
 
 
-def _training(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> measure.Callback:
-    leaves = [x.detach().requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+def _training(
+    module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, micro_batches: int | None
+) -> measure.Callback:
+    leaf = x.detach().requires_grad_()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
 
     def step() -> None:
-        forward(leaves[0]).backward(dy)
-        for leaf in leaves:
+        for _ in range(micro_batches or 1):
+            forward(leaf).backward(dy)
             leaf.grad = None
+        if micro_batches is not None:
+            optimizer.step()
+        for p in trained:
+            p.grad = None
 
     return step
 

@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+import dorac
 from dorac.bench import against_lora, options, peers, report
 from dorac.cli import BadInput
 
 # The whole stack, the same for everyone; where transformers or PEFT break the graph, the record counts it.
 COMPILE = {"fullgraph": False, "dynamic": False}
+# The others run on one layer too; a cache is a model's.
+VARIANTS = peers.VARIANTS | {
+    f"dorac-cached-{mode}": peers.VARIANTS[f"dorac-every-{mode}"] for mode in ("compiled", "eager")
+}
 _CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 _CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
 DEFAULTS = {
@@ -22,7 +27,8 @@ DEFAULTS = {
         "tokens": 4096,
         "batch": 1,
         "phases": list(options.PHASES),
-        "variants": [name for name in peers.VARIANTS if not name.startswith("dense")],
+        "micro_batches": 1,
+        "variants": [name for name in VARIANTS if not name.startswith("dense")],
     },
     "cpu": _CPU_STACK
     | {
@@ -30,9 +36,10 @@ DEFAULTS = {
         "tokens": 32,
         "batch": 1,
         "phases": list(options.PHASES),
+        "micro_batches": 1,
         "variants": [
             *("lora-addmm-compiled", "lora-addmm-eager", "peft-dora-eager"),
-            *("dorac-every-compiled", "dorac-every-eager"),
+            *("dorac-every-compiled", "dorac-cached-compiled", "dorac-every-eager", "dorac-cached-eager"),
         ],
     },
 }
@@ -40,11 +47,19 @@ DEFAULTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_arguments(parser)
+    add_size_arguments(parser)
+    parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
+    parser.add_argument(
+        "--micro-batches", type=options.positive, metavar="N", help="forward and backward passes per training step"
+    )
+    options.add_variants(parser, VARIANTS)
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """The adapters' and the activations' sizes."""
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument("--tokens", type=options.positive, metavar="T", help="per sequence")
     parser.add_argument("--batch", type=options.positive, metavar="N", help="sequences")
-    parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
-    options.add_variants(parser, peers.VARIANTS)
 
 
 def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +75,10 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes them."""
+    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes them.
+
+    A training step is so many micro-batches and then a step of SGD, after which cached norms are taken anew.
+    """
     stack = build_stack(args)
     weights = linear_weights(stack)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
@@ -68,13 +86,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         layers = draw_layers(weights, rank, args)
         dy = torch.randn_like(x) if phase == "train" else None
         size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "tokens": args.tokens, "batch": args.batch}
+        size |= {"micro_batches": args.micro_batches} if phase == "train" else {}
         records = []
         for name in args.variants:
-            variant = peers.VARIANTS[name]
-            compile_args = None if variant.compile_args is None else COMPILE
-            build = functools.partial(adapt, stack, layers, variant.build)
-            kernels = args.profile and compile_args is not None
-            measured = against_lora.measure_step(build, compile_args, x, dy, kernels=kernels)
+            build = functools.partial(build_variant, stack, layers, name)
+            how = {"kernels": args.profile and compile_args(name) is not None, "micro_batches": args.micro_batches}
+            measured = against_lora.measure_step(build, compile_args(name), x, dy, **how)
             records.append({"case": f"r{rank} {phase}", "variant": name, "phase": phase} | size | measured)
             report.progress(records[-1])
         yield from against_lora.related_to_lora(records)
@@ -130,3 +147,16 @@ def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.L
     for name, layer in layers.items():
         stack.set_submodule(name, build(layer))
     return stack
+
+
+def build_variant(stack: Stack, layers: dict[str, peers.Layer], name: str) -> Stack:
+    """The stack adapted in one of ``VARIANTS``."""
+    adapt(stack, layers, VARIANTS[name].build)
+    if name.startswith("dorac-cached"):
+        dorac.cache_norms(stack)
+    return stack
+
+
+def compile_args(name: str) -> dict[str, object] | None:
+    """What ``torch.compile`` gets for one of ``VARIANTS``; None for eager."""
+    return None if VARIANTS[name].compile_args is None else COMPILE

@@ -94,7 +94,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
-        "transformers": args.command in ("model", "decode"),
+        "transformers": args.command in ("model", "decode", "memory"),
         "triton": args.command == "tune",
         "matplotlib": args.plot is not None,
     }

@@ -18,7 +18,9 @@ Record = dict[str, object]
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
 # Kept in the JSON; the table shows what they lead to.
-HIDDEN = ("out", "in", "rank", "tokens", "phase", "layers", "hidden", "batch", "bytes", "flops", "kernels")
+HIDDEN = ("out", "in", "rank", "tokens", "phase", "layers", "hidden", "batch", "bytes", "flops", "kernels", "saved")
+# Lists of records within a record, each printed as a table of its own under this heading.
+DETAILS = {"kernels": "kernels of one iteration", "saved": "saved for backward, beyond parameters and input"}
 WIDEST = 80  # characters of a cell; names of GPU kernels run to hundreds
 PLOTTED = (
     ("gpu_ratio", "GPU time relative to compiled plain LoRA"),
@@ -49,7 +51,7 @@ def heading(info: Record) -> str:
 
 def progress(record: Record) -> None:
     """One line per measurement on stderr, at once: a run of many minutes is followed, and its loss is small."""
-    shown = ("gpu_us", "wall_us", "cpu_us", "peak_mib", "failed")
+    shown = ("gpu_us", "wall_us", "cpu_us", "peak_mib", "saved_mib", "failed")
     figures = "  ".join(f"{key} {_format(key, record[key])}" for key in shown if record.get(key) is not None)
     print(f"{record['case']:28} {record['variant']:26} {figures}", file=sys.stderr, flush=True)
 

@@ -72,3 +72,12 @@ def batches(blocks: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
         yield blocks[order[:batch_size]]
         order = order[batch_size:]
+
+
+def random_lengths(batches: Iterator[Tensor], longest: int, seed: int) -> Iterator[Tensor]:
+    """The batches cut to lengths from 2 to ``longest``; the first two to ``longest`` and half of it, as a warm-up."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = iter((longest, longest // 2))
+    for ids in batches:
+        length = next(lengths, None) or int(torch.randint(2, longest + 1, (), generator=generator))
+        yield ids[:, :length]

@@ -25,6 +25,9 @@ class Options:
     rank: int
     seq_len: int
     batch_size: int
+    micro_batches: int
+    random_lengths: bool
+    cache_norms: bool
     lr: float
     seed: int
     device: torch.device
@@ -42,9 +45,22 @@ def parse(argv: list[str] | None) -> Options:
         BadInput: whatever cannot work, as far as it can be told without reading the text or the model.
     """
     given = vars(_parser().parse_args(argv))
-    for name, least in (("steps", 1), ("rank", 1), ("seq_len", 2), ("batch_size", 1), ("seed", 0)):
+    for name, least in (
+        ("steps", 1),
+        ("rank", 1),
+        ("seq_len", 2),
+        ("batch_size", 1),
+        ("micro_batches", 1),
+        ("seed", 0),
+    ):
         if given[name] < least:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {given[name]}")
+    if given["batch_size"] % given["micro_batches"]:
+        raise BadInput(
+            f"--batch-size {given['batch_size']} must be a multiple of --micro-batches {given['micro_batches']}"
+        )
+    if given["random_lengths"] and given["seq_len"] < 4:
+        raise BadInput(f"--random-lengths needs a --seq-len of at least 4, got {given['seq_len']}")
     if given["seed"] >= 2**63:
         raise BadInput(f"--seed must be below 2**63, got {given['seed']}")
     if not (math.isfinite(given["lr"]) and given["lr"] > 0):
@@ -77,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, help="of the adapters; lora_alpha is twice the rank (default: %(default)s)")
     add("--seq-len", type=int, default=128, help="tokens per block (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="blocks per step (default: %(default)s)")
+    add(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="passes that a step's blocks are spread over, their gradients added up (default: %(default)s)",
+    )
+    add(
+        "--random-lengths",
+        action="store_true",
+        help="cut each step's blocks to a length from 2 to --seq-len; a recompilation after the first two is an error",
+    )
+    add("--cache-norms", action="store_true", help="compute norms once per step; with --compare, beside every forward")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the adapters' start and the order of the blocks (default: 0)")
     cli.add_device(parser)

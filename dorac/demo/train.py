@@ -17,12 +17,14 @@ class Trainer:
         model: on its device; what it trains are the parameters that require a gradient.
         lr: learning rate.
         dtype: of the frozen model; for float16 the loss is scaled so that small gradients survive.
+        micro_batches: passes that a batch is spread over.
     """
 
-    def __init__(self, model: nn.Module, *, lr: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, *, lr: float, dtype: torch.dtype, micro_batches: int = 1) -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
+        self.micro_batches = micro_batches
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
@@ -30,11 +32,14 @@ class Trainer:
         """One update on a batch ``[batch_size, seq_len]``; returns the loss before it, when the device is done."""
         ids = ids.to(self.device)
         self.optimizer.zero_grad()
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        self.scaler.scale(loss).backward()
+        total = 0.0
+        for part in ids.chunk(self.micro_batches):
+            loss = self.model(input_ids=part, labels=part, use_cache=False).loss / self.micro_batches
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.item()
+        return total.item()
 
     def timed_step(self, ids: Tensor) -> tuple[float, float]:
         """The loss and the seconds of one step."""
@@ -44,9 +49,18 @@ class Trainer:
 
 
 def train(
-    trainer: Trainer, batches: Iterator[Tensor], steps: int, *, save: Callable[[], None], save_every: int
+    trainer: Trainer,
+    batches: Iterator[Tensor],
+    steps: int,
+    *,
+    save: Callable[[], None],
+    save_every: int,
+    warm_after: int | None = None,
 ) -> tuple[list[float], list[float]]:
     """Trains with a progress bar, saving every so many steps and at the end.
+
+    Args:
+        warm_after: the step after which compiling anything again is an error.
 
     Returns:
         The losses and the seconds of the steps.
@@ -57,7 +71,9 @@ def train(
     losses, seconds = [], []
     with tqdm(total=steps, desc="training", unit="step") as bar:
         for step in range(1, steps + 1):
-            loss, duration = trainer.timed_step(next(batches))
+            warm = warm_after is not None and step > warm_after
+            with torch.compiler.set_stance("fail_on_recompile" if warm else "default"):
+                loss, duration = trainer.timed_step(next(batches))
             losses.append(loss)
             seconds.append(duration)
             bar.set_postfix(loss=f"{loss:.4f}", step=f"{duration:.2f}s")

@@ -125,6 +125,7 @@ class _DoraConvNd(DoraLayer):
             self.lora_magnitude_vector.flatten(),
             base.bias,
             scaling=self.scaling,
+            weight_norm=self._known_norm(),
             norm_grad=self.norm_grad,
             stride=base.stride,
             padding=base.padding,

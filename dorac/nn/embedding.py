@@ -131,6 +131,7 @@ class DoraEmbedding(DoraLayer):
             self.lora_embedding_B,
             self.lora_magnitude_vector,
             scaling=self.scaling,
+            weight_norm=self._known_norm(),
             norm_grad=self.norm_grad,
             padding_idx=self.base_layer.padding_idx,
             scale_grad_by_freq=self.base_layer.scale_grad_by_freq,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional
+from dorac.nn import norm_cache
 from dorac.nn.layer import DoraLayer, not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
@@ -131,6 +132,7 @@ class DoraExperts(DoraLayer):
             for expert in range(len(magnitude)):
                 self._draw(lora_A[expert], lora_B[expert])
             magnitude.copy_(functional.init_magnitude(self._matrices(projection), lora_A, lora_B, self.scaling))
+        norm_cache.refresh([self])
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -156,10 +158,17 @@ class DoraExperts(DoraLayer):
             self._matrices(projection).copy_(merged)
         self.merged_norm = torch.cat([norm for _, norm in results.values()], dim=1)
 
-    def _merged_norms(self) -> dict[str, Tensor]:
-        """The norms before the merge, by projection."""
+    def _norm(self) -> Tensor:
+        """The norms of all projections side by side."""
+        norms = (
+            functional.init_magnitude(self._matrices(projection), *self._adapter(projection)[:2], self.scaling)
+            for projection in self.projections
+        )
+        return torch.cat(list(norms), dim=1)
+
+    def _by_projection(self, norms: Tensor) -> dict[str, Tensor]:
         sizes = [magnitude.shape[1] for magnitude in self._magnitudes()]
-        return dict(zip(self.projections, self.merged_norm.split(sizes, dim=1), strict=True))
+        return dict(zip(self.projections, norms.split(sizes, dim=1), strict=True))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -171,15 +180,16 @@ class DoraExperts(DoraLayer):
         if not self.merged:
             return
         self.check_unmergeable()
-        for projection, norm in self._merged_norms().items():
+        for projection, norm in self._by_projection(self.merged_norm).items():
             matrices = self._matrices(projection)
             matrices.copy_(
                 functional.unmerge_weight(matrices, *self._adapter(projection), scaling=self.scaling, weight_norm=norm)
             )
         self.merged_norm = None
+        norm_cache.refresh([self])
 
     def check_unmergeable(self) -> None:
-        for projection, norm in self._merged_norms().items():
+        for projection, norm in self._by_projection(self.merged_norm).items():
             try:
                 functional.invertible_scale(self._adapter(projection)[2], norm)
             except ValueError as error:
@@ -199,7 +209,7 @@ class DoraExperts(DoraLayer):
 
     def _project(self, projection: str, x: Tensor, **offsets: Tensor) -> Tensor:
         """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without."""
-        matrices = self._matrices(projection)
+        matrices, norms = self._matrices(projection), self._known_norm()
         layer = functional.dora_linear_grouped if offsets else functional.dora_linear
         return layer(
             x.to(matrices.dtype),
@@ -207,6 +217,7 @@ class DoraExperts(DoraLayer):
             *self._adapter(projection),
             getattr(self.base_layer, f"{projection}_bias", None),
             scaling=self.scaling,
+            weight_norm=None if norms is None else self._by_projection(norms)[projection],
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
             **offsets,

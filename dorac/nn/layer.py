@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dorac import checks, functional
+from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -121,7 +122,7 @@ class DoraLayer(nn.Module):
         self.lora_dropout = float(lora_dropout)
         self.init_lora_weights = init_lora_weights
         self.norm_grad = norm_grad
-        self.scaling = scaling_factor(r, lora_alpha, use_rslora)
+        self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
         weight = self.weight
         if adapter_dtype is None:
@@ -132,6 +133,12 @@ class DoraLayer(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
         # The norm before the merge while the base weight holds the merged one: what unmerging needs.
         self.register_buffer("merged_norm", None, persistent=False)
+        # See norm_cache.py: whether the norm is cached, the norm, what it was taken of, whether forward checks it.
+        self.caches_norm = False
+        self.register_buffer("cached_norm", None, persistent=False)
+        self.cached_of: tuple[Tensor, ...] | None = None
+        self.check_cached_norm = False
+        self.register_load_state_dict_post_hook(_norm_after_load)
         self.reset_parameters()
         base_layer.requires_grad_(False)
 
@@ -147,6 +154,7 @@ class DoraLayer(nn.Module):
         self._draw_factors()
         norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
         self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
+        norm_cache.refresh([self])
 
     def _draw_factors(self) -> None:
         """Draws the factors anew."""
@@ -176,6 +184,13 @@ class DoraLayer(nn.Module):
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
 
+    def base_weights(self) -> list[nn.Parameter]:
+        """The parameters of the base layer that merging changes."""
+        return [self.base_layer.weight]
+
+    def _magnitudes(self) -> list[nn.Parameter]:
+        return [self.lora_magnitude_vector]
+
     def _magnitude(self) -> Tensor:
         """The magnitude of the matrix, ``[out]``."""
         return self.lora_magnitude_vector.flatten()
@@ -184,12 +199,24 @@ class DoraLayer(nn.Module):
         """The norm that the magnitude is divided by, as many elements as it has."""
         return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
 
-    def base_weights(self) -> list[nn.Parameter]:
-        """The parameters of the base layer that merging changes."""
-        return [self.base_layer.weight]
+    def norm_inputs(self) -> tuple[Tensor, ...]:
+        """The parameters that the norm depends on."""
+        factors = (getattr(self, name) for name in self.PEFT_KEYS if not name.endswith("lora_magnitude_vector"))
+        return *self.base_weights(), *factors
 
-    def _magnitudes(self) -> list[nn.Parameter]:
-        return [self.lora_magnitude_vector]
+    def _known_norm(self) -> Tensor | None:
+        """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""
+        return norm_cache.known_norm(self)
+
+    @property
+    def scaling(self) -> float | Tensor:
+        """s. Setting it refreshes a cached norm."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float | Tensor) -> None:
+        self._scaling = value
+        norm_cache.refresh([self])
 
     @property
     def weight(self) -> nn.Parameter:
@@ -256,21 +283,27 @@ class DoraLayer(nn.Module):
             )
         )
         self.merged_norm = None
+        norm_cache.refresh([self])
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
         functional.invertible_scale(*(sharded.replicated(t).flatten() for t in (self._magnitude(), self.merged_norm)))
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
-        wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
+        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.
+
+        A cached norm is taken anew, of the parameters as they are then.
+        """
+        wide = [self.merged_norm, self.cached_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
             return tensor.to(moved.device) if keep else moved
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        norm_cache.refresh([self])
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if self.merged:
@@ -278,8 +311,17 @@ class DoraLayer(nn.Module):
             raise ValueError(f"{name} is merged; unmerge it before loading a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __getstate__(self) -> dict:
+        """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
+        return self.__dict__ | {"caches_norm": False, "cached_of": None}
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+
+
+def _norm_after_load(layer: DoraLayer, incompatible_keys: object) -> None:
+    """After ``load_state_dict`` of the layer or of what holds it."""
+    norm_cache.refresh([layer])
 
 
 def check_hyperparameters(

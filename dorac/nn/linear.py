@@ -105,6 +105,7 @@ class DoraLinear(DoraLayer):
             self.lora_magnitude_vector,
             self.base_layer.bias,
             scaling=self.scaling,
+            weight_norm=self._known_norm(),
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
         )

@@ -1,7 +1,7 @@
 """How an op body learns who is calling it.
 
 The public ops are CompositeImplicitAutograd: their Python body runs below Dynamo and above autograd, and picks per call
-between an ``autograd.Function`` over leaf ops and plain aten. The probes are gathered here because two of them are not
+between an ``autograd.Function`` over leaf ops and plain aten. The probes are gathered here because some of them are not
 public in torch; ``tests/test_front.py`` fails if torch moves them.
 """
 
@@ -30,6 +30,11 @@ def exporting() -> bool:
         return True
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
     return mode is not None and mode.export
+
+
+def exporting_module() -> bool:
+    """As :func:`exporting`, for code that Dynamo traces: there torch 2.11 folds ``is_exporting()`` to True."""
+    return torch.compiler._is_exporting_flag
 
 
 def all_eager(*tensors: Tensor | None) -> bool:
