@@ -500,10 +500,9 @@ def compiled(mesh, _folder):
         assert not [n for n in graph.graph.nodes if "gather" in str(n.target)]
         return sizes
 
-    forward = reductions(backend.fw_graphs)
-    # down's norm and down's output (which torch 2.11 reduces twice)
-    assert forward in ([[24], [4, 24]], [[24], [4, 24], [4, 24]]), forward
-    assert reductions(backend.bw_graphs) == [[24]]  # down's magnitude
+    reduced = reductions(backend.fw_graphs), reductions(backend.bw_graphs)
+    # Forward: down's norm and output. Backward: its magnitude, for which torch 2.11 sums an activation in forward.
+    assert reduced in (([[24], [4, 24]], [[24]]), ([[24], [4, 24], [4, 24]], [])), reduced
     assert sum("row_norm" in str(n.target) for n in backend.fw_graphs[0].graph.nodes) == 2
     with torch.no_grad():
         assert_same(model(x), reference(x))
