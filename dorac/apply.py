@@ -286,12 +286,13 @@ def _refuse_tied(model: nn.Module) -> None:
             paths.setdefault(module, []).append(f"{name}." if name else "")
     parameters = [(name, p, _address(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     for layer, prefixes in paths.items():
-        weight = layer.base_layer.weight
-        for name, parameter, address in parameters:
-            if (parameter is weight or address == _address(weight) is not None) and not name.startswith(
-                tuple(prefixes)
-            ):
-                raise ValueError(
-                    f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a "
-                    "weight of its own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"
-                )
+        for weight in layer.base_weights():
+            attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
+            for name, parameter, address in parameters:
+                same = parameter is weight or address == _address(weight) is not None
+                if same and not name.startswith(tuple(prefixes)):
+                    own = f"layer.base_layer.{attribute}"
+                    raise ValueError(
+                        f"{prefixes[0]}base_layer.{attribute} is tied to {name}: merging would change both. Give the "
+                        f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
+                    )

@@ -49,6 +49,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
     reads those. Of a sharded model every rank calls this and rank 0 writes.
 
+    PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
+    ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
+
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
             settings).
@@ -125,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for target in targets:
             cls = layer_class(target.module)
             shapes = cls.adapter_shapes(target.module, target.r, **target.layout)
-            expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
+            expected |= {f"{_PREFIX}{target.name}.{cls.PEFT_KEYS[name]}": shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
     base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}

@@ -117,10 +117,10 @@ def test_stack_adapts_every_linear_layer_and_shares_the_weights():
     with torch.no_grad():
         outputs = {
             name: model.adapt(stack, layers, peers.VARIANTS[f"{name}-eager"].build)(x)
-            for name in ("lora-sum", "lora-addmm", "peft-dora", "dorac-every", "dorac-once")
+            for name in ("lora-sum", "lora-addmm", "peft-dora", "dorac-every", "dorac-once", "dorac-peft")
         }
     torch.testing.assert_close(outputs["lora-addmm"], outputs["lora-sum"])
-    for name in ("dorac-every", "dorac-once"):
+    for name in ("dorac-every", "dorac-once", "dorac-peft"):
         torch.testing.assert_close(outputs[name], outputs["peft-dora"])
     assert not torch.allclose(outputs["peft-dora"], outputs["lora-sum"], rtol=1e-3)
     held = {p.data_ptr() for p in stack.parameters() if not p.requires_grad}

@@ -161,6 +161,16 @@ def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
     return adapted
 
 
+def dorac_peft(layer: Layer) -> nn.Module:
+    """Stock PEFT's layer with ``dorac.peft.enable`` on it, and the magnitude in full precision."""
+    import dorac.peft
+
+    adapted = peft_linear(layer, use_dora=True)
+    dorac.peft.enable(adapted)
+    adapted.lora_magnitude_vector["default"].weight = nn.Parameter(layer.magnitude)
+    return adapted
+
+
 def peft_norm(layer: Layer) -> Callable[[], Tensor]:
     """The norm as stock PEFT's forward computes it: lora_weight through an identity matrix, then a dense sum."""
     adapted = peft_linear(layer, use_dora=True)
@@ -206,6 +216,8 @@ VARIANTS = {
     "dense-norm-dora-compiled": Variant(DenseNormDora, _WHOLE),
     "dorac-every-compiled": Variant(dorac_every, _WHOLE),
     "dorac-once-compiled": Variant(DoracOnce, _WHOLE),
+    "dorac-peft-compiled": Variant(dorac_peft, _WHOLE),
     "dorac-every-eager": Variant(dorac_every, None),
     "dorac-once-eager": Variant(DoracOnce, None),
+    "dorac-peft-eager": Variant(dorac_peft, None),
 }

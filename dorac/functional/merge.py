@@ -72,16 +72,16 @@ def _shards(
 
 
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
-    """:func:`magnitude_scale`, refusing rows whose g is zero or not finite. Reads values: waits for the device.
+    """:func:`magnitude_scale`, refusing rows whose g is zero or not finite (with experts: named expert.row).
 
-    Of sharded arguments the whole scale: every rank refuses what one does.
+    Reads values: waits for the device. Of sharded arguments the whole scale: every rank refuses what one does.
     """
     if torch.compiler.is_exporting():
         raise ValueError("unmerging cannot be exported: it reads values of g, to refuse rows that are lost")
     g = sharded.whole(magnitude_scale(magnitude, weight_norm))
-    lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
+    lost = ((g == 0) | ~g.isfinite()).nonzero().tolist()
     if lost:
-        rows = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        rows = ", ".join(".".join(map(str, place)) for place in lost[:8]) + (", ..." if len(lost) > 8 else "")
         raise ValueError(
             f"cannot unmerge rows {rows}: their g is 0 or not finite, so the merged rows no longer hold the base weight"
         )

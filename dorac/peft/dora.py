@@ -1,0 +1,249 @@
+"""PEFT's DoRA layers (``peft.tuners.lora.dora``) on dorac's functions, with their names, signatures and attributes.
+
+A layer holds the magnitude, ``weight``, and computes what DoRA adds to the base layer's output,
+``(g - 1) * base + g * s * lora``. They subclass PEFT's, so that ``isinstance`` keeps its meaning; what they inherit is
+the constructor, the cache and ``train``.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import dora
+from torch import Tensor, nn
+
+from dorac import functional
+from dorac.functional.embedding import EMBEDDING_BUDGET
+from dorac.numerics import accumulate_dtype
+from dorac.peft.weights import dense_weight, gathered, linear_from_copy
+
+__all__ = [
+    "DoraConv1dLayer",
+    "DoraConv2dLayer",
+    "DoraConv3dLayer",
+    "DoraEmbeddingLayer",
+    "DoraLinearLayer",
+    "_DoraConvNdLayer",
+]
+
+
+class DoraLinearLayer(dora.DoraLinearLayer):
+    """The magnitude of a linear layer, ``weight [out]``, and what DoRA adds to the layer's output.
+
+    Args:
+        fan_in_fan_out: whether the base layer stores its weight as ``[in, out]`` (GPT-2's ``Conv1D``).
+
+    Under PEFT's ``DoraCaching`` the norm, and nothing else, is kept in eval mode.
+    """
+
+    get_lora_weight = dora.DoraLinearLayer.get_lora_weight.__wrapped__  # uncached: a dense product
+
+    @dora.cache_decorator("weight-norm")
+    def get_weight_norm(
+        self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None
+    ) -> Tensor:
+        """``||weight + scaling * lora_weight||_row`` from a dense ``lora_weight``, which forward never makes.
+
+        Args:
+            weight: as the base layer stores it. lora_weight: ``[out, in]``, for a convolution the filters' shape.
+
+        Returns:
+            ``[out]``, ``[1, out, 1, ...]`` for a convolution; float32, or float64 if an argument is.
+        """
+        acc = accumulate_dtype(weight, lora_weight)
+        if weight.ndim >= 3:
+            adapted = weight.to(acc) + scaling * lora_weight.to(acc)
+            norm = torch.linalg.vector_norm(adapted, dim=tuple(range(1, weight.ndim)), keepdim=True)
+            return norm.transpose(0, 1)
+        return torch.linalg.vector_norm(self._matrix(weight).to(acc) + scaling * lora_weight.to(acc), dim=1)
+
+    @dora.cache_decorator("weight-norm")
+    def factored_norm(
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        *,
+        groups: int = 1,
+        adapter_name: str | None = None,
+    ) -> Tensor:
+        """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3)."""
+        if weight.ndim >= 3:
+            norm = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
+            return norm.view(1, -1, *[1] * (weight.ndim - 2))
+        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @torch.no_grad()
+    def update_layer(
+        self, *, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, place_on_cpu: bool = False
+    ) -> None:
+        """Sets the magnitude to the norm, float32 or float64, so that g = 1.
+
+        Args:
+            lora_A, lora_B: as PEFT stores them (for an embedding ``[r, vocab]`` and ``[dim, r]``). The norm is computed
+                where lora_A is.
+            place_on_cpu: keep the magnitude on the CPU (PEFT's ephemeral offload computes it on a GPU).
+        """
+        with gathered([*base_layer.parameters(), lora_A, lora_B]):
+            if type(base_layer).__name__ == "Linear4bit":
+                base_layer = copy.deepcopy(base_layer)  # FSDP does not let the layer itself be dequantised
+            weight = dense_weight(base_layer).to(lora_A.device)
+            norm = self.factored_norm(weight, lora_A, lora_B, scaling, groups=getattr(base_layer, "groups", 1))
+        self.weight = nn.Parameter(norm.cpu() if place_on_cpu else norm)
+
+    def mag_scale(self, norm: Tensor) -> Tensor:
+        """g in the shape of the magnitude, on the norm's device."""
+        return functional.magnitude_scale(self.weight.flatten().to(norm.device), norm.flatten()).view(norm.shape)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """``(g - 1) * base + g * s * lora``, to be added to the base layer's output.
+
+        Args:
+            x: ``[*, in]``, in training what dropout left of it.
+            lora_A, lora_B: the modules.
+            base_result: the base layer's output for this x; None computes it again, without the bias.
+
+        Returns:
+            ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
+        """
+        with gathered([*base_layer.parameters(), *lora_A.parameters(), *lora_B.parameters()]) as will_be_released:
+            weight = dense_weight(base_layer)
+            norm = self.factored_norm(weight, lora_A.weight, lora_B.weight, scaling, adapter_name=adapter_name)
+            lora = lora_B(lora_A(x))
+            if base_result is None:
+                base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
+            else:
+                base = without_bias(base_result, base_layer.bias)
+        return self._delta(base, lora, norm, scaling)
+
+    def _delta(self, base: Tensor, lora: Tensor, norm: Tensor, scaling: float, dim: int = -1) -> Tensor:
+        g = self.mag_scale(norm).flatten().to(base.device)
+        wide = accumulate_dtype(base, lora, g)  # the caller rounds once, after its sum
+        return functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
+
+    def __repr__(self) -> str:
+        return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
+
+
+def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:
+    """The base layer's output before its bias, in float32 or float64; ``trailing`` dimensions follow the outputs'."""
+    base_result = base_result.to(accumulate_dtype(base_result))
+    return base_result if bias is None else base_result - bias.to(base_result).view(-1, *[1] * trailing)
+
+
+class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
+    """The magnitude of an embedding, ``weight [dim]``, whose norm is taken over the vocabulary."""
+
+    get_lora_weight = dora.DoraEmbeddingLayer.get_lora_weight.__wrapped__
+
+    @dora.cache_decorator("weight-norm")
+    def factored_norm(
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        *,
+        groups: int = 1,
+        adapter_name: str | None = None,
+    ) -> Tensor:
+        """``||weight^T + s * lora_B lora_A||_row`` from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``."""
+        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=EMBEDDING_BUDGET)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        base_layer: nn.Module,
+        embed_fn,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> tuple[Tensor, Tensor]:
+        """``(g, g * s * lora)``, or with ``base_result`` ``(g, (g - 1) * base_result + g * s * lora)``.
+
+        Args:
+            x: indices ``[*]``.
+            lora_A: ``[vocab, r]``, lora_B: ``[r, dim]``, the transposes of what PEFT stores.
+            embed_fn: looks x up in lora_A.
+        """
+        with gathered([*base_layer.parameters(), lora_A, lora_B]):
+            norm = self.factored_norm(
+                dense_weight(base_layer), lora_A.t(), lora_B.t(), scaling, adapter_name=adapter_name
+            )
+            lora = embed_fn(x, lora_A) @ lora_B
+        g = self.mag_scale(norm).to(lora.device)
+        if base_result is None:
+            return g, (g * scaling) * lora.to(g.dtype)
+        return g, self._delta(base_result, lora, norm, scaling)
+
+
+class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
+    """The magnitude of a convolution, ``weight [1, out, 1, ...]``, and what DoRA adds to the layer's output."""
+
+    get_lora_weight = dora._DoraConvNdLayer.get_lora_weight.__wrapped__
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """As :meth:`DoraLinearLayer.forward`, over channels: x ``[N, in, *]``.
+
+        The weight of lora_A is applied with the stride, padding, dilation and padding mode of the base layer.
+        """
+        groups = base_layer.groups
+        with gathered([*base_layer.parameters(), *lora_A.parameters(), *lora_B.parameters()]) as will_be_released:
+            weight = dense_weight(base_layer)
+            norm = self.factored_norm(
+                weight, lora_A.weight, lora_B.weight, scaling, groups=groups, adapter_name=adapter_name
+            )
+            lora_groups = groups if lora_A.weight.shape[1] == weight.shape[1] else 1
+            lora = lora_B(self._filter(x, lora_A.weight, base_layer, lora_groups))
+            if base_result is None:
+                kept = weight.clone() if will_be_released else weight
+                base = self._filter(x, kept.to(x.dtype), base_layer, groups)
+            else:
+                base = without_bias(base_result, base_layer.bias, trailing=weight.ndim - 2)
+        return self._delta(base, lora, norm, scaling, dim=base.ndim + 1 - weight.ndim)
+
+    def _filter(self, x: Tensor, weight: Tensor, base_layer: nn.Module, groups: int) -> Tensor:
+        padding = base_layer.padding
+        if base_layer.padding_mode != "zeros":
+            x = F.pad(x, base_layer._reversed_padding_repeated_twice, mode=base_layer.padding_mode)
+            padding = 0
+        return self.conv_fn(x, weight, None, base_layer.stride, padding, base_layer.dilation, groups)
+
+
+class DoraConv1dLayer(_DoraConvNdLayer, dora.DoraConv1dLayer):
+    """As :class:`DoraConv2dLayer`, with one kernel dimension."""
+
+
+class DoraConv2dLayer(_DoraConvNdLayer, dora.DoraConv2dLayer):
+    """The magnitude of an ``nn.Conv2d``, ``weight [1, out, 1, 1]``."""
+
+
+class DoraConv3dLayer(_DoraConvNdLayer, dora.DoraConv3dLayer):
+    """As :class:`DoraConv2dLayer`, with three kernel dimensions."""

@@ -1,0 +1,61 @@
+"""The base weight and the factors as the norm and the products can read them: gathered, dequantised, on one device."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+
+from dorac.numerics import FLOAT_DTYPES
+from dorac.ops.norm import DEFAULT_BUDGET
+
+
+def is_partitioned(tensor: Tensor | None) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds ``tensor`` in parts, of which this process may have none at the moment."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_plain(weight: Tensor | None) -> bool:
+    """Whether ``weight`` can be used as it lies there: dense, float, whole."""
+    plain = type(weight) is nn.Parameter or type(weight) is Tensor
+    return plain and weight.dtype in FLOAT_DTYPES and not is_partitioned(weight)
+
+
+def dense_weight(base_layer: nn.Module) -> Tensor:
+    """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one."""
+    weight = getattr(base_layer, "weight", None)
+    return weight if is_plain(weight) else dequantize_module_weight(base_layer)
+
+
+@contextlib.contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """The partitioned ones of ``tensors`` made whole for the block; yields whether there are any.
+
+    What the block computes from them must not refer to their storage afterwards.
+
+    Raises:
+        RuntimeError: DeepSpeed left one of them in parts; a norm of it would be wrong.
+    """
+    partitioned = [t for t in tensors if is_partitioned(t)]
+    if not partitioned:
+        yield False
+        return
+    with gather_params_ctx(partitioned):
+        for tensor in partitioned:
+            if tensor.numel() != math.prod(tensor.ds_shape):
+                raise RuntimeError(
+                    f"DeepSpeed did not gather a parameter of shape {list(tensor.ds_shape)}: "
+                    f"this process holds {tensor.numel()} of its elements"
+                )
+        yield True
+
+
+def linear_from_copy(x: Tensor, weight: Tensor, budget: int = DEFAULT_BUDGET) -> Tensor:
+    """``x W^T`` in the dtype of x; a weight of another dtype is converted in chunks of rows of ``budget`` bytes."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight)
+    rows = max(1, budget // max(1, weight.shape[1] * x.dtype.itemsize))
+    return torch.cat([F.linear(x, chunk.to(x.dtype)) for chunk in weight.split(rows)], dim=-1)

@@ -1,0 +1,322 @@
+"""``enable()`` and ``disable()``: what they reach, what they leave, what they refuse."""
+
+import copy
+import gc
+import importlib.metadata
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+from peft.tuners import lora  # noqa: E402
+from peft_models import KINDS, Holder, stock_model, target, twins  # noqa: E402
+from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
+
+import dorac.peft  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _stock_afterwards():
+    yield
+    dorac.peft.disable()
+
+
+def package_state():
+    """Everything in PEFT's LoRA package that could be replaced: module attributes and the attributes of classes."""
+    modules = [m for name, m in sys.modules.items() if name == "peft" or name.startswith("peft.")]
+    state = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            state[module.__name__, name] = id(value)
+            if isinstance(value, type) and value.__module__.startswith("peft."):
+                state |= {(value.__module__, value.__qualname__, key): id(v) for key, v in vars(value).items()}
+    return state
+
+
+def on_dorac(model) -> bool:
+    """Whether all of the model's DoRA runs on dorac; a mixture is an error."""
+    kinds = {type(v).__module__ for m in model.modules() for v in getattr(m, "lora_variant", {}).values()}
+    for module in model.modules():
+        if isinstance(module, lora.LoraLayer) and module.lora_variant:
+            kinds |= {type(module).__module__, *(type(m).__module__ for m in module.lora_magnitude_vector.values())}
+    ours = {name.startswith("dorac.peft.") for name in kinds}
+    assert len(ours) == 1, kinds
+    return ours.pop()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_builds(kind):
+    before = package_state()
+    with dorac.peft.enable():
+        model = stock_model(kind)
+        assert on_dorac(model)
+        assert package_state() != before
+    assert package_state() == before
+    assert not on_dorac(model)
+    assert not on_dorac(stock_model(kind))
+
+
+def test_twice_is_once():
+    before = package_state()
+    dorac.peft.enable()
+    enabled = package_state()
+    dorac.peft.enable()
+    assert package_state() == enabled
+    with dorac.peft.enable():
+        pass
+    assert package_state() == enabled  # the inner block changed nothing, so it undoes nothing
+    dorac.peft.disable()
+    dorac.peft.disable()
+    assert package_state() == before
+
+    model = stock_model("linear")
+    for _ in range(2):
+        dorac.peft.enable(model)
+        assert on_dorac(model)
+    with dorac.peft.enable(model):
+        pass
+    assert on_dorac(model)
+    for _ in range(2):
+        dorac.peft.disable(model)
+        assert not on_dorac(model)
+
+
+def test_one_model_and_what_is_added_to_it():
+    before = package_state()
+    other = stock_model("linear")
+    model = Holder(nn.Linear(10, 12))
+    model.second = nn.Embedding(5, 4)
+    config = {"use_dora": True, "r": 2}
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["target"], **config))
+    with dorac.peft.enable(model):
+        model.add_adapter("more", peft.LoraConfig(target_modules=["target", "second"], **config))
+        assert on_dorac(model)
+        assert set(target(model).lora_magnitude_vector) == {"default", "more"}
+        assert not on_dorac(other)
+        assert not on_dorac(stock_model("linear"))
+        assert package_state() == before
+    assert not on_dorac(model)
+    model.add_adapter("last", peft.LoraConfig(target_modules=["target"], **config))
+    assert not on_dorac(model)
+
+
+def test_disable_everywhere_reaches_every_model():
+    one = stock_model("linear")
+    dorac.peft.enable(one)
+    dorac.peft.enable()
+    two = stock_model("conv2d")
+    holder = Holder(nn.Linear(10, 12))
+    peft.inject_adapter_in_model(peft.LoraConfig(use_dora=True, target_modules=["target"]), holder)
+    models = (one, two, holder)
+    assert all(map(on_dorac, models))
+    dorac.peft.disable()
+    assert not any(map(on_dorac, models))
+    assert type(one.base_model) is lora.LoraModel
+
+
+def test_switching_keeps_parameters_and_modules():
+    model = stock_model("linear")
+    before = {name: id(module) for name, module in model.named_modules()}
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    representation = repr(model)
+    x = KINDS["linear"].input(3, torch.float64)
+    expected = model(x)
+    dorac.peft.enable(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert repr(model) == representation
+    torch.testing.assert_close(model(x), expected)
+    dorac.peft.disable(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_plain_lora_is_left_alone():
+    model = peft.get_peft_model(Holder(nn.Linear(10, 12)), peft.LoraConfig(target_modules=["target"]))
+    dorac.peft.enable(model)
+    assert type(target(model)) is lora.Linear
+    with dorac.peft.enable():
+        model = peft.get_peft_model(Holder(nn.Linear(10, 12)), peft.LoraConfig(target_modules=["target"]))
+        assert type(target(model)) is lora.Linear
+        model.add_adapter("dora", peft.LoraConfig(target_modules=["target"], use_dora=True))
+        assert on_dorac(model)
+        model.delete_adapter("dora")
+    assert type(target(model)) is lora.Linear
+
+
+def test_copies_and_pickles(tmp_path):
+    _, ours = twins("linear")
+    x = KINDS["linear"].input(3, torch.float64)
+    torch.save(ours, tmp_path / "model.pt")
+    for again in (copy.deepcopy(ours), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert on_dorac(again)
+        torch.testing.assert_close(again(x), ours(x), rtol=0, atol=0)
+        dorac.peft.disable(again)
+        assert not on_dorac(again)
+    assert on_dorac(ours)
+
+
+def test_models_are_not_kept_alive():
+    from dorac.peft import switch
+
+    with dorac.peft.enable():
+        model = stock_model("linear")
+    dorac.peft.enable(model)
+    count = len(switch._state.roots)
+    del model
+    gc.collect()
+    assert len(switch._state.roots) < count
+
+
+class OwnVariant(lora.variants.DoraLinearVariant):
+    """DoRA as a third party has it."""
+
+
+class OwnLinear(lora.Linear):
+    """A third party's LoRA layer."""
+
+    @property
+    def lora_variants(self):
+        return {(): None, ("use_dora",): OwnVariant}
+
+
+def own_config():
+    config = peft.LoraConfig(use_dora=True, target_modules=["0", "1"])
+    config._register_custom_module({nn.Linear: OwnLinear})
+    return config
+
+
+def test_what_is_not_covered_is_named_once():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), own_config())
+    with pytest.warns(
+        UserWarning, match=r"does not cover OwnLinear, .*: base_model.model.0, base_model.model.1"
+    ) as caught:
+        dorac.peft.enable(model)
+    assert len(caught) == 1
+    assert type(model.base_model.model[0]) is OwnLinear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dorac.peft.enable(model)
+        dorac.peft.enable()
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), own_config())
+    dorac.peft.disable()
+    dorac.peft.enable()
+    with pytest.warns(UserWarning, match="does not cover OwnLinear, .*: 0"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), own_config())
+
+
+def test_unsupported_versions(monkeypatch):
+    before = package_state()
+    model = stock_model("linear")
+    found = importlib.metadata.version
+
+    def version(name):
+        if name == "peft" and installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed if name == "peft" else found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for installed in ("0.20.3", "0.22.0", "1.21.0", "0.3.0"):
+        for call in (dorac.peft.enable, lambda: dorac.peft.enable(model), dorac.peft.disable):
+            with pytest.raises(ImportError, match=rf"supports PEFT >=0\.21,<0\.22, installed is {installed}"):
+                call()
+    installed = None
+    with pytest.raises(ImportError, match=r'needs PEFT >=0\.21,<0\.22, .* pip install "peft>=0\.21,<0\.22"'):
+        dorac.peft.enable()
+    installed = "0.21.0"
+    with dorac.peft.enable():
+        pass
+    assert package_state() == before
+    assert not on_dorac(model)
+
+
+def test_where_peft_is_missing():
+    code = (
+        "import sys, importlib.metadata\n"
+        "class Missing(importlib.metadata.DistributionFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'peft':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "    def find_distributions(self, context):\n"
+        "        return []\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "found = importlib.metadata.Distribution.from_name\n"
+        "def from_name(name):\n"
+        "    if name == 'peft':\n"
+        "        raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "importlib.metadata.Distribution.from_name = from_name\n"
+        "import dorac.peft\n"
+        "for call in (dorac.peft.enable, dorac.peft.disable, lambda: dorac.peft.DoraLinearLayer):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ImportError as error:\n"
+        "        assert 'needs PEFT >=0.21,<0.22, which is not installed' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(call)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_alone_does_not_import_peft():
+    code = "import sys, dorac.peft; assert not {'peft', 'transformers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("call", [dorac.peft.enable, dorac.peft.disable])
+def test_not_a_peft_model(call):
+    before = package_state()
+    with pytest.raises(TypeError, match="model must be a module, got str"):
+        call("model")
+    with pytest.raises(ValueError, match="model must hold LoRA layers of PEFT's, Linear has none"):
+        call(nn.Linear(2, 2))
+    assert package_state() == before
+
+
+def test_new_magnitudes_are_float32():
+    """What dorac builds starts with g = 1 exactly, in float32 whatever the model's dtype is."""
+    with dorac.peft.enable():
+        for kind in KINDS:
+            torch.manual_seed(0)
+            model = Holder(KINDS[kind].layer()).bfloat16()
+            config = peft.LoraConfig(use_dora=True, target_modules=["target"], **KINDS[kind].options)
+            model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+            layer = target(model)
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            assert magnitude.dtype is torch.float32
+            base = layer.base_layer
+            factors = dorac.peft.variants.factors(layer, "default")
+            norm = layer.lora_magnitude_vector["default"].factored_norm(base.weight, *factors, layer.scaling["default"])
+            assert torch.equal(magnitude, norm)
+            assert model(KINDS[kind].input(3, torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_the_readmes_lines():
+    readme = (Path(dorac.peft.__file__).parents[2] / "README.md").read_text()
+    code = re.search(r"^## PEFT$.*?```python\n(.*?)```", readme, re.DOTALL | re.MULTILINE).group(1)
+    names = {"peft": peft, "torch": torch, "model": PreTrainedConfigured()}
+    exec(code, names)
+    x = torch.randn(2, 4)
+    assert on_dorac(names["model"]._orig_mod)
+    with torch.compiler.set_stance("force_eager"):
+        assert names["model"](x).shape == (2, 4)
+
+
+class PreTrainedConfigured(PreTrainedModel):
+    """ "all-linear" is for models of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.inner = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.inner(x).relu())
