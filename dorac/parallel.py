@@ -9,15 +9,15 @@ shards an ``nn.Linear``, its factors and magnitude along with the weight:
 
 (An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
 in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
-and in backward one of the magnitude's gradient. As with torch's styles, gradients of other replicated parameters come
-as ``Partial`` DTensors, whose sum the optimizer makes.
+and in backward one of the magnitude's gradient (torch 2.11 sums the ``[*, out]`` that it is made of). Gradients come in the layouts of their parameters, those of the
+replicated factor summed over the ranks.
 """
 
 from functools import partial
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
 from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
@@ -64,6 +64,14 @@ class RowwiseParallel(_RowwiseParallel):
         return _distribute(self, module, device_mesh, Shard(1))
 
 
+def _summed(gradient: DTensor) -> DTensor:
+    """The gradient of a replicated parameter with its sum over the ranks made.
+
+    Backward leaves it ``Partial``, and torch 2.11's optimizers compute other steps from such gradients.
+    """
+    return gradient.redistribute(placements=[Replicate()] * gradient.device_mesh.ndim)
+
+
 def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix: Placement) -> nn.Module:
     """Distributes the layer's parameters, ``matrix`` being the layout of the ``[out, in]`` matrix that it adapts."""
     kind = type(style).__name__
@@ -88,7 +96,10 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
         for key, parameter in module.named_parameters(recurse=False):
             placement = placements[f"{name}.{key}".lstrip(".")]
             shards = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
-            module.register_parameter(key, nn.Parameter(shards, requires_grad=parameter.requires_grad))
+            shards = nn.Parameter(shards, requires_grad=parameter.requires_grad)
+            if shards.requires_grad and placement == Replicate():
+                shards.register_hook(_summed)
+            module.register_parameter(key, shards)
 
     return distribute_module(
         layer,

@@ -266,15 +266,18 @@ def tensor_parallel(mesh, folder):
     }
     with collectives() as counts:
         loss = train(model, x, y)
-    # Forward: down's norm, down's output. Backward: down's magnitude. The inputs need no gradient.
-    assert counts == {"all_reduce": 3}, counts
+    # Forward: down's norm, down's output. Backward: down's magnitude, and what plain LoRA sums too: up's lora_A and
+    # down's lora_B. The inputs need no gradient.
+    assert counts == {"all_reduce": 5}, counts
+    for name, p in model.named_parameters():
+        assert p.grad is None or p.grad.placements == p.placements, name
     assert_same(loss, train(reference, x, y))
     assert_same_gradients(model, reference)
 
     total = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert_same(total, nn.utils.clip_grad_norm_(reference.parameters(), 0.1))
     for m in (model, reference):
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2).step()
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-2).step()
     expected = dict(reference.named_parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.full_tensor(), expected[name], rtol=0, atol=1e-6)
@@ -380,7 +383,7 @@ def fsdp(mesh, folder):
     train(reference, x, y)
     assert_same_gradients(model, reference)
     for m in (model, reference):
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2).step()
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-2).step()
 
     # Outside forward the parameters are shards; of those only lora_A [r, in] is needed whole.
     layer, other = model.down, reference.down
@@ -497,8 +500,9 @@ def compiled(mesh, _folder):
         assert not [n for n in graph.graph.nodes if "gather" in str(n.target)]
         return sizes
 
-    assert reductions(backend.fw_graphs) == [[24], [4, 24]]  # down's norm and down's output
-    assert reductions(backend.bw_graphs) == [[24]]  # down's magnitude
+    reduced = reductions(backend.fw_graphs), reductions(backend.bw_graphs)
+    # Forward: down's norm and output. Backward: its magnitude, for which torch 2.11 sums an activation in forward.
+    assert reduced in (([[24], [4, 24]], [[24]]), ([[24], [4, 24], [4, 24]], [])), reduced
     assert sum("row_norm" in str(n.target) for n in backend.fw_graphs[0].graph.nodes) == 2
     with torch.no_grad():
         assert_same(model(x), reference(x))
