@@ -155,8 +155,10 @@ def test_compose_backward(dtype, layout, delta, device):
 
 
 def test_every_op_is_checked():
-    """Here, or in tests/test_routes.py with the routes that an op is taken on: a new op needs its opcheck too."""
+    """Here, or with the routes, layers and lookups that an op is taken on: a new op needs its opcheck too."""
     registered = {name.removeprefix("dorac::") for name in torch._C._dispatch_get_all_op_names() if "dorac::" in name}
     norm = {"norm_factored", "row_norm", "row_norm_backward"}
     compose = {"compose", "compose_value", "compose_forward", "compose_backward"}
-    assert registered == norm | compose | {"dora_linear", *LAYER_LEAVES}
+    routes = {"dora_linear", *LAYER_LEAVES}  # tests/test_routes.py
+    rows = {"take", "sum_by_index", "grouped_linear", "grouped_product", "grouped_outer"}  # tests/test_row_ops.py
+    assert registered == norm | compose | routes | rows | {"sparse_columns"}  # the last in tests/test_embedding.py
