@@ -1,24 +1,39 @@
-"""The code that Inductor generates on the CPU: compose fuses with its neighbours, nothing of size out x in is built."""
+"""The code that Inductor generates: compose fuses with its neighbours, nothing of size out x in is built."""
 
 import re
 
+import pytest
 import torch
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import dorac
+import dorac.reference
 
 
-def block():
+def block(device, base=None, **options):
     """A DoRA layer with what surrounds it in a transformer: an activation and a residual."""
-    base = torch.nn.Linear(24, 40)
-    layer = dorac.nn.DoraLinear(base, r=4, init_lora_weights=False)
-    torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
-    return lambda x, residual: residual + torch.nn.functional.gelu(layer(x))
+    base = (nn.Linear(24, 40) if base is None else base).to(device)
+    layer = dorac.nn.layer_class(base)(base, r=4, init_lora_weights=False, **options)
+    nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    return lambda x, residual: residual + nn.functional.gelu(layer(x))
 
 
-def test_compose_fuses_with_its_neighbours():
-    function = block()
-    x, residual = torch.randn(7, 24), torch.randn(7, 40)
+def launches(code):
+    """The names of the kernels that the generated code calls, each with what was fused into it."""
+    body = code.partition("def call(")[2]
+    return re.findall(r"^\s*((?:cpp|triton)_\w*fused_\w+)(?:\.run)?\(", body, re.MULTILINE)
+
+
+def buffers(code):
+    """The shapes that the generated code allocates."""
+    shapes = re.findall(r"empty_strided_(?:cpu|cuda)\w*\(\(([\d, ]*)\)", code)
+    return {tuple(int(n) for n in shape.replace(" ", "").split(",") if n) for shape in shapes}
+
+
+def test_compose_fuses_with_its_neighbours(device):
+    function = block(device)
+    x, residual = torch.randn(7, 24, device=device), torch.randn(7, 40, device=device)
     with torch.no_grad():
         y, (code, *rest) = run_and_get_code(torch.compile(function, fullgraph=True), x, residual)
         torch.testing.assert_close(y, function(x, residual))
@@ -26,24 +41,36 @@ def test_compose_fuses_with_its_neighbours():
     body = code.partition("def call(")[2]
     assert "dorac.row_norm" in body
     assert "dorac.compose" not in body
-    kernels = re.findall(r"^\s*(cpp_fused_\w+)\(", body, re.MULTILINE)
-    assert len([k for k in kernels if "gelu" in k]) == 1, kernels
-    # Compose, activation and residual are that one kernel; what is left makes s and g.
+    assert "dorac.scale" not in body
+    kernels = launches(code)
+    # Compose, activation and residual are that one kernel; what is left makes s, g and, on CUDA, s * h.
+    assert [k for k in kernels if "gelu" in k] == kernels[-1:], kernels
     assert len(kernels) <= 3, kernels
 
 
-def test_no_buffer_of_the_weight_size():
-    function = block()
-    x = torch.randn(7, 24, requires_grad=True)
-    _, codes = run_and_get_code(lambda: _backward(torch.compile(function, fullgraph=True), x, torch.randn(7, 40)))
+@pytest.mark.parametrize("kind", ["linear", "bfloat16", "dropout", "norm_grad", "embedding"])
+def test_no_buffer_of_the_weight_size(kind, device):
+    """Forward and backward of an adapted layer: the weight is 24 x 40 in each of them, and nothing else is."""
+    options = {"dropout": {"lora_dropout": 0.5}, "norm_grad": {"norm_grad": True}}.get(kind, {})
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    x = torch.randn(7, 24, dtype=dtype, device=device, requires_grad=True)
+    base = nn.Linear(24, 40, dtype=dtype)
+    if kind == "embedding":
+        x, base = torch.randint(0, 24, (7,), device=device), nn.Embedding(24, 40)
+    function = torch.compile(block(device, base, **options), fullgraph=True)
+    residual = torch.randn(7, 40, dtype=dtype, device=device)
+    _, codes = run_and_get_code(lambda: function(x, residual).sum().backward())
     assert len(codes) == 2
     for code in codes:
-        buffers = re.findall(r"empty_strided_cpu\(\((\d+), (\d+)\)", code)
-        assert buffers
-        assert {tuple(map(int, shape)) for shape in buffers}.isdisjoint({(40, 24), (24, 40)})
+        shapes = buffers(code)
+        assert shapes
+        assert shapes.isdisjoint({(40, 24), (24, 40), (960,)}), shapes
 
 
-def _backward(function, *args):
-    y = function(*args)
-    y.sum().backward()
-    return y
+def test_the_dense_formula_builds_them(device):
+    """What the test above looks for is there where the product of the factors is formed."""
+    x, weight, lora_A, lora_B = (torch.randn(s, device=device) for s in ((7, 24), (40, 24), (4, 24), (40, 4)))
+    magnitude = torch.rand(40, device=device)
+    dense = torch.compile(dorac.reference.dora_linear, fullgraph=True)
+    _, codes = run_and_get_code(dense, x, weight, lora_A, lora_B, magnitude, scaling=2.0)
+    assert (40, 24) in buffers(codes[0])

@@ -1,13 +1,15 @@
 """Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dorac.nn import DoraLayer, layer_class
 from dorac.nn.kinds import CONVOLUTIONS
+from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, named_places
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -190,11 +192,12 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     """
     root, model = model, uncompiled(model)
     layers = require_layers(model)
+    reshard(model)
     _refuse_tied(model)
     for name, layer in layers.items():
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-        finite = all(p.is_meta or p.isfinite().all() for p in layer.parameters(recurse=False))
+        finite = all(p.is_meta or sharded.whole(p.isfinite().all()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
@@ -232,6 +235,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             stays merged).
     """
     layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
+    reshard(uncompiled(model))
     for name, layer in layers.items():
         try:
             layer.check_unmergeable()
@@ -247,6 +251,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 has gathered: after a forward some parameters are still copies, and writes to them get lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; one that is held in several places has several names."""
     return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
@@ -260,21 +272,27 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return layers
 
 
+def _address(parameter: Tensor) -> int | None:
+    """Where the parameter's memory begins (of a DTensor, this rank's shard), or None if it has none."""
+    local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
+    return local.data_ptr() if local.numel() and not local.is_meta else None
+
+
 def _refuse_tied(model: nn.Module) -> None:
     """A base weight that something outside its wrapper reads too must not be merged into."""
     paths: dict[DoraLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, DoraLayer):
             paths.setdefault(module, []).append(f"{name}." if name else "")
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    parameters = [(name, p, _address(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     for layer, prefixes in paths.items():
-        weight = layer.base_layer.weight
-        for name, parameter in parameters:
-            same = parameter is weight or (
-                weight.numel() and not weight.is_meta and parameter.data_ptr() == weight.data_ptr()
-            )
-            if same and not name.startswith(tuple(prefixes)):
-                raise ValueError(
-                    f"{prefixes[0]}base_layer.weight is tied to {name}: merging would change both. Give the layer a "
-                    "weight of its own first (layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.clone()))"
-                )
+        for weight in layer.base_weights():
+            attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
+            for name, parameter, address in parameters:
+                same = parameter is weight or address == _address(weight) is not None
+                if same and not name.startswith(tuple(prefixes)):
+                    own = f"layer.base_layer.{attribute}"
+                    raise ValueError(
+                        f"{prefixes[0]}base_layer.{attribute} is tied to {name}: merging would change both. Give the "
+                        f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
+                    )

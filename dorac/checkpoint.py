@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac.apply import dora_layers, find_saved, require_layers, saved_modules, uncompiled, wrap
+from dorac.apply import dora_layers, find_saved, require_layers, reshard, saved_modules, uncompiled, wrap
 from dorac.nn import DoraLayer, layer_class
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,7 +47,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
     written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
     adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
-    reads those.
+    reads those. Of a sharded model every rank calls this and rank 0 writes.
+
+    PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
+    ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
@@ -57,7 +61,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = require_layers(model)
     _refuse_root(layers)
     config = _config(model, layers)
-    tensors = {key: t.detach().clone().contiguous() for key, t in _adapter_tensors(model, layers).items()}
+    reshard(model)
+    parameters = _adapter_tensors(model, layers)
+    tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
@@ -86,6 +94,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             unchanged.
     """
     model = uncompiled(model)
+    reshard(model)
     config = _read_config(Path(directory, CONFIG_NAME))
     tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
     layers = dora_layers(model)
@@ -119,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for target in targets:
             cls = layer_class(target.module)
             shapes = cls.adapter_shapes(target.module, target.r, **target.layout)
-            expected |= {f"{_PREFIX}{target.name}.{key}": shapes[name] for name, key in cls.PEFT_KEYS.items()}
+            expected |= {f"{_PREFIX}{target.name}.{cls.PEFT_KEYS[name]}": shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
     base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}
@@ -152,7 +161,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         layers = dora_layers(model)
     with torch.no_grad():
         for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(sharded.like(tensors[key], parameter))
     return list(layers)
 
 

@@ -36,21 +36,25 @@ def _check_pair(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
 
 
-def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bool = True) -> None:
+def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
 
-    With ``batched`` also ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
+    With experts ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
     """
     _check_float("weight", weight)
-    if weight.ndim != 2 and not (batched and weight.ndim == 3):
-        expected = "2 dimensions, or 3 with experts" if batched else "2 dimensions"
-        raise ValueError(f"weight must have {expected}, got shape {list(weight.shape)}")
+    if weight.ndim not in (2, 3):
+        raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
     _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = "E, " if experts else ""
     rank = lora_A.shape[-2]
     if rank < 1:
         raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if list(tensor.shape[: len(experts)]) != experts:
+            raise ValueError(
+                f"{name} must have E = {experts[0]} experts like weight {list(weight.shape)}, got {list(tensor.shape)}"
+            )
     if list(lora_A.shape) != [*experts, rank, in_features]:
         expected = f"[{e}r, in] = {[*experts, rank, in_features]}"
         raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")
@@ -59,18 +63,26 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, batched: bo
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
 
 
-def check_scaling(scaling: float | Tensor) -> None:
+def check_scaling(scaling: float | Tensor, name: str = "scaling") -> None:
     """A finite Python number or a 0-d float tensor (whose value is not read)."""
     if isinstance(scaling, Tensor):
         if scaling.ndim != 0 or scaling.dtype not in FLOAT_DTYPES:
             raise TypeError(
-                f"scaling must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
+                f"{name} must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
             )
         return
     if not isinstance(scaling, (int, float, torch.SymFloat)):
-        raise TypeError(f"scaling must be a number or a 0-d float tensor, got {type(scaling).__name__}")
+        raise TypeError(f"{name} must be a number or a 0-d float tensor, got {type(scaling).__name__}")
     if scaling - scaling != 0:  # math.isfinite does not trace
-        raise ValueError(f"scaling must be finite, got {scaling}")
+        raise ValueError(f"{name} must be finite, got {scaling}")
+
+
+def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
+    """A float ``[K]`` tensor, one scaling for each adapter."""
+    _check_float("scaling", scaling)
+    if list(scaling.shape) != [adapters]:
+        raise ValueError(f"scaling must be a number, 0-d or [K] = [{adapters}], got shape {list(scaling.shape)}")
+    _check_device("scaling", scaling, like)
 
 
 def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_name: str) -> None:
@@ -151,11 +163,12 @@ def check_linear(
     weight_norm: Tensor | None,
 ) -> None:
     """All tensors of ``dora_linear``."""
-    check_factors(weight, lora_A, lora_B, batched=False)
     check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     _check_float("x", x)
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [*, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
+    *experts, _, in_features = weight.shape
+    if x.ndim <= len(experts) or x.shape[-1] != in_features or list(x.shape[: len(experts)]) != experts:
+        expected = f"[E, *, in] with E = {experts[0]} and" if experts else "[*, in] with"
+        raise ValueError(f"x must be {expected} in = {in_features}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
     check_activation_dtype(x, weight)
     check_vector("bias", bias, weight)
@@ -203,6 +216,78 @@ def check_lookup(padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool
             raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
     if sparse and scale_grad_by_freq:
         raise ValueError("sparse must be False with scale_grad_by_freq: torch does not scale sparse gradients")
+
+
+def _check_index(name: str, index: Tensor, letters: str, shape: list[int], like: Tensor, like_name: str) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {index.dtype}")
+    if list(index.shape) != shape:
+        raise ValueError(f"{name} must be {letters} = {shape}, got shape {list(index.shape)}")
+    _check_device(name, index, like, like_name)
+
+
+def check_grouped(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor | None,
+    offsets: Tensor,
+) -> None:
+    """All tensors of ``dora_linear_grouped``."""
+    check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
+    if weight.ndim != 3:
+        raise ValueError(f"weight must be [E, out, in], got shape {list(weight.shape)}")
+    _check_float("x", x)
+    if x.ndim != 2 or x.shape[1] != weight.shape[2]:
+        raise ValueError(f"x must be [S, in] with in = {weight.shape[2]}, got shape {list(x.shape)}")
+    _check_device("x", x, weight)
+    check_activation_dtype(x, weight)
+    check_vector("bias", bias, weight)
+    _check_index("offsets", offsets, "[E]", [weight.shape[0]], weight, "weight")
+
+
+def check_stack(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """``weight [out, in]``, ``lora_A [K, r, in]`` and ``lora_B [K, out, r]`` of at least one adapter."""
+    for name, stack in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if isinstance(stack, (list, tuple)):
+            raise TypeError(
+                f"{name} must be one stack of adapters, got a {type(stack).__name__}; stack them, those of smaller "
+                "rank padded with zeros (stack_adapters does both)"
+            )
+    _check_float("weight", weight)
+    _check_float("lora_A", lora_A)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    if lora_A.ndim != 3 or lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A must be [K, r, in] with at least one adapter, got shape {list(lora_A.shape)}")
+    check_factors(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B)
+
+
+def check_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor | None,
+    adapter_index: Tensor,
+) -> None:
+    """All tensors of ``dora_linear_mixed``."""
+    check_stack(weight, lora_A, lora_B)
+    check_adapter(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, magnitude, weight_norm)
+    _check_float("x", x)
+    if x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [N, *, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
+    _check_device("x", x, weight)
+    check_activation_dtype(x, weight)
+    check_vector("bias", bias, weight)
+    _check_index("adapter_index", adapter_index, "[N]", [x.shape[0]], x, "x")
 
 
 def check_adapter(

@@ -1,7 +1,7 @@
 """DoRA as the paper writes it (arXiv 2402.09353): dense, readable, any float dtype. The oracle of every test.
 
 Every function computes in the dtype of its inputs: pass float64 for the truth, another dtype for what dense arithmetic
-    of that dtype gives.
+    of that dtype gives. With experts, every tensor starts with their number E.
 """
 
 import torch
@@ -16,7 +16,7 @@ def adapted_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
 
 def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``n = ||V||_row``, ``[out]``; differentiable, callers detach it where the paper does (section 4.3)."""
-    return torch.linalg.vector_norm(adapted_weight(weight, lora_A, lora_B, scaling), dim=1)
+    return torch.linalg.vector_norm(adapted_weight(weight, lora_A, lora_B, scaling), dim=-1)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
@@ -48,11 +48,13 @@ def dora_linear(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
 ) -> Tensor:
-    """``y = x (g V)^T + b`` with n held constant in backprop unless ``norm_grad``."""
+    """``y = x (g V)^T + b``, n constant in backprop unless ``norm_grad``; with experts, x is ``[E, tokens, in]``."""
     if weight_norm is None:
         norm = row_norm(weight, lora_A, lora_B, scaling)
         weight_norm = norm if norm_grad else norm.detach()
-    y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).T
+    y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).mT
+    if bias is not None and weight.ndim == 3:
+        bias = bias.unsqueeze(1)
     return y if bias is None else y + bias
 
 
@@ -65,11 +67,14 @@ def dora_embedding(
     *,
     scaling: float,
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; n, and what padding looks up, held constant in backprop."""
+    """Rows x of ``(g V)^T``, where V adapts ``weight^T``; what padding looks up is held constant in backprop, and n
+    unless ``norm_grad``."""
     if weight_norm is None:
-        weight_norm = row_norm(weight.T, lora_A, lora_B, scaling).detach()
+        norm = row_norm(weight.T, lora_A, lora_B, scaling)
+        weight_norm = norm if norm_grad else norm.detach()
     if padding_idx is not None:
         padding = torch.arange(len(weight), device=weight.device) == padding_idx
         weight = torch.where(padding[:, None], weight.detach(), weight)
@@ -82,14 +87,14 @@ def merge_weight(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
 ) -> Tensor:
     """``W' = g * V``, ``[out, in]``."""
-    return magnitude_scale(magnitude, weight_norm)[:, None] * adapted_weight(weight, lora_A, lora_B, scaling)
+    return magnitude_scale(magnitude, weight_norm)[..., None] * adapted_weight(weight, lora_A, lora_B, scaling)
 
 
 def unmerge_weight(
     merged: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
 ) -> Tensor:
     """``W = W' / g - s * B A``, ``[out, in]``."""
-    return merged / magnitude_scale(magnitude, weight_norm)[:, None] - scaling * (lora_B @ lora_A)
+    return merged / magnitude_scale(magnitude, weight_norm)[..., None] - scaling * (lora_B @ lora_A)
 
 
 def ungrouped(weight: Tensor, groups: int) -> Tensor:
@@ -130,10 +135,13 @@ def dora_conv(
     groups: int = 1,
     padding_mode: str = "zeros",
     weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
 ) -> Tensor:
-    """``y = conv(x, g V) + b``, one plain convolution with the dense adapted filters; n held constant in backprop."""
+    """``y = conv(x, g V) + b``, one plain convolution with the dense adapted filters; n held constant unless
+    ``norm_grad``."""
     if weight_norm is None:
-        weight_norm = filter_norm(weight, lora_A, lora_B, scaling, groups).detach()
+        norm = filter_norm(weight, lora_A, lora_B, scaling, groups)
+        weight_norm = norm if norm_grad else norm.detach()
     v = adapted_filters(weight, lora_A, lora_B, scaling, groups)
     g = magnitude_scale(magnitude, weight_norm).view(-1, *[1] * (v.ndim - 1))
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[v.ndim]

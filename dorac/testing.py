@@ -220,6 +220,18 @@ def conv_inputs(
     return inputs.map(lambda t: t.to(device))
 
 
+def expert_inputs(experts: int, regime: str | tuple[int, int, int, int] = "odd", **options) -> LinearInputs:
+    """``experts`` different layers of :func:`linear_inputs`, every tensor stacked; ``transposed`` as there."""
+    transposed = options.pop("transposed", False)
+    layers = [linear_inputs(regime, seed=seed, **options) for seed in range(experts)]
+    stacked = LinearInputs(
+        *(None if ts[0] is None else torch.stack(ts) for ts in zip(*(x.tensors() for x in layers), strict=True))
+    )
+    if not transposed:
+        return stacked
+    return dataclasses.replace(stacked, weight=stacked.weight.mT.contiguous().mT)
+
+
 def max_error(actual: Tensor, truth: Tensor) -> float:
     """The largest absolute difference, in float64; 0 for empty tensors."""
     assert actual.shape == truth.shape, (actual.shape, truth.shape)

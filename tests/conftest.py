@@ -6,6 +6,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels then run on CPU tensors; read when triton is imported
 
+torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to the bounds of float32
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

@@ -4,14 +4,15 @@ Legend: a layer's tensors come in the order ``data, weight, lora_A, lora_B, magn
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import row_layers
 import torch
 from torch import Tensor
 
 import dorac
 from dorac import functional, reference
-from dorac.testing import linear_inputs
+from dorac.testing import Convolution, conv_inputs, embedding_inputs, linear_inputs
 
 SCALING = 0.7
 LAYER = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
@@ -28,7 +29,8 @@ class Functional:
         data: positions of what a sample is; mapped by vmap over inputs. adapters: of what is stacked for an ensemble.
         norm_grad: whether both take the keyword ``norm_grad``.
         norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
-            the arguments ``(data, weight, lora_A, lora_B, magnitude, bias, *, scaling, weight_norm, norm_grad)``.
+            the arguments ``(data, weight, lora_A, lora_B, magnitude[, bias], *, scaling, weight_norm, norm_grad)``.
+        out_dim: the weight's dimension of the outputs. terms: how many the longest sum of a layer has.
         module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
             reference's tensors after the data from the module's state.
     """
@@ -41,6 +43,8 @@ class Functional:
     adapters: tuple[int, ...] = (2, 3, 4)
     norm_grad: bool = True
     norm: Callable[..., Tensor] | None = None
+    out_dim: int = 0
+    terms: Callable[[Sequence[Tensor]], int] = lambda tensors: sum(sum(t.shape) for t in tensors[:4])
     module: Callable[[int, bool], torch.nn.Module] | None = None
     module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
 
@@ -68,17 +72,78 @@ def linear_arguments() -> tuple[Tensor, ...]:
     return linear_inputs((4, 5, 6, 3)).tensors()
 
 
-def linear_module(seed: int, norm_grad: bool) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    base = torch.nn.Linear(6, 5, dtype=torch.float64)
-    layer = dorac.nn.DoraLinear(base, r=3, lora_alpha=3 * SCALING, init_lora_weights=False, norm_grad=norm_grad)
-    torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
-    return layer
+def module_of(
+    cls: type, base: Callable[[], torch.nn.Module], r: int, **layout
+) -> Callable[[int, bool], torch.nn.Module]:
+    """Makes an adapter of rank r around a new base layer, its magnitude off the norm."""
+
+    def make(seed: int, norm_grad: bool) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        layer = cls(base(), r, r * SCALING, init_lora_weights=False, norm_grad=norm_grad, **layout)
+        torch.nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+        return layer
+
+    return make
 
 
-def linear_state(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def layer_state(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
     names = ("base_layer.weight", "lora_A", "lora_B", "lora_magnitude_vector", "base_layer.bias")
-    return tuple(state[name] for name in names)
+    return tuple(state[name].flatten() if "magnitude" in name else state[name] for name in names)
+
+
+def embedding_state(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(
+        state[name] for name in ("base_layer.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    )
+
+
+def embedding_arguments() -> tuple[Tensor, ...]:
+    return embedding_inputs((5, 6, 4, 3))
+
+
+def sparse_embedding(layer: Callable[..., Tensor], **fixed) -> Callable[..., Tensor]:
+    """The layer with its table given, as a function of the rest."""
+    weight = embedding_arguments()[1]
+    return lambda x, *adapter, **options: layer(x, weight, *adapter, scaling=SCALING, **fixed, **options)
+
+
+def row_layer(name: str) -> Functional:
+    """The row of a functional that takes one of several layers per row."""
+    layer = row_layers.LAYERS[name]
+    return Functional(scaled(layer.function), scaled(layer.textbook), lambda: layer.inputs(3, 4, 2).tensors())
+
+
+def conv_row(convolution: Convolution, channels_last: bool = False) -> Functional:
+    """The row of one convolution."""
+    dimensions, groups = convolution.dimensions, convolution.groups
+
+    def base() -> torch.nn.Module:
+        cls = getattr(torch.nn, f"Conv{dimensions}d")
+        filters = (convolution.x[1], convolution.out, convolution.kernel)
+        layer = cls(*filters, **convolution.geometry, dtype=torch.float64)
+        return layer.to(memory_format=torch.channels_last) if channels_last else layer
+
+    return Functional(
+        scaled(getattr(functional, f"dora_conv{dimensions}d"), **convolution.geometry),
+        scaled(reference.dora_conv, **convolution.geometry),
+        lambda: conv_inputs(convolution, channels_last=channels_last).tensors(),
+        norm=lambda *tensors: reference.filter_norm(*tensors, groups=groups),
+        terms=lambda tensors: convolution.sum_length(),
+        module=module_of(
+            getattr(dorac.nn, f"DoraConv{dimensions}d"),
+            base,
+            convolution.rank,
+            grouped_lora_A=convolution.grouped_lora_A,
+        ),
+        module_arguments=layer_state,
+    )
+
+
+# One of each dimension and of each layout of lora_A, and each way that padding takes.
+STRIDED = Convolution((3, 2, 5), 4, (2,), 2, geometry={"stride": 2, "padding": 1})
+GROUPED_PEFT = Convolution((2, 4, 3, 3), 4, (2, 1), 2, grouped_lora_A=False, geometry={"groups": 2, "padding": (1, 0)})
+GROUPED_SAME = Convolution((2, 4, 3, 4), 2, (2, 2), 2, geometry={"groups": 2, "dilation": (1, 2), "padding": "same"})
+REFLECT = Convolution((2, 2, 3, 2, 3), 3, (2, 1, 2), 2, geometry={"padding": (1, 0, 1), "padding_mode": "reflect"})
 
 
 def given_norm(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -91,9 +156,9 @@ def with_norm() -> tuple[Tensor, ...]:
     return *tensors, 1.1 * reference.row_norm(*tensors[1:4], SCALING)
 
 
-def norm_reference(*tensors: Tensor, norm_grad: bool) -> Tensor:
-    norm = reference.row_norm(*tensors, SCALING)
-    return norm if norm_grad else norm.detach()
+def detachable(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The textbook's norm, a constant unless asked."""
+    return lambda *tensors, norm_grad: norm(*tensors) if norm_grad else norm(*tensors).detach()
 
 
 def parts() -> tuple[Tensor, ...]:
@@ -108,8 +173,8 @@ FUNCTIONALS = {
         scaled(reference.dora_linear),
         linear_arguments,
         norm=reference.row_norm,
-        module=linear_module,
-        module_arguments=linear_state,
+        module=module_of(dorac.nn.DoraLinear, lambda: torch.nn.Linear(6, 5, dtype=torch.float64), 3),
+        module_arguments=layer_state,
     ),
     "dora_linear, norm given": Functional(
         given_norm(functional.dora_linear),
@@ -120,7 +185,7 @@ FUNCTIONALS = {
     ),
     "norm_factored": Functional(
         scaled(functional.norm_factored),
-        norm_reference,
+        detachable(scaled(reference.row_norm)),
         lambda: linear_arguments()[1:4],
         names=LAYER[1:4],
         adapters=(1, 2),
@@ -152,6 +217,37 @@ FUNCTIONALS = {
         adapters=(2,),
         norm_grad=False,
     ),
+    "dora_linear, experts": row_layer("experts"),
+    "dora_linear_grouped": row_layer("grouped"),
+    "dora_linear_mixed": row_layer("mixed"),
+    "dora_embedding": Functional(
+        scaled(functional.dora_embedding),
+        scaled(reference.dora_embedding),
+        embedding_arguments,
+        names=LAYER[:5],
+        norm=lambda weight, *factors: reference.row_norm(weight.T, *factors),
+        out_dim=1,
+        module=module_of(dorac.nn.DoraEmbedding, lambda: torch.nn.Embedding(6, 4, dtype=torch.float64), 3),
+        module_arguments=embedding_state,
+    ),
+    "dora_embedding, sparse": Functional(
+        sparse_embedding(functional.dora_embedding, sparse=True),
+        sparse_embedding(reference.dora_embedding),
+        lambda: (embedding_arguments()[0], *embedding_arguments()[2:]),
+        names=("x", *LAYER[2:5]),
+        adapters=(1, 2, 3),
+    ),
+    "norm_factored_conv": Functional(
+        scaled(functional.norm_factored_conv, groups=2),
+        detachable(scaled(reference.filter_norm, groups=2)),
+        lambda: conv_inputs(GROUPED_PEFT).tensors()[1:4],
+        names=LAYER[1:4],
+        adapters=(1, 2),
+    ),
+    "dora_conv1d, strided": conv_row(STRIDED),
+    "dora_conv2d, PEFT's groups": conv_row(GROUPED_PEFT, channels_last=True),
+    "dora_conv2d, groups, same": conv_row(GROUPED_SAME),
+    "dora_conv3d, reflect": conv_row(REFLECT),
 }
 
 LAYERS = {name: row for name, row in FUNCTIONALS.items() if row.norm}
@@ -161,7 +257,7 @@ def cast(tensors, dtype, factor_dtype=None, magnitude_dtype=None) -> tuple[Tenso
     """A layer's tensors in the dtypes of a mix; the factors default to ``dtype``, the magnitude to float32 or wider."""
     factor_dtype = factor_dtype or dtype
     magnitude_dtype = magnitude_dtype or torch.promote_types(dtype, torch.float32)
-    dtypes = (dtype, dtype, factor_dtype, factor_dtype, magnitude_dtype, dtype)
+    dtypes = (dtype, dtype, factor_dtype, factor_dtype, magnitude_dtype, dtype)[: len(tensors)]
     return tuple(
         t.to(d) if t is not None and t.is_floating_point() else t for t, d in zip(tensors, dtypes, strict=True)
     )
@@ -215,10 +311,19 @@ def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: flo
 ROUNDINGS = 10
 
 
-def assert_within(actual: Tensor, truth: Tensor, size: Tensor, *, narrowest: torch.dtype, terms: int, label: str = ""):
-    """At most :data:`ROUNDINGS` roundings to ``narrowest``, and one in float32 (float64) per term of the sums."""
+def assert_within(
+    actual: Tensor,
+    truth: Tensor,
+    size: Tensor,
+    *,
+    narrowest: torch.dtype,
+    terms: int,
+    roundings: int = ROUNDINGS,
+    label: str = "",
+):
+    """At most so many roundings to ``narrowest``, and one in float32 (float64) per term of the sums."""
     accumulate = torch.float64 if narrowest is torch.float64 else torch.float32
-    relative = ROUNDINGS * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
+    relative = roundings * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
     error = (actual.detach().double() - truth).abs()
     tiny = torch.finfo(narrowest).tiny  # below it a number's error is absolute
     over = error > relative * size + tiny

@@ -27,7 +27,12 @@ CASES = {
     "x_0d": (changed(x=torch.ones(())), {}, ValueError, r"x must be \[\*, in\] with in = 6, got shape \[\]"),
     "x_dtype": (changed(x=torch.ones(4, 6).double()), {}, TypeError, "x must have the dtype of weight, torch.float32"),
     "x_integer": (changed(x=torch.ones(4, 6).long()), {}, TypeError, "x must be float64, .* got torch.int64"),
-    "weight_1d": (changed(weight=torch.ones(6)), {}, ValueError, r"weight must have 2 dimensions, got shape \[6\]"),
+    "weight_1d": (
+        changed(weight=torch.ones(6)),
+        {},
+        ValueError,
+        r"weight must have 2 dimensions, or 3 .*got shape \[6\]",
+    ),
     "weight_int8": (
         changed(weight=torch.ones(5, 6).char()),
         {},

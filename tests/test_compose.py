@@ -126,7 +126,10 @@ def test_channels(layout, shape, dtype, delta, use_compile, device):
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
     torch.testing.assert_close(y, moved, **tolerance)
     if layout != "other" and y.numel():
-        assert y.stride() == base.stride()
+        counts = [size > 1 or not use_compile for size in shape]  # Inductor strides a dimension of one as it likes
+        assert [s for s, c in zip(y.stride(), counts, strict=True) if c] == [
+            s for s, c in zip(base.stride(), counts, strict=True) if c
+        ]
     dy = torch.randn_like(moved)
     y.backward(dy)
     moved.backward(dy)

@@ -5,9 +5,6 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.library import opcheck
 
 from dorac import functional, reference
@@ -164,13 +161,14 @@ def test_which_gradients_exist(trained, sparse):
     assert tuple(name for name, t in zip(NAMES, leaves, strict=True) if t.grad is not None) == trained
 
 
-def test_zero_features_train(device):
+@pytest.mark.parametrize("norm_grad", [False, True])
+def test_zero_features_train(norm_grad, device):
     """A feature that is zero in the whole table has g = 1, finite gradients, and can learn."""
     x, weight, lora_A, lora_B, magnitude = embedding_inputs(dtype=torch.float32, device=device)
     weight[:, 3] = 0
     lora_B[3] = 0
     adapter = [t.requires_grad_() for t in (lora_A, lora_B, magnitude)]
-    y = functional.dora_embedding(x, weight, *adapter, scaling=0.7)
+    y = functional.dora_embedding(x, weight, *adapter, scaling=0.7, norm_grad=norm_grad)
     assert not y[:, 3].count_nonzero()
     y.sum().backward()
     assert all(t.grad.isfinite().all() for t in adapter)
@@ -194,74 +192,6 @@ def test_autocast(dtype, use_compile, device):
     size = g * 0.7 * (lora_A.abs().T[x] @ lora_B.abs().T)
     assert ((y.double() - truth).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-6 * truth.abs().max()).all()
     assert y.dtype == torch.float32
-
-
-def check_random(shape, dtype, factor_dtype, transposed, scaling, trained, seed):
-    """Forward and backward against elementwise bounds: one rounding per value stored, one per term of a sum."""
-    x, *tables = embedding_inputs(shape, dtype=dtype, factor_dtype=factor_dtype, seed=seed)
-    if transposed:
-        tables = [t.T.contiguous().T if t.ndim == 2 else t for t in tables]
-    leaves = [t.requires_grad_(name in trained) for name, t in zip(NAMES, tables, strict=True)]
-    y = functional.dora_embedding(x, *leaves, scaling=scaling)
-    assert y.requires_grad == bool(trained)
-    indices, vocab, dim, rank = shape
-    narrow, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(factor_dtype, torch.float32)).eps
-    factor = torch.finfo(factor_dtype).eps
-    weight, lora_A, lora_B, magnitude = (t.detach().double() for t in tables)
-    norm = reference.row_norm(weight.T, lora_A, lora_B, scaling)
-    largest = reference.row_norm(weight.abs().T, lora_A.abs(), lora_B.abs(), abs(scaling))
-    lost = (rank + vocab + 8) * wide * (largest / norm)  # relative error of g
-    g = magnitude / norm
-    size = weight.abs()[x] + abs(scaling) * lora_A.abs().T[x] @ lora_B.abs().T
-    exact = reference.dora_embedding(x, weight, lora_A, lora_B, magnitude, scaling=scaling)
-    assert ((y.double() - exact).abs() <= g * size * (narrow + factor + (rank + 4) * wide + lost)).all()
-    if not trained:
-        return
-    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(y)
-    y.backward(dy)
-    dy = dy.double()
-    truth = [t.requires_grad_() for t in (weight, lora_A, lora_B, magnitude)]
-    reference.dora_embedding(x, *truth, scaling=scaling).backward(dy)
-    weight, lora_A, lora_B, magnitude = (t.detach() for t in truth)
-    d_inner = g * dy.abs()
-    lost_T = lost.max() + (dim + indices + 8) * wide  # of a gradient that is a sum over features or indices
-    add = lambda rows: torch.zeros(vocab, rows.shape[1], dtype=torch.float64).index_add(0, x, rows)  # noqa: E731
-    bounds = {
-        "weight": add(d_inner) * ((indices + 2) * narrow + lost_T),
-        "lora_A": add(abs(scaling) * d_inner @ lora_B.abs()).T * ((indices + 3) * factor + lost_T),
-        "lora_B": abs(scaling) * d_inner.T @ lora_A.abs().T[x] * (2 * factor + lost_T),
-        "magnitude": (dy.abs() * size).sum(0) / norm * (narrow + 2 * factor + rank * wide + lost_T),
-    }
-    subnormal = (indices + 3) * max(torch.finfo(d).tiny * torch.finfo(d).eps for d in (dtype, factor_dtype))
-    for name, leaf, exact in zip(NAMES, leaves, truth, strict=True):
-        assert (leaf.grad is not None) == (name in trained), name
-        if leaf.grad is not None:
-            assert leaf.grad.dtype == leaf.dtype
-            assert ((leaf.grad.double() - exact.grad).abs() <= bounds[name] + subnormal).all(), name
-
-
-RANDOM = given(
-    shape=st.tuples(st.integers(0, 20), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20)),
-    dtype=st.sampled_from(DTYPES),
-    factor_dtype=st.sampled_from(DTYPES),
-    transposed=st.booleans(),
-    scaling=st.integers(-400, 400).map(lambda n: n / 100),
-    trained=st.sets(st.sampled_from(NAMES)),
-    seed=st.integers(0, 2**16),
-)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@RANDOM
-def test_random_cases(**case):
-    check_random(**case)
-
-
-@pytest.mark.full
-@settings(max_examples=2000, deadline=None)
-@RANDOM
-def test_2000_random_cases(**case):
-    check_random(**case)
 
 
 # --- padding, frequencies, sparse gradients --------------------------------------------------------------------------
@@ -332,68 +262,41 @@ def test_opcheck_of_the_sparse_lookup(requires_grad, index_dtype):
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
-def test_gradcheck_with_given_norm():
+@pytest.mark.parametrize("how", ["norm_grad", "norm_grad, sparse", "given", "given with its gradient"])
+def test_gradcheck(how):
     x, *tables = embedding_inputs((5, 4, 3, 2))
-    leaves = table(tables)
-    norm = functional.norm_factored(leaves[0].T, leaves[1], leaves[2], 0.7)
+    constant = functional.norm_factored(tables[0].T, *tables[1:3], 0.7)
 
-    def function(*args):
-        return functional.dora_embedding(x, *args, scaling=0.7, weight_norm=norm)
+    def layer(weight, lora_A, lora_B, magnitude, scaling):
+        if how.startswith("norm_grad"):
+            options = {"norm_grad": True, "sparse": how.endswith("sparse")}
+        else:
+            norm = functional.norm_factored(weight.T, lora_A, lora_B, scaling, norm_grad=True)
+            options = {"weight_norm": constant if how == "given" else norm}
+        return functional.dora_embedding(x, weight, lora_A, lora_B, magnitude, scaling=scaling, **options)
 
-    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_batched_grad=True)
-
-
-INPUTS = embedding_inputs((5, 6, 4, 3))
-X, ARGS = INPUTS[0], INPUTS[1:]
-TANGENTS = tuple(torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(1)) for t in ARGS)
-STACKED = tuple(torch.stack([t, 2 * t, t - 0.1]) for t in ARGS[1:])
-
-
-def loss_of(layer):
-    return lambda x, *args: layer(x, *args, scaling=0.7).square().sum()
+    args = (*table(tables), torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(layer, args, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(layer, args, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-def ensemble(loss):
-    run = vmap(loss, in_dims=(None, None, 0, 0, 0))
-    return lambda x, weight, lora_A, lora_B, magnitude: run(x, weight, *STACKED)
-
-
-TRANSFORMS = {  # the columns of the table in test_transforms.py; x is an index and has no derivative
-    "grad": lambda loss: grad(loss, argnums=(1, 2, 3, 4)),
-    "vjp": lambda loss: lambda x, *args: vjp(lambda *a: loss(x, *a), *args)[1](torch.ones((), dtype=torch.float64)),
-    "jvp": lambda loss: lambda x, *args: jvp(lambda *a: loss(x, *a), args, TANGENTS),
-    "jacrev": lambda loss: jacrev(loss, argnums=(2, 4)),
-    "jacfwd": lambda loss: jacfwd(loss, argnums=3),
-    "jacfwd_magnitude": lambda loss: jacfwd(loss, argnums=4),
-    "hessian": lambda loss: hessian(loss, argnums=2),
-    "per_sample": lambda loss: vmap(grad(loss, argnums=(1, 2, 3, 4)), in_dims=(0, None, None, None, None)),
-    "ensemble": ensemble,
-    "ensemble_grad": lambda loss: ensemble(grad(loss, argnums=(2, 3, 4))),
-    "vmap_vmap": lambda loss: (
-        lambda x, weight, *args: vmap(vmap(loss, (0, *[None] * 4)), (None, None, 0, 0, 0))(x, weight, *STACKED)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_transforms_equal_the_textbook(name, backend):
-    transform = TRANSFORMS[name]
-    ours = transform(loss_of(functional.dora_embedding))
-    if backend:
-        ours = compiled(ours, backend)
-    torch.testing.assert_close(ours(X, *ARGS), transform(loss_of(reference.dora_embedding))(X, *ARGS))
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_of_the_sparse_lookup_equal_the_textbook(name):
-    transform = TRANSFORMS[name]
-    sparse = lambda *args, **options: functional.dora_embedding(*args, **options, sparse=True)  # noqa: E731
-    frozen = lambda layer: loss_of(lambda x, weight, *args, **o: layer(x, weight.detach(), *args, **o))  # noqa: E731
-    torch.testing.assert_close(
-        transform(frozen(sparse))(X, *ARGS), transform(frozen(reference.dora_embedding))(X, *ARGS)
-    )
+@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("options", [{"padding_idx": -1}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_norm_grad_reaches_every_column(options, backend):
+    """Padding, frequencies and sparse concern the lookup's part of the gradient: none is sparse."""
+    x, *tables = embedding_inputs(SHAPES["odd"])
+    alone, whole = table(tables), table(tables)
+    functional.dora_embedding(x, *alone, scaling=0.7, **options | {"sparse": False}).square().sum().backward()
+    function = compiled(functional.dora_embedding, backend) if backend else functional.dora_embedding
+    function(x, *whole, scaling=0.7, norm_grad=True, **options).square().sum().backward()
+    # The norm's part is that of the plain lookup.
+    plain = [table(tables) for _ in range(2)]
+    for leaves, norm_grad in zip(plain, (False, True), strict=True):
+        reference.dora_embedding(x, *leaves, scaling=0.7, norm_grad=norm_grad).square().sum().backward()
+    for leaf, without, one, other in zip(whole, alone, *reversed(plain), strict=True):
+        assert leaf.grad.layout == torch.strided
+        torch.testing.assert_close(leaf.grad, without.grad + one.grad - other.grad)
+    assert whole[1].grad.count_nonzero() == whole[1].numel()
 
 
 # --- the norm --------------------------------------------------------------------------------------------------------

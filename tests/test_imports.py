@@ -19,6 +19,7 @@ FLOORS = {
     "checks": 2,
     "functional": 3,
     "nn": 4,
+    "parallel": 5,
     "peft": 5,
     "targets": 5,
     "apply": 6,

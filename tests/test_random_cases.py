@@ -4,33 +4,73 @@ A new layer joins with an entry in :data:`functionals.LAYERS` and one in :data:`
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
-from functionals import LAYERS, assert_within, cast, sizes
+from functionals import LAYERS, ROUNDINGS, Functional, assert_within, cast, conv_row, sizes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dorac.testing import linear_inputs
+from dorac.testing import Convolution, conv_inputs, embedding_inputs, linear_inputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
-def linear_layers(draw) -> tuple[tuple[Tensor | None, ...], dict]:
-    """The float64 tensors of a linear layer of any shape, and options that say what shape it is (it has none)."""
+def linear_layers(draw) -> tuple[Functional, list[Tensor]]:
     leading = draw(st.lists(st.integers(0, 4), max_size=3))
     tokens = torch.Size(leading).numel()
     out_features, in_features, rank = draw(st.integers(0, 24)), draw(st.integers(1, 24)), draw(st.integers(1, 10))
     inputs = linear_inputs((tokens, out_features, in_features, rank), seed=draw(st.integers(0, 2**16)))
     x, *rest = inputs.tensors()
-    return (x.reshape(*leading, in_features), *rest), {}
+    return LAYERS["dora_linear"], [x.reshape(*leading, in_features), *rest]
 
 
-# How to draw the tensors of each layer and the options of its function that belong to their shapes.
-SHAPES: dict[str, Callable[[], st.SearchStrategy]] = {"dora_linear": linear_layers}
+@st.composite
+def embeddings(draw) -> tuple[Functional, list[Tensor]]:
+    leading = draw(st.lists(st.integers(0, 4), max_size=3))
+    indices = torch.Size(leading).numel()
+    vocab, dim, rank = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.integers(1, 10))
+    x, *tables = embedding_inputs((indices, vocab, dim, rank), seed=draw(st.integers(0, 2**16)))
+    x = x.reshape(leading).to(draw(st.sampled_from([torch.int64, torch.int32])))
+    return LAYERS["dora_embedding"], [x, *tables]
+
+
+@st.composite
+def convolutions(draw, dimensions: int) -> tuple[Functional, list[Tensor]]:
+    """Any geometry that torch takes, groups and their layouts, ranks, a kernel that fits."""
+    groups, same = draw(st.integers(1, 3)), draw(st.booleans())
+    per_dimension = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dimensions))  # noqa: E731
+    # On the CPU torch's own dilated convolutions in half precision read uninitialised memory if the output is 1 wide.
+    extent = (*per_dimension(5, 7)[1:], draw(st.integers(7, 9)))
+    convolution = Convolution(
+        (draw(st.integers(0, 3)), groups * draw(st.integers(1, 3)), *extent),
+        groups * draw(st.integers(1, 3)),
+        per_dimension(1, 3),
+        groups * draw(st.integers(1, 4)),
+        draw(st.booleans()),
+        {
+            "stride": 1 if same else draw(st.sampled_from([1, 2, per_dimension(1, 2)])),
+            "padding": "same" if same else draw(st.sampled_from([0, 2, "valid", per_dimension(0, 2)])),
+            "dilation": draw(st.sampled_from([1, per_dimension(1, 2)])),
+            "groups": groups,
+            "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+        },
+    )
+    inputs = conv_inputs(convolution, channels_last=draw(st.booleans()), seed=draw(st.integers(0, 2**16)))
+    x, *rest = inputs.tensors()
+    return conv_row(convolution), [x[0] if len(x) and draw(st.booleans()) else x, *rest]
+
+
+# How to draw a row and the float64 tensors of each layer.
+SHAPES: dict[str, st.SearchStrategy] = {
+    "dora_linear": linear_layers(),
+    "dora_embedding": embeddings(),
+    "dora_conv1d": convolutions(1),
+    "dora_conv2d": convolutions(2),
+    "dora_conv3d": convolutions(3),
+}
 
 
 @dataclasses.dataclass
@@ -38,21 +78,17 @@ class Case:
     """A layer's tensors with their dtypes, layouts and needs of a gradient, and how its function is called."""
 
     layer: str
+    row: Functional
     tensors: list[Tensor | None]
-    shape_options: dict
     options: dict
     narrowest: torch.dtype
-
-    @property
-    def row(self):
-        return LAYERS[self.layer]
 
     @property
     def scaling(self) -> float:
         return float(self.options["scaling"])
 
     def run(self) -> Tensor:
-        return self.row.function(*self.tensors, **self.shape_options, **self.options)
+        return self.row.function(*self.tensors, **self.options)
 
 
 def in_layout(tensor: Tensor, layout: str) -> Tensor:
@@ -67,18 +103,18 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
 @st.composite
 def cases(draw) -> Case:
     layer = draw(st.sampled_from(list(SHAPES)))
-    tensors, shape_options = draw(SHAPES[layer]())
+    row, tensors = draw(SHAPES[layer])
     dtype, magnitude_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
     factor_dtype = draw(st.sampled_from([dtype, *DTYPES]))
     scaling = draw(st.floats(-4, 4).map(lambda s: round(s, 3)))
     if draw(st.booleans()):
         scaling = torch.tensor(scaling, dtype=draw(st.sampled_from(DTYPES)))
-    if tensors[1].shape[0] and draw(st.booleans()):
-        for t in (tensors[1], tensors[3]):
-            t[0] = 0  # a zero row
+    if tensors[3].shape[0] and draw(st.booleans()):  # a zero row
+        tensors[1].select(row.out_dim, 0).zero_()
+        tensors[3][0] = 0
     tensors = list(cast(tensors, dtype, factor_dtype, magnitude_dtype))
     if draw(st.booleans()):
-        tensors[5] = None
+        tensors[5:] = [None for _ in tensors[5:]]
     for i, t in enumerate(tensors):
         if t is not None:
             t = in_layout(t, draw(st.sampled_from(["contiguous", "contiguous", "transposed", "strided"])))
@@ -86,11 +122,10 @@ def cases(draw) -> Case:
     options = {"scaling": scaling, "budget": draw(st.sampled_from([1, 1000, 2**28]))}
     options["norm_grad"] = draw(st.booleans())
     if draw(st.integers(0, 3)) == 0:
-        row = LAYERS[layer]
         norm = row.norm(*(t.detach().double() for t in tensors[1:4]), float(scaling))
         options |= {"norm_grad": False, "weight_norm": norm.to(torch.promote_types(dtype, torch.float32))}
     narrowest = max((dtype, factor_dtype, magnitude_dtype), key=lambda d: torch.finfo(d).eps)
-    return Case(layer, tensors, shape_options, options, narrowest)
+    return Case(layer, row, tensors, options, narrowest)
 
 
 def check(case: Case) -> None:
@@ -102,13 +137,11 @@ def check(case: Case) -> None:
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in exact]
     norm_grad = case.options["norm_grad"]
     fixed = {"weight_norm": case.options["weight_norm"].double()} if "weight_norm" in case.options else {}
-    truth = case.row.reference(
-        *leaves, scaling=case.scaling, **case.shape_options, **(fixed or {"norm_grad": norm_grad})
-    )
-    size, gradient_sizes = sizes(
-        case.row, case.tensors, dy, norm_grad=norm_grad, scaling=case.scaling, **case.shape_options
-    )
-    budget = {"narrowest": case.narrowest, "terms": sum(sum(t.shape) for t in case.tensors[:4])}
+    truth = case.row.reference(*leaves, scaling=case.scaling, **(fixed or {"norm_grad": norm_grad}))
+    size, gradient_sizes = sizes(case.row, case.tensors, dy, norm_grad=norm_grad, scaling=case.scaling)
+    budget = {"narrowest": case.narrowest, "terms": case.row.terms(case.tensors)}
+    if case.layer == "dora_embedding":
+        budget["roundings"] = ROUNDINGS + case.tensors[0].numel()  # torch adds up the gradients of a word in its dtype
     assert y.dtype == case.tensors[1].dtype
     assert y.shape == truth.shape
     assert_within(y, truth.detach(), size, label="y", **budget)
@@ -157,9 +190,9 @@ def broken_cases(draw) -> tuple[Case, set[str]]:
     """A case that cannot work, and the arguments of which the refusal may name one."""
     case = draw(cases())
     case.options.pop("weight_norm", None)
-    names = case.row.names
+    layer, names = case.layer, case.row.names
     if draw(st.booleans()):
-        option = draw(st.sampled_from(list(BAD_OPTIONS)))
+        option = draw(st.sampled_from([o for o in BAD_OPTIONS if (layer, o) != ("dora_embedding", "dropout_p")]))
         if option == "weight_norm":
             case.options["norm_grad"] = False
         case.options[option] = draw(st.sampled_from(BAD_OPTIONS[option]))
@@ -175,13 +208,16 @@ def broken_cases(draw) -> tuple[Case, set[str]]:
     elif kind == "device":
         tensor = tensor.to("meta")
         blamed = set(names)  # the other tensors are not where the weight is
-    elif kind == "dimensions" and names[position] not in ("x", "input"):
+    elif kind == "dimensions" and position:
         tensor = tensor[None, None]
         blamed = set(names) if position == 1 else blamed
-    elif kind == "size" and names[position] not in ("input",):
-        dimension = draw(st.integers(0, tensor.ndim - 1)) if position else tensor.ndim - 1
+    elif kind == "size" and tensor.is_floating_point():
+        conv = layer.startswith("dora_conv")
+        features = 1 - case.tensors[1].ndim if conv else -1  # those of x
+        dimension = draw(st.integers(0, tensor.ndim - 1)) if position else features
         shape = list(tensor.shape)
-        shape[dimension] += draw(st.integers(1, 3))
+        # By more channels than a layout of lora_A has.
+        shape[dimension] += (10 if conv and position in (1, 2) else 0) + draw(st.integers(1, 3))
         tensor = torch.ones(shape, dtype=tensor.dtype)
         blamed = {"weight": set(names), "lora_A": {"lora_A", "lora_B"}}.get(names[position], blamed)
     else:
@@ -215,4 +251,4 @@ def test_two_thousand_refusals(broken):
 
 
 def test_every_layer_is_drawn():
-    assert set(SHAPES) == set(LAYERS)
+    assert set(SHAPES) == {name.partition(",")[0] for name in LAYERS}

@@ -12,13 +12,18 @@ functions trace under ``torch.compile(fullgraph=True)`` and never change their i
 Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
 """
 
+from dorac.functional.adapters import Adapter, combine_adapters, scale_adapter, stack_adapters
 from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
 from dorac.functional.embedding import dora_embedding
+from dorac.functional.grouped import dora_linear_grouped
 from dorac.functional.linear import compose, dora_linear
 from dorac.functional.merge import invertible_scale, merge_weight, unmerge_weight
+from dorac.functional.mixed import dora_linear_mixed, mixed_norm
 from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
 
 __all__ = [
+    "Adapter",
+    "combine_adapters",
     "compose",
     "conv_matrices",
     "dora_conv1d",
@@ -26,11 +31,16 @@ __all__ = [
     "dora_conv3d",
     "dora_embedding",
     "dora_linear",
+    "dora_linear_grouped",
+    "dora_linear_mixed",
     "init_magnitude",
     "invertible_scale",
     "magnitude_scale",
     "merge_weight",
+    "mixed_norm",
     "norm_factored",
     "norm_factored_conv",
+    "scale_adapter",
+    "stack_adapters",
     "unmerge_weight",
 ]

@@ -13,6 +13,7 @@ from dorac import checks
 from dorac.functional.linear import compose
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
+from dorac.ops import front
 from dorac.ops.norm import DEFAULT_BUDGET
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -103,7 +104,8 @@ def norm_factored_conv(
         lora_B: ``[out, r/G, 1...]``, the dtype of ``lora_A``.
         scaling: s, a finite number or a 0-d tensor.
         groups: G, of the base layer.
-        norm_grad: whether the norm carries its gradient, see :func:`norm_factored`.
+        norm_grad: whether the norm carries its gradient, see :func:`norm_factored`. In PEFT's layout a filter that is
+            zero on its own group alone has a constant first term: its first derivatives are right, later ones not.
         budget: bytes for the buffers, see :func:`norm_factored`; PEFT's layout takes the rows of one group of lora_A
             in float64, however small the budget.
 
@@ -178,6 +180,10 @@ def _dora_conv(
     if weight_norm is None:
         weight_norm = norm_factored_conv(weight, lora_A, lora_B, s, groups=groups, norm_grad=norm_grad, budget=budget)
     g = magnitude_scale(magnitude, weight_norm)
+    if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone, and would cast x twice
+        x, weight, lora_A, lora_B = (
+            t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
+        )
     unbatched = x.ndim == dimensions + 1
     x = x.unsqueeze(0) if unbatched else x
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x

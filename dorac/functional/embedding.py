@@ -54,7 +54,8 @@ def dora_embedding(
         scale_grad_by_freq: divides what an index adds to the gradients of ``lora_A`` and ``weight`` by how often it
             occurs in x.
         sparse: gives ``lora_A`` a sparse COO gradient of the columns looked up, for optimisers that take one, and
-            ``weight`` that of ``F.embedding``. Under ``torch.func`` the gradient of ``lora_A`` is dense.
+            ``weight`` that of ``F.embedding``. Under ``torch.func`` the gradient of ``lora_A`` is dense; with
+            ``norm_grad``, whose part of them reaches every column, both are.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:
@@ -73,6 +74,8 @@ def dora_embedding(
     checks.check_lookup(padding_idx, scale_grad_by_freq, sparse, weight.shape[0])
     checks.check_scaling(scaling)
     checks.check_norm_grad(norm_grad, weight_norm)
+    checks.check_budget(budget)
+    sparse = sparse and not norm_grad  # a sum of sparse and dense is dense, and Inductor fails at it
     # Before the norm, so that an index out of range costs nothing.
     base = F.embedding(x, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))

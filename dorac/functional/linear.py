@@ -8,6 +8,7 @@ from dorac import checks
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops.library import REVISION
+from dorac.ops.linear import experts_aten
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -67,7 +68,8 @@ def dora_linear(
     Args:
         x: ``[*, in]``, the dtype of ``weight`` (under autocast any float dtype).
         weight: ``[out, in]``, any strides; usually frozen, receives its gradient (with n held constant) if it requires
-            one.
+            one. Or ``[E, out, in]``, E experts with a layer each: then every other tensor starts with E too, x is
+            ``[E, *, in]`` and the result ``[E, *, out]``. A view of ``[E, in, out]`` is not copied.
         lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's; the low-rank branch
             runs in it.
         magnitude: m, ``[out]``, any float dtype; best kept in float32.
@@ -100,6 +102,8 @@ def dora_linear(
     if not dropout_p:
         return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, REVISION)
     x_adapter = F.dropout(x, dropout_p)
+    if weight.ndim == 3:
+        return experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, x_adapter)
     lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     g = magnitude_scale(magnitude, weight_norm)
     return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)

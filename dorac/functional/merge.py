@@ -8,7 +8,7 @@ from torch import Tensor
 from dorac import checks
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops import front
+from dorac.ops import front, sharded
 from dorac.ops.norm import DEFAULT_BUDGET, column_chunks
 
 
@@ -53,18 +53,35 @@ def merge_weight(
         weight_norm = norm_factored(weight, lora_A, lora_B, scaling, budget=budget)
     checks.check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
+    if sharded.any_sharded(weight, lora_A, lora_B, magnitude, weight_norm):
+        shards = _shards(weight, lora_A, lora_B, magnitude, weight_norm)
+        merged = merge_weight(*shards[:4], scaling=scaling, weight_norm=shards[4], budget=budget)[0]
+        return sharded.from_shard(merged, weight, weight.placements), weight_norm
     g = magnitude_scale(magnitude, weight_norm)[..., None]
     chunks = _low_rank_chunks(weight, lora_A, lora_B, scaling, budget)
     merged = torch.cat([(g * (w + product)).to(weight.dtype) for w, product in chunks], dim=-1)
     return merged.detach(), weight_norm.detach()  # no_grad alone lets the tangents of forward mode through
 
 
+def _shards(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor
+) -> tuple[Tensor, ...]:
+    """This rank's shards of DTensors: what is merged or unmerged without moving the weight."""
+    sharded.check_sharded(weight=weight, lora_A=lora_A, lora_B=lora_B, magnitude=magnitude, weight_norm=weight_norm)
+    return sharded.local_shards(weight, lora_A, lora_B, magnitude, weight_norm)
+
+
 def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
-    """:func:`magnitude_scale`, refusing rows whose g is zero or not finite. Reads values: waits for the device."""
-    g = magnitude_scale(magnitude, weight_norm)
-    lost = ((g == 0) | ~g.isfinite()).nonzero().flatten().tolist()
+    """:func:`magnitude_scale`, refusing rows whose g is zero or not finite (with experts: named expert.row).
+
+    Reads values: waits for the device. Of sharded arguments the whole scale: every rank refuses what one does.
+    """
+    if torch.compiler.is_exporting():
+        raise ValueError("unmerging cannot be exported: it reads values of g, to refuse rows that are lost")
+    g = sharded.whole(magnitude_scale(magnitude, weight_norm))
+    lost = ((g == 0) | ~g.isfinite()).nonzero().tolist()
     if lost:
-        rows = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        rows = ", ".join(".".join(map(str, place)) for place in lost[:8]) + (", ..." if len(lost) > 8 else "")
         raise ValueError(
             f"cannot unmerge rows {rows}: their g is 0 or not finite, so the merged rows no longer hold the base weight"
         )
@@ -100,5 +117,9 @@ def unmerge_weight(
     checks.check_adapter(merged_weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_scaling(scaling)
     g = invertible_scale(magnitude, weight_norm)[..., None]
+    if sharded.any_sharded(merged_weight, lora_A, lora_B, magnitude, weight_norm):
+        shards = _shards(merged_weight, lora_A, lora_B, magnitude, weight_norm)
+        weight = unmerge_weight(*shards[:4], scaling=scaling, weight_norm=shards[4], budget=budget)
+        return sharded.from_shard(weight, merged_weight, merged_weight.placements)
     chunks = _low_rank_chunks(merged_weight, lora_A, lora_B, scaling, budget)
     return torch.cat([(w / g - product).to(merged_weight.dtype) for w, product in chunks], dim=-1).detach()

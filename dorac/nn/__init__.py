@@ -2,6 +2,7 @@
 
 from dorac.nn.conv import DoraConv1d, DoraConv2d, DoraConv3d
 from dorac.nn.embedding import DoraEmbedding
+from dorac.nn.experts import DoraExperts
 from dorac.nn.kinds import layer_class, unwrappable
 from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear
@@ -11,6 +12,7 @@ __all__ = [
     "DoraConv2d",
     "DoraConv3d",
     "DoraEmbedding",
+    "DoraExperts",
     "DoraLayer",
     "DoraLinear",
     "layer_class",

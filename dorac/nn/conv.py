@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional.conv import spans_groups
 from dorac.nn.layer import DoraLayer, not_stock
+from dorac.ops import sharded
 
 
 class _DoraConvNd(DoraLayer):
@@ -83,7 +84,8 @@ class _DoraConvNd(DoraLayer):
 
     def _magnitude(self) -> Tensor:
         groups = self.base_layer.groups
-        return self.lora_magnitude_vector.flatten() if groups == 1 else self.lora_magnitude_vector.view(groups, -1)
+        magnitude = sharded.replicated(self.lora_magnitude_vector)  # FSDP2 shards its first dimension, of size 1
+        return magnitude.flatten() if groups == 1 else magnitude.view(groups, -1)
 
     def _write(self, matrix: Tensor) -> None:
         weight = self.base_layer.weight

@@ -4,11 +4,12 @@ from torch import nn
 
 from dorac.nn.conv import DoraConv1d, DoraConv2d, DoraConv3d
 from dorac.nn.embedding import DoraEmbedding
+from dorac.nn.experts import DoraExperts, is_experts
 from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear, is_conv1d
 
 CONVOLUTIONS = (DoraConv1d, DoraConv2d, DoraConv3d)
-KINDS = (DoraLinear, DoraEmbedding, *CONVOLUTIONS)
+KINDS = (DoraLinear, DoraEmbedding, *CONVOLUTIONS, DoraExperts)
 
 
 def layer_class(module: nn.Module) -> type[DoraLayer] | None:
@@ -17,6 +18,8 @@ def layer_class(module: nn.Module) -> type[DoraLayer] | None:
         return DoraLinear
     if isinstance(module, nn.Embedding):
         return DoraEmbedding
+    if is_experts(module):
+        return DoraExperts
     return next((cls for cls in CONVOLUTIONS if isinstance(module, cls.STOCK)), None)
 
 
@@ -26,6 +29,6 @@ def unwrappable(module: nn.Module) -> str | None:
     if cls is None:
         return (
             f"{type(module).__name__} is not supported, only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, "
-            "nn.Conv3d and transformers' Conv1D are"
+            "nn.Conv3d and transformers' Conv1D and experts are"
         )
     return cls.unwrappable(module)

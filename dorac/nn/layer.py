@@ -1,7 +1,7 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dorac import checks, functional
-from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
+from dorac.numerics import FLOAT_DTYPES
+from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -18,17 +19,21 @@ def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def not_stock(module: nn.Module, stock: type[nn.Module]) -> str | None:
-    """Why an adapted layer cannot stand for ``module`` and its weight although it is a ``stock``, or None if it can."""
+def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] = ("weight",)) -> str | None:
+    """Why an adapted layer cannot stand for ``module`` and its weights although it is a ``stock``; None if it can."""
     kind = type(module).__name__
     if type(module).forward is not stock.forward or "forward" in vars(module):
         return f"{kind} has a forward of its own, which the adapted layer would not run"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return f"{kind} is lazy and has no weight yet: run one batch first"
-    if module.weight.dtype not in FLOAT_DTYPES:
-        return f"{kind} has a weight of {module.weight.dtype}, dequantise it first"
-    if parametrize.is_parametrized(module, "weight"):
-        return f"the weight of {kind} is parametrised (torch.nn.utils.parametrize)"
+    for name in weights:
+        weight = getattr(module, name)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return f"{kind} is lazy and has no {name} yet: run one batch first"
+        if weight.dtype not in FLOAT_DTYPES:
+            return f"{kind} has a {name} of {weight.dtype}, dequantise it first"
+        if sharded.any_sharded(weight):
+            return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
+        if parametrize.is_parametrized(module, name):
+            return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
     return None
@@ -118,14 +123,13 @@ class DoraLayer(nn.Module):
         self.norm_grad = norm_grad
         self.scaling = scaling_factor(r, lora_alpha, use_rslora)
 
-        weight = base_layer.weight
+        weight = self.weight
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        *factors, (magnitude, magnitude_shape) = shapes.items()
-        for name, shape in factors:
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device)))
-        wide = accumulate_dtype(weight, *self._parameters.values())
-        setattr(self, magnitude, nn.Parameter(torch.empty(magnitude_shape, dtype=wide, device=weight.device)))
+        wide = torch.promote_types(torch.promote_types(weight.dtype, adapter_dtype), torch.float32)
+        for name, shape in shapes.items():
+            dtype = wide if name.endswith("lora_magnitude_vector") else adapter_dtype
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
         # The norm before the merge while the base weight holds the merged one: what unmerging needs.
         self.register_buffer("merged_norm", None, persistent=False)
         self.reset_parameters()
@@ -141,11 +145,16 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         self._draw_factors()
-        self.lora_magnitude_vector.copy_(self._norm().view_as(self.lora_magnitude_vector))
+        norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
+        self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
 
     def _draw_factors(self) -> None:
-        """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
+        """Draws the factors anew."""
         lora_A, lora_B = (getattr(self, name) for name in list(self.PEFT_KEYS)[:2])
+        self._draw(lora_A, lora_B)
+
+    def _draw(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
         if self.init_lora_weights == "gaussian":
             nn.init.normal_(lora_A, std=1 / self.r)
         else:
@@ -175,6 +184,13 @@ class DoraLayer(nn.Module):
         """The norm that the magnitude is divided by, as many elements as it has."""
         return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
 
+    def base_weights(self) -> list[nn.Parameter]:
+        """The parameters of the base layer that merging changes."""
+        return [self.base_layer.weight]
+
+    def _magnitudes(self) -> list[nn.Parameter]:
+        return [self.lora_magnitude_vector]
+
     @property
     def weight(self) -> nn.Parameter:
         """The base layer's weight, for code that asks a layer for its dtype or device."""
@@ -199,6 +215,11 @@ class DoraLayer(nn.Module):
         """
         if self.merged:
             return
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                f"{type(self).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
+                "weight; merge before exporting"
+            )
         if reason := self.cannot_merge():
             raise ValueError(reason)
         merged, norm = functional.merge_weight(
@@ -208,7 +229,7 @@ class DoraLayer(nn.Module):
             scaling=self.scaling,
             budget=self.norm_budget,
         )
-        if not merged.is_meta and not merged.isfinite().all():
+        if not merged.is_meta and not sharded.whole(merged.isfinite().all()):
             raise ValueError(
                 f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
             )
@@ -238,11 +259,11 @@ class DoraLayer(nn.Module):
 
     def check_unmergeable(self) -> None:
         """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(self.lora_magnitude_vector.flatten(), self.merged_norm.flatten())
+        functional.invertible_scale(*(sharded.replicated(t).flatten() for t in (self._magnitude(), self.merged_norm)))
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32."""
-        wide = (self.lora_magnitude_vector, self.lora_magnitude_vector.grad, self.merged_norm)
+        wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -1,5 +1,5 @@
 """Operators of the ``dorac`` library; importing this package registers them and touches neither Triton nor CUDA."""
 
-from dorac.ops import compose, embedding, linear, norm
+from dorac.ops import compose, embedding, grouped, linear, norm, take
 
-__all__ = ["compose", "embedding", "linear", "norm"]
+__all__ = ["compose", "embedding", "grouped", "linear", "norm", "take"]

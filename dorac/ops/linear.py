@@ -19,6 +19,8 @@ inner for backward alone; the mean error of the layer stays at two thirds to nin
 :func:`route` is the table of which form is taken where, from the benchmarks of layers and stacks at ranks 16 and 384
 in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form`` prints the forms side by side.
 
+A layer of experts (every tensor with a leading E) is the formula in aten: batched products, and g per expert and row.
+
 Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
 """
 
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
-from dorac.ops import front
+from dorac.ops import front, sharded
 from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
@@ -44,6 +46,30 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
     """The formula in plain differentiable aten."""
     lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
     return compose_aten(F.linear(x, weight), lora, magnitude_scale(magnitude, weight_norm), scaling, bias, False)
+
+
+def _per_expert(x):
+    """``[E, *, I] -> [E, T, I]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None):
+    """The formula with a leading dimension of experts on every tensor; where given, x_adapter is what the change sees.
+
+    With it, the change to the frozen layer is added in the delta form.
+    """
+    rows = _per_expert(x)
+    adapter_rows = rows if x_adapter is None else _per_expert(x_adapter)
+    g = magnitude_scale(magnitude, weight_norm).unsqueeze(1)
+    bias = None if bias is None else bias.unsqueeze(1)
+    lora = adapter_rows.to(lora_A.dtype) @ lora_A.mT @ lora_B.mT
+    base = rows @ weight.mT
+    if x_adapter is None:
+        y = compose_aten(base, lora, g, scaling, bias, False)
+    else:
+        y = base if bias is None else base + bias
+        y = y + compose_aten(adapter_rows @ weight.mT, lora, g, scaling, None, True)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 lib.define("low_rank_linear(Tensor x, Tensor weight, Tensor h, Tensor lora_B) -> Tensor")
@@ -195,6 +221,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"
     if traced and front.at_most(x.shape[0], DECODE):
         return "separate"
+    if not training and not traced:
+        return "fused"
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
@@ -303,12 +331,17 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 
 def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, revision=REVISION):
+    if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
+        vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
+        sharded.check_sharded(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, **vectors)
     if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone
         x, weight, lora_A, lora_B = (
             t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
         )
     with front.autocast_off(x):
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+        if weight.ndim == 3:
+            return experts_aten(*tensors)
         if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
             return linear_aten(*tensors)
         if weight_norm.requires_grad and torch.is_grad_enabled():

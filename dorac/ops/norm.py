@@ -3,10 +3,10 @@
 Registration. ``norm_factored`` is a CompositeImplicitAutograd op whose body detaches its inputs (the norm is a constant
 in backprop) and calls the opaque leaf op ``row_norm``, or plain aten where an opaque op would be wrong: under
 ``torch.func`` (a leaf has no vmap rule), in ``torch.export`` (an opaque node cannot run without Python) and for tensor
-subclasses such as DTensor (a leaf has no sharding rule). The same body under FuncTorchBatchedDecomposition keeps vmap
-off its slow per-sample loop. The leaf carries no autograd, so nothing can drop a gradient or a tangent silently:
-``detach`` in front of it, unlike ``no_grad``, also stops forward-mode tangents. It is opaque to the compiler because
-its chunked loop, on CUDA its Triton kernel, is what bounds memory.
+subclasses (a leaf knows nothing of them). Of DTensors ``ops/sharded.py`` takes the norm shard by shard. The same body
+under FuncTorchBatchedDecomposition keeps vmap off its slow per-sample loop. The leaf carries no autograd, so nothing
+can drop a gradient or a tangent silently: ``detach`` in front of it, unlike ``no_grad``, also stops forward-mode
+tangents. It is opaque to the compiler because its chunked loop, on CUDA its Triton kernel, is what bounds memory.
 
 With ``norm_grad`` the same value carries its gradient: where the leaf runs, through an ``autograd.Function`` that keeps
 nothing but its inputs and the norm and goes over the columns of W once more in backward (the leaf
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
-from dorac.ops import front
+from dorac.ops import front, sharded
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
@@ -199,7 +199,10 @@ def _norm_factored(
     with front.autocast_off(weight):
         if differentiable and opaque:
             return _RowNorm.apply(*inputs, constants[-1], budget)
-        norm = (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*constants, budget)
+        if sharded.any_sharded(*constants):  # the norms of the shards make no use of the weight's square
+            norm = sharded.row_norm(*constants[:4], budget)
+        else:
+            norm = (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*constants, budget)
         return differentiable_norm(norm, *inputs) if differentiable else norm
 
 

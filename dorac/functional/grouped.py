@@ -1,0 +1,74 @@
+"""The linear layers of a mixture of experts, over rows that are sorted by expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac import checks
+from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
+from dorac.numerics import accumulate_dtype
+from dorac.ops.compose import compose_aten
+from dorac.ops.library import REVISION
+from dorac.ops.norm import DEFAULT_BUDGET
+
+
+def dora_linear_grouped(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    offsets: Tensor,
+    scaling: float | Tensor,
+    weight_norm: Tensor | None = None,
+    norm_grad: bool = False,
+    dropout_p: float = 0.0,
+    budget: int = DEFAULT_BUDGET,
+) -> Tensor:
+    """:func:`dora_linear` with one of E layers per row: rows ``offsets[e - 1] : offsets[e]`` of x go through expert e.
+
+    This is ``torch.nn.functional.grouped_mm`` with an adapter: as many rows per expert as the router sends it, no
+    padding, no expert computed for rows that are not its own, and no dense ``[E, out, in]`` product of the factors.
+
+    Args:
+        x: ``[S, in]``, sorted by expert.
+        weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied).
+        lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
+        offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last is S.
+        scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, budget, dtypes: as in :func:`dora_linear`.
+
+    Returns:
+        ``[S, out]``. Gradients as in :func:`dora_linear`; those of an expert without rows are zero.
+
+        On CUDA, bfloat16 products of sizes and ranks that are multiples of 8 run in torch's grouped GEMM; others run
+        expert by expert and wait for the offsets. Under ``torch.func`` every row gets a copy of its expert's weight.
+
+    Raises:
+        TypeError, ValueError: as :func:`dora_linear`; offsets of another shape or dtype. Offsets that decrease or
+            exceed S, where they are read. IndexError: rows past the last offset, as torch raises it for an index out
+            of range.
+    """
+    checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
+    checks.check_scaling(scaling)
+    checks.check_dropout(dropout_p)
+    checks.check_norm_grad(norm_grad, weight_norm)
+    s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+    if weight_norm is None:
+        weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
+    row_numbers = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    index = torch.searchsorted(offsets, row_numbers, right=True)  # the expert of each row
+
+    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+        return torch.ops.dorac.grouped_linear(rows, matrices, offsets, index, REVISION)
+
+    g = torch.ops.dorac.take(magnitude_scale(magnitude, weight_norm), index, REVISION)
+    row_bias = None if bias is None else torch.ops.dorac.take(bias, index, REVISION)
+    x_adapter = F.dropout(x, dropout_p) if dropout_p else x
+    lora = product(product(x_adapter.to(lora_A.dtype), lora_A), lora_B)
+    base = product(x, weight)
+    if not dropout_p:
+        return compose_aten(base, lora, g, s, row_bias, False)
+    base = base if row_bias is None else base + row_bias
+    return base + compose_aten(product(x_adapter, weight), lora, g, s, None, True)

@@ -1,0 +1,131 @@
+"""``dorac::grouped_linear``: ``y[s] = W[e(s)] x[s]`` for rows sorted by expert, the product of mixtures of experts.
+
+Registration. As ``dorac::compose``: a CompositeImplicitAutograd op whose body applies an ``autograd.Function`` over
+leaf ops. ``grouped_product`` and ``grouped_outer`` are each other's derivatives, so that every order of derivative is
+made of them. Under ``torch.func``, export and for tensor subclasses, where a leaf would be wrong, every row gets a copy
+of its expert's matrix: right, but with memory for ``S * O * I`` elements.
+
+The leaves multiply expert by expert, which reads the offsets: on CUDA that waits for the device, but not for bfloat16
+whose rows are whole multiples of 16 bytes, where torch's grouped GEMM takes all experts in one launch.
+
+Legend: S rows of all experts, E experts, I in_features, O out_features. offsets [E] are the ends of the experts' rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac.ops import front
+from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.take import take_aten
+
+lib.define("grouped_product(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
+lib.define("grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor")
+
+
+@torch.library.register_fake("dorac::grouped_product", lib=lib)
+def _grouped_product_fake(x, weight, offsets):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("dorac::grouped_outer", lib=lib)
+def _grouped_outer_fake(left, right, offsets):
+    return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
+
+
+def _groups(offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
+    """The experts that have rows, with these."""
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    if any(start > end for start, end in zip(starts, ends, strict=True)) or (ends and ends[-1] > rows):
+        raise ValueError(f"offsets must not decrease nor exceed the {rows} rows of x, got {ends}")
+    return [(e, slice(*bounds)) for e, bounds in enumerate(zip(starts, ends, strict=True)) if bounds[0] < bounds[1]]
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``[S, I], [E, O, I] -> [S, O]``; zero for rows past the last offset."""
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, rows in _groups(offsets, x.shape[0]):
+        torch.mm(x[rows], weight[expert].t(), out=y[rows])
+    return y
+
+
+def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """``[S, O], [S, I] -> [E, O, I]``: the sum of ``left[s] right[s]^T`` over each expert's rows."""
+    total = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
+    for expert, rows in _groups(offsets, left.shape[0]):
+        torch.mm(left[rows].t(), right[rows], out=total[expert])
+    return total
+
+
+def _has_grouped_gemm(*matrices: Tensor) -> bool:
+    """Whether torch's grouped GEMM takes these: bfloat16, every row or column at a multiple of 16 bytes."""
+    return all(
+        t.dtype is torch.bfloat16
+        and t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and 1 in t.stride()[-2:]
+        and sum(stride % 8 != 0 for stride in t.stride()) == 1
+        for t in matrices
+    )
+
+
+def _grouped_product_cuda(x, weight, offsets):
+    if _has_grouped_gemm(x, weight) and weight.shape[1] % 8 == 0:
+        return F.grouped_mm(x, weight.mT, offs=offsets.to(torch.int32))
+    return _grouped_product(x, weight, offsets)
+
+
+def _grouped_outer_cuda(left, right, offsets):
+    if _has_grouped_gemm(left, right):
+        return F.grouped_mm(left.t(), right, offs=offsets.to(torch.int32))
+    return _grouped_outer(left, right, offsets)
+
+
+register_leaf("grouped_product", _grouped_product, _grouped_product_cuda)
+register_leaf("grouped_outer", _grouped_outer, _grouped_outer_cuda)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offsets)
+        return torch.ops.dorac.grouped_product(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, offsets = ctx.saved_tensors
+        dx = None if weight is None else _GroupedLinear.apply(dy, weight.mT, offsets)
+        d_weight = None if x is None else _GroupedOuter.apply(dy, x, offsets)
+        return dx, d_weight, None
+
+
+class _GroupedOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, right, offsets):
+        needs_left, needs_right = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(left if needs_right else None, right if needs_left else None, offsets)
+        return torch.ops.dorac.grouped_outer(left, right, offsets)
+
+    @staticmethod
+    def backward(ctx, d_total):
+        left, right, offsets = ctx.saved_tensors
+        d_left = None if right is None else _GroupedLinear.apply(right, d_total, offsets)
+        d_right = None if left is None else _GroupedLinear.apply(left, d_total.mT, offsets)
+        return d_left, d_right, None
+
+
+def _grouped_linear(x, weight, offsets, index, revision=REVISION):
+    if (dtype := front.autocast_dtype(x)) is not None:
+        x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
+    with front.autocast_off(x):
+        if front.under_transform() or front.exporting() or not front.all_plain(x, weight, offsets):
+            return (take_aten(weight, index) @ x.unsqueeze(-1)).squeeze(-1)
+        return _GroupedLinear.apply(x, weight, offsets)
+
+
+register_composite(
+    f"grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor index, int revision={REVISION}) -> Tensor",
+    _grouped_linear,
+)

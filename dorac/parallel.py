@@ -1,0 +1,99 @@
+"""Tensor parallelism of adapted layers: torch's own styles, which also take ``dorac.nn``.
+
+``parallelize_module(model, mesh, plan)`` with these styles in the plan shards a :class:`dorac.nn.DoraLinear` as torch
+shards an ``nn.Linear``, its factors and magnitude along with the weight:
+
+    style              adapted W [out, in]     lora_A [r, in]   lora_B [out, r]   magnitude, bias [out]
+    ColwiseParallel    Shard(0)                Replicate        Shard(0)          Shard(0)
+    RowwiseParallel    Shard(1)                Shard(1)         Replicate         Replicate
+
+(An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
+in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
+and in backward one of the magnitude's gradient. As with torch's styles, gradients of other replicated parameters come
+as ``Partial`` DTensors, whose sum the optimizer makes.
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
+from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear
+
+
+class ColwiseParallel(_ColwiseParallel):
+    """``torch.distributed.tensor.parallel.ColwiseParallel``, also for ``DoraLinear`` and ``DoraEmbedding``.
+
+    Every rank holds some of the output features of all five tensors but lora_A, which it holds whole. The input is
+    replicated, the output sharded on its last dimension, unless ``input_layouts`` and ``output_layouts`` say otherwise.
+
+    Args: see torch's class.
+
+    Raises:
+        ValueError: another adapted layer, or one that is merged.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, DoraLayer):
+            return super()._apply(module, device_mesh)
+        return _distribute(self, module, device_mesh, Shard(0))
+
+
+class RowwiseParallel(_RowwiseParallel):
+    """``torch.distributed.tensor.parallel.RowwiseParallel``, also for ``DoraLinear``.
+
+    Every rank holds some of the input features of the base weight and of lora_A, and the rest whole. The input is
+    sharded on its last dimension, the output summed and replicated, unless ``input_layouts`` and ``output_layouts`` say
+    otherwise.
+
+    Args: see torch's class.
+
+    Raises:
+        ValueError: another adapted layer, or one that is merged.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, DoraLayer):
+            return super()._apply(module, device_mesh)
+        self.desired_input_layouts = (Shard(-1),)
+        return _distribute(self, module, device_mesh, Shard(1))
+
+
+def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix: Placement) -> nn.Module:
+    """Distributes the layer's parameters, ``matrix`` being the layout of the ``[out, in]`` matrix that it adapts."""
+    kind = type(style).__name__
+    if not isinstance(layer, (DoraLinear, DoraEmbedding)):
+        raise ValueError(f"{kind} shards linear layers and embeddings, got {type(layer).__name__}")
+    if layer.merged:
+        raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
+    if isinstance(layer, DoraEmbedding) and matrix == Shard(1):
+        raise ValueError(f"{kind} cannot shard the vocabulary of a DoraEmbedding; shard its features: ColwiseParallel")
+    transposed = isinstance(layer, DoraEmbedding) or layer.fan_in_fan_out  # the weight is stored [in, out]
+    in_features, rows = (Replicate(), Shard(0)) if matrix == Shard(0) else (Shard(1), Replicate())
+    lora_A, lora_B, magnitude = layer.PEFT_KEYS
+    placements = {
+        "base_layer.weight": Shard(1 - matrix.dim) if transposed else matrix,
+        "base_layer.bias": rows,
+        lora_A: in_features,
+        lora_B: rows,
+        magnitude: rows,
+    }
+
+    def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            placement = placements[f"{name}.{key}".lstrip(".")]
+            shards = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
+            module.register_parameter(key, nn.Parameter(shards, requires_grad=parameter.requires_grad))
+
+    return distribute_module(
+        layer,
+        mesh,
+        partition,
+        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
+        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+    )

@@ -1,0 +1,124 @@
+"""The ops behind experts and mixed adapters: opcheck, and what they do to indices and offsets."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from dorac import functional
+from dorac.testing import expert_inputs, max_error
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ops = torch.ops.dorac
+INDEX = torch.tensor([0, 0, 1, 3, 3])
+OFFSETS = torch.tensor([2, 3, 3, 5], dtype=torch.int32)
+
+
+def tensor(*shape, dtype=torch.float32, device="cpu", requires_grad=False, transposed=False):
+    t = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    t = t.mT.contiguous().mT if transposed else t
+    assert t.is_contiguous() != transposed
+    return t.requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True), (True, True)])
+def test_grouped_linear(dtype, transposed, grads, device):
+    x = tensor(5, 6, dtype=dtype, device=device, requires_grad=grads[0])
+    weight = tensor(4, 3, 6, dtype=dtype, device=device, requires_grad=grads[1], transposed=transposed)
+    opcheck(ops.grouped_linear.default, (x, weight, OFFSETS.to(device), INDEX.to(device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_leaves(dtype, transposed, device):
+    x, dy = tensor(5, 6, dtype=dtype, device=device), tensor(5, 3, dtype=dtype, device=device)
+    weight = tensor(4, 3, 6, dtype=dtype, device=device, transposed=transposed)
+    opcheck(ops.grouped_product.default, (x, weight, OFFSETS.to(device)))
+    opcheck(ops.grouped_outer.default, (dy, x, OFFSETS.to(device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3)])
+def test_take(dtype, shape, device):
+    stack = tensor(*shape, dtype=dtype, device=device, requires_grad=True)
+    opcheck(ops.take.default, (stack, INDEX.to(device)))
+    opcheck(ops.sum_by_index.default, (stack.detach()[INDEX.to(device)], INDEX.to(device), 4))
+
+
+def test_sum_by_index_sums_in_float32(device):
+    """300 ones in bfloat16 would stop growing at 256."""
+    entries, index = torch.ones(300, 2, dtype=torch.bfloat16, device=device), torch.zeros(300, device=device).long()
+    assert (ops.sum_by_index(entries, index, 1) == 300).all()
+
+
+def test_gradients_repeat_bitwise(device):
+    """Many rows of one expert and one adapter: their sum has one order."""
+    inputs = expert_inputs(2, (600, 16, 24, 4), dtype=torch.float32, device=device)
+    x, weight, *adapter, bias = inputs.leaves().tensors()
+    offsets = torch.tensor([1000, 1200], dtype=torch.int32, device=device)
+    index = torch.zeros(1200, dtype=torch.int64, device=device)
+    for run in (
+        lambda: functional.dora_linear_grouped(x.flatten(0, 1), weight, *adapter, bias, offsets=offsets, scaling=0.7),
+        lambda: functional.dora_linear_mixed(
+            x.flatten(0, 1), weight[0], *adapter, bias[0], adapter_index=index, scaling=0.7
+        ),
+    ):
+        first, second = (torch.autograd.grad(run().sin().sum(), adapter) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_past_the_last_offset_raise_as_torch_does():
+    inputs = expert_inputs(4, (2, 5, 6, 3))
+    with pytest.raises(IndexError, match="index 4 is out of bounds for dimension 0 with size 4"):
+        functional.dora_linear_grouped(inputs.x.flatten(0, 1)[:6], *inputs.tensors()[1:], offsets=OFFSETS, scaling=0.7)
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 5, 5], [2, 3, 3, 6]])
+def test_offsets_that_decrease_or_run_over_are_refused(ends):
+    inputs = expert_inputs(4, (2, 5, 6, 3))
+    with pytest.raises(ValueError, match="offsets must not decrease nor exceed the 5 rows of x"):
+        functional.dora_linear_grouped(
+            inputs.x.flatten(0, 1)[:5], *inputs.tensors()[1:], offsets=torch.tensor(ends), scaling=0.7
+        )
+
+
+def test_no_expert_is_computed_for_rows_of_another():
+    """An expert whose weight and adapter are NaN stays with its rows, in both directions."""
+    inputs = expert_inputs(4, (2, 5, 6, 3))
+    for t in inputs.tensors()[1:]:
+        t[2] = float("nan")
+    leaves = inputs.leaves().tensors()
+    y = functional.dora_linear_grouped(leaves[0].flatten(0, 1)[:5], *leaves[1:], offsets=OFFSETS, scaling=0.7)
+    assert y.isfinite().all()
+    y.sum().backward()
+    assert leaves[0].grad.isfinite().all()
+    assert all(t.grad[[0, 1, 3]].isfinite().all() for t in leaves[1:])
+
+
+def test_plain_rows_see_no_adapter():
+    """Rows with -1 are the base layer's, and finite, next to an adapter that is not."""
+    inputs = expert_inputs(2, (3, 5, 6, 3))
+    weight, bias = inputs.weight[0], inputs.bias[0]
+    adapter = [t.index_fill(0, torch.tensor(0), float("nan")).requires_grad_() for t in inputs.tensors()[2:5]]
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    y = functional.dora_linear_mixed(x, weight, *adapter, bias, adapter_index=torch.tensor([-1, 1, -1, 1]), scaling=0.7)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    # x W^T and the sum with the bias are each rounded once here; F.linear may fuse the two.
+    assert max_error(y[::2], expected[::2]) <= 2 * torch.finfo(torch.float64).eps * expected.abs().max()
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    for t in adapter:
+        assert (t.grad[0] == 0).all()
+        assert t.grad[1].isfinite().all()
+        assert t.grad[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("index", [3, -2, 17])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_an_adapter_out_of_range_raises_as_torch_does(index, backend):
+    inputs = expert_inputs(3, (2, 5, 6, 3))
+    run = functional.dora_linear_mixed
+    run = torch.compile(run, fullgraph=True, backend=backend) if backend else run
+    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 3"):
+        run(inputs.x[0], inputs.weight[0], *inputs.tensors()[2:5], adapter_index=torch.tensor([0, index]), scaling=0.7)
