@@ -8,7 +8,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.peft.weights import dense_weight
+from dorac.peft.weights import dense_weight, gathered
 
 __all__ = [
     "DoraConv1dVariant",
@@ -111,6 +111,14 @@ class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
 
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
     """Embeddings."""
+
+    @staticmethod
+    def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        # Stock PEFT's forward transposes the factors; of a parted one autograd would remember that it has no elements.
+        with gathered(factors(module, active_adapter)):
+            return variants.DoraEmbeddingVariant.forward(
+                module, active_adapter=active_adapter, x=x, result=result, **kwargs
+            )
 
 
 class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):

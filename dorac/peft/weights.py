@@ -49,6 +49,11 @@ def _dequantize_4bit(weight: Tensor) -> Tensor:
     return functional.dequantize_4bit(data, state)
 
 
+def partitioned_base(view: Tensor) -> Tensor:
+    """The partitioned parameter that ``view`` was taken of, which holds nothing until it is gathered; or ``view``."""
+    return view._base if is_partitioned(view._base) else view
+
+
 @contextlib.contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     """The partitioned ones of ``tensors`` made whole for the block; yields whether there are any.
@@ -62,7 +67,7 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     if not partitioned:
         yield False
         return
-    with gather_params_ctx(partitioned):
+    with gather_params_ctx(partitioned, modifier_rank=None):  # only read: nothing to broadcast at the end
         for tensor in partitioned:
             if tensor.numel() != math.prod(tensor.ds_shape):
                 raise RuntimeError(
