@@ -60,7 +60,7 @@ class Holder(nn.Module):
         return self.target(x)
 
 
-def off_init(model: nn.Module, seed: int = 0) -> nn.Module:
+def off_init(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
     """Every DoRA adapter off its start: both factors drawn, the magnitude up to 20 % off its norm."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -77,7 +77,7 @@ def off_init(model: nn.Module, seed: int = 0) -> nn.Module:
                 else:
                     factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 for factor in factors:
-                    draw(factor, 0.2)
+                    draw(factor, std)
                 magnitude = module.lora_magnitude_vector[adapter].weight
                 magnitude.mul_(0.8 + 0.4 * torch.rand(magnitude.shape, generator=generator))
     return model
@@ -117,3 +117,28 @@ def target(model: nn.Module) -> LoraLayer:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_differences(
+    ours: nn.Module, stock: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int
+) -> list[float]:
+    """``|ours - stock| / stock`` of every step's loss, each model trained by its own AdamW at 1e-3.
+
+    Args:
+        loss: of a model at a step, from the same random state for both.
+    """
+    models = ours, stock
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in models]
+    differences = []
+    for step in range(steps):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            value = loss(model, step)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+        differences.append(abs(losses[0] - losses[1]) / abs(losses[1]))
+        print(f"{step:3} {losses[0]:.10f} {losses[1]:.10f} {differences[-1]:.1e}", flush=True)
+    return differences

@@ -125,9 +125,9 @@ def test_half_precision_norms():
         exact = reference.row_norm(base.weight.double(), lora_A.double(), lora_B.double(), layer.scaling["default"])
         return layer.lora_magnitude_vector["default"].weight.double() / exact
 
-    stock = peft.get_peft_model(Holder(copy.deepcopy(base)), config, autocast_adapter_dtype=False)
+    stock = peft.get_peft_model(Holder(copy.deepcopy(base)), config)
     with dorac.peft.enable():
-        ours = peft.get_peft_model(Holder(copy.deepcopy(base)), config, autocast_adapter_dtype=False)
+        ours = peft.get_peft_model(Holder(copy.deepcopy(base)), config)
     assert (scales(stock) - 1).abs().max() > 1e-3
     assert (scales(ours) - 1).abs().max() < 1e-6
 

@@ -281,21 +281,25 @@ def test_not_a_peft_model(call):
     assert package_state() == before
 
 
-def test_new_magnitudes_are_float32():
-    """What dorac builds starts with g = 1 exactly, in float32 whatever the model's dtype is."""
-    with dorac.peft.enable():
-        for kind in KINDS:
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_of_new_magnitudes(kind):
+    """With PEFT's default of float32 adapters g starts as 1, whatever the model's dtype; half ones stay half."""
+    for autocast_adapter_dtype in (True, False):
+        with dorac.peft.enable():
             torch.manual_seed(0)
             model = Holder(KINDS[kind].layer()).bfloat16()
             config = peft.LoraConfig(use_dora=True, target_modules=["target"], **KINDS[kind].options)
-            model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-            layer = target(model)
-            magnitude = layer.lora_magnitude_vector["default"].weight
-            assert magnitude.dtype is torch.float32
-            base = layer.base_layer
-            factors = dorac.peft.variants.factors(layer, "default")
-            norm = layer.lora_magnitude_vector["default"].factored_norm(base.weight, *factors, layer.scaling["default"])
-            assert torch.equal(magnitude, norm)
+            model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        dorac.peft.enable(model)  # adapters that are added later
+        model.add_adapter("other", config, autocast_adapter_dtype=autocast_adapter_dtype)
+        layer = target(model)
+        for adapter in ("default", "other"):
+            magnitude = layer.lora_magnitude_vector[adapter]
+            factors = dorac.peft.variants.factors(layer, adapter)
+            norm = magnitude.factored_norm(layer.base_layer.weight, *factors, layer.scaling[adapter])
+            dtype = torch.float32 if autocast_adapter_dtype else torch.bfloat16
+            assert {p.dtype for p in (magnitude.weight, *factors)} == {dtype}
+            assert torch.equal(magnitude.weight, norm.to(dtype))
             assert model(KINDS[kind].input(3, torch.bfloat16)).dtype is torch.bfloat16
 
 

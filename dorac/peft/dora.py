@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
-from dorac.peft.weights import dense_weight, gathered, linear_from_copy
+from dorac.peft.weights import dense_weight, gathered, linear_from_copy, partitioned_base
 
 __all__ = [
     "DoraConv1dLayer",
@@ -120,18 +120,23 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         Returns:
             ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
-        with gathered([*base_layer.parameters(), *lora_A.parameters(), *lora_B.parameters()]) as will_be_released:
+        with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
             norm = self.factored_norm(weight, lora_A.weight, lora_B.weight, scaling, adapter_name=adapter_name)
+            g = self.mag_scale(norm)
             lora = lora_B(lora_A(x))
             if base_result is None:
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
             else:
                 base = without_bias(base_result, base_layer.bias)
-        return self._delta(base, lora, norm, scaling)
+        return self._delta(base, lora, g, scaling)
 
-    def _delta(self, base: Tensor, lora: Tensor, norm: Tensor, scaling: float, dim: int = -1) -> Tensor:
-        g = self.mag_scale(norm).flatten().to(base.device)
+    def _gathered(self, *modules: nn.Module):
+        return gathered([*self.parameters(), *(p for m in modules for p in m.parameters())])
+
+    @staticmethod
+    def _delta(base: Tensor, lora: Tensor, g: Tensor, scaling: float, dim: int = -1) -> Tensor:
+        g = g.flatten().to(base.device)
         wide = accumulate_dtype(base, lora, g)  # the caller rounds once, after its sum
         return functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
 
@@ -183,15 +188,24 @@ class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
             lora_A: ``[vocab, r]``, lora_B: ``[r, dim]``, the transposes of what PEFT stores.
             embed_fn: looks x up in lora_A.
         """
-        with gathered([*base_layer.parameters(), lora_A, lora_B]):
+        stored_A, stored_B = partitioned_base(lora_A), partitioned_base(lora_B)
+        with gathered([*self.parameters(), *base_layer.parameters(), stored_A, stored_B]):
+            if stored_A is not lora_A:
+                lora_A = stored_A.t()
+            if stored_B is not lora_B:
+                lora_B = stored_B.t()
             norm = self.factored_norm(
                 dense_weight(base_layer), lora_A.t(), lora_B.t(), scaling, adapter_name=adapter_name
             )
+            g = self.mag_scale(norm)
             lora = embed_fn(x, lora_A) @ lora_B
-        g = self.mag_scale(norm).to(lora.device)
+        g = g.to(lora.device)
         if base_result is None:
             return g, (g * scaling) * lora.to(g.dtype)
-        return g, self._delta(base_result, lora, norm, scaling)
+        return g, self._delta(base_result, lora, g, scaling)
+
+
+_PLACEMENT = ("stride", "padding", "dilation", "padding_mode")  # of a convolution's windows
 
 
 class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
@@ -215,19 +229,23 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         The weight of lora_A is applied with the stride, padding, dilation and padding mode of the base layer.
         """
         groups = base_layer.groups
-        with gathered([*base_layer.parameters(), *lora_A.parameters(), *lora_B.parameters()]) as will_be_released:
+        with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
             norm = self.factored_norm(
                 weight, lora_A.weight, lora_B.weight, scaling, groups=groups, adapter_name=adapter_name
             )
-            lora_groups = groups if lora_A.weight.shape[1] == weight.shape[1] else 1
-            lora = lora_B(self._filter(x, lora_A.weight, base_layer, lora_groups))
+            g, ndim = self.mag_scale(norm), weight.ndim
+            if all(getattr(lora_A, name, None) == getattr(base_layer, name) for name in _PLACEMENT):
+                lora = lora_B(lora_A(x))  # the module: DeepSpeed gathers for its backward what it was called with
+            else:
+                lora_groups = groups if lora_A.weight.shape[1] == weight.shape[1] else 1
+                lora = lora_B(self._filter(x, lora_A.weight, base_layer, lora_groups))
             if base_result is None:
                 kept = weight.clone() if will_be_released else weight
                 base = self._filter(x, kept.to(x.dtype), base_layer, groups)
             else:
                 base = without_bias(base_result, base_layer.bias, trailing=weight.ndim - 2)
-        return self._delta(base, lora, norm, scaling, dim=base.ndim + 1 - weight.ndim)
+        return self._delta(base, lora, g, scaling, dim=base.ndim + 1 - ndim)
 
     def _filter(self, x: Tensor, weight: Tensor, base_layer: nn.Module, groups: int) -> Tensor:
         padding = base_layer.padding

@@ -30,7 +30,8 @@ class _State:
     """What :func:`disable` has to undo."""
 
     def __init__(self) -> None:
-        self.stock: dict[str, Callable] = {}  # methods of PEFT's LoraModel, by name, while PEFT builds on dorac
+        # methods of PEFT's LoraModel, by name, while PEFT builds on dorac; None for one that it inherits
+        self.stock: dict[str, Callable | None] = {}
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were switched
         self.reported: set[str] = set()  # kinds of layers that stay stock
 
@@ -85,7 +86,10 @@ def disable(model: nn.Module | None = None) -> None:
     from peft.tuners.lora.model import LoraModel
 
     for name, function in _state.stock.items():
-        setattr(LoraModel, name, function)
+        if function is None:
+            delattr(LoraModel, name)
+        else:
+            setattr(LoraModel, name, function)
     _state.stock.clear()
     for root in list(_state.roots):
         _restore(root)
@@ -101,7 +105,7 @@ def _enable_everywhere() -> Enabled:
     if _state.stock:
         return Enabled(lambda: None)
     for name, function in ours.METHODS.items():
-        _state.stock[name] = getattr(LoraModel, name)
+        _state.stock[name] = vars(LoraModel).get(name)
         setattr(LoraModel, name, function)
     return Enabled(disable)
 

@@ -5,10 +5,10 @@ Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.
 
 import torch
 from peft.tuners.lora import variants
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from dorac import functional
+from dorac.peft.weights import dense_weight, gathered
 
 __all__ = [
     "DoraConv1dVariant",
@@ -56,7 +56,7 @@ def merged(module: nn.Module, adapter: str, *, safe_merge: bool) -> Tensor:
             base_weight, *(f.to(base_weight.device) for f in factors(module, adapter)), scaling
         )
     module._cache_store(f"{adapter}-weight_norm", norm)
-    weight = dequantize_module_weight(module.get_base_layer()).detach()
+    weight = dense_weight(module.get_base_layer()).detach()
     matrix, _ = functional.merge_weight(
         *matrices(module, adapter, weight),
         magnitude.weight.flatten().to(weight.device),
@@ -111,6 +111,14 @@ class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
 
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
     """Embeddings."""
+
+    @staticmethod
+    def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        # Stock PEFT's forward transposes the factors; of a parted one autograd would remember that it has no elements.
+        with gathered(factors(module, active_adapter)):
+            return variants.DoraEmbeddingVariant.forward(
+                module, active_adapter=active_adapter, x=x, result=result, **kwargs
+            )
 
 
 class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):

@@ -1,12 +1,13 @@
 """The base weight and the factors as the norm and the products can read them: gathered, dequantised, on one device."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
 from dorac.numerics import FLOAT_DTYPES
@@ -27,7 +28,30 @@ def is_plain(weight: Tensor | None) -> bool:
 def dense_weight(base_layer: nn.Module) -> Tensor:
     """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one."""
     weight = getattr(base_layer, "weight", None)
-    return weight if is_plain(weight) else dequantize_module_weight(base_layer)
+    if is_plain(weight):
+        return weight
+    # For bitsandbytes dequantize_module_weight also puts a new parameter into a layer on the CPU; an 8-bit layer then
+    # takes its scales from that one, which has none, and fails.
+    if type(weight).__name__ == "Int8Params":
+        return dequantize_bnb_weight(weight, state=base_layer.state)
+    if type(weight).__name__ == "Params4bit":
+        return _dequantize_4bit(weight)
+    return dequantize_module_weight(base_layer)
+
+
+def _dequantize_4bit(weight: Tensor) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        # In eval mode the layer repacks its weight for the CPU's bf16 instructions, which dequantize_4bit misreads.
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    return functional.dequantize_4bit(data, state)
+
+
+def partitioned_base(view: Tensor) -> Tensor:
+    """The partitioned parameter that ``view`` was taken of, which holds nothing until it is gathered; or ``view``."""
+    return view._base if is_partitioned(view._base) else view
 
 
 @contextlib.contextmanager
@@ -43,7 +67,7 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     if not partitioned:
         yield False
         return
-    with gather_params_ctx(partitioned):
+    with gather_params_ctx(partitioned, modifier_rank=None):  # only read: nothing to broadcast at the end
         for tensor in partitioned:
             if tensor.numel() != math.prod(tensor.ds_shape):
                 raise RuntimeError(

@@ -1,0 +1,185 @@
+"""DoRA on quantised base layers through the drop-in, held to the same model with the dequantised weights in float32.
+
+Needs packages that dorac does not: bitsandbytes, torchao, hqq; each test skips without its own.
+"""
+
+import copy
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft_models import off_init  # noqa: E402
+
+import dorac.peft  # noqa: E402
+from dorac.peft.weights import dense_weight  # noqa: E402
+
+
+def bnb_4bit(linear):
+    from bitsandbytes.nn import Linear4bit
+
+    quantised = Linear4bit(*linear.weight.shape[::-1], compute_dtype=torch.float32, quant_type="nf4")
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def bnb_8bit(linear):
+    from bitsandbytes.nn import Linear8bitLt
+
+    quantised = Linear8bitLt(*linear.weight.shape[::-1], has_fp16_weights=False)
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def torchao_int8(linear):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(linear, Int8WeightOnlyConfig())
+    return linear
+
+
+def hqq_4bit(linear):
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu", initialize=True)
+
+
+PACKAGES = {bnb_4bit: "bitsandbytes", bnb_8bit: "bitsandbytes", torchao_int8: "torchao", hqq_4bit: "hqq"}
+SCHEMES = [
+    pytest.param(
+        scheme,
+        id=scheme.__name__,
+        marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}"),
+    )
+    for scheme, package in PACKAGES.items()
+]
+
+
+def quantised_model(scheme, **options):
+    """An MLP of quantised layers under the drop-in; the adapter off its init."""
+    torch.manual_seed(0)
+    model = nn.Sequential(scheme(nn.Linear(64, 128)), nn.Tanh(), scheme(nn.Linear(128, 64))).requires_grad_(False)
+    model.is_loaded_in_4bit = scheme is bnb_4bit  # transformers sets these, PEFT chooses its layers by them
+    model.is_loaded_in_8bit = scheme is bnb_8bit
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["0", "2"], **options)
+    with dorac.peft.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's on layers that it could not merge
+        model = off_init(peft.get_peft_model(model, config))
+    return enabled(model)
+
+
+def enabled(model):
+    dorac.peft.enable(model)  # leaving enable() gave it back
+    return model
+
+
+def dequantised(model):
+    """The same adapter over ``nn.Linear`` with the dequantised weights."""
+    config = copy.deepcopy(model.peft_config["default"])
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert not any(
+        type(layer.get_base_layer()) is nn.Linear and type(layer.get_base_layer().weight) is nn.Parameter
+        for layer in layers
+    )
+    dense = []
+    for layer in layers:
+        base = layer.get_base_layer()
+        weight = dense_weight(base).float()
+        linear = nn.Linear(*weight.shape[::-1])
+        linear.load_state_dict({"weight": weight, "bias": base.bias})
+        dense.append(linear)
+    twin = peft.get_peft_model(nn.Sequential(dense[0], nn.Tanh(), dense[1]), config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert twin.load_state_dict(trained, strict=False).unexpected_keys == []
+    return enabled(twin)
+
+
+def train(model, steps=3):
+    """The losses, and the parameters after the last step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    model.train()
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        x, target = torch.randn(2, 8, 5, 64)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_training_follows_the_dequantised_model(scheme, lora_dropout):
+    model = quantised_model(scheme, lora_dropout=lora_dropout)
+    twin = dequantised(model)
+    losses, parameters = train(model)
+    expected, expected_parameters = train(twin)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(parameters, expected_parameters, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_new_magnitude_is_the_norm_of_the_dequantised_weight(scheme):
+    model = quantised_model(scheme)
+    with dorac.peft.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("new", model.peft_config["default"])
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            norm = dense_weight(layer.get_base_layer()).float().norm(dim=1)  # lora_B is zero
+            torch.testing.assert_close(layer.lora_magnitude_vector["new"].weight.detach(), norm)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_base_layer_is_left_alone(scheme):
+    """The weight is the same object before and after, and the base layer gives what it gave."""
+    model = quantised_model(scheme).train()
+    base = next(m for m in model.modules() if isinstance(m, LoraLayer)).get_base_layer()
+    x = torch.randn(3, 64)
+    weight, expected = getattr(base, "weight", None), base(x)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert getattr(base, "weight", None) is weight
+    torch.testing.assert_close(base(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if "bnb" in s.id])
+def test_inference_after_training(scheme):
+    """bitsandbytes takes half-precision kernels in eval mode: near the dequantised model by their rounding.
+
+    On a CPU with bf16 instructions a 4-bit layer also repacks its weight then.
+    """
+    model = quantised_model(scheme)
+    twin = dequantised(model).eval()
+    x = torch.randn(16, 64)
+    model.train()(x)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            error = (model(x) - twin(x)).norm() / twin(x).norm()
+            assert error < 1e-2  # an unscaled norm gives 1e-1
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if "bnb" in s.id])
+def test_merge(scheme):
+    """The merged weight is the dequantised DoRA weight, quantised again."""
+    model = quantised_model(scheme)
+    twin = dequantised(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on rounding
+        model.merge_adapter()
+    twin.merge_adapter()
+    layers, expected = ([m for m in net.modules() if isinstance(m, LoraLayer)] for net in (model, twin))
+    for layer, other in zip(layers, expected, strict=True):
+        requantised = scheme(other.get_base_layer())
+        torch.testing.assert_close(dense_weight(layer.get_base_layer()), dense_weight(requantised))
