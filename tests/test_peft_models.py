@@ -68,6 +68,7 @@ def dora_layers(model) -> dict[str, LoraLayer]:
         pytest.param(smollm2, 30, 8, 0.0, marks=pytest.mark.full),
         pytest.param(smollm2, 30, 64, 0.0, marks=pytest.mark.full),
         pytest.param(smollm2, 30, 8, 0.1, marks=pytest.mark.full),
+        pytest.param(smollm2, 30, 64, 0.1, marks=pytest.mark.full),
     ],
 )
 def test_training_follows_stock_peft(build, steps, r, dropout):
