@@ -167,7 +167,7 @@ def test_inference_after_training(scheme):
     with torch.no_grad():
         for _ in range(2):
             error = (model(x) - twin(x)).norm() / twin(x).norm()
-            assert error < 1e-2  # an unscaled norm gives 1e-1
+            assert error < 1e-2  # 9e-2 with norms of the repacked bytes
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "bnb" in s.id])
