@@ -36,7 +36,8 @@ def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, expanded: bool
     out_features, in_features = experts * weight.shape[-2], weight.shape[-1]
     rank = lora_A.shape[-2]
     acc = accumulate_dtype(weight, lora_A, lora_B)
-    per_column = (weight.dtype != acc) * out_features + (lora_A.dtype != acc) * experts * rank  # the converted chunks
+    # The converted chunks. No bool as a factor: with a symbolic size torch 2.11 has no product for it.
+    per_column = (out_features if weight.dtype != acc else 0) + (experts * rank if lora_A.dtype != acc else 0)
     if not expanded:
         fixed = out_features * (rank + 8)  # scaled lora_B, the float64 sum of squares and its temporaries
         per_column += out_features  # the adapted chunk
