@@ -34,9 +34,13 @@ def pytest_terminal_summary(terminalreporter):
             for key, value in getattr(report, "user_properties", []):
                 if key == "contract":
                     cells[tuple(value)] = mark
-    for device in dict.fromkeys(device for device, _, _ in cells):
-        columns = list(dict.fromkeys(c for d, _, c in cells if d == device))
-        rows = list(dict.fromkeys(r for d, r, _ in cells if d == device))
+    if not cells:
+        return
+    from test_contract import COLUMNS, ROWS  # their order is the table's, whatever order workers ran them in
+
+    for device in sorted({device for device, _, _ in cells}):
+        columns = [column for column in COLUMNS if any((device, row, column) in cells for row in ROWS)]
+        rows = [row for row in ROWS if any((device, row, column) in cells for column in columns)]
         width = max(map(len, rows))
         terminalreporter.write_sep("=", f"compile contract, torch {torch.__version__}, {device}")
         terminalreporter.write_line("  ".join([" " * width, *columns]))
