@@ -76,7 +76,7 @@ def invertible_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
 
     Reads values: waits for the device. Of sharded arguments the whole scale: every rank refuses what one does.
     """
-    if torch.compiler.is_exporting():
+    if front.exporting_module():
         raise ValueError("unmerging cannot be exported: it reads values of g, to refuse rows that are lost")
     g = sharded.whole(magnitude_scale(magnitude, weight_norm))
     lost = ((g == 0) | ~g.isfinite()).nonzero().tolist()

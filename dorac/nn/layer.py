@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from dorac import checks, functional
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES
-from dorac.ops import sharded
+from dorac.ops import front, sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -242,7 +242,7 @@ class DoraLayer(nn.Module):
         """
         if self.merged:
             return
-        if torch.compiler.is_exporting():
+        if front.exporting_module():
             raise ValueError(
                 f"{type(self).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
                 "weight; merge before exporting"
