@@ -5,8 +5,8 @@ dimension, which autograd cannot transpose back to the matrix. Here both are spa
 take them. ``gather(..., sparse_grad=True)`` gives such a gradient too, but not through Inductor.
 
 Registration. As ``dorac::compose``: an ``autograd.Function`` in eager and under the compiler. Under ``torch.func``,
-forward-mode AD and export and for tensor subclasses it is a plain lookup, whose gradient is dense: vmap knows no sparse
-tensors.
+forward-mode AD and export and for tensor subclasses it is the lookup of ``dorac::take``, whose gradient is dense: vmap
+knows no sparse tensors.
 
 Legend: R rows of the matrix, V its columns, T indices.
 """
@@ -15,6 +15,7 @@ import torch
 
 from dorac.ops import front
 from dorac.ops.library import REVISION, register_composite
+from dorac.ops.take import take_aten
 
 
 class _SparseColumns(torch.autograd.Function):
@@ -38,7 +39,7 @@ def _sparse_columns(matrix, index, revision=REVISION):
     tensors = (matrix, index)
     plain = front.under_transform() or front.exporting() or not front.all_plain(*tensors)
     if plain or not (torch.is_grad_enabled() and matrix.requires_grad):
-        return matrix.index_select(1, index).t()
+        return take_aten(matrix.t(), index)
     return _SparseColumns.apply(*tensors)
 
 
