@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
+from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.peft.weights import dense_weight, gathered, linear_from_copy, partitioned_base
 
 __all__ = [
@@ -36,6 +37,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     Under PEFT's ``DoraCaching`` the norm, and nothing else, is kept in eval mode.
     """
 
+    norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
     get_lora_weight = dora.DoraLinearLayer.get_lora_weight.__wrapped__  # uncached: a dense product
 
     @dora.cache_decorator("weight-norm")
@@ -68,11 +70,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         groups: int = 1,
         adapter_name: str | None = None,
     ) -> Tensor:
-        """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3)."""
+        """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3).
+
+        Of an embedding ``||weight^T + s * lora_B lora_A||_row``, from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``.
+        """
         if weight.ndim >= 3:
             norm = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
             return norm.view(1, -1, *[1] * (weight.ndim - 2))
-        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling)
+        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=self.norm_budget)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -155,19 +160,7 @@ class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
 
     get_lora_weight = dora.DoraEmbeddingLayer.get_lora_weight.__wrapped__
 
-    @dora.cache_decorator("weight-norm")
-    def factored_norm(
-        self,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        *,
-        groups: int = 1,
-        adapter_name: str | None = None,
-    ) -> Tensor:
-        """``||weight^T + s * lora_B lora_A||_row`` from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``."""
-        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=EMBEDDING_BUDGET)
+    norm_budget = EMBEDDING_BUDGET
 
     def forward(
         self,
