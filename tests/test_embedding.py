@@ -184,7 +184,8 @@ def test_autocast(dtype, use_compile, device):
     with torch.autocast(device, dtype=dtype):
         y = function(*inputs, scaling=0.7)
         eager = functional.dora_embedding(*inputs, scaling=0.7)
-    assert torch.equal(y, eager)
+    # On CUDA eager is a kernel with fused multiply-adds: a float32 rounding or two apart.
+    torch.testing.assert_close(y, eager, rtol=0, atol=0 if device == "cpu" else 2**-22 * eager.abs().max().item())
     x, weight, lora_A, lora_B, magnitude = (t.double() if t.is_floating_point() else t for t in inputs)
     truth = reference.dora_embedding(x, weight, lora_A, lora_B, magnitude, scaling=0.7)
     g = magnitude / reference.row_norm(weight.T, lora_A, lora_B, 0.7)

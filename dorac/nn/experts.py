@@ -235,7 +235,7 @@ class DoraExperts(DoraLayer):
         h = self._project(self.projections[0], rows, offsets=offsets)
         h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
         y = self._project("down_proj", h, offsets=offsets)
-        if base.has_post_expert_norm:
+        if getattr(base, "has_post_expert_norm", False):  # newer than the other attributes
             y = base.post_expert_norm(y)
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
         return y[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)

@@ -143,6 +143,11 @@ def _compose_backward(dy, inner, mag_scale, scaling, lora_dtype, delta):
     return d_base, d_lora, d_mag.to(mag_scale.dtype)
 
 
+def _rows_alone(cuda, in_aten):
+    """The kernel for rows of outputs, aten for channels."""
+    return lambda activation, *args: (cuda if activation.ndim == 2 else in_aten)(activation, *args)
+
+
 def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta):
     from dorac.kernels.compose import compose
 
@@ -166,7 +171,7 @@ for _name, _aten, _cuda in (
     ("compose_forward", _compose_forward, _compose_forward_cuda),
     ("compose_backward", _compose_backward, _compose_backward_cuda),
 ):
-    register_leaf(_name, _aten, _cuda)
+    register_leaf(_name, _aten, _rows_alone(_cuda, _aten))
 
 
 def compose_parts(base, lora, mag_scale, scaling, bias, delta, *, eager, needs_inner):
