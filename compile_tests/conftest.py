@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to the bounds of float32
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

@@ -23,11 +23,13 @@ class Row:
         build: makes a module from a scaling and a rank, with its adapter away from its start; float32.
         inputs: its arguments for a batch and a length. What is floating point gets a gradient.
         lacks: columns that have no meaning for this row, with the reason.
+        drops: whether there is dropout on its input.
     """
 
     build: Callable[[float, int], nn.Module]
     inputs: Callable[[int, int], tuple[Tensor, ...]]
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    drops: bool = False
 
     def make(self, device: str, *, scaling: float = 0.5, rank: int = 4, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -239,7 +241,7 @@ ROWS = {
     "dora_linear_grouped": Row(grouped, sorted_rows),
     "dora_linear_mixed": Row(mixed, indexed_rows),
     "DoraLinear": Row(linear, features),
-    "DoraLinear, dropout": Row(lambda s, r: linear(s, r, lora_dropout=0.3), features),
+    "DoraLinear, dropout": Row(lambda s, r: linear(s, r, lora_dropout=0.3), features, drops=True),
     "DoraLinear, norm cached": Row(cached, features),
     "DoraEmbedding": Row(embedding, indices),
     "DoraExperts": Row(experts, routed),

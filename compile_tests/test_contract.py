@@ -44,10 +44,28 @@ def outcome(forward, module: nn.Module, arguments: tuple[Tensor, ...]) -> list[T
 
 
 def check(forward, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    """Float32 results of two orders of one sum lie within torch's own tolerances."""
+    """Float32 results of two orders of one sum lie within torch's own tolerances, of the largest element's size."""
     actual = outcome(forward, module, arguments)
-    torch.testing.assert_close(actual, outcome(module, module, arguments))
-    assert all(t.count_nonzero() for t in actual)
+    for got, exact in zip(actual, outcome(module, module, arguments), strict=True):
+        atol = 1e-5 * max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(got, exact, rtol=1.3e-6, atol=atol)
+        assert got.count_nonzero()
+
+
+def check_recomputed(row: Row, forward, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """As ``check``, where backward draws the dropout mask again.
+
+    On CUDA the compiler gives such graphs a generator of their own, so that their masks are others than in eager. That
+    backward has the mask of forward shows without them: y is linear in x, hence ``<x, dx> = <y - b, dy>``.
+    """
+    if not (row.drops and arguments[0].is_cuda):
+        check(forward, module, arguments)
+        return
+    y, dx, *_ = outcome(forward, module, arguments)
+    torch.testing.assert_close((arguments[0] * dx).sum(), ((y - module.base_layer.bias) * 2 * y).sum())
+    undropped, *_ = outcome(module.eval(), module, arguments)
+    module.train()
+    assert not torch.allclose(y, undropped)
 
 
 def fullgraph(row: Row, device: str) -> None:
@@ -218,7 +236,7 @@ def checkpointed(row: Row, device: str) -> None:
     def forward(*arguments: Tensor) -> Tensor:
         return checkpoint(module, *arguments, use_reentrant=False)
 
-    check(torch.compile(forward, **EAGER), module, row.arguments(device))
+    check_recomputed(row, torch.compile(forward, **EAGER), module, row.arguments(device))
     check(forward, module, row.arguments(device))
 
 
@@ -231,7 +249,7 @@ def selective(row: Row, device: str) -> None:
     def expensive_calls(forward) -> int:
         backend = AotEagerAndRecordGraphs()
         torch._dynamo.reset()
-        check(torch.compile(forward, fullgraph=True, backend=backend), module, arguments)
+        check_recomputed(row, torch.compile(forward, fullgraph=True, backend=backend), module, arguments)
         graphs = (*backend.fw_graphs, *backend.bw_graphs)
         return sum(node.target in EXPENSIVE for graph in graphs for node in graph.graph.nodes)
 
@@ -253,7 +271,8 @@ def autocast(row: Row, device: str) -> None:
     truth = outcome(module, module, arguments)
     for got, dense, exact in zip(actual, eager, truth, strict=True):
         assert got.dtype == dense.dtype
-        assert_within_budget(got, dense, exact.double(), sum_length=0)
+        # What stays in float32 is the truth itself in eager; its sums run in another order compiled.
+        assert_within_budget(got, dense, exact.double(), sum_length=0, roundings=4)
 
 
 COLUMNS = {

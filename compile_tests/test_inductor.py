@@ -9,12 +9,13 @@ from torch._inductor.utils import run_and_get_code
 
 import dorac
 import dorac.reference
+from dorac.ops import front
 
 
 def block(device, base=None, **options):
     """A DoRA layer with what surrounds it in a transformer: an activation and a residual."""
     base = (nn.Linear(24, 40) if base is None else base).to(device)
-    layer = dorac.nn.layer_class(base)(base, r=4, init_lora_weights=False, **options)
+    layer = dorac.nn.layer_class(base)(base, init_lora_weights=False, **{"r": 4, **options})
     nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
     return lambda x, residual: residual + nn.functional.gelu(layer(x))
 
@@ -46,6 +47,22 @@ def test_compose_fuses_with_its_neighbours(device):
     # Compose, activation and residual are that one kernel; what is left makes s, g and, on CUDA, s * h.
     assert [k for k in kernels if "gelu" in k] == kernels[-1:], kernels
     assert len(kernels) <= 3, kernels
+
+
+def test_g_is_divided_once(device, monkeypatch):
+    """Not for every element of y, in the kernel that reads it; in the form that large ranks take on CUDA."""
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    function = block(device, r=80)
+    x, residual = torch.randn(70, 24, device=device), torch.randn(70, 40, device=device)
+    with torch.no_grad():
+        y, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), x, residual)
+        monkeypatch.undo()
+        torch.testing.assert_close(y, function(x, residual))
+    assert "dorac.low_rank_linear" in code
+    consumers = [kernel for kernel in launches(code) if "gelu" in kernel]
+    assert len(consumers) == 1
+    assert "div" not in consumers[0]
+    assert sum("div" in kernel for kernel in launches(code)) == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "bfloat16", "dropout", "norm_grad", "embedding"])

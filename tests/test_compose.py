@@ -137,12 +137,15 @@ def test_channels(layout, shape, dtype, delta, use_compile, device):
     dy = torch.randn_like(moved)
     y.backward(dy)
     moved.backward(dy)
-    for tensor, twin in zip(tensors, twins, strict=True):
+    inner = base.double() + 0.7 * lora.double()
+    # Eager code sums a rounded inner for g, what Inductor recomputes in one kernel is not rounded.
+    rounded = 0.5 * eps * (dy.double() * inner).abs().movedim(1, 0).flatten(1).sum(1) if use_compile else 0.0
+    for name, tensor, twin in zip(("base", "lora", "g", "bias"), tensors, twins, strict=True):
         if tensor is not None:
             # g and bias are sums over at most 40 positions, in another order.
             eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps if dtype in HALF else 0)
-            limit = {"rtol": 40 * eps, "atol": 40 * eps}
-            torch.testing.assert_close(tensor.grad, twin.grad, **limit)
+            limit = 40 * eps * (1 + twin.grad.abs()) + (rounded if name == "g" else 0.0)
+            assert ((tensor.grad.double() - twin.grad.double()).abs() <= limit).all(), name
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -4])

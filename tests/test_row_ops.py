@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from dorac import functional
+from dorac.ops.grouped import masked_outer, masked_product
 from dorac.testing import expert_inputs, max_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,6 +37,22 @@ def test_grouped_leaves(dtype, transposed, device):
     weight = tensor(4, 3, 6, dtype=dtype, device=device, transposed=transposed)
     opcheck(ops.grouped_product.default, (x, weight, OFFSETS.to(device)))
     opcheck(ops.grouped_outer.default, (dy, x, OFFSETS.to(device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_without_reading_the_offsets(dtype, device):
+    """What runs while a CUDA graph is captured: no expert sees rows of others, nor those past the last offset."""
+    x, dy = tensor(7, 6, dtype=dtype, device=device), tensor(7, 3, dtype=dtype, device=device)
+    x[6] = dy[6] = float("inf")
+    x[2] = float("nan")  # of expert 1
+    weight, offsets = tensor(4, 3, 6, dtype=dtype, device=device), OFFSETS.to(device)
+    for masked, leaf, args in (
+        (masked_product, ops.grouped_product, (x, weight, offsets)),
+        (masked_outer, ops.grouped_outer, (dy, x, offsets)),
+    ):
+        expected = leaf(*args)
+        assert expected[3].isfinite().all()
+        torch.testing.assert_close(masked(*args), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,7 +43,8 @@ def dora_linear_grouped(
         ``[S, out]``. Gradients as in :func:`dora_linear`; those of an expert without rows are zero.
 
         On CUDA, bfloat16 products of sizes and ranks that are multiples of 8 run in torch's grouped GEMM; others run
-        expert by expert and wait for the offsets. Under ``torch.func`` every row gets a copy of its expert's weight.
+        expert by expert and wait for the offsets, or over all rows per expert while a CUDA graph is captured. Under
+        ``torch.func`` every row gets a copy of its expert's weight.
 
     Raises:
         TypeError, ValueError: as :func:`dora_linear`; offsets of another shape or dtype. Offsets that decrease or

@@ -27,6 +27,9 @@ from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
+# Up to how many tokens a launch costs more than it saves: at 1 to 8 tokens compiled inference leaves the whole layer to
+# the compiler, which fuses its elementwise end into the next layer's beginning.
+DECODE = 16
 BLOCK_ELEMENTS = 2**18  # elements per row block of the CPU loops: the fp32 temporaries stay in cache
 
 
@@ -65,6 +68,15 @@ def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
     norm = weight_norm.to(acc)
     zero_row = norm <= ZERO_ROW_NORM
     return torch.where(zero_row, 1.0, magnitude.to(acc) / torch.where(zero_row, 1.0, norm))
+
+
+def buffer_of(mag_scale: Tensor) -> Tensor:
+    """g as Inductor's kernels read it, not as they compute it.
+
+    Inlined into what uses y, the division by the norm runs for every element of y, and on an H100 it can take longer
+    than the traffic of the fused kernel. A view by strides has to be one of a buffer, so that g gets one.
+    """
+    return mag_scale.as_strided(mag_scale.shape, mag_scale.stride())
 
 
 def compose_aten(base, lora, mag_scale, scaling, bias, delta):
@@ -180,6 +192,8 @@ def compose_parts(base, lora, mag_scale, scaling, bias, delta, *, eager, needs_i
         if needs_inner:
             return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
         return torch.ops.dorac.compose_value(base, lora, mag_scale, scaling, bias, delta), None
+    if base.is_cuda and not front.at_most(base.numel(), DECODE * mag_scale.numel()):
+        mag_scale = buffer_of(mag_scale)
     mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     if not needs_inner:
         return compose_aten(base, lora, mag_scale, scaling, bias, delta), None

@@ -6,7 +6,8 @@ made of them. Under ``torch.func``, export and for tensor subclasses, where a le
 of its expert's matrix: right, but with memory for ``S * O * I`` elements.
 
 The leaves multiply expert by expert, which reads the offsets: on CUDA that waits for the device, but not for bfloat16
-whose rows are whole multiples of 16 bytes, where torch's grouped GEMM takes all experts in one launch.
+whose rows are whole multiples of 16 bytes, where torch's grouped GEMM takes all experts in one launch. While a CUDA
+graph is captured nothing can be read: there every expert multiplies all rows, and those of others are masked.
 
 Legend: S rows of all experts, E experts, I in_features, O out_features. offsets [E] are the ends of the experts' rows.
 """
@@ -58,6 +59,26 @@ def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return total
 
 
+def _masks(offsets: Tensor, rows: int) -> Tensor:
+    """``[E, rows, 1]``: which rows are each expert's."""
+    index = torch.searchsorted(offsets, torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
+    return (index == torch.arange(len(offsets), device=offsets.device)[:, None]).unsqueeze(-1)
+
+
+def masked_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`_grouped_product` without reading the offsets."""
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for mask, matrix in zip(_masks(offsets, x.shape[0]), weight, strict=True):
+        y = torch.where(mask, x @ matrix.t(), y)
+    return y
+
+
+def masked_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`_grouped_outer` without reading the offsets. Both sides are masked: zero times infinity is not zero."""
+    masks = _masks(offsets, left.shape[0])
+    return torch.stack([torch.where(m, left, 0).t() @ torch.where(m, right, 0) for m in masks])
+
+
 def _has_grouped_gemm(*matrices: Tensor) -> bool:
     """Whether torch's grouped GEMM takes these: bfloat16, every row or column at a multiple of 16 bytes."""
     return all(
@@ -73,13 +94,15 @@ def _has_grouped_gemm(*matrices: Tensor) -> bool:
 def _grouped_product_cuda(x, weight, offsets):
     if _has_grouped_gemm(x, weight) and weight.shape[1] % 8 == 0:
         return F.grouped_mm(x, weight.mT, offs=offsets.to(torch.int32))
-    return _grouped_product(x, weight, offsets)
+    product = masked_product if torch.cuda.is_current_stream_capturing() else _grouped_product
+    return product(x, weight, offsets)
 
 
 def _grouped_outer_cuda(left, right, offsets):
     if _has_grouped_gemm(left, right):
         return F.grouped_mm(left.t(), right, offs=offsets.to(torch.int32))
-    return _grouped_outer(left, right, offsets)
+    outer = masked_outer if torch.cuda.is_current_stream_capturing() else _grouped_outer
+    return outer(left, right, offsets)
 
 
 register_leaf("grouped_product", _grouped_product, _grouped_product_cuda)

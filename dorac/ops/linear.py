@@ -24,6 +24,7 @@ A layer of experts (every tensor with a leading E) is the formula in aten: batch
 Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
 """
 
+import functools
 import math
 
 import torch
@@ -32,14 +33,11 @@ from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front, sharded
-from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
+from dorac.ops.compose import DECODE, buffer_of, compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 # Up to which rank the backward pass takes the low-rank products along: faster than cuBLAS at 16, slower at 64.
 LOW_RANK = 16
-# Up to how many tokens compiled inference leaves the whole layer to the compiler, which fuses its elementwise end into
-# the next layer's beginning: at 1 to 8 tokens a kernel of our own costs more than its product saves.
-DECODE = 16
 
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
@@ -129,10 +127,11 @@ def _low_rank_linear(x, weight, h, lora_B):
     return torch.mm(h, lora_B.t()).addmm_(x, weight.t())
 
 
-def _scale(inner, magnitude, weight_norm, bias):
+def _scale(inner, magnitude, weight_norm, bias, as_buffer=False):
     """``g * inner + b``, rounded once."""
     acc = accumulate_dtype(inner, magnitude, weight_norm)
-    y = magnitude_scale(magnitude, weight_norm).to(acc) * inner.to(acc)
+    g = magnitude_scale(magnitude, weight_norm).to(acc)
+    y = (buffer_of(g) if as_buffer else g) * inner.to(acc)
     return (y if bias is None else y + bias.to(acc)).to(inner.dtype)
 
 
@@ -232,7 +231,8 @@ def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, p
     if path == "accumulate":
         h = scaling * h
         inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
-        return (torch.ops.dorac.scale if eager else _scale)(inner, magnitude, weight_norm, bias), inner, h
+        scale = torch.ops.dorac.scale if eager else functools.partial(_scale, as_buffer=True)
+        return scale(inner, magnitude, weight_norm, bias), inner, h
     base = x @ weight.t()
     if path == "separate":
         g = magnitude_scale(magnitude, weight_norm)
@@ -295,7 +295,9 @@ class _DoraLinear(torch.autograd.Function):
                 backward = torch.ops.dorac.scale_backward if leaf_ops else _scale_backward
                 d_inner, d_m = backward(dy, inner, magnitude, weight_norm)
             elif dy is not None and needs_inner:  # under the compiler in aten, which fuses it into what made dy
-                scale = torch.ops.dorac.scale if leaf_ops and ctx.eager else _scale
+                scale = (
+                    torch.ops.dorac.scale if leaf_ops and ctx.eager else functools.partial(_scale, as_buffer=leaf_ops)
+                )
                 d_inner = scale(dy, magnitude, weight_norm, None)
             d_lora = None
             if d_inner is not None and lora_dtype.itemsize > x_dtype.itemsize:
