@@ -216,5 +216,6 @@ def run_without_dorac(folder, load):
 
 
 def run_fresh(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
