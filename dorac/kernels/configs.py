@@ -79,19 +79,21 @@ def norm_config(
         config = NormConfig(64, 64, 64, 1, 4, 3)
     resident = 1 if rank > 64 and weight_dtype.itemsize == 2 else 2  # programs at once on a processor
     row_blocks = max(1, experts * -(-out_features // config.block_o))
-    most = max(1, in_features // (4 * config.block_i))
-    return dataclasses.replace(config, splits=_splits(row_blocks, PROCESSORS * resident, min(most, 64)))
+    start = 3 if config.registers else 1
+    tiles = -(-in_features // config.block_i)
+    return dataclasses.replace(config, splits=_splits(row_blocks, tiles, PROCESSORS * resident, start))
 
 
-def _splits(row_blocks: int, slots: int, most: int) -> int:
-    """The fewest column splits that keep 95 % of the slots busy, or those that keep the most; at most ``most``."""
+def _splits(row_blocks: int, tiles: int, slots: int, start: int) -> int:
+    """The fewest column splits, of at least four tiles, with the least time: waves of programs times tiles of each.
 
-    def busy(splits: int) -> float:
-        programs = row_blocks * splits
-        return programs / (-(-programs // slots) * slots)
+    ``start`` is what a program does before its first tile, in tiles.
+    """
 
-    good = [splits for splits in range(1, most + 1) if busy(splits) >= 0.95]
-    return good[0] if good else max(range(1, most + 1), key=busy)
+    def time(splits: int) -> int:
+        return -(-row_blocks * splits // slots) * (-(-tiles // splits) + start)
+
+    return min(range(1, max(1, min(tiles // 4, 64)) + 1), key=time)
 
 
 @functools.lru_cache(maxsize=1024)
