@@ -1,6 +1,7 @@
 """The rows of the contract table in ``test_contract.py``: a new function or module is one entry in ``ROWS``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -62,7 +63,7 @@ def off_norm(model: nn.Module) -> nn.Module:
     """Moves every magnitude up to a tenth off its norm."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_magnitude_vector"):
+            if "lora_magnitude_vector" in name:
                 parameter.mul_(0.9 + 0.2 * torch.rand_like(parameter))
     return model
 
@@ -190,6 +191,32 @@ def experts(scaling: float, rank: int) -> nn.Module:
     return off_norm(dorac.nn.DoraExperts(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False))
 
 
+def peft_layer(base: Callable[[], nn.Module], **options) -> Callable[[float, int], nn.Module]:
+    """A PEFT model of one layer on the drop-in."""
+
+    def build(scaling: float, rank: int) -> nn.Module:
+        peft = pytest.importorskip("peft")
+        import dorac.peft
+
+        config = peft.LoraConfig(
+            use_dora=True,
+            r=rank,
+            lora_alpha=rank * scaling,
+            target_modules=["0"],
+            init_lora_weights=False,
+            **options,
+        )
+        model = peft.get_peft_model(nn.Sequential(base()), config)
+        dorac.peft.enable(model)
+        return off_norm(model)
+
+    return build
+
+
+def gpt2_conv1d() -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, IN)
+
+
 def rows_of_experts(batch: int, length: int) -> tuple[Tensor]:
     return (torch.randn(EXPERTS, batch, length, IN),)
 
@@ -246,4 +273,12 @@ ROWS = {
     "DoraEmbedding": Row(embedding, indices),
     "DoraExperts": Row(experts, routed),
     **{f"DoraConv{n}d": Row(conv(n), images(n)) for n in (1, 2, 3)},
+    "PEFT Linear": Row(peft_layer(lambda: nn.Linear(IN, OUT)), features),
+    "PEFT Linear, dropout": Row(peft_layer(lambda: nn.Linear(IN, OUT), lora_dropout=0.3), features, drops=True),
+    "PEFT Conv1D": Row(peft_layer(gpt2_conv1d, fan_in_fan_out=True), features),
+    "PEFT Embedding": Row(peft_layer(lambda: nn.Embedding(VOCAB, OUT)), indices),
+    **{
+        f"PEFT Conv{n}d": Row(peft_layer(functools.partial(getattr(nn, f"Conv{n}d"), CHANNELS, OUT, 3)), images(n))
+        for n in (1, 2, 3)
+    },
 }

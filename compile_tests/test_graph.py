@@ -5,6 +5,7 @@ from unittest import mock
 
 import expecttest
 import torch
+from contract import peft_layer
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import AotEagerAndRecordGraphs
@@ -75,6 +76,11 @@ def embedding() -> dorac.nn.DoraEmbedding:
 def conv2d() -> dorac.nn.DoraConv2d:
     base = torch.nn.Conv2d(3, 8, 3, dtype=torch.bfloat16)
     return dorac.nn.DoraConv2d(base, r=4, init_lora_weights=False, adapter_dtype=torch.bfloat16)
+
+
+def peft_linear() -> torch.nn.Module:
+    """With PEFT's default dtypes: float32 factors beside a half-precision base."""
+    return peft_layer(lambda: torch.nn.Linear(24, 32, dtype=torch.bfloat16))(0.5, 4)
 
 
 class TestGraph(expecttest.TestCase):
@@ -466,4 +472,95 @@ scalar_tensor.default: float32[]
 where.self: float32[8]
 div.Tensor: float32[8]
 view.default: float32[1, 8, 1, 1]""",
+        )
+
+    def test_peft_dynamo_graph(self):
+        """The layer in one call, on the drop-in: the base layer is not run beside it."""
+        self.assertExpectedInline(
+            calls(captured(peft_linear(), self.x).graphs[0]),
+            """\
+ones: float32[]
+mul: float32[]
+norm_factored: float32[32]
+to: float32[32]
+ones: float32[]
+mul: float32[]
+dora_linear: bfloat16[6, 32]""",
+        )
+
+    def test_peft_saved(self):
+        """What a layer of ``dorac.nn`` with float32 factors keeps."""
+        self.assertExpectedInline(
+            saved_for_backward(captured(peft_linear(), self.x)),
+            """\
+input: bfloat16[32, 24]
+input: float32[4, 24]
+input: float32[32, 4]
+input: float32[32]
+row_norm: float32[32]
+_to_copy: float32[6, 24]
+detach: float32[6, 4]
+detach: bfloat16[6, 32]""",
+        )
+
+    def test_peft_joint_graph(self):
+        self.assertExpectedInline(
+            calls(partitioned(peft_linear(), self.x).joint),
+            """\
+ones.default: float32[]
+mul.Tensor: float32[]
+detach.default: bfloat16[32, 24]
+detach.default: float32[4, 24]
+detach.default: float32[32, 4]
+detach.default: float32[]
+row_norm.default: float32[32]
+view.default: bfloat16[6, 24]
+_to_copy.default: float32[6, 24]
+t.default: float32[24, 4]
+mm.default: float32[6, 4]
+t.default: bfloat16[24, 32]
+mm.default: bfloat16[6, 32]
+le.Scalar: bool[32]
+scalar_tensor.default: float32[]
+where.self: float32[32]
+div.Tensor: float32[32]
+where.self: float32[32]
+t.default: float32[4, 32]
+mm.default: float32[6, 32]
+_to_copy.default: float32[6, 32]
+mul.Tensor: float32[6, 32]
+add.Tensor: float32[6, 32]
+mul.Tensor: float32[6, 32]
+_to_copy.default: float32[32]
+add.Tensor: float32[6, 32]
+_to_copy.default: bfloat16[6, 32]
+_to_copy.default: bfloat16[6, 32]
+detach.default: float32[6, 4]
+detach.default: bfloat16[6, 32]
+view.default: bfloat16[6, 32]
+view.default: bfloat16[6, 32]
+detach.default: float32[6, 4]
+detach.default: bfloat16[6, 32]
+_to_copy.default: float32[6, 32]
+_to_copy.default: float32[6, 32]
+mul.Tensor: float32[6, 32]
+sum.dim_IntList: float32[32]
+div.Tensor: float32[32]
+where.self: float32[32]
+scalar_tensor.default: float32[]
+where.self: float32[32]
+mul.Tensor: float32[6, 32]
+_to_copy.default: bfloat16[6, 32]
+t.default: float32[32, 6]
+mm.default: float32[32, 4]
+mul.Tensor: float32[32, 4]
+mm.default: float32[6, 4]
+mul.Tensor: float32[6, 4]
+t.default: float32[4, 6]
+mm.default: float32[4, 24]
+mm.default: float32[6, 24]
+_to_copy.default: bfloat16[6, 24]
+mm.default: bfloat16[6, 24]
+add.Tensor: bfloat16[6, 24]
+view.default: bfloat16[6, 24]""",
         )
