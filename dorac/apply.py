@@ -66,7 +66,8 @@ def apply_dora(
         raise ValueError(
             f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself"
         )
-    model = uncompiled(model)
+    refuse_ddp(model)
+    model = bare(model)
     saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
@@ -190,13 +191,14 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             lora_A sees all channels: it has no merged form. Refused by name, and nothing is changed. A weight that
             overflows its dtype: refused by name, the layers merged before it are unmerged.
     """
-    root, model = model, uncompiled(model)
+    root, model = model, bare(model)
     layers = require_layers(model)
     reshard(model)
-    _refuse_tied(model)
     for name, layer in layers.items():
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
+    _refuse_tied(model)
+    for name, layer in layers.items():
         finite = all(p.is_meta or sharded.whole(p.isfinite().all()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(
@@ -234,8 +236,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named; the model
             stays merged).
     """
-    layers = {name: layer for name, layer in require_layers(uncompiled(model)).items() if layer.merged}
-    reshard(uncompiled(model))
+    layers = {name: layer for name, layer in require_layers(bare(model)).items() if layer.merged}
+    reshard(bare(model))
     for name, layer in layers.items():
         try:
             layer.check_unmergeable()
@@ -246,9 +248,24 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module itself where ``torch.compile(model)`` was passed: surgery and checkpoints go by its names."""
-    return getattr(model, "_orig_mod", model)
+def bare(model: nn.Module) -> nn.Module:
+    """The module itself inside ``torch.compile``, ``DataParallel``, DDP: surgery and checkpoints go by its names."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def refuse_ddp(model: nn.Module) -> None:
+    """An adapter cannot join a model that DDP holds already."""
+    if isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is in DistributedDataParallel, which would not synchronise the new parameters: adapt the model "
+            "first, then put it there"
+        )
 
 
 def reshard(model: nn.Module) -> None:

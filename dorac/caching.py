@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dorac.apply import require_layers, uncompiled
+from dorac.apply import bare, require_layers
 from dorac.nn import DoraLayer, norm_cache
 
 
@@ -37,7 +37,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
             weight or the norm itself is trained; sharded parameters; cached already). The model is then unchanged.
     """
-    return NormCache(require_layers(uncompiled(model)), debug=debug)
+    return NormCache(require_layers(bare(model)), debug=debug)
 
 
 class NormCache:

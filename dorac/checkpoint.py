@@ -3,9 +3,11 @@
 import collections
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -13,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac.apply import dora_layers, find_saved, require_layers, reshard, saved_modules, uncompiled, wrap
+from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.nn import DoraLayer, layer_class, norm_cache
 from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.ops import sharded
-from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places
+from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places, plain_name
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -57,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             settings).
         OSError: the directory cannot be made or written.
     """
-    model = uncompiled(model)
+    model = bare(model)
     layers = require_layers(model)
     _refuse_root(layers)
     config = _config(model, layers)
@@ -93,7 +95,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             dorac does not have; keys, shapes, ranks or scalings that do not fit, all of them listed. The model is then
             unchanged.
     """
-    model = uncompiled(model)
+    root, model = model, bare(model)
     reshard(model)
     config = _read_config(Path(directory, CONFIG_NAME))
     tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
@@ -108,6 +110,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
     else:
+        refuse_ddp(root)
         # PEFT names every usual classifier head in modules_to_save; what is saved too little shows in the keys.
         saved, problems = find_saved(model, config.get("modules_to_save") or [], all_needed=False), []
         targets = find_targets(
@@ -128,10 +131,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for target in targets:
             cls = layer_class(target.module)
             shapes = cls.adapter_shapes(target.module, target.r, **target.layout)
-            expected |= {f"{_PREFIX}{target.name}.{cls.PEFT_KEYS[name]}": shape for name, shape in shapes.items()}
+            expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
-    base_tensors = {f"{_PREFIX}{name}.base_layer.{k}": p for name, m in bases.items() for k, p in m.named_parameters()}
+    base_tensors = {_key(name, f"base_layer.{k}"): p for name, m in bases.items() for k, p in m.named_parameters()}
     base_tensors = {key: p for key, p in base_tensors.items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
     problems += [f"missing: {key}" for key in expected if key not in tensors]
@@ -166,10 +169,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     return list(layers)
 
 
+def _key(module: str, name: str) -> str:
+    """PEFT's key of a tensor of a module, whether that is compiled or not."""
+    return _PREFIX + plain_name(f"{module}.{name}")
+
+
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:
     """The target with the layout that the file's tensors for it have."""
     cls = layer_class(target.module)
-    keys = {name: f"{_PREFIX}{target.name}.{key}" for name, key in cls.PEFT_KEYS.items()}
+    keys = {name: _key(target.name, key) for name, key in cls.PEFT_KEYS.items()}
     present = {name: tensors[key] for name, key in keys.items() if key in tensors}
     return dataclasses.replace(target, layout=cls.layout_of(target.module, present))
 
@@ -177,7 +185,7 @@ def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:
 def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str, Tensor]:
     """The model's own tensors under PEFT's keys."""
     adapters = {
-        f"{_PREFIX}{name}.{key}": getattr(layer, attribute)
+        _key(name, key): getattr(layer, attribute)
         for name, layer in layers.items()
         for attribute, key in layer.PEFT_KEYS.items()
     }
@@ -186,7 +194,7 @@ def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str
 
 def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
     return {
-        f"{_PREFIX}{name}.{key}": tensor
+        _key(name, key): tensor
         for name in saved
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items()
     }
@@ -203,13 +211,13 @@ def _config(model: nn.Module, layers: dict[str, DoraLayer]) -> dict:
             )
         return values.pop()
 
-    def usual_and_pattern(attribute: str):
-        values = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    def usual_and_pattern(value: Callable[[DoraLayer], float]):
+        values = {plain_name(name): value(layer) for name, layer in layers.items()}
         usual = collections.Counter(values.values()).most_common(1)[0][0]
         return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
-    r, rank_pattern = usual_and_pattern("r")
-    lora_alpha, alpha_pattern = usual_and_pattern("lora_alpha")
+    r, rank_pattern = usual_and_pattern(lambda layer: layer.r)
+    lora_alpha, alpha_pattern = usual_and_pattern(_lora_alpha)
     return {
         "peft_type": "LORA",
         "use_dora": True,
@@ -224,21 +232,30 @@ def _config(model: nn.Module, layers: dict[str, DoraLayer]) -> dict:
         "use_rslora": common("use_rslora"),
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "target_modules": _shortest_names(model, layers),
-        "modules_to_save": saved_modules(model) or None,
+        "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
         "bias": "none",
         "init_lora_weights": True,
     }
 
 
+def _lora_alpha(layer: DoraLayer) -> float:
+    """The alpha of the layer's scaling, which may have been set since it was made."""
+    scaling = float(layer.scaling)
+    if scaling == scaling_factor(layer.r, layer.lora_alpha, layer.use_rslora):
+        return layer.lora_alpha
+    return scaling / scaling_factor(layer.r, 1, layer.use_rslora)
+
+
 def _shortest_names(model: nn.Module, layers: dict[str, DoraLayer]) -> list[str] | str:
     """The last parts of the wrapped modules' names, or else their full names, or else a regex: what names no other."""
-    endings = sorted({name.rpartition(".")[2] for name in layers})
+    plain = [plain_name(name) for name in layers]
+    endings = sorted({name.rpartition(".")[2] for name in plain})
     inside = tuple(f"{name}." for name in layers)
-    others = [name for name, _ in named_places(model) if name not in layers and not name.startswith(inside)]
-    for names in (endings, list(layers)):
+    others = {plain_name(name) for name, _ in named_places(model) if not name.startswith(inside)} - set(plain)
+    for names in (endings, plain):
         if not any(matches(names, other) for other in others):
             return names
-    return "|".join(re.escape(name) for name in layers)
+    return "|".join(map(re.escape, plain))
 
 
 def _read_config(path: Path) -> dict:
@@ -292,9 +309,10 @@ def _setting_mismatches(layers: dict[str, DoraLayer], config: dict) -> list[str]
     """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
     problems = []
     for name, layer in layers.items():
-        r = from_pattern("rank_pattern", config.get("rank_pattern"), name, config["r"])
-        lora_alpha = from_pattern("alpha_pattern", config.get("alpha_pattern"), name, config["lora_alpha"])
+        plain = plain_name(name)
+        r = from_pattern("rank_pattern", config.get("rank_pattern"), plain, config["r"])
+        lora_alpha = from_pattern("alpha_pattern", config.get("alpha_pattern"), plain, config["lora_alpha"])
         scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
-        if scaling != layer.scaling:
+        if not math.isclose(scaling, layer.scaling, rel_tol=1e-12):
             problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")
     return problems

@@ -35,6 +35,11 @@ def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def plain_name(name: str) -> str:
+    """The name that a module or tensor has where no block of the model is replaced by its ``torch.compile``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -86,19 +91,25 @@ def find_targets(
     inside_saved = tuple(f"{name}." for name in saved)
     head = _output_embedding(model)
     refused = _bypassed(model)
-    places = [(name, module) for name, module in named_places(model) if name and not _inside_adapter(model, name)]
+    places = [
+        (name, module)
+        for name, module in named_places(model)
+        if name and not _inside_adapter(model, name) and not hasattr(module, "_orig_mod")
+    ]
     targets, reasons = [], []
     for name, module in places:
-        if not wanted(name, module):
+        plain = plain_name(name)
+        if not wanted(plain, module):
             continue
-        rank = from_pattern("rank_pattern", rank_pattern, name, r)
+        rank = from_pattern("rank_pattern", rank_pattern, plain, r)
         if isinstance(module, DoraLayer):
             if not all_linear:
                 reasons.append(f"{name}: is adapted already")
         elif reason := refused.get(name) or unwrappable(module) or layer_class(module).unfit_rank(module, rank):
             reasons.append(f"{name}: {reason}")
         else:
-            targets.append(Target(name, module, rank, from_pattern("alpha_pattern", alpha_pattern, name, lora_alpha)))
+            alpha = from_pattern("alpha_pattern", alpha_pattern, plain, lora_alpha)
+            targets.append(Target(name, module, rank, alpha))
     if reasons:
         raise ValueError(
             "these modules cannot be adapted (name them in exclude_modules to leave them out):\n  "
@@ -115,7 +126,7 @@ def find_targets(
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     for argument, pattern in patterns.items():
-        unused = [key for key in pattern or {} if not any(_matches_end(key, target.name) for target in targets)]
+        unused = [key for key in pattern or {} if not any(_matches_end(key, plain_name(t.name)) for t in targets)]
         if unused:
             warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=3)
     return targets
@@ -198,6 +209,11 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
             child = "conv" if "ShortConv" in kind else "conv1d"  # of state-space blocks and what is like them
             if isinstance(getattr(module, child, None), nn.Conv1d):
                 bypassed[f"{name}.{child}".lstrip(".")] = f"{kind} reads the weight of {child} past its forward"
+        elif hasattr(module, "_orig_mod"):
+            bypassed[f"{name}._orig_mod".lstrip(".")] = (
+                "is compiled by itself (torch.compile), and that would go on to run it as it is now: compile it after "
+                "it is adapted"
+            )
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             bypassed[name] = (
                 f"{type(module).__name__} is not supported: transposed convolutions have no DoRA norm defined"

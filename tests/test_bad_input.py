@@ -114,6 +114,14 @@ def test_fullgraph_keeps_the_sentence(case):
         function(*inputs.tensors(), **{"scaling": 0.7} | options)
 
 
+def test_the_budget_is_checked_beside_a_given_norm():
+    """Which uses none."""
+    inputs = linear_inputs("odd", dtype=torch.float32)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, 0.7)
+    with pytest.raises(ValueError, match="budget must be at least one byte, got -1"):
+        functional.dora_linear(*inputs.tensors(), scaling=0.7, weight_norm=norm, budget=-1)
+
+
 def test_not_a_tensor():
     args = list(good().tensors())
     args[1] = [[1.0]]

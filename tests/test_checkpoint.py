@@ -462,6 +462,45 @@ def test_compiled_models(tmp_path):
     assert_same_adapter(plain, model)
 
 
+def test_a_scaling_that_was_set(tmp_path):
+    """As the strength of an adapter is: the file's lora_alpha is that of the scaling, for PEFT too."""
+    model = adapted(Model().eval(), ["up", "down"], use_rslora=True)
+    model.blocks[0].up.scaling = 0.73
+    model.blocks[1].down.scaling = torch.tensor(-2.0)
+    dorac.save_adapter(model, tmp_path)
+    other = Model().eval()
+    other.load_state_dict({k.replace("base_layer.", ""): t for k, t in model.state_dict().items() if "lora" not in k})
+    dorac.load_adapter(other, tmp_path)
+    assert [float(layer.scaling) for layer in dora_layers(other).values()] == pytest.approx(
+        [float(layer.scaling) for layer in dora_layers(model).values()], rel=1e-15
+    )
+    torch.testing.assert_close(output(other), output(model))
+    assert dorac.load_adapter(model, tmp_path) == list(dora_layers(model))
+
+
+@pytest.mark.parametrize("wrapper", ["DataParallel", "compiled blocks"])
+def test_names_without_what_holds_the_model(wrapper, tmp_path):
+    """The file names the modules as in the plain model, and goes into one whose blocks are compiled."""
+    plain = Model().eval()
+    model = adapted(copy.deepcopy(plain), ["up", "down"], modules_to_save=["head"], rank_pattern={"blocks.1.up": 2})
+    if wrapper == "DataParallel":
+        dorac.save_adapter(nn.DataParallel(model), tmp_path)
+    else:
+        held = copy.deepcopy(model)
+        held.blocks[1] = torch.compile(held.blocks[1], backend="eager")
+        dorac.save_adapter(held, tmp_path)
+        target = copy.deepcopy(plain)
+        target.blocks[1] = torch.compile(target.blocks[1], backend="eager")
+        for _ in range(2):  # plain, then wrapped
+            dorac.load_adapter(target, tmp_path)
+            assert torch.equal(output(target), output(model))
+    dorac.save_adapter(model, tmp_path / "model")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    dorac.load_adapter(plain, tmp_path)
+    assert_same_adapter(plain, model)
+
+
 def sharing():
     """One module in two places, and one place under two names."""
     model = Model().eval()

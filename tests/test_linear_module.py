@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
+import dorac
 from dorac import functional, reference
 from dorac.nn import DoraLinear
 from dorac.testing import assert_within_budget
@@ -485,6 +486,35 @@ def test_reset_parameters_is_refused_while_merged():
         layer.reset_parameters()
 
 
+def test_the_scaling_cannot_be_set_while_merged():
+    layer = adapted(linear())
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    with pytest.raises(ValueError, match="merged; unmerge it before setting its scaling"):
+        layer.scaling = 9.0
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, before)
+    layer.scaling = 9.0
+    assert layer.scaling == 9.0
+
+
+@pytest.mark.parametrize("compute", ["parametrised", "pruned"])
+def test_a_weight_that_became_computed_is_not_merged(compute):
+    """It would be computed again, without the adapter."""
+    layer = adapted(linear())
+    if compute == "pruned":
+        prune.l1_unstructured(layer.base_layer, "weight", amount=0.5)
+    else:
+        nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", nn.Tanh())
+    x = torch.randn(3, IN)
+    before = layer(x)
+    for merge in (layer.merge, lambda: dorac.merge(layer)):
+        with pytest.raises(ValueError, match=r"weight is computed since it was wrapped \(parametrised or pruned\)"):
+            merge()
+    assert not layer.merged
+    assert torch.equal(layer(x), before)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -573,6 +603,7 @@ def test_a_subclass_that_computes_the_same_is_wrapped():
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .* got 'pissa'"),
         ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be .* got torch.int8"),
         ({"adapter_dtype": torch.float8_e4m3fn}, TypeError, "adapter_dtype must be .* got torch.float8_e4m3fn"),
+        ({"alpha": 16}, TypeError, r"DoraLinear\(\) got an unexpected keyword argument 'alpha'"),
         ({"fan_in_fan_out": True}, ValueError, r"fan_in_fan_out=True contradicts Linear, .* \[out, in\]"),
     ],
 )

@@ -74,6 +74,26 @@ def test_hooks_of_the_base_layer_run(kind, options, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("where", ["dropout", "every module"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_other_hooks_run(kind, where, calls):
+    stock, ours = twins(kind, lora_dropout=0.4)
+    if where == "dropout":
+        for model in (stock, ours):
+            target(model).lora_dropout["default"].register_forward_hook(lambda module, args, y: y * 1.5)
+        assert_same(ours, stock, KINDS[kind].input(3, torch.float64))
+    else:
+        bases = [target(model).base_layer for model in (stock, ours)]
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: y * 1.5 if module in bases else None
+        )
+        try:
+            assert_same(ours, stock, KINDS[kind].input(3, torch.float64))
+        finally:
+            hook.remove()
+    assert not calls
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_active_adapters_compose_in_sequence(kind, training):

@@ -107,6 +107,34 @@ def test_one_model_and_what_is_added_to_it():
     assert not on_dorac(model)
 
 
+def test_leaving_a_block_undoes_that_block_alone():
+    one, part, later = stock_model("linear"), stock_model("linear"), stock_model("linear")
+    config = peft.LoraConfig(use_dora=True, r=2, target_modules=["target"])
+    dorac.peft.enable(one)
+    with dorac.peft.enable():
+        built = stock_model("linear")
+        one.add_adapter("more", config)
+        part.add_adapter("more", config)  # PEFT built on one of its layers
+        dorac.peft.enable(later)
+        assert all(map(on_dorac, (one, part, built, later)))
+    assert on_dorac(one)
+    assert on_dorac(later)
+    assert not on_dorac(built)
+    assert not on_dorac(part)
+    x = KINDS["linear"].input(3, torch.float64)
+    one.set_adapter("more")
+    assert one(x).isfinite().all()
+
+    two = nn.ModuleDict({"a": stock_model("linear"), "b": stock_model("linear")})
+    dorac.peft.enable(two["a"])
+    with dorac.peft.enable(two):
+        assert on_dorac(two)
+    assert on_dorac(two["a"])
+    assert not on_dorac(two["b"])
+    dorac.peft.disable()
+    assert not on_dorac(two)
+
+
 def test_disable_everywhere_reaches_every_model():
     one = stock_model("linear")
     dorac.peft.enable(one)

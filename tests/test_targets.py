@@ -4,6 +4,7 @@ import re
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
 from dorac import apply_dora
@@ -275,6 +276,7 @@ UNADAPTABLE = {
     "container": (lambda: nn.Sequential(small()), ["0"], r"0: Sequential is not supported"),
     "activation": (small, r".*1", "1: ReLU is not supported"),
     "own forward": (lambda: nn.ModuleList([ScaledLinear(4, 4)]), ["0"], "0: ScaledLinear has a forward of its own"),
+    "compiled by itself": (lambda: nn.ModuleList([torch.compile(nn.Linear(4, 4))]), ["0"], r"0._orig_mod: is compiled"),
 }
 
 

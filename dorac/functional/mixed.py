@@ -55,6 +55,7 @@ def dora_linear_mixed(
     """
     checks.check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index)
     checks.check_norm_grad(norm_grad, weight_norm)
+    checks.check_budget(budget)
     adapters = lora_A.shape[0]
     s = _scalings(scaling, adapters, weight, accumulate_dtype(weight, lora_A))
     if weight_norm is None:

@@ -101,7 +101,7 @@ class _DoraConvNd(DoraLayer):
 
     def cannot_merge(self) -> str | None:
         if self.grouped_lora_A:
-            return None
+            return super().cannot_merge()
         return (
             f"cannot merge into {type(self.base_layer).__name__} with groups={self.base_layer.groups}: its lora_A sees "
             "all input channels, so the adapted filters reach beyond their group and have no grouped form; wrap it "

@@ -1,5 +1,6 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -114,6 +115,9 @@ class DoraLayer(nn.Module):
         checks.check_norm_grad(norm_grad)
         if reason := self.unfit_rank(base_layer, r):
             raise ValueError(reason)
+        unknown = layout.keys() - inspect.signature(self.adapter_shapes).parameters.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
         self.r = r
@@ -210,11 +214,13 @@ class DoraLayer(nn.Module):
 
     @property
     def scaling(self) -> float | Tensor:
-        """s. Setting it refreshes a cached norm."""
+        """s. Setting it refreshes a cached norm; while merged it is refused, since unmerging needs the old one."""
         return self._scaling
 
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
+        if self.merged:
+            raise ValueError("the adapter is merged; unmerge it before setting its scaling")
         self._scaling = value
         norm_cache.refresh([self])
 
@@ -230,7 +236,10 @@ class DoraLayer(nn.Module):
 
     def cannot_merge(self) -> str | None:
         """Why the adapted weight has no place in the base layer, or None if it has."""
-        return None
+        own = {id(parameter) for parameter in self.base_layer.parameters()}
+        if all(id(weight) in own for weight in self.base_weights()):
+            return None
+        return "the base layer's weight is computed since it was wrapped (parametrised or pruned): remove that first"
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -40,7 +40,9 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
 
     def _cache_clear(self) -> None:
-        if self._dora_cache:  # clearing counts as a mutation, which the compiler refuses inside activation checkpointing
+        if (
+            self._dora_cache
+        ):  # clearing counts as a mutation, which the compiler refuses inside activation checkpointing
             super()._cache_clear()
 
     get_lora_weight = dora.DoraLinearLayer.get_lora_weight.__wrapped__  # uncached: a dense product

@@ -7,6 +7,7 @@ quantised or sharded weights, hooks) they do what PEFT does, with the layers of 
 
 from peft.tuners.lora import layer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from dorac import functional
@@ -30,7 +31,7 @@ def lone_adapter(module: layer.LoraLayer, factors, args: tuple, kwargs: dict) ->
 
 def unhooked(*modules: nn.Module) -> bool:
     """Whether nothing but their own forwards would run if these modules were called."""
-    return not any(
+    return not _has_any_global_hook() and not any(
         m._forward_pre_hooks
         or m._forward_hooks
         or m._backward_hooks
@@ -87,7 +88,7 @@ class Linear(layer.Linear):
             type(base) is (Conv1D if self.fan_in_fan_out else nn.Linear)
             and type(lora_A) is nn.Linear
             and type(lora_B) is nn.Linear
-            and unhooked(base, lora_A, lora_B, self.lora_magnitude_vector[adapter])
+            and unhooked(base, lora_A, lora_B, self.lora_dropout[adapter], self.lora_magnitude_vector[adapter])
             and is_plain(base.weight)
             and fit(x, base.weight, lora_A.weight, lora_B.weight)
             and dropout_p(self, adapter) is not None
@@ -168,7 +169,7 @@ class _ConvNd:
             type(base) is self.STOCK
             and type(lora_A) is self.STOCK
             and type(lora_B) is self.STOCK
-            and unhooked(base, lora_A, lora_B, self.lora_magnitude_vector[adapter])
+            and unhooked(base, lora_A, lora_B, self.lora_dropout[adapter], self.lora_magnitude_vector[adapter])
             and is_plain(base.weight)
             and fit(x, base.weight, lora_A.weight, lora_B.weight)
             and dropout_p(self, adapter) is not None

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -33,6 +33,7 @@ class _State:
         # methods of PEFT's LoraModel, by name, while PEFT builds on dorac; None for one that it inherits
         self.stock: dict[str, Callable | None] = {}
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were switched
+        self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that enable() was called with
         self.reported: set[str] = set()  # kinds of layers that stay stock
 
 
@@ -57,6 +58,8 @@ def enable(model: nn.Module | None = None) -> Enabled:
 
     Returns:
         A context manager: leaving it undoes this call, so that ``with dorac.peft.enable(): ...`` is on for the block.
+        What was built in it is stock PEFT's afterwards; what ran on dorac before stays there, and so does a model that
+        ``enable(model)`` was called with in the block.
 
     Raises:
         ImportError: PEFT is missing or its version is not supported.
@@ -81,8 +84,17 @@ def disable(model: nn.Module | None = None) -> None:
     require_peft()
     if model is not None:
         _check_model(model)
-        _restore(model)
+        _restore([model])
+        _state.models.discard(model)
         return
+    _stop_building()
+    _restore(_state.roots)
+    _state.roots.clear()
+    _state.models.clear()
+    _state.reported.clear()
+
+
+def _stop_building() -> None:
     from peft.tuners.lora.model import LoraModel
 
     for name, function in _state.stock.items():
@@ -91,10 +103,6 @@ def disable(model: nn.Module | None = None) -> None:
         else:
             setattr(LoraModel, name, function)
     _state.stock.clear()
-    for root in list(_state.roots):
-        _restore(root)
-    _state.roots.clear()
-    _state.reported.clear()
 
 
 def _enable_everywhere() -> Enabled:
@@ -107,15 +115,33 @@ def _enable_everywhere() -> Enabled:
     for name, function in ours.METHODS.items():
         _state.stock[name] = vars(LoraModel).get(name)
         setattr(LoraModel, name, function)
-    return Enabled(disable)
+    before = _on_dorac(_state.roots)
+
+    def undo() -> None:
+        _stop_building()
+        _restore(_state.roots, keep=[*before, *_state.models])
+
+    return Enabled(undo)
 
 
 def _enable_model(model: nn.Module) -> Enabled:
     _check_model(model)
-    ours = set(_ours_by_stock().values())
-    was_enabled = any(type(m) in ours for m in model.modules())
+    before, known = _on_dorac([model]), model in _state.models
     switch(model)
-    return Enabled((lambda: None) if was_enabled else (lambda: _restore(model)))
+    _state.models.add(model)
+
+    def undo() -> None:
+        _restore([model], keep=before)
+        if not known:
+            _state.models.discard(model)
+
+    return Enabled(undo)
+
+
+def _on_dorac(roots: Iterable[nn.Module]) -> "weakref.WeakSet[nn.Module]":
+    """The modules below these that run on dorac."""
+    ours = set(_ours_by_stock().values())
+    return weakref.WeakSet(module for root in roots for module in root.modules() if type(module) in ours)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -157,9 +183,21 @@ def switch(root: nn.Module, name: str = "") -> None:
     _report_stock(root, name)
 
 
-def _restore(root: nn.Module) -> None:
+def _restore(roots: Iterable[nn.Module], keep: Iterable[nn.Module] = ()) -> None:
+    """Gives the modules below ``roots`` their stock classes back, those in ``keep`` excepted.
+
+    A layer is kept with all its adapters, and so is a model that was enabled.
+    """
+    from peft.tuners.lora import LoraLayer
+
     classes = {ours: stock for stock, ours in _ours_by_stock().items()}
-    for module in root.modules():
+    kept: set[nn.Module] = set()
+    for module in keep:
+        whole = isinstance(module, LoraLayer) or module in _state.models
+        kept.update(module.modules() if whole else [module])
+    for module in [module for root in roots for module in root.modules()]:
+        if module in kept:
+            continue
         if hasattr(module, "lora_variant"):
             _replace_variants(module, classes)
         if type(module) in classes:
