@@ -245,6 +245,30 @@ def test_saved_modules_may_hold_integers():
     assert "head.weight" in trained(model)
 
 
+def test_a_model_in_ddp(tmp_path):
+    """Adapted before, it is merged and saved as the model inside; adapted afterwards, its new parameters would drift."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Model()
+        dorac.apply_dora(model, ["up", "down"])
+        train_a_bit(model)
+        ddp = nn.parallel.DistributedDataParallel(model)
+        dorac.save_adapter(ddp, tmp_path)
+        assert dorac.load_adapter(ddp, tmp_path) == NAMES
+        assert dorac.merge(ddp) is ddp
+        assert all(layer.merged for layer in dora_layers(model).values())
+        plain = nn.parallel.DistributedDataParallel(Model())
+        for adapt in (
+            lambda: dorac.apply_dora(plain, ["up"]),
+            lambda: dorac.load_adapter(torch.compile(plain), tmp_path),
+        ):
+            with pytest.raises(ValueError, match="DistributedDataParallel, which would not synchronise"):
+                adapt()
+        assert not dora_layers(plain)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_compiled_model():
     model = Model()
     compiled = torch.compile(model)

@@ -44,8 +44,9 @@ def scale_adapter(
     Args:
         weight: ``[out, in]`` or, with experts, ``[E, out, in]``; the factors and the magnitude as in
             :func:`dora_linear`.
-        strength: a, a finite number or a 0-d tensor. 0 is the base layer (g = 1; zero rows too), 1 the adapter, bit for
-            bit. Others extrapolate: above 1 a magnitude may turn negative, which mirrors its row.
+        strength: a, a finite number or a 0-d tensor. 0 is the base layer's function (g = 1 to a rounding of the norm;
+            zero rows too), 1 the adapter, bit for bit. Others extrapolate: above 1 a magnitude may turn negative, which
+            mirrors its row.
         scaling: s.
 
     Returns:
