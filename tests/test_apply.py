@@ -246,7 +246,7 @@ def test_saved_modules_may_hold_integers():
 
 
 def test_a_model_in_ddp(tmp_path):
-    """Adapted before, it is merged and saved as the model inside; adapted afterwards, its new parameters would drift."""
+    """Adapted before, it is merged and saved as the model inside; afterwards its new parameters would drift."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = Model()
