@@ -31,6 +31,7 @@ class Functional:
         norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
             the arguments ``(data, weight, lora_A, lora_B, magnitude[, bias], *, scaling, weight_norm, norm_grad)``.
         out_dim: the weight's dimension of the outputs. terms: how many the longest sum of a layer has.
+        of_rows: the function's argument that says which layer each row takes, where it has one.
         module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
             reference's tensors after the data from the module's state.
     """
@@ -45,6 +46,7 @@ class Functional:
     norm: Callable[..., Tensor] | None = None
     out_dim: int = 0
     terms: Callable[[Sequence[Tensor]], int] = lambda tensors: sum(sum(t.shape) for t in tensors[:4])
+    of_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     module: Callable[[int, bool], torch.nn.Module] | None = None
     module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
 
@@ -107,10 +109,16 @@ def sparse_embedding(layer: Callable[..., Tensor], **fixed) -> Callable[..., Ten
     return lambda x, *adapter, **options: layer(x, weight, *adapter, scaling=SCALING, **fixed, **options)
 
 
-def row_layer(name: str) -> Functional:
+def row_layer(layer: row_layers.RowLayer, out_dim: int = 1) -> Functional:
     """The row of a functional that takes one of several layers per row."""
-    layer = row_layers.LAYERS[name]
-    return Functional(scaled(layer.function), scaled(layer.textbook), lambda: layer.inputs(3, 4, 2).tensors())
+    return Functional(
+        scaled(layer.functional, **layer.of_rows),
+        scaled(layer.textbook),
+        lambda: layer.inputs(3, 4, 2).tensors(),
+        norm=row_layers.row_norm,
+        out_dim=out_dim,
+        of_rows=layer.of_rows,
+    )
 
 
 def conv_row(convolution: Convolution, channels_last: bool = False) -> Functional:
@@ -217,9 +225,9 @@ FUNCTIONALS = {
         adapters=(2,),
         norm_grad=False,
     ),
-    "dora_linear, experts": row_layer("experts"),
-    "dora_linear_grouped": row_layer("grouped"),
-    "dora_linear_mixed": row_layer("mixed"),
+    "dora_linear, experts": row_layer(row_layers.LAYERS["experts"]),
+    "dora_linear_grouped": row_layer(row_layers.LAYERS["grouped"]),
+    "dora_linear_mixed": row_layer(row_layers.LAYERS["mixed"], out_dim=0),
     "dora_embedding": Functional(
         scaled(functional.dora_embedding),
         scaled(reference.dora_embedding),
