@@ -278,6 +278,11 @@ def leaves_of(tensors, dtype=None) -> list[Tensor | None]:
     return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in copies]
 
 
+def exact(tensors) -> list[Tensor | None]:
+    """The same numbers in float64, contiguous: torch's own convolutions of float64 on the CPU raise in some layouts."""
+    return [t.detach().double().contiguous() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
 def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[Tensor | None]]:
     """y and the gradients of ``<dy, y>``; dy is drawn from seed 1 in y's dtype if it is None."""
     leaves = leaves_of(tensors, dtype)
@@ -296,7 +301,7 @@ def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: flo
     length where V may be short; g and its sizes are enlarged by that ratio. With every input positive each gradient of
     the textbook is the sum of absolute values itself.
     """
-    wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
+    wide = exact(tensors)
     norm = row.norm(*wide[1:4], scaling)
     zero_row = norm <= 1e-12  # a constant, with g = 1
     divisor = norm.masked_fill(zero_row, 1)
