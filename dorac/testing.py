@@ -221,9 +221,12 @@ def conv_inputs(
 
 
 def expert_inputs(experts: int, regime: str | tuple[int, int, int, int] = "odd", **options) -> LinearInputs:
-    """``experts`` different layers of :func:`linear_inputs`, every tensor stacked; ``transposed`` as there."""
-    transposed = options.pop("transposed", False)
-    layers = [linear_inputs(regime, seed=seed, **options) for seed in range(experts)]
+    """``experts`` different layers of :func:`linear_inputs`, every tensor stacked; ``transposed`` as there.
+
+    Each has a seed of its own, from ``seed`` on.
+    """
+    transposed, seed = options.pop("transposed", False), options.pop("seed", 0)
+    layers = [linear_inputs(regime, seed=seed + i, **options) for i in range(experts)]
     stacked = LinearInputs(
         *(None if ts[0] is None else torch.stack(ts) for ts in zip(*(x.tensors() for x in layers), strict=True))
     )

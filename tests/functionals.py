@@ -31,6 +31,7 @@ class Functional:
         norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
             the arguments ``(data, weight, lora_A, lora_B, magnitude[, bias], *, scaling, weight_norm, norm_grad)``.
         out_dim: the weight's dimension of the outputs. terms: how many the longest sum of a layer has.
+        of_rows: the function's argument that says which layer each row takes, where it has one.
         module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
             reference's tensors after the data from the module's state.
     """
@@ -45,6 +46,7 @@ class Functional:
     norm: Callable[..., Tensor] | None = None
     out_dim: int = 0
     terms: Callable[[Sequence[Tensor]], int] = lambda tensors: sum(sum(t.shape) for t in tensors[:4])
+    of_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     module: Callable[[int, bool], torch.nn.Module] | None = None
     module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
 
@@ -107,10 +109,16 @@ def sparse_embedding(layer: Callable[..., Tensor], **fixed) -> Callable[..., Ten
     return lambda x, *adapter, **options: layer(x, weight, *adapter, scaling=SCALING, **fixed, **options)
 
 
-def row_layer(name: str) -> Functional:
+def row_layer(layer: row_layers.RowLayer, out_dim: int = 1) -> Functional:
     """The row of a functional that takes one of several layers per row."""
-    layer = row_layers.LAYERS[name]
-    return Functional(scaled(layer.function), scaled(layer.textbook), lambda: layer.inputs(3, 4, 2).tensors())
+    return Functional(
+        scaled(layer.functional, **layer.of_rows),
+        scaled(layer.textbook),
+        lambda: layer.inputs(3, 4, 2).tensors(),
+        norm=row_layers.row_norm,
+        out_dim=out_dim,
+        of_rows=layer.of_rows,
+    )
 
 
 def conv_row(convolution: Convolution, channels_last: bool = False) -> Functional:
@@ -217,9 +225,9 @@ FUNCTIONALS = {
         adapters=(2,),
         norm_grad=False,
     ),
-    "dora_linear, experts": row_layer("experts"),
-    "dora_linear_grouped": row_layer("grouped"),
-    "dora_linear_mixed": row_layer("mixed"),
+    "dora_linear, experts": row_layer(row_layers.LAYERS["experts"]),
+    "dora_linear_grouped": row_layer(row_layers.LAYERS["grouped"]),
+    "dora_linear_mixed": row_layer(row_layers.LAYERS["mixed"], out_dim=0),
     "dora_embedding": Functional(
         scaled(functional.dora_embedding),
         scaled(reference.dora_embedding),
@@ -270,6 +278,11 @@ def leaves_of(tensors, dtype=None) -> list[Tensor | None]:
     return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in copies]
 
 
+def exact(tensors) -> list[Tensor | None]:
+    """The same numbers in float64, contiguous: torch's own convolutions of float64 on the CPU raise in some layouts."""
+    return [t.detach().double().contiguous() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
 def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[Tensor | None]]:
     """y and the gradients of ``<dy, y>``; dy is drawn from seed 1 in y's dtype if it is None."""
     leaves = leaves_of(tensors, dtype)
@@ -288,7 +301,7 @@ def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: flo
     length where V may be short; g and its sizes are enlarged by that ratio. With every input positive each gradient of
     the textbook is the sum of absolute values itself.
     """
-    wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
+    wide = exact(tensors)
     norm = row.norm(*wide[1:4], scaling)
     zero_row = norm <= 1e-12  # a constant, with g = 1
     divisor = norm.masked_fill(zero_row, 1)

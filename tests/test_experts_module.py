@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 import dorac
 from dorac import reference
@@ -85,12 +85,13 @@ def arguments(family, tokens=6, dtype=torch.float64):
 
 
 def dense_forward(layer, args, dtype=None):
-    """The stock module with every weight replaced by its dense adapted one; differentiable, norms held constant."""
+    """The stock module with the dense adapted weights; differentiable, through the norms if the layer is."""
     weights = {}
     for projection in PROJECTIONS:
         tensors = (layer._matrices(projection), *layer._adapter(projection))
         weight, lora_A, lora_B, magnitude = (t if dtype is None else t.to(dtype) for t in tensors)
-        norm = reference.row_norm(weight, lora_A, lora_B, layer.scaling).detach()
+        norm = reference.row_norm(weight, lora_A, lora_B, layer.scaling)
+        norm = norm if layer.norm_grad else norm.detach()
         merged = reference.merge_weight(weight, lora_A, lora_B, magnitude, scaling=layer.scaling, weight_norm=norm)
         weights[projection] = merged.mT if layer.transposed else merged
     others = {k: v for k, v in layer.base_layer.named_parameters() if k not in weights}
@@ -321,17 +322,35 @@ def test_experts_without_a_gate():
     torch.testing.assert_close(layer(*args), y)
 
 
-@FAMILIES
-def test_functional_call_over_stacked_modules(family):
-    """Three adapters, each over its own copy of the experts, by vmap over one skeleton."""
-    layers = [adapted(family) for _ in range(3)]
+def stacked_cells():
+    for family in CONFIGS:
+        for norm_grad in (False, True):
+            for backend in (None, "aot_eager", "inductor"):
+                ci = backend is None or (backend == "aot_eager" and family == "gpt_oss" and norm_grad)
+                yield pytest.param(family, norm_grad, backend, marks=[] if ci else [pytest.mark.full])
+
+
+@pytest.mark.parametrize(("family", "norm_grad", "backend"), list(stacked_cells()))
+def test_functional_call_over_stacked_modules(family, norm_grad, backend):
+    """Three adapters, each over its own copy of the experts, by vmap over one skeleton: values and every gradient."""
+    layers = [adapted(family, norm_grad=norm_grad).requires_grad_() for _ in range(3)]
     for scale, layer in enumerate(layers, 1):
         with torch.no_grad():
             layer.down_proj_lora_B.mul_(scale)
-    params, buffers = torch.func.stack_module_state(layers)
+    params, buffers = stack_module_state(layers)
     args, skeleton = arguments(family), copy.deepcopy(layers[0]).to("meta")
-    stacked = torch.func.vmap(lambda p, b: functional_call(skeleton, (p, b), args))(params, buffers)
-    torch.testing.assert_close(stacked, torch.stack([layer(*args) for layer in layers]))
+
+    def loss(p, b):
+        return functional_call(skeleton, (p, b), args).sin().sum()
+
+    run = vmap(grad_and_value(loss))
+    run = torch.compile(run, fullgraph=True, backend=backend) if backend else run
+    gradients, values = run({k: v.detach() for k, v in params.items()}, buffers)
+    for i, layer in enumerate(layers):
+        expected = dense_forward(layer, args).sin().sum()
+        torch.testing.assert_close(values[i], expected.detach())
+        exact = torch.autograd.grad(expected, list(layer.parameters()))
+        torch.testing.assert_close([gradients[name][i] for name, _ in layer.named_parameters()], list(exact))
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

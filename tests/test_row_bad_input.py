@@ -4,14 +4,7 @@ import pytest
 import torch
 from row_layers import ADAPTER_OF_ROW, LAYERS, OFFSETS, SCALING
 
-from dorac import functional
-
 POSITIONS = {"x": 0, "weight": 1, "lora_A": 2, "lora_B": 3, "magnitude": 4, "bias": 5}
-RUN = {
-    "experts": (functional.dora_linear, {}),
-    "grouped": (functional.dora_linear_grouped, {"offsets": OFFSETS}),
-    "mixed": (functional.dora_linear_mixed, {"adapter_index": ADAPTER_OF_ROW}),
-}
 CASES = {
     "experts": {
         "x_experts": (
@@ -76,7 +69,7 @@ CASES = {
 
 def call(name, changes, function):
     tensors = list(LAYERS[name].inputs(5, 6, 3, dtype=torch.float32).tensors())
-    options = {"scaling": SCALING} | RUN[name][1]
+    options = {"scaling": SCALING} | LAYERS[name].of_rows
     for argument, value in changes.items():
         if argument in POSITIONS:
             tensors[POSITIONS[argument]] = value
@@ -88,11 +81,12 @@ def call(name, changes, function):
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
 def test_refused(name, case):
     changes, error, message = CASES[name][case]
-    assert call(name, {}, RUN[name][0]).isfinite().all()
+    function = LAYERS[name].functional
+    assert call(name, {}, function).isfinite().all()
     with pytest.raises(error, match=message):
-        call(name, changes, RUN[name][0])
+        call(name, changes, function)
     with pytest.raises(error, match=message):
-        call(name, changes, torch.compile(RUN[name][0], backend="eager"))
+        call(name, changes, torch.compile(function, backend="eager"))
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=message):
-        call(name, changes, torch.compile(RUN[name][0], backend="eager", fullgraph=True))
+        call(name, changes, torch.compile(function, backend="eager", fullgraph=True))

@@ -308,11 +308,7 @@ def test_no_recompile_over_rows_and_scaling(name):
     layer = LAYERS[name]
     inputs = layer.inputs(5, 6, 3, dtype=torch.float32)
     tensors = inputs.leaves().tensors()
-    function = {
-        "experts": functional.dora_linear,
-        "grouped": functional.dora_linear_grouped,
-        "mixed": functional.dora_linear_mixed,
-    }[name]
+    function = layer.functional
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
 
     def step(rows, scaling):

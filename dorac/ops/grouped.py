@@ -37,7 +37,7 @@ def _grouped_outer_fake(left, right, offsets):
 def _groups(offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
     """The experts that have rows, with these."""
     ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][:-1]
     if any(start > end for start, end in zip(starts, ends, strict=True)) or (ends and ends[-1] > rows):
         raise ValueError(f"offsets must not decrease nor exceed the {rows} rows of x, got {ends}")
     return [(e, slice(*bounds)) for e, bounds in enumerate(zip(starts, ends, strict=True)) if bounds[0] < bounds[1]]
