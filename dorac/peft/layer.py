@@ -13,7 +13,7 @@ from dorac import functional
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.peft import variants
-from dorac.peft.weights import is_plain
+from dorac.peft.weights import is_fsdp_unit, is_plain, written_in_place
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
@@ -36,6 +36,7 @@ def unhooked(*modules: nn.Module) -> bool:
         or m._backward_hooks
         or m._backward_pre_hooks
         or "forward" in m.__dict__  # accelerate's hooks
+        or is_fsdp_unit(m)
         for m in modules
     )
 
@@ -59,7 +60,19 @@ def dropout_p(module: layer.LoraLayer, adapter: str) -> float | None:
     return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 else None
 
 
-class Linear(layer.Linear):
+class _Merging:
+    """Merges and unmerges as PEFT does, in the memory that the base weight has."""
+
+    def merge(self, *args, **kwargs) -> None:
+        with written_in_place(self.get_base_layer()):
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with written_in_place(self.get_base_layer()):
+            super().unmerge()
+
+
+class Linear(_Merging, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -94,7 +107,7 @@ class Linear(layer.Linear):
         )
 
 
-class Embedding(layer.Embedding):
+class Embedding(_Merging, layer.Embedding):
     """``y = g * (weight[x] + s * lora_A^T[x] lora_B^T)`` over an ``nn.Embedding``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -132,7 +145,7 @@ class Embedding(layer.Embedding):
         )
 
 
-class _ConvNd:
+class _ConvNd(_Merging):
     """``y = g * (conv(x, W) + s * conv_1x1(conv(x, lora_A), lora_B)) + b``: what the three classes share."""
 
     STOCK: type[nn.Module]
