@@ -112,9 +112,8 @@ def train(model, ranks):
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        losses.append(
-            torch.stack([model(batch(rank)).square().mean() for rank in ranks])
-        )  # batch seeds the dropout too
+        # batch() seeds the dropout too.
+        losses.append(torch.stack([model(batch(rank)).square().mean() for rank in ranks]))
         losses[-1].mean().backward()
         optimizer.step()
     return torch.stack(losses).detach()
@@ -155,7 +154,7 @@ def peft_policy():
 
 
 def merged_while_whole():
-    """What is merged and unmerged under ``summon_full_params`` stays; PEFT's own merge is lost at its end."""
+    """What is merged and unmerged under ``summon_full_params`` stays."""
     for use_orig_params in (False, True):
         model = adapted(SEPARABLE, dtype=torch.float64).eval()
         model = fsdp1(model, peft.utils.other.fsdp_auto_wrap_policy(model), use_orig_params)
@@ -176,9 +175,7 @@ def refused():
     """What needs parameters that are in parts: as such an error, not as a wrong norm or a crash."""
     from torch.distributed.fsdp.wrap import CustomPolicy
 
-    in_parts = pytest.raises(
-        RuntimeError, match=r"FSDP holds a parameter .* in parts here.* give base_layer no FSDP unit"
-    )
+    message = r"FSDP holds a parameter .* in parts here.* give base_layer no FSDP unit"
     another = peft.LoraConfig(r=2, use_dora=True, target_modules=["first"])
     for use_orig_params in (False, True):
         model = adapted(SEPARABLE)
@@ -194,12 +191,12 @@ def refused():
             functools.partial(magnitude.get_weight_norm, weights[0], torch.zeros(24, 16), 1.0),
             functools.partial(magnitude.mag_scale, torch.ones(24)),
         ):
-            with in_parts:
+            with pytest.raises(RuntimeError, match=message):
                 outside_forward()
         assert not layer.merged
 
         leaves = CustomPolicy(lambda module: not list(module.children()) and hasattr(module, "weight"))
-        with in_parts:
+        with pytest.raises(RuntimeError, match=message):
             fsdp1(adapted(SEPARABLE), leaves, use_orig_params)(batch(0))
         model = adapted(SEPARABLE, padding_mode="circular")
         with pytest.raises(RuntimeError, match=r"the factors of a convolution .* wrap the LoRA layer as a whole"):

@@ -41,8 +41,8 @@ def whole(tensor: Tensor, numel: int | None = None) -> Tensor:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or is_partitioned(tensor):
         return tensor
-    # A parameter in parts is what this process has of it, flattened; with use_orig_params=False it keeps its shape, and
-    # reading the storage that it has not would crash.
+    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False it keeps its shape, but
+    # its storage is empty, and reading it crashes.
     in_parts = tensor.ndim < 2 if numel is None else tensor.numel() != numel
     flat = tensor._base
     if in_parts or (isinstance(flat, fsdp.FlatParameter) and tensor.untyped_storage().size() == 0):
