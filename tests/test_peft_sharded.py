@@ -1,14 +1,14 @@
 """PEFT models on two gloo processes under FSDP2 and FSDP1 through the drop-in: one process's numbers.
 
-Each test starts two processes, which run functions of this file; a failure carries that process's traceback.
+Each test starts two processes, which run functions of this file.
 """
 
-import warnings
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLD, needs_gloo, run
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -17,46 +17,25 @@ from peft_models import Holder, gradients, off_init  # noqa: E402
 
 import dorac.peft  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-WORLD = 2
-
-
-def _start(rank, worker, folder):
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        worker()
-    finally:
-        dist.destroy_process_group()
-
-
-def run(worker, folder):
-    mp.spawn(_start, (worker, str(folder)), nprocs=WORLD)
+pytestmark = needs_gloo
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, padding_mode="zeros") -> None:
         super().__init__()
         self.table = nn.Embedding(21, 16)
         self.first = nn.Linear(16, 24)
         self.second = nn.Linear(24, 16, bias=False)
-        self.filter = nn.Conv1d(16, 8, 3, padding=1)
+        self.filter = nn.Conv1d(16, 8, 3, padding=1, padding_mode=padding_mode)
 
     def forward(self, x):
         return self.filter(self.second(self.first(self.table(x)).tanh()).transpose(1, 2))
 
 
-def adapted(lora_dropout=0.0):
+def adapted(targets=("table", "first", "second", "filter"), *, dtype=torch.float32, lora_dropout=0.0, **options):
     torch.manual_seed(0)
-    config = peft.LoraConfig(
-        r=4,
-        use_dora=True,
-        lora_dropout=lora_dropout,
-        target_modules=["table", "first", "second", "filter"],
-    )
-    model = off_init(peft.get_peft_model(Holder(Net()), config))
+    config = peft.LoraConfig(r=4, use_dora=True, lora_dropout=lora_dropout, target_modules=list(targets))
+    model = off_init(peft.get_peft_model(Holder(Net(**options)).to(dtype), config))
     dorac.peft.enable(model)
     return model
 
@@ -98,22 +77,136 @@ def test_fsdp2(tmp_path):
     run(fsdp2, tmp_path)
 
 
-def fsdp1():
+def fsdp1(model, policy, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def summoned(model, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel.summon_full_params(model, **options)
+
+
+def whole_layers():
     """Units of whole LoRA layers."""
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     expected, expected_gradients = reference()
-    policy = ModuleWrapPolicy({peft.tuners.lora.LoraLayer})
-    model = FSDP(adapted().train(), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    model = fsdp1(adapted().train(), ModuleWrapPolicy({peft.tuners.lora.LoraLayer}), use_orig_params=True)
     y = model(batch(dist.get_rank()))
     torch.testing.assert_close(y.detach(), expected)
     y.square().mean().backward()
-    with FSDP.summon_full_params(model, with_grads=True):
+    with summoned(model, with_grads=True):
         actual = {name.replace("_fsdp_wrapped_module.", ""): g for name, g in gradients(model).items()}
         trained = {name: g for name, g in actual.items() if "base_layer" not in name}  # zeros for the frozen ones
         torch.testing.assert_close(trained, expected_gradients)
 
 
+def train(model, ranks):
+    """The losses of these ranks in each of three steps of SGD on their mean."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        # batch() seeds the dropout too.
+        losses.append(torch.stack([model(batch(rank)).square().mean() for rank in ranks]))
+        losses[-1].mean().backward()
+        optimizer.step()
+    return torch.stack(losses).detach()
+
+
+def trained_parameters(model):
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+# What FSDP1 with use_orig_params=False can wrap: an embedding's factors share a unit with frozen weights.
+SEPARABLE = ("first", "second", "filter")
+
+
+def peft_policy():
+    """PEFT's own policy, which makes a unit of each factor and each magnitude: losses and parameters of three steps."""
+    for use_orig_params, targets in ((False, SEPARABLE), (True, ("table", *SEPARABLE))):
+        for lora_dropout in (0.0, 0.5):
+            build = functools.partial(adapted, targets, dtype=torch.float64, lora_dropout=lora_dropout)
+            single = build().train()
+            start = trained_parameters(single)
+            expected = train(single, range(WORLD))[:, dist.get_rank(), None]
+
+            model = build().train()
+            model = fsdp1(model, peft.utils.other.fsdp_auto_wrap_policy(model), use_orig_params)
+            target = model.module.base_model.model.target
+            units = (target.first.lora_A["default"], target.second.lora_B["default"])
+            assert all(type(m) is type(model) for m in (*units, target.filter.lora_magnitude_vector["default"]))
+            torch.testing.assert_close(train(model, [dist.get_rank()]), expected, rtol=1e-12, atol=0)
+            with summoned(model):
+                actual = trained_parameters(model)
+            torch.testing.assert_close(actual, trained_parameters(single), rtol=1e-12, atol=1e-12)
+            assert len(actual) == 3 * len(targets)
+            assert all((actual[name] - p).abs().max() > 1e-3 for name, p in start.items())
+
+
+def merged_while_whole():
+    """What is merged and unmerged under ``summon_full_params`` stays."""
+    for use_orig_params in (False, True):
+        model = adapted(SEPARABLE, dtype=torch.float64).eval()
+        model = fsdp1(model, peft.utils.other.fsdp_auto_wrap_policy(model), use_orig_params)
+        x = batch(0)
+        with torch.no_grad():
+            expected = model(x).clone()
+            for safe_merge in (False, True):
+                with summoned(model):
+                    model.merge_adapter(safe_merge=safe_merge)
+                assert model.module.base_model.model.target.first.merged
+                torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+                with summoned(model):
+                    model.unmerge_adapter()
+                torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def refused():
+    """What needs parameters that are in parts: as such an error, not as a wrong norm or a crash."""
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    message = r"FSDP holds a parameter .* in parts here.* give base_layer no FSDP unit"
+    another = peft.LoraConfig(r=2, use_dora=True, target_modules=["first"])
+    for use_orig_params in (False, True):
+        model = adapted(SEPARABLE)
+        model = fsdp1(model, peft.utils.other.fsdp_auto_wrap_policy(model), use_orig_params)
+        layer = model.module.base_model.model.target.first
+        magnitude = layer.lora_magnitude_vector["default"].module
+        weights = [m.weight for m in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])]
+        for outside_forward in (
+            model.merge_adapter,
+            functools.partial(model.merge_adapter, safe_merge=True),
+            functools.partial(model.add_adapter, "another", another),
+            functools.partial(magnitude.factored_norm, *weights, 1.0),
+            functools.partial(magnitude.get_weight_norm, weights[0], torch.zeros(24, 16), 1.0),
+            functools.partial(magnitude.mag_scale, torch.ones(24)),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                outside_forward()
+        assert not layer.merged
+
+        leaves = CustomPolicy(lambda module: not list(module.children()) and hasattr(module, "weight"))
+        with pytest.raises(RuntimeError, match=message):
+            fsdp1(adapted(SEPARABLE), leaves, use_orig_params)(batch(0))
+        model = adapted(SEPARABLE, padding_mode="circular")
+        with pytest.raises(RuntimeError, match=r"the factors of a convolution .* wrap the LoRA layer as a whole"):
+            fsdp1(model, peft.utils.other.fsdp_auto_wrap_policy(model), use_orig_params)(batch(0))
+
+
+def in_turn(*workers):
+    for worker in workers:
+        worker()
+
+
 def test_fsdp1(tmp_path):
-    run(fsdp1, tmp_path)
+    run(in_turn, tmp_path, whole_layers, peft_policy, merged_while_whole, refused)

@@ -1,17 +1,16 @@
 """Sharded weights on two gloo processes: tensor parallelism and FSDP2 give one process's numbers, and what they send.
 
-Each test starts two processes, which run functions of this file; a failure carries that process's traceback.
+Each test starts two processes, which run functions of this file.
 """
 
 import collections
 import contextlib
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import WORLD, needs_gloo, run
 from test_readme import recipe
 from torch import nn
 
@@ -19,25 +18,20 @@ import dorac
 from dorac import functional
 from dorac.testing import linear_inputs
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = needs_gloo
 
-WORLD = 2
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
 FIELDS = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
 
 
-def _start(rank, workers, folder):
-    """One of the processes: runs ``worker(mesh, folder)`` one after another."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def in_turn(workers, folder):
+    """Runs ``worker(mesh, folder)`` one after another."""
     from torch.distributed.tensor import init_device_mesh
 
     mesh = init_device_mesh("cpu", (WORLD,))
     for worker in workers:
         torch.manual_seed(0)
         worker(mesh, folder)
-    dist.destroy_process_group()
 
 
 def assert_same(actual, expected, dtype=torch.float32):
@@ -523,4 +517,4 @@ def compiled(mesh, _folder):
     ids=["eager", "compiled"],
 )
 def test_two_processes_give_the_numbers_of_one(workers, tmp_path):
-    mp.spawn(_start, (workers, tmp_path), nprocs=WORLD)
+    run(in_turn, tmp_path, workers, tmp_path)

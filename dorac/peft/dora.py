@@ -6,6 +6,7 @@ the constructor, the cache and ``train``.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,15 @@ from dorac import functional
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET
-from dorac.peft.weights import dense_weight, gathered, linear_from_copy, partitioned_base
+from dorac.peft.weights import (
+    call_unit,
+    dense_weight,
+    gathered,
+    is_fsdp_unit,
+    linear_from_copy,
+    partitioned_base,
+    whole,
+)
 
 __all__ = [
     "DoraConv1dLayer",
@@ -58,7 +67,11 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
         Returns:
             ``[out]``, ``[1, out, 1, ...]`` for a convolution; float32, or float64 if an argument is.
+
+        Raises:
+            RuntimeError: FSDP1 holds the weight in parts now.
         """
+        whole(weight)
         acc = accumulate_dtype(weight, lora_weight)
         if weight.ndim >= 3:
             adapted = weight.to(acc) + scaling * lora_weight.to(acc)
@@ -80,7 +93,11 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3).
 
         Of an embedding ``||weight^T + s * lora_B lora_A||_row``, from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``.
+
+        Raises:
+            RuntimeError: FSDP1 holds one of them in parts now.
         """
+        weight, lora_A, lora_B = whole(weight), whole(lora_A), whole(lora_B)
         if weight.ndim >= 3:
             norm = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
             return norm.view(1, -1, *[1] * (weight.ndim - 2))
@@ -109,7 +126,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def mag_scale(self, norm: Tensor) -> Tensor:
         """g in the shape of the magnitude, on the norm's device."""
-        return functional.magnitude_scale(self.weight.flatten().to(norm.device), norm.flatten()).view(norm.shape)
+        magnitude = whole(self.weight, norm.numel()).flatten().to(norm.device)
+        return functional.magnitude_scale(magnitude, norm.flatten()).view(norm.shape)
 
     def forward(
         self,
@@ -134,14 +152,27 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         """
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
-            norm = self.factored_norm(weight, lora_A.weight, lora_B.weight, scaling, adapter_name=adapter_name)
+            lora, norm = self._lora_and_norm(
+                x, lora_A, lora_B, lambda A, B: self.factored_norm(weight, A, B, scaling, adapter_name=adapter_name)
+            )
             g = self.mag_scale(norm)
-            lora = lora_B(lora_A(x))
             if base_result is None:
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
             else:
                 base = without_bias(base_result, base_layer.bias)
         return self._delta(base, lora, g, scaling)
+
+    @staticmethod
+    def _lora_and_norm(
+        x: Tensor, lora_A: nn.Module, lora_B: nn.Module, norm: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """``lora_B(lora_A(x))`` and ``norm`` of their weights."""
+        if is_fsdp_unit(lora_A) or is_fsdp_unit(lora_B):
+            lora, weight_A = call_unit(lora_A, x)
+            lora, weight_B = call_unit(lora_B, lora)
+            return lora, norm(weight_A, weight_B)
+        adapted_norm = norm(lora_A.weight, lora_B.weight)  # first: DeepSpeed releases what a module was called with
+        return lora_B(lora_A(x)), adapted_norm
 
     def _gathered(self, *modules: nn.Module):
         return gathered([*self.parameters(), *(p for m in modules for p in m.parameters())])
@@ -231,15 +262,23 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         groups = base_layer.groups
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
-            norm = self.factored_norm(
-                weight, lora_A.weight, lora_B.weight, scaling, groups=groups, adapter_name=adapter_name
-            )
-            g, ndim = self.mag_scale(norm), weight.ndim
+
+            def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                return self.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter_name)
+
             if all(getattr(lora_A, name, None) == getattr(base_layer, name) for name in _PLACEMENT):
-                lora = lora_B(lora_A(x))  # the module: DeepSpeed gathers for its backward what it was called with
+                # Calls the modules: DeepSpeed and FSDP gather for a backward what was called in forward.
+                lora, norm = self._lora_and_norm(x, lora_A, lora_B, norm_of)
+            elif is_fsdp_unit(lora_A) or is_fsdp_unit(lora_B):
+                raise RuntimeError(
+                    "the factors of a convolution with dilation or another padding_mode than zeros are FSDP units of "
+                    "their own, whose weights are not there for dorac: wrap the LoRA layer as a whole"
+                )
             else:
+                norm = norm_of(lora_A.weight, lora_B.weight)
                 lora_groups = groups if lora_A.weight.shape[1] == weight.shape[1] else 1
                 lora = lora_B(self._filter(x, lora_A.weight, base_layer, lora_groups))
+            g, ndim = self.mag_scale(norm), weight.ndim
             if base_result is None:
                 kept = weight.clone() if will_be_released else weight
                 base = self._filter(x, kept.to(x.dtype), base_layer, groups)

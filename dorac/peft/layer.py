@@ -14,7 +14,7 @@ from dorac import functional
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.peft import variants
-from dorac.peft.weights import is_plain
+from dorac.peft.weights import is_fsdp_unit, is_plain, written_in_place
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
@@ -37,6 +37,7 @@ def unhooked(*modules: nn.Module) -> bool:
         or m._backward_hooks
         or m._backward_pre_hooks
         or "forward" in m.__dict__  # accelerate's hooks
+        or is_fsdp_unit(m)
         for m in modules
     )
 
@@ -60,7 +61,19 @@ def dropout_p(module: layer.LoraLayer, adapter: str) -> float | None:
     return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 else None
 
 
-class Linear(layer.Linear):
+class _Merging:
+    """Merges and unmerges as PEFT does, in the memory that the base weight has."""
+
+    def merge(self, *args, **kwargs) -> None:
+        with written_in_place(self.get_base_layer()):
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with written_in_place(self.get_base_layer()):
+            super().unmerge()
+
+
+class Linear(_Merging, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -95,7 +108,7 @@ class Linear(layer.Linear):
         )
 
 
-class Embedding(layer.Embedding):
+class Embedding(_Merging, layer.Embedding):
     """``y = g * (weight[x] + s * lora_A^T[x] lora_B^T)`` over an ``nn.Embedding``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -133,7 +146,7 @@ class Embedding(layer.Embedding):
         )
 
 
-class _ConvNd:
+class _ConvNd(_Merging):
     """``y = g * (conv(x, W) + s * conv_1x1(conv(x, lora_A), lora_B)) + b``: what the three classes share."""
 
     STOCK: type[nn.Module]

@@ -8,7 +8,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.peft.weights import dense_weight, gathered
+from dorac.peft.weights import dense_weight, gathered, whole
 
 __all__ = [
     "DoraConv1dVariant",
@@ -20,10 +20,10 @@ __all__ = [
 
 
 def factors(module: nn.Module, adapter: str) -> tuple[Tensor, Tensor]:
-    """The adapter's factors as PEFT stores them."""
+    """The adapter's factors as PEFT stores them; a ``RuntimeError`` if FSDP1 holds them in parts now."""
     if adapter in module.lora_embedding_A:
-        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        return whole(module.lora_embedding_A[adapter]), whole(module.lora_embedding_B[adapter])
+    return whole(module.lora_A[adapter].weight), whole(module.lora_B[adapter].weight)
 
 
 def matrices(module: nn.Module, adapter: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def merged(module: nn.Module, adapter: str, *, safe_merge: bool) -> Tensor:
     weight = dense_weight(module.get_base_layer()).detach()
     matrix, _ = functional.merge_weight(
         *matrices(module, adapter, weight),
-        magnitude.weight.flatten().to(weight.device),
+        whole(magnitude.weight, norm.numel()).flatten().to(weight.device),
         scaling=scaling,
         weight_norm=norm.flatten().to(weight.device),
     )
@@ -74,7 +74,7 @@ def unmerged(module: nn.Module, adapter: str, weight: Tensor) -> Tensor:
         ValueError: rows whose g is zero or not finite; the adapter stays merged.
     """
     norm = module._caches[f"{adapter}-weight_norm"].flatten().to(weight.device)
-    magnitude = module.lora_magnitude_vector[adapter].weight.flatten().to(weight.device)
+    magnitude = whole(module.lora_magnitude_vector[adapter].weight, norm.numel()).flatten().to(weight.device)
     try:
         matrix = functional.unmerge_weight(
             *matrices(module, adapter, weight),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,11 +26,55 @@ def is_plain(weight: Tensor | None) -> bool:
     return plain and weight.dtype in FLOAT_DTYPES and not is_partitioned(weight)
 
 
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether FSDP1 wraps ``module`` by itself: its parameters are whole during its forward only."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wrapped it has imported it
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def whole(tensor: Tensor, numel: int | None = None) -> Tensor:
+    """``tensor`` itself, a weight or a factor; or a magnitude that has ``numel`` elements.
+
+    Raises:
+        RuntimeError: FSDP1 holds it in parts now.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or is_partitioned(tensor):
+        return tensor
+    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False it keeps its shape, but
+    # its storage is empty, and reading it crashes.
+    in_parts = tensor.ndim < 2 if numel is None else tensor.numel() != numel
+    flat = tensor._base
+    if in_parts or (isinstance(flat, fsdp.FlatParameter) and tensor.untyped_storage().size() == 0):
+        raise RuntimeError(
+            "FSDP holds a parameter of this DoRA layer in parts here. Inside forward: give base_layer no FSDP unit of "
+            "its own, but one together with its LoRA layer or block. Outside: use "
+            "FullyShardedDataParallel.summon_full_params(model)."
+        )
+    return tensor
+
+
+def call_unit(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``module(x)`` and the weight that it used: a copy if ``module`` is an FSDP unit, which frees its own."""
+    if not is_fsdp_unit(module):
+        return module(x), module.weight
+    weights = []
+    hook = module.module.register_forward_pre_hook(lambda inner, _: weights.append(inner.weight.detach().clone()))
+    try:
+        return module(x), weights[0]
+    finally:
+        hook.remove()
+
+
 def dense_weight(base_layer: nn.Module) -> Tensor:
-    """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one."""
+    """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one.
+
+    Raises:
+        RuntimeError: FSDP1 holds it in parts now.
+    """
     weight = getattr(base_layer, "weight", None)
     if is_plain(weight):
-        return weight
+        return whole(weight)
     # For bitsandbytes dequantize_module_weight also puts a new parameter into a layer on the CPU; an 8-bit layer then
     # takes its scales from that one, which has none, and fails.
     if type(weight).__name__ == "Int8Params":
@@ -47,6 +92,27 @@ def _dequantize_4bit(weight: Tensor) -> Tensor:
         # In eval mode the layer repacks its weight for the CPU's bf16 instructions, which dequantize_4bit misreads.
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
     return functional.dequantize_4bit(data, state)
+
+
+@contextlib.contextmanager
+def written_in_place(base_layer: nn.Module) -> Iterator[None]:
+    """What the block assigns as the base layer's ``weight.data`` is written to the memory that the weight has.
+
+    FSDP1's ``summon_full_params`` keeps at its end what was written there; an assignment it would lose.
+
+    Raises:
+        RuntimeError: FSDP1 holds the weight in parts now.
+    """
+    weight = getattr(base_layer, "weight", None)
+    if not is_plain(weight):
+        yield
+        return
+    memory = whole(weight).data
+    try:
+        yield
+    finally:
+        if weight.data_ptr() != memory.data_ptr():
+            weight.data = memory.copy_(weight.data)
 
 
 def partitioned_base(view: Tensor) -> Tensor:
