@@ -475,7 +475,9 @@ view.default: float32[1, 8, 1, 1]""",
         )
 
     def test_peft_dynamo_graph(self):
-        """The layer in one call, on the drop-in: the base layer is not run beside it."""
+        """The layer in one call, on the drop-in: the base layer is not run beside it. FSDP's import changes nothing."""
+        import torch.distributed.fsdp  # noqa: F401
+
         self.assertExpectedInline(
             calls(captured(peft_linear(), self.x).graphs[0]),
             """\

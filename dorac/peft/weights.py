@@ -41,11 +41,12 @@ def whole(tensor: Tensor, numel: int | None = None) -> Tensor:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or is_partitioned(tensor):
         return tensor
-    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False it keeps its shape, but
-    # its storage is empty, and reading it crashes.
+    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False, which does not compile
+    # at any rate, it keeps its shape, but its storage is empty, and reading it crashes.
     in_parts = tensor.ndim < 2 if numel is None else tensor.numel() != numel
-    flat = tensor._base
-    if in_parts or (isinstance(flat, fsdp.FlatParameter) and tensor.untyped_storage().size() == 0):
+    if not in_parts and not torch.compiler.is_compiling() and isinstance(tensor._base, fsdp.FlatParameter):
+        in_parts = tensor.untyped_storage().size() == 0
+    if in_parts:
         raise RuntimeError(
             "FSDP holds a parameter of this DoRA layer in parts here. Inside forward: give base_layer no FSDP unit of "
             "its own, but one together with its LoRA layer or block. Outside: use "
