@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from error_table import error_table, label, record  # noqa: F401
 from torch import nn
 
 from dorac import functional, reference
@@ -29,7 +30,12 @@ def layer_of(convolution: Convolution, use_compile: bool = False):
     function = getattr(functional, f"dora_conv{convolution.dimensions}d")
     if use_compile:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    return lambda *args, **options: function(*args, **{"scaling": SCALING, **convolution.geometry, **options})
+
+    def layer(*args, **options):
+        return function(*args, **{"scaling": SCALING, **convolution.geometry, **options})
+
+    layer.is_compiled = use_compile
+    return layer
 
 
 def textbook_of(convolution: Convolution):
@@ -41,6 +47,12 @@ def norm_of(inputs, convolution):
     return functional.norm_factored_conv(*args, SCALING, groups=convolution.groups)
 
 
+def row_of(inputs, convolution, layer):
+    cases = [n for n, c in CONVOLUTIONS.items() if dataclasses.replace(c, rank=convolution.rank) == convolution]
+    case = cases[0] if cases else f"{convolution.dimensions}d"
+    return label(case, inputs.x, convolution.rank, layer.is_compiled)
+
+
 def check_forward(inputs, convolution, layer):
     textbook = textbook_of(convolution)
     y = layer(*inputs.tensors())
@@ -48,6 +60,7 @@ def check_forward(inputs, convolution, layer):
     assert y.dtype == dtype
     dense = textbook(*inputs.map(lambda t: t.to(dtype)).tensors())
     truth = textbook(*inputs.double().tensors())
+    record(row_of(inputs, convolution, layer), "y", y, truth)
     # base, lora and the result are rounded to the activation's dtype.
     assert_within_budget(y, dense, truth, sum_length=convolution.sum_length(), roundings=3)
 
@@ -70,6 +83,7 @@ def check_gradients(inputs, convolution, layer):
         if actual is None:
             continue
         assert actual.grad.dtype == actual.dtype, name
+        record(row_of(inputs, convolution, layer), name, actual.grad, exact_grad.grad)
         if name == "magnitude" and y.dtype in HALF:
             bound = magnitude_bound(inputs.double(), convolution, dy.double(), y.dtype)
             assert ((actual.grad.double() - exact_grad.grad).abs() <= bound).all()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from error_table import error_table, label, record  # noqa: F401
 
 from dorac import functional, reference
 from dorac.testing import REGIMES, assert_within_budget, linear_inputs, max_error
@@ -13,13 +14,21 @@ def dense(inputs, scaling, dtype):
     return reference.dora_linear(*(t if t is None else t.detach().to(dtype) for t in inputs.tensors()), scaling=scaling)
 
 
+def row_of(inputs, function):
+    """A transposed weight is what GPT-2's Conv1D has."""
+    kind = "linear" if inputs.weight.is_contiguous() else "Conv1D"
+    return label(kind, inputs.x, inputs.lora_A.shape[0], function is not functional.dora_linear)
+
+
 def check_forward(inputs, scaling, function=functional.dora_linear):
     dtype = inputs.x.dtype
     y = function(*inputs.tensors(), scaling=scaling)
     assert y.dtype == dtype
     assert y.shape == (*inputs.x.shape[:-1], inputs.weight.shape[0])
     sum_length = sum(inputs.lora_A.shape)
-    assert_within_budget(y, dense(inputs, scaling, dtype), dense(inputs, scaling, torch.float64), sum_length=sum_length)
+    truth = dense(inputs, scaling, torch.float64)
+    record(row_of(inputs, function), "y", y, truth)
+    assert_within_budget(y, dense(inputs, scaling, dtype), truth, sum_length=sum_length)
 
 
 def check_gradients(inputs, scaling, function=functional.dora_linear):
@@ -39,6 +48,7 @@ def check_gradients(inputs, scaling, function=functional.dora_linear):
         if actual is None:
             continue
         assert actual.grad.dtype == actual.dtype, name
+        record(row_of(inputs, function), name, actual.grad, exact_grad.grad)
         if name == "magnitude" and y.dtype in HALF:
             # Float32, but a sum of products with inner, which half-precision products made: x W^T, h, h lora_B^T and
             # inner itself are rounded to the activation's dtype, four roundings of at most |x W^T| + s |h| |lora_B^T|.
@@ -67,8 +77,11 @@ def test_gradients(regime, dtype, device):
     check_gradients(linear_inputs(regime, dtype=dtype, device=device), 0.7)
 
 
+RANKS = [(9, 40, 24, rank) for rank in (1, 8, 64, 384)]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", [*REGIMES, *RANKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize("scaling", [0.7, -1.3, 0.0])
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,11 +3,9 @@
 ``pytest tests/test_row_layers.py -s`` prints the largest errors (``-m 'full or not full'`` those of the whole matrix).
 """
 
-import collections
-import math
-
 import pytest
 import torch
+from error_table import error_table, label, record  # noqa: F401
 from row_layers import LAYERS, OFFSETS, SCALING
 
 from dorac import functional, reference
@@ -18,18 +16,6 @@ DTYPES = (torch.float64, torch.float32, *HALF)
 NAMES = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
 RANKS = (1, 8, 64, 384)
 names = pytest.mark.parametrize("name", LAYERS)
-
-errors: dict[tuple, float] = collections.defaultdict(float)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _table():
-    yield
-    columns = ("y", *NAMES)
-    print("\nlargest error against the dense float64 truth\n" + " " * 34 + " ".join(f"{c:>9}" for c in columns))
-    for row in dict.fromkeys(key[:4] for key in errors):
-        label = "{:>8} {:>9} rank {:>3} {:>8}".format(row[0], str(row[1])[6:], *row[2:])
-        print(f"{label:>34}" + " ".join(f"{errors.get((*row, c), math.nan):>9.1e}" for c in columns))
 
 
 def run(function, tensors, dy=None):
@@ -68,14 +54,14 @@ def check(name, inputs, use_compile=False):
     )
     truth, true_grads = run(layer.textbook, inputs.leaves().double().tensors(), dy.double())
     sum_length = rank + inputs.x.shape[-1] + dy.numel() // dy.shape[-1]
-    key = (name, dtype, rank, "compiled" if use_compile else "eager")
+    row = label(name, y, rank, use_compile)
     assert y.dtype == dtype
     assert_within_budget(y, dense, truth, sum_length=sum_length, roundings=3)  # x W^T, h lora_B^T and the result
-    errors[(*key, "y")] = max(errors[(*key, "y")], max_error(y, truth))
+    record(row, "y", y, truth)
     for argument, grad in grads.items():
         exact = true_grads[argument]
         assert grad.dtype == getattr(inputs, argument).dtype
-        errors[(*key, argument)] = max(errors[(*key, argument)], max_error(grad, exact))
+        record(row, argument, grad, exact)
         if argument == "magnitude" and dtype in HALF:
             bound = half_magnitude_bound(layer, inputs, dy) + torch.finfo(torch.float32).eps * exact.abs()
             assert ((grad.double() - exact).abs() <= bound).all()
