@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from dorac import reference
+from dorac import functional, reference
 from dorac.testing import LinearInputs, linear_inputs, max_error
 
 pytest.importorskip("triton")
 
 from dorac.kernels import configs
-from dorac.kernels.backward import compose_backward, low_rank_backward
+from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm
 
@@ -334,6 +334,53 @@ class TestLowRankBackward:
             assert_rounded_once(d_b, S * first[0].double().T @ h.double())
 
 
+class TestLoraBBackward:
+    @pytest.mark.parametrize("regime", REGIMES[:-1])
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("h_is_scaled", [False, True])
+    def test_regimes(self, regime, dtype, h_is_scaled, device):
+        inputs = linear_inputs(regime, dtype=dtype, device=device)
+        inner, h, norm = activations(inputs)
+        dy = torch.randn(inner.shape, dtype=torch.float64).to(dtype).to(device)
+        arguments = dy, inner, inputs.magnitude, norm
+        d_inner, d_m, d_b = lora_b_backward(*arguments, h, scaling(device), h_is_scaled=h_is_scaled)
+        plain, _, plain_m = compose_backward(*arguments)
+        assert torch.equal(d_inner, plain)
+        torch.testing.assert_close(d_m, plain_m, rtol=1e-5, atol=1e-5)
+        g = functional.magnitude_scale(inputs.magnitude, norm).double()
+        assert_rounded_once(d_b, (1 if h_is_scaled else S) * g[:, None] * (dy.double().T @ h.double()))
+
+    @pytest.mark.parametrize("shape", [(96, 64, 40, 128), (70, 200, 40, 200), (300, 130, 40, 384), (130, 70, 40, 20)])
+    def test_chunks_and_strips(self, shape, device):
+        """Ranks of one to three chunks, rows of one strip and of several, g = 0 and zero rows, any strides."""
+        inputs = linear_inputs(shape, dtype=torch.bfloat16, device=device)
+        inner, h, norm = activations(inputs)
+        inputs.magnitude[3], norm[7] = 0, 0
+        dy = torch.randn(inner.shape, device=device).bfloat16()
+        g = functional.magnitude_scale(inputs.magnitude, norm)
+        chosen = configs.lora_b_config(shape[0], shape[1], shape[3])
+        for rows, block_o in ((chosen.rows, chosen.block_o), (32, 64), (64, 128)):
+            config = dataclasses.replace(chosen, rows=rows, block_o=block_o)
+            for tensors in ((dy, inner, h), [t.T.contiguous().T for t in (dy, inner, h)]):
+                d_inner, d_m, d_b = lora_b_backward(
+                    *tensors[:2], inputs.magnitude, norm, tensors[2], scaling(device), h_is_scaled=False, config=config
+                )
+                assert_rounded_once(d_inner, g.double() * dy.double())
+                assert d_m[7] == 0
+                exact = (dy.double() * inner.double()).sum(0) / norm.double()
+                exact[7] = 0
+                torch.testing.assert_close(d_m.double(), exact, rtol=1e-5, atol=1e-5)
+                assert_rounded_once(d_b, S * g.double()[:, None] * (dy.double().T @ h.double()))
+        assert d_m[3] != 0
+        assert not d_b[3].any()
+
+    def test_refuses_a_rank_beyond_its_chunks(self, device):
+        inputs = linear_inputs((4, 8, 8, 385), dtype=torch.bfloat16, device=device)
+        inner, h, norm = activations(inputs)
+        with pytest.raises(ValueError, match="rank must be at most 384 here, got 385"):
+            lora_b_backward(inner, inner, inputs.magnitude, norm, h, scaling(device), h_is_scaled=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype, device):
     """Fifty runs give the same bits."""
@@ -349,6 +396,7 @@ def test_repeats_bitwise(dtype, device):
         if dtype in HALF:
             h_B = h, inputs.lora_B, scaling(device)
             y = *y, *low_rank_backward(dy, base, inputs.magnitude, norm, *h_B, h_is_scaled=True)
+            y = *y, *lora_b_backward(dy, base, inputs.magnitude, norm, h, h_B[-1], h_is_scaled=True)
         return row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device)), *y, d_base, d_m
 
     first = run()

@@ -169,10 +169,11 @@ def test_backward_under_autocast_alone(route, device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_kernels_survive_compilation(training, monkeypatch):
+@pytest.mark.parametrize("rank", [16, 40])
+def test_the_kernels_survive_compilation(training, rank, monkeypatch):
     """The leaves are nodes of the forward and backward graphs, g stays in aten where Inductor fuses it."""
     on_gpu(monkeypatch)
-    inputs = linear_inputs("aligned", dtype=torch.bfloat16).leaves()
+    inputs = linear_inputs((64, 128, 64, rank), dtype=torch.bfloat16).leaves()
     backend = AotEagerAndRecordGraphs()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     with torch.set_grad_enabled(training):
@@ -187,7 +188,8 @@ def test_the_kernels_survive_compilation(training, monkeypatch):
     forward = leaves(backend.fw_graphs[0])
     if training:
         assert forward == ["dorac.row_norm", "dorac.low_rank_linear"]
-        assert leaves(backend.bw_graphs[0]) == ["dorac.low_rank_backward", "dorac.low_rank_linear"]
+        along = "dorac.low_rank_backward" if rank <= linear.LOW_RANK else "dorac.lora_b_backward"
+        assert leaves(backend.bw_graphs[0]) == [along, "dorac.low_rank_linear"]
     else:
         assert forward == ["dorac.row_norm", "dorac.up_compose"]
 
@@ -295,19 +297,24 @@ def leaf_args(name, dtype, transposed, device):
     if name == "scale_backward":
         return base, base, inputs.magnitude, norm
     scaling = torch.tensor(S, dtype=wide, device=device)
+    if name == "lora_b_backward":
+        return base, base, inputs.magnitude, norm, h, scaling, True
     if name == "low_rank_backward":
         return base, base, inputs.magnitude, norm, h, inputs.lora_B, scaling, True
     return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
 
 
-LAYER_LEAVES = ["low_rank_linear", "scale", "scale_backward", "low_rank_backward", "up_compose", "up_compose_forward"]
+LAYER_LEAVES = [
+    *("low_rank_linear", "scale", "up_compose", "up_compose_forward"),
+    *("scale_backward", "lora_b_backward", "low_rank_backward"),
+]
 
 
 @pytest.mark.parametrize("name", LAYER_LEAVES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_leaves(name, dtype, transposed, device):
-    if name == "low_rank_backward" and dtype.itemsize > 2 and device == "cuda":
+    if name in ("lora_b_backward", "low_rank_backward") and dtype.itemsize > 2 and device == "cuda":
         pytest.skip("the layer takes this op for half precision alone, which its tiles are sized for")
     opcheck(getattr(torch.ops.dorac, name).default, leaf_args(name, dtype, transposed, device))
 

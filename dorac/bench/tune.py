@@ -13,7 +13,7 @@ from dorac import functional
 from dorac.bench import against_lora, measure, options, peers, report
 from dorac.ops import linear
 
-KERNELS = ("norm", "up", "backward", "low-rank-backward", "form")
+KERNELS = ("norm", "up", "backward", "low-rank-backward", "lora-b-backward", "form")
 DEFAULTS = {
     "cuda": {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
 }
@@ -28,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One record per candidate, the fastest first; ``chosen`` marks what the tables take."""
-    sweeps = {"norm": _norm, "up": _up, "backward": _backward, "low-rank-backward": _low_rank_backward, "form": _form}
+    sweeps = {
+        "norm": _norm,
+        "up": _up,
+        "backward": _backward,
+        "low-rank-backward": _low_rank_backward,
+        "lora-b-backward": _lora_b_backward,
+        "form": _form,
+    }
     for kernel, (out_features, in_features), rank in itertools.product(args.kernels, args.shapes, args.ranks):
         layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
         yield from sweeps[kernel](layer, args)
@@ -115,6 +122,34 @@ def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable
 
     records = list(_sweep("low-rank-backward", layer, chosen, candidates, call, args))
     return [*records, _record("low-rank-backward", layer, "three kernels", apart, args)]
+
+
+def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    """Also the pass without lora_B's gradient and that product alone, which it has to beat."""
+    from dorac.kernels import backward, configs
+
+    if layer.rank > linear.LORA_B_RANK:
+        return []
+    inner, h, norm, scaling = _activations(layer, args)
+    dy = torch.randn_like(inner)
+    chosen = configs.lora_b_config(*inner.shape, layer.rank)
+    candidates = [
+        dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
+        for block_t, block_o, rows, warps, stages in itertools.product(
+            (16, 32, 64), (64, 128), (1024, 2048, 4096), (4, 8), (3, 4)
+        )
+    ]
+
+    def call(config):
+        tensors = dy, inner, layer.magnitude, norm, h, scaling
+        return lambda: backward.lora_b_backward(*tensors, h_is_scaled=True, config=config)
+
+    def apart():
+        d_inner, _, _ = backward.compose_backward(dy, inner, layer.magnitude, norm)
+        return d_inner.T @ h
+
+    records = list(_sweep("lora-b-backward", layer, chosen, candidates, call, args))
+    return [*records, _record("lora-b-backward", layer, "two kernels", apart, args)]
 
 
 def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, object]]:

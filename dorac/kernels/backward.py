@@ -1,7 +1,8 @@
-"""The backward pass of ``y = g * inner + b`` on CUDA, for small ranks together with the low-rank branch's products.
+"""The backward pass of ``y = g * inner + b`` on CUDA, together with the low-rank branch's products where that pays.
 
-It goes once over dy and inner. Sums over rows or columns are written per strip and added in a fixed order by a second
-kernel, so that two runs give the same bits.
+It goes once over dy and inner: up to rank 16 with both products of d_inner, by h and by lora_B, up to rank 384 with the
+first, which is lora_B's gradient. Sums over rows or columns are written per strip and added in a fixed order by a
+second kernel, so that two runs give the same bits.
 
 Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
 """
@@ -11,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dorac.kernels.configs import ColumnConfig, LowRankConfig, column_config, low_rank_config
+from dorac.kernels.configs import (
+    ColumnConfig,
+    LoraBConfig,
+    LowRankConfig,
+    column_config,
+    lora_b_config,
+    low_rank_config,
+)
 from dorac.kernels.launch import Launcher, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile, strip_sum
 
@@ -124,14 +132,99 @@ def low_rank_backward_kernel(
 
 
 @triton.jit
+def lora_b_backward_kernel(
+    dy_ptr,
+    again_ptr,  # dy once more: see below
+    inner_ptr,
+    magnitude_ptr,
+    norm_ptr,
+    h_ptr,
+    scaling_ptr,
+    d_inner_ptr,
+    d_m_ptr,
+    d_b_ptr,
+    T,
+    O,
+    R,
+    rows_per_program,
+    stride_dt,
+    stride_do,
+    stride_it,
+    stride_io,
+    stride_ht,
+    stride_hr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_R ranks, at most 3
+    EVEN: tl.constexpr,
+    FINISH: tl.constexpr,  # one strip: write the gradients themselves
+    SCALE_B: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """d_inner, and d_magnitude ``[O]`` and d_lora_B ``[O, R]`` or without FINISH their strips.
+
+    lora_B's gradient is ``diag(g) dy^T h``: dy goes to the tensor cores as it is in shared memory, and g waits for the
+    end. They may still read a tile when the next iteration begins, for which Triton gives what a product alone reads
+    one buffer more, but not what is also read into registers. Hence the tile is loaded for each of the two by itself,
+    through two arguments, because two loads through one would be merged.
+    """
+    start_o = tl.program_id(0) * BLOCK_O
+    strip = tl.program_id(1)
+    cols_O = start_o + tl.arange(0, BLOCK_O)
+    mask_O = cols_O < O
+    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, True)
+    acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+    acc0_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
+    if CHUNKS >= 2:
+        acc1_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
+    if CHUNKS >= 3:
+        acc2_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
+    begin = strip * rows_per_program
+    for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
+        dy_OT = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False).T
+        h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+        acc0_OR = product(dy_OT, h_TR, acc0_OR, False)
+        if CHUNKS >= 2:
+            h_TR = load_tile(h_ptr, start, BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+            acc1_OR = product(dy_OT, h_TR, acc1_OR, False)
+        if CHUNKS >= 3:
+            h_TR = load_tile(h_ptr, start, 2 * BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+            acc2_OR = product(dy_OT, h_TR, acc2_OR, False)
+        dy_TO = load_tile(again_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
+        inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
+        dy_TO = dy_TO.to(tl.float32)
+        acc_TO += dy_TO * inner_TO.to(tl.float32)
+        store_tile(d_inner_ptr, g_O[None, :] * dy_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+    d_m_O = tl.sum(acc_TO, axis=0)
+    if FINISH:
+        d_m_O = _per_norm(d_m_O, norm_ptr, cols_O, mask_O)
+    tl.store(d_m_ptr + strip.to(tl.int64) * O + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
+    if SCALE_B:
+        g_O *= tl.load(scaling_ptr).to(tl.float32)
+    d_b_ptr += strip.to(tl.int64) * O * R
+    store_tile(d_b_ptr, g_O[:, None] * acc0_OR, start_o, 0, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+    if CHUNKS >= 2:
+        store_tile(d_b_ptr, g_O[:, None] * acc1_OR, start_o, BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+    if CHUNKS >= 3:
+        store_tile(d_b_ptr, g_O[:, None] * acc2_OR, start_o, 2 * BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+
+
+@triton.jit
+def _per_norm(d_g, norm_ptr, index, mask):
+    """dm of dg: divided by the norm, 0 on zero rows."""
+    norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
+    return tl.where(norm <= 1e-12, 0.0, d_g / norm)
+
+
+@triton.jit
 def _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, block, size, strips, HAS_NORM, BLOCK):
-    """The summed strips: dg; divided by the norm (0 on zero rows): dm."""
+    """The summed strips: dg; per norm: dm."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = strip_sum(partial_ptr, index, mask, size, strips)
     if HAS_NORM:
-        norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
-        total = tl.where(norm <= 1e-12, 0.0, total / norm)
+        total = _per_norm(total, norm_ptr, index, mask)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -166,14 +259,16 @@ def low_rank_strip_sum_kernel(
     size_b,
     strips_t,
     strips_o,
+    HAS_H: tl.constexpr,
     SCALE_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The three sums of :func:`low_rank_backward_kernel` in one launch: first the blocks of d_h, then d_b's, d_m's."""
+    """The sums of the kernels above in one launch: first the blocks of d_h, if there is one, then d_b's and d_m's."""
     block = tl.program_id(0).to(tl.int64)
     blocks_h, blocks_b = tl.cdiv(size_h, BLOCK), tl.cdiv(size_b, BLOCK)
     if block < blocks_h:
-        _store_scaled(partial_h_ptr, scaling_ptr, d_h_ptr, block, size_h, strips_o, True, BLOCK)
+        if HAS_H:
+            _store_scaled(partial_h_ptr, scaling_ptr, d_h_ptr, block, size_h, strips_o, True, BLOCK)
     elif block < blocks_h + blocks_b:
         block -= blocks_h
         _store_scaled(partial_b_ptr, scaling_ptr, d_b_ptr, block, size_b, strips_t, SCALE_B, BLOCK)
@@ -184,6 +279,7 @@ def low_rank_strip_sum_kernel(
 
 _launch_compose_backward = Launcher(compose_backward_kernel)
 _launch_low_rank_backward = Launcher(low_rank_backward_kernel)
+_launch_lora_b_backward = Launcher(lora_b_backward_kernel)
 _launch_strip_sum = Launcher(strip_sum_kernel)
 _launch_low_rank_strip_sum = Launcher(low_rank_strip_sum_kernel)
 
@@ -316,23 +412,111 @@ def low_rank_backward(
         STAGES=config.stages,
         warps=config.warps,
     )
-    block = 128
     sizes = out_features, tokens * rank, out_features * rank
-    _launch_low_rank_strip_sum(
-        (sum(triton.cdiv(size, block) for size in sizes), 1, 1),
-        partial_m,
-        partial_h,
-        partial_b,
+    _sum_strips(
+        (partial_m, partial_h, partial_b),
         weight_norm,
         scaling,
-        d_magnitude,
-        d_h,
-        d_b,
-        *sizes,
-        strips_t,
-        strips_o,
-        warps=4,
-        SCALE_B=not h_is_scaled,
-        BLOCK=block,
+        (d_magnitude, d_h, d_b),
+        sizes,
+        (strips_t, strips_o),
+        scale_b=not h_is_scaled,
     )
     return d_inner, d_magnitude, d_h, d_b
+
+
+def lora_b_backward(
+    dy: Tensor,
+    inner: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    h: Tensor,
+    scaling: Tensor,
+    *,
+    h_is_scaled: bool,
+    config: LoraBConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`compose_backward` with lora_B's gradient in the same pass.
+
+    Args:
+        dy, inner: ``[T, O]``, any strides. h: ``[T, R]``, or ``s * h`` with ``h_is_scaled``, of the same half dtype.
+
+    Returns:
+        ``d_inner = g * dy [T, O]``, ``d_magnitude [O]`` and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take at
+        most ``66 * r`` KiB meanwhile.
+    """
+    (tokens, out_features), rank = dy.shape, h.shape[1]
+    d_inner = torch.empty_like(inner, memory_format=torch.contiguous_format)
+    d_magnitude = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
+    d_b = h.new_empty(out_features, rank)
+    if not dy.numel():
+        return d_inner, d_magnitude.zero_(), d_b.zero_()
+    config = config or lora_b_config(tokens, out_features, rank)
+    if rank > config.block_r * config.chunks:
+        raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")
+    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    strips = triton.cdiv(tokens, config.rows)
+    if strips == 1:
+        partial_m, partial_b = d_magnitude, d_b
+    else:
+        partial_m = magnitude.new_empty(strips, out_features, dtype=torch.float32)
+        partial_b = magnitude.new_empty(strips, out_features, rank, dtype=torch.float32)
+    _launch_lora_b_backward(
+        (triton.cdiv(out_features, config.block_o), strips, 1),
+        dy,
+        dy,
+        inner,
+        magnitude,
+        weight_norm,
+        h,
+        scaling,
+        d_inner,
+        partial_m,
+        partial_b,
+        tokens,
+        out_features,
+        rank,
+        config.rows,
+        *dy.stride(),
+        *inner.stride(),
+        *h.stride(),
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        BLOCK_R=config.block_r,
+        CHUNKS=config.chunks,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank != config.block_r * config.chunks),
+        FINISH=strips == 1,
+        SCALE_B=not h_is_scaled,
+        STAGES=config.stages,
+        warps=config.warps,
+    )
+    if strips > 1:
+        sizes = out_features, 0, out_features * rank
+        _sum_strips(
+            (partial_m, None, partial_b),
+            weight_norm,
+            scaling,
+            (d_magnitude, None, d_b),
+            sizes,
+            (strips, 0),
+            scale_b=False,
+        )
+    return d_inner, d_magnitude, d_b
+
+
+def _sum_strips(partials, weight_norm, scaling, gradients, sizes, strips, *, scale_b):
+    """Sums the strips ``partials`` of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``, into ``gradients``."""
+    block = 128
+    _launch_low_rank_strip_sum(
+        (sum(triton.cdiv(size, block) for size in sizes), 1, 1),
+        *partials,
+        weight_norm,
+        scaling,
+        *gradients,
+        *sizes,
+        *strips,
+        warps=4,
+        HAS_H=partials[1] is not None,
+        SCALE_B=scale_b,
+        BLOCK=block,
+    )

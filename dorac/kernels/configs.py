@@ -56,6 +56,14 @@ class LowRankConfig(ColumnConfig):
     block_r: int = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraBConfig(ColumnConfig):
+    """The same with all ranks beside them, in ``chunks`` of ``block_r``."""
+
+    block_r: int = 16
+    chunks: int = 1
+
+
 def _power(value: int, low: int, high: int) -> int:
     """The least power of two that holds ``value``, between ``low`` and ``high``."""
     return max(low, min(high, 1 << max(0, value - 1).bit_length()))
@@ -138,3 +146,17 @@ def low_rank_config(tokens: int, out_features: int, rank: int) -> LowRankConfig:
     while rows > 64 and -(-tokens // rows) * -(-out_features // 128) < 256:
         rows //= 2
     return LowRankConfig(32, 128, _launchable(tokens, rows), 4, 2, _power(rank, 16, 64))
+
+
+@functools.lru_cache(maxsize=1024)
+def lora_b_config(tokens: int, out_features: int, rank: int) -> LoraBConfig:
+    """The backward pass with lora_B's gradient: about one program per processor, in one strip where that fills them.
+
+    A program reads all of h for its columns, and each strip writes a gradient of its own.
+    """
+    block_r = _power(rank, 16, 128)
+    chunks = min(-(-rank // block_r), 3)
+    block_o = 64 if PROCESSORS // 2 < -(-out_features // 64) <= PROCESSORS else 128
+    strips = max(1, min(PROCESSORS // -(-out_features // block_o), tokens // 256))
+    rows = -(-tokens // (32 * strips)) * 32
+    return LoraBConfig(32, block_o, rows, 4 if block_r <= 64 else 8, 4, block_r, chunks)

@@ -9,9 +9,9 @@ tensor subclasses. The whole layer is one Function, because its cheapest form cr
   the same op on ``g * dy``;
 - g is applied in aten under the compiler, which fuses it into the consumer of y, keeps ``inner`` alone for backward
   and recomputes y; in eager it is one kernel (``scale``);
-- backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), for small ranks
-  together with the two products of d_inner by h and lora_B (``low_rank_backward``); d_inner serves base and low-rank
-  branch both.
+- backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), together with
+  lora_B's gradient (``lora_b_backward``) and for small ranks also h's (``low_rank_backward``); d_inner serves base and
+  low-rank branch both.
 
 The first form rounds to the activation's dtype three times (the low-rank product, inner, y) where the others round
 inner for backward alone; the mean error of the layer stays at two thirds to nine tenths of stock PEFT's.
@@ -36,8 +36,10 @@ from dorac.ops import front, sharded
 from dorac.ops.compose import DECODE, buffer_of, compose_aten, compose_parts, magnitude_scale
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
-# Up to which rank the backward pass takes the low-rank products along: faster than cuBLAS at 16, slower at 64.
+# Up to which rank the backward pass takes both low-rank products along: faster than cuBLAS at 16, slower at 64; and up
+# to which rank that of lora_B's gradient, of which a program holds all columns.
 LOW_RANK = 16
+LORA_B_RANK = 384
 
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
@@ -74,6 +76,10 @@ lib.define("low_rank_linear(Tensor x, Tensor weight, Tensor h, Tensor lora_B) ->
 lib.define("scale(Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor? bias) -> Tensor")
 lib.define("scale_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm) -> (Tensor, Tensor)")
 lib.define(
+    "lora_b_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor h, Tensor scaling, "
+    "bool h_is_scaled) -> (Tensor, Tensor, Tensor)"
+)
+lib.define(
     "low_rank_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor h, Tensor lora_B, "
     "Tensor scaling, bool h_is_scaled) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -100,6 +106,15 @@ def _scale_fake(inner, magnitude, weight_norm, bias):
 @torch.library.register_fake("dorac::scale_backward", lib=lib)
 def _scale_backward_fake(dy, inner, magnitude, weight_norm):
     return inner.new_empty(inner.shape), magnitude.new_empty(magnitude.shape)
+
+
+@torch.library.register_fake("dorac::lora_b_backward", lib=lib)
+def _lora_b_backward_fake(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled):
+    return (
+        inner.new_empty(inner.shape),
+        magnitude.new_empty(magnitude.shape),
+        h.new_empty(inner.shape[1], h.shape[1]),
+    )
 
 
 @torch.library.register_fake("dorac::low_rank_backward", lib=lib)
@@ -143,12 +158,17 @@ def _scale_backward(dy, inner, magnitude, weight_norm):
     return _scale(dy, magnitude, weight_norm, None), d_magnitude.to(magnitude.dtype)
 
 
-def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
-    """:func:`_scale_backward` with ``d_h = s * d_inner lora_B`` (of h without its scaling) and d_lora_B."""
+def _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled):
+    """:func:`_scale_backward` with d_lora_B."""
     d_inner, d_magnitude = _scale_backward(dy, inner, magnitude, weight_norm)
-    d_lora = d_inner.to(lora_B.dtype)
-    d_b = d_lora.t() @ h
-    return d_inner, d_magnitude, scaling * (d_lora @ lora_B), d_b if h_is_scaled else scaling * d_b
+    d_b = d_inner.to(h.dtype).t() @ h
+    return d_inner, d_magnitude, d_b if h_is_scaled else scaling * d_b
+
+
+def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
+    """:func:`_lora_b_backward` with ``d_h = s * d_inner lora_B`` (of h without its scaling)."""
+    d_inner, d_magnitude, d_b = _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
+    return d_inner, d_magnitude, scaling * (d_inner.to(lora_B.dtype) @ lora_B), d_b
 
 
 def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
@@ -173,6 +193,12 @@ def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
     return d_inner, d_magnitude
 
 
+def _lora_b_backward_cuda(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled):
+    from dorac.kernels.backward import lora_b_backward
+
+    return lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled=h_is_scaled)
+
+
 def _low_rank_backward_cuda(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
     from dorac.kernels.backward import low_rank_backward
 
@@ -195,6 +221,7 @@ for _name, _aten, _cuda in (
     ("low_rank_linear", _low_rank_linear, _low_rank_linear),
     ("scale", _scale, _scale_cuda),
     ("scale_backward", _scale_backward, _scale_backward_cuda),
+    ("lora_b_backward", _lora_b_backward, _lora_b_backward_cuda),
     ("low_rank_backward", _low_rank_backward, _low_rank_backward_cuda),
     ("up_compose", _up_compose, _up_compose_cuda),
     ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
@@ -281,15 +308,19 @@ class _DoraLinear(torch.autograd.Function):
         # Leaf ops can be neither differentiated again nor batched.
         leaf_ops = ctx.path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
         along = leaf_ops and x_dtype is lora_dtype and x_dtype.itemsize == 2 and needs_m and needs_b
-        along = along and (needs_x or needs_a) and d_inner_again is None and h.shape[1] <= LOW_RANK
+        along = along and d_inner_again is None and h.shape[1] <= LORA_B_RANK
         h_is_scaled = ctx.path == "accumulate"
         d_inner = d_h = dx = d_weight = d_a = d_b = d_m = d_bias = None
         with front.autocast_off(weight_norm):
             if dy is not None and needs_bias:
                 d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
-            if dy is not None and along:
+            if dy is not None and along and (needs_x or needs_a) and h.shape[1] <= LOW_RANK:
                 d_inner, d_m, d_h, d_b = torch.ops.dorac.low_rank_backward(
                     dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled
+                )
+            elif dy is not None and along:
+                d_inner, d_m, d_b = torch.ops.dorac.lora_b_backward(
+                    dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled
                 )
             elif dy is not None and needs_m:
                 backward = torch.ops.dorac.scale_backward if leaf_ops else _scale_backward
