@@ -124,8 +124,11 @@ def test_stack_adapts_every_linear_layer_and_shares_the_weights():
     for name in ("dorac-every", "dorac-once", "dorac-peft"):
         torch.testing.assert_close(outputs[name], outputs["peft-dora"])
     assert not torch.allclose(outputs["peft-dora"], outputs["lora-sum"], rtol=1e-3)
-    held = {p.data_ptr() for p in stack.parameters() if not p.requires_grad}
+    adapted = model.build_variant(stack, layers, "dorac-every-eager")
+    held = {p.data_ptr() for p in adapted.parameters() if not p.requires_grad}
+    assert held == {p.data_ptr() for p in stack.parameters()}
     assert {weight.data_ptr() for weight in weights.values()} <= held
+    assert model.linear_weights(stack).keys() == weights.keys()  # which stays as it was
 
 
 # The subcommands
@@ -233,14 +236,15 @@ def test_steps_of_several_micro_batches(micro_batches, monkeypatch):
     args = arguments(layers=1, hidden=32, intermediate=48, heads=4, kv_heads=2, tokens=6)
     stack = model.build_stack(args)
     layers = model.draw_layers(model.linear_weights(stack), 2, args)
-    model.build_variant(stack, layers, "dorac-cached-eager")
+    stack = model.build_variant(stack, layers, "dorac-cached-eager")
     before = [p.detach().clone() for p in stack.parameters()]
     forwards, steps = [], []
     stack.register_forward_hook(lambda *_: forwards.append(1))
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
-    monkeypatch.setattr(measure, "measure", lambda fn, device, **how: fn() or {})
+    monkeypatch.setattr(measure, "attempt_alone", lambda make, device, **how: (None, make()() or {}))
     x = torch.randn(1, 6, 32)
-    against_lora.measure_step(lambda: stack, None, x, torch.randn_like(x), micro_batches=micro_batches)
+    variants = {"dorac-cached-eager": (lambda: stack, None)}
+    against_lora.measure_steps("c", variants, x, torch.randn_like(x), micro_batches=micro_batches)
     hook.remove()
     assert (len(forwards), len(steps)) == ((1, 0) if micro_batches is None else (3, 1))
     assert all(p.grad is None for p in stack.parameters())
@@ -310,10 +314,13 @@ def test_decode(tmp_path):
 def test_gpu_time_is_that_of_the_kernels_alone():
     """A sum of two kernels, with the flush and what runs before and after left out."""
     x = torch.randn(2**20, device="cuda")
-    iterations = timeline.gpu_iterations(lambda: (x + 1).sin(), flush=True)
+    (iterations,) = timeline.gpu_iterations([lambda: (x + 1).sin()], flush=True)
     assert [len(work) for work in iterations] == [2] * timeline.PROFILED
     rows = timeline.by_name(iterations)
     assert [row["calls"] for row in rows] == [1, 1]
+    first, second = timeline.gpu_iterations([lambda: (x + 1).sin(), lambda: x.exp()], flush=False)
+    assert [len(work) for work in first] == [2] * timeline.PROFILED
+    assert [len(work) for work in second] == [1] * timeline.PROFILED
     assert measure.measure(lambda: x + 1, torch.device("cuda"))["peak_mib"] == 4
 
 

@@ -1,46 +1,67 @@
 """Steps of training and inference, and their ratios to plain LoRA."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from dorac.bench import measure
+from dorac.bench import measure, report
 
 PLAIN_LORA = ("lora-sum", "lora-addmm")
 _RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
 
 
-def measure_step(
-    build: Callable[[], nn.Module],
-    compile_args: dict[str, object] | None,
+def measure_steps(
+    case: str,
+    variants: Mapping[str, tuple[Callable[[], nn.Module], dict[str, object] | None]],
     x: Tensor,
     dy: Tensor | None,
     *,
     micro_batches: int | None = None,
-    **how,
-) -> dict[str, object]:
-    """Measures a step of what ``build`` returns: forward, and backward from ``dy`` unless that is None (inference).
+    calls: int = 1,
+    kernels: Collection[str] = (),
+) -> list[dict[str, object]]:
+    """Measures a step of each variant: forward, and backward from ``dy`` unless that is None (inference).
+
+    Wall time and memory are measured one variant after the other, GPU time in turns, so all of them are alive at once.
 
     Args:
-        compile_args: of ``torch.compile``; None runs the module eagerly.
+        case: what the records are called.
+        variants: by name, what builds the module and the arguments of ``torch.compile``; None runs it eagerly.
         micro_batches: a training step is so many forward and backward passes and a step of SGD, the cheapest there is
             (of length zero: the values stay). None: one forward and backward pass alone.
-        how: arguments of :func:`measure.measure`.
+        calls: see :func:`measure.measure`. kernels: names of variants whose GPU kernels to list.
 
     Returns:
-        The record of :func:`measure.attempt`, and ``graph_breaks`` if the module was compiled.
+        A record of ``case``, ``variant``, what :func:`measure.measure` returns and, if the module was compiled,
+        ``graph_breaks`` for each variant.
     """
-
-    def make() -> measure.Callback:
-        module = build().train(dy is not None)
-        forward = module if compile_args is None else torch.compile(module, **compile_args)
-        return _inference(forward, x) if dy is None else _training(module, forward, x, dy, micro_batches)
-
     breaks = torch._dynamo.utils.counters["graph_break"]
-    breaks.clear()
-    record = measure.attempt(make, x.device, **how)
-    return record if compile_args is None else record | {"graph_breaks": sum(breaks.values())}
+    measure.release()
+    steps, records = {}, {}
+    with torch._dynamo.config.patch(recompile_limit=len(variants) + 8):  # they share code: a graph for each
+        for name, (build, compile_args) in variants.items():
+            make = functools.partial(_step, build, compile_args, x, dy, micro_batches)
+            breaks.clear()
+            steps[name], measured = measure.attempt_alone(make, x.device, calls=calls)
+            records[name] = {"case": case, "variant": name} | measured
+            if compile_args is not None:
+                records[name]["graph_breaks"] = sum(breaks.values())
+            report.progress(records[name])
+        alive = {name: step for name, step in steps.items() if step is not None}
+        on_the_gpu = measure.on_the_gpu([*alive.values()], x.device)
+    for name, measured in zip(alive, on_the_gpu, strict=True):
+        if name not in kernels:
+            measured.pop("kernels", None)
+        records[name] |= measured
+    return [*records.values()]
+
+
+def _step(build, compile_args, x, dy, micro_batches) -> measure.Callback:
+    module = build().train(dy is not None)
+    forward = module if compile_args is None else torch.compile(module, **compile_args)
+    return _inference(forward, x) if dy is None else _training(module, forward, x, dy, micro_batches)
 
 
 def _training(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dorac.bench import against_lora, model, options, peers, report
+from dorac.bench import against_lora, model, options, peers
 
 REPLAYS = 20  # between two readings of the clock
 REDUCE_OVERHEAD = model.COMPILE | {"mode": "reduce-overhead"}
@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         layers = model.draw_layers(weights, rank, args)
         for batch in args.batches:
             x = torch.randn(batch, 1, args.hidden, dtype=args.dtype, device=args.device)
-            records = []
-            for name in args.variants:
-                build = functools.partial(model.adapt, stack, layers, VARIANTS[name])
-                how = {"calls": REPLAYS, "kernels": args.profile}
-                measured = against_lora.measure_step(build, REDUCE_OVERHEAD, x, None, **how)
-                size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "batch": batch}
-                records.append({"case": f"r{rank} batch {batch}", "variant": name} | size | measured)
-                report.progress(records[-1])
-            yield from against_lora.related_to_lora(records)
+            steps = {
+                name: (functools.partial(model.adapt, stack, layers, VARIANTS[name]), REDUCE_OVERHEAD)
+                for name in args.variants
+            }
+            kernels = args.variants if args.profile else ()
+            case = f"r{rank} batch {batch}"
+            records = against_lora.measure_steps(case, steps, x, None, calls=REPLAYS, kernels=kernels)
+            size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "batch": batch}
+            yield from against_lora.related_to_lora([record | size for record in records])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dorac.bench import against_lora, measure, options, peers, report
+from dorac.bench import against_lora, measure, options, peers
 
 DEFAULTS = {
     "cuda": {
@@ -48,15 +48,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         moved, flops = lora_work(args.tokens, layer, train=phase == "train")
         size = {"out": out_features, "in": in_features, "rank": rank, "tokens": args.tokens, "phase": phase}
         limit = args.ceilings.limit_us(flops=flops, copied=moved)
-        records = []
-        for name in args.variants:
-            variant = peers.VARIANTS[name]
-            kernels = args.profile and variant.compile_args is not None
-            build = functools.partial(variant.build, layer)
-            measured = against_lora.measure_step(build, variant.compile_args, x, dy, kernels=kernels)
-            record = {"case": case, "variant": name} | size | {"bytes": moved, "flops": flops}
-            records.append(record | measured | measure.against_limit(measured, limit))
-            report.progress(records[-1])
+        variants = {name: peers.VARIANTS[name] for name in args.variants}
+        compiled = [name for name, variant in variants.items() if variant.compile_args is not None]
+        steps = {name: (functools.partial(v.build, layer), v.compile_args) for name, v in variants.items()}
+        records = against_lora.measure_steps(case, steps, x, dy, kernels=compiled if args.profile else ())
+        size |= {"bytes": moved, "flops": flops}
+        records = [record | size | measure.against_limit(record, limit) for record in records]
         yield from against_lora.related_to_lora(records)
 
 

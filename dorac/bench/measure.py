@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,39 +51,76 @@ def measure(
         total_mib: the same with what was allocated before.
         kernels: records of name, calls and us per iteration, if asked for.
     """
+    result = _alone(fn, device, flush=flush, calls=calls)
+    (on_gpu,) = on_the_gpu([fn], device, flush=flush)
+    if not kernels:
+        on_gpu.pop("kernels", None)
+    return result | on_gpu
+
+
+def _alone(fn: Callback, device: torch.device, *, flush: bool, calls: int) -> dict[str, object]:
+    """All of :func:`measure` but what the GPU does."""
     for _ in range(WARM_UP):
         fn()
     result = {"gpu_us": None, "wall_us": wall_us(fn, device, flush=flush, calls=calls), "cpu_us": cpu_us(fn, device)}
     peak, total = peak_mib(fn, device)
-    iterations = []
-    if device.type == "cuda":
-        iterations = timeline.gpu_iterations(fn, flush=flush)
-        result["gpu_us"] = statistics.median(sum(kernel.us for kernel in work) for work in iterations)
-    result |= {"peak_mib": peak, "total_mib": total}
-    if kernels:
-        result["kernels"] = timeline.by_name(iterations)
-    return result
+    return result | {"peak_mib": peak, "total_mib": total}
+
+
+def on_the_gpu(fns: Sequence[Callback], device: torch.device, *, flush: bool = False) -> list[dict[str, object]]:
+    """``gpu_us`` and ``kernels`` of each of ``fns``, which take turns; nothing on the CPU."""
+    if device.type != "cuda" or not fns:
+        return [{} for _ in fns]
+    return [
+        {
+            "gpu_us": statistics.median(sum(kernel.us for kernel in work) for work in iterations),
+            "kernels": timeline.by_name(iterations),
+        }
+        for iterations in timeline.gpu_iterations(fns, flush=flush)
+    ]
 
 
 def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[str, object]:
-    """:func:`measure` of what ``make`` builds, from an empty compiler cache.
+    """:func:`measure` of what ``make`` builds, from an empty compiler cache; see :func:`attempt_alone`."""
+    release()
+    return _guarded(lambda: measure(make(), device, **how))
+
+
+def attempt_alone(
+    make: Callable[[], Callback], device: torch.device, *, flush: bool = False, calls: int = 1
+) -> tuple[Callback | None, dict[str, object]]:
+    """What ``make`` builds, and all of its :func:`measure` but what the GPU does; (None, why) if it cannot run.
 
     A variant that runs out of memory or that the compiler refuses gets a record of Nones and the reason in ``failed``;
     the run goes on and ends with exit code 1.
     """
-    release()
+    built = []
+
+    def build_and_measure() -> dict[str, object]:
+        built.append(make())
+        return _alone(built[0], device, flush=flush, calls=calls)
+
+    record = _guarded(build_and_measure)
+    return (None if "failed" in record else built[0]), record
+
+
+def _guarded(run: Callable[[], dict[str, object]]) -> dict[str, object]:
     try:
-        return measure(make(), device, **how)
+        return run()
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     # Outside of the handler, whose traceback keeps the tensors alive.
-    release()
+    _free()
     return {"gpu_us": None, "wall_us": None, "cpu_us": None, "peak_mib": None, "total_mib": None, "failed": reason}
 
 
 def release() -> None:
     """Gives back compiled graphs and cached memory."""
     torch._dynamo.reset()
+    _free()
+
+
+def _free() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """``model``: a Llama-shaped stack with every linear layer adapted, relative to compiled plain LoRA."""
 
 import argparse
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dorac
-from dorac.bench import against_lora, options, peers, report
+from dorac.bench import against_lora, options, peers
 from dorac.cli import BadInput
 
 # The whole stack, the same for everyone; where transformers or PEFT break the graph, the record counts it.
@@ -87,14 +88,13 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         dy = torch.randn_like(x) if phase == "train" else None
         size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "tokens": args.tokens, "batch": args.batch}
         size |= {"micro_batches": args.micro_batches} if phase == "train" else {}
-        records = []
-        for name in args.variants:
-            build = functools.partial(build_variant, stack, layers, name)
-            how = {"kernels": args.profile and compile_args(name) is not None, "micro_batches": args.micro_batches}
-            measured = against_lora.measure_step(build, compile_args(name), x, dy, **how)
-            records.append({"case": f"r{rank} {phase}", "variant": name, "phase": phase} | size | measured)
-            report.progress(records[-1])
-        yield from against_lora.related_to_lora(records)
+        steps = {
+            name: (functools.partial(build_variant, stack, layers, name), compile_args(name)) for name in args.variants
+        }
+        compiled = [name for name in args.variants if compile_args(name) is not None]
+        how = {"kernels": compiled if args.profile else (), "micro_batches": args.micro_batches}
+        records = against_lora.measure_steps(f"r{rank} {phase}", steps, x, dy, **how)
+        yield from against_lora.related_to_lora([record | size | {"phase": phase} for record in records])
 
 
 class Stack(nn.Module):
@@ -143,7 +143,9 @@ def draw_layers(weights: dict[str, Tensor], rank: int, args: argparse.Namespace)
 
 
 def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.Layer], nn.Module]) -> Stack:
-    """Puts ``build(layer)`` in the place of each linear layer, whatever is there."""
+    """A copy of the stack, which shares its tensors, with ``build(layer)`` in the place of each linear layer."""
+    tensors = itertools.chain(stack.parameters(), stack.buffers())
+    stack = copy.deepcopy(stack, {id(tensor): tensor for tensor in tensors})
     for name, layer in layers.items():
         stack.set_submodule(name, build(layer))
     return stack
@@ -151,7 +153,7 @@ def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.L
 
 def build_variant(stack: Stack, layers: dict[str, peers.Layer], name: str) -> Stack:
     """The stack adapted in one of ``VARIANTS``."""
-    adapt(stack, layers, VARIANTS[name].build)
+    stack = adapt(stack, layers, VARIANTS[name].build)
     if name.startswith("dorac-cached"):
         dorac.cache_norms(stack)
     return stack

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PROFILED = 20
+ROUNDS = 4  # in which several callables take turns
 PAUSE = 2**23  # cycles, about 5 ms: the CPU queues a step meanwhile, and the GPU starts each one as cool as the last
 FLUSH_BYTES = 2**28  # several times any L2 cache
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
@@ -30,14 +31,24 @@ def flush_buffer() -> Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def gpu_iterations(fn: Callable[[], object], *, flush: bool) -> list[list[Kernel]]:
-    """What each of ``PROFILED`` iterations does on the GPU, which idles before each, so that all see the same clocks.
+def gpu_iterations(fns: Sequence[Callable[[], object]], *, flush: bool) -> list[list[list[Kernel]]]:
+    """What each of ``PROFILED`` iterations of each callable does on the GPU. The flush is not counted.
 
-    Otherwise whoever keeps the GPU waiting for the CPU is rewarded with a cooler chip. The flush is not counted.
+    The GPU idles before each, so that all see the same clocks: otherwise whoever keeps the GPU waiting for the CPU is
+    rewarded with a cooler chip. Several callables take turns, so that none pays for a chip that the others have heated.
     """
     cache = flush_buffer() if flush else None
+    rounds = ROUNDS if len(fns) > 1 else 1
+    iterations: list[list[list[Kernel]]] = [[] for _ in fns]
+    for _ in range(rounds):
+        profiled = iter(_profiled(fns, PROFILED // rounds, cache))
+        for own in iterations:
+            own += [next(profiled) for _ in range(PROFILED // rounds)]
+    return iterations
 
-    def iterate(times: int) -> None:
+
+def _profiled(fns: Sequence[Callable[[], object]], times: int, cache: Tensor | None) -> list[list[Kernel]]:
+    def iterate(fn: Callable[[], object], times: int) -> None:
         for _ in range(times):
             if cache is not None:
                 cache.zero_()
@@ -54,10 +65,12 @@ def gpu_iterations(fn: Callable[[], object], *, flush: bool) -> list[list[Kernel
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
         ) as profiler:
-            for times in (1, PROFILED):
-                iterate(times)
-                profiler.step()
-        return split_iterations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], PROFILED)
+            iterate(fns[0], 1)
+            profiler.step()
+            for fn in fns:
+                iterate(fn, times)
+            profiler.step()
+        return split_iterations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], times * len(fns))
 
 
 def split_iterations(events: list[dict], count: int) -> list[list[Kernel]]:

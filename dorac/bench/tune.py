@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
@@ -163,9 +164,9 @@ def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, ob
         same_dtype = x.dtype is layer.lora_A.dtype
         for form in ("accumulate", "fused", "separate") if same_dtype else ("fused", "separate"):
             with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
-                measured = against_lora.measure_step(lambda: peers.DoracOnce(layer), compile_args, x, dy)
-            case = f"form {phase} {mode} {_shape(layer)}"
-            yield {"case": case, "variant": form, "chosen": form == chosen} | measured
+                step = functools.partial(peers.DoracOnce, layer), compile_args
+                (record,) = against_lora.measure_steps(f"form {phase} {mode} {_shape(layer)}", {form: step}, x, dy)
+            yield record | {"chosen": form == chosen}
 
 
 def _activations(layer: peers.Layer, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -421,6 +421,7 @@ def low_rank_backward(
         sizes,
         (strips_t, strips_o),
         scale_b=not h_is_scaled,
+        block=128,
     )
     return d_inner, d_magnitude, d_h, d_b
 
@@ -500,13 +501,13 @@ def lora_b_backward(
             sizes,
             (strips, 0),
             scale_b=False,
+            block=512,  # few strips, many elements
         )
     return d_inner, d_magnitude, d_b
 
 
-def _sum_strips(partials, weight_norm, scaling, gradients, sizes, strips, *, scale_b):
+def _sum_strips(partials, weight_norm, scaling, gradients, sizes, strips, *, scale_b, block):
     """Sums the strips ``partials`` of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``, into ``gradients``."""
-    block = 128
     _launch_low_rank_strip_sum(
         (sum(triton.cdiv(size, block) for size in sizes), 1, 1),
         *partials,
