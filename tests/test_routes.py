@@ -187,6 +187,9 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
 
     forward = leaves(backend.fw_graphs[0])
     if training:
+        nodes = [*backend.fw_graphs[0].graph.nodes, *backend.bw_graphs[0].graph.nodes]
+        products = [n.meta["val"].shape for n in nodes if n.target is torch.ops.aten.mul.Tensor]
+        assert (64, rank) not in products  # s is the alpha of a GEMM
         assert forward == ["dorac.row_norm", "dorac.low_rank_linear"]
         along = "dorac.low_rank_backward" if rank <= linear.LOW_RANK else "dorac.lora_b_backward"
         assert leaves(backend.bw_graphs[0]) == [along, "dorac.low_rank_linear"]
@@ -334,4 +337,5 @@ def test_opcheck_of_the_layer(dtype, grads, transposed, device):
     tensors = (*inputs.tensors()[:5], norm, scaling, inputs.bias)
     # Eager and graph take one form on the CPU; those that a GPU takes round differently.
     tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 and device == "cuda" else {}
-    opcheck(torch.ops.dorac.dora_linear.default, tensors, **tolerance)
+    for number in (None, S):
+        opcheck(torch.ops.dorac.dora_linear.default, (*tensors, number), **tolerance)

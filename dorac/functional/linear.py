@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
-from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
+from dorac.functional.norm import magnitude_scale, norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops.library import REVISION
 from dorac.ops.linear import experts_aten
@@ -101,7 +101,8 @@ def dora_linear(
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
     if not dropout_p:
-        return torch.ops.dorac.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, REVISION)
+        tensors = x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias
+        return torch.ops.dorac.dora_linear(*tensors, scaling_number(scaling), REVISION)
     x_adapter = F.dropout(x, dropout_p)
     if weight.ndim == 3:
         return experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, x_adapter)

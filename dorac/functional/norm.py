@@ -20,6 +20,18 @@ def scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) ->
     return torch.full((), scaling, dtype=dtype, device=like.device)
 
 
+def scaling_number(scaling: float | Tensor) -> float | None:
+    """``scaling`` where it is known now: in eager, and in a graph that is compiled for this value alone."""
+    if isinstance(scaling, Tensor):
+        return None
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(scaling):
+            return None
+    return float(scaling)
+
+
 def norm_factored(
     weight: Tensor,
     lora_A: Tensor,

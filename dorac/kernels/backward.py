@@ -4,6 +4,9 @@ It goes once over dy and inner: up to rank 16 with both products of d_inner, by 
 first, which is lora_B's gradient. Sums over rows or columns are written per strip and added in a fixed order by a
 second kernel, so that two runs give the same bits.
 
+Rows are taken from the last to the first: of what the kernel before has written, its end is still in L2, and the next
+kernel, which begins with the first rows, finds these there.
+
 Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
 """
 
@@ -49,7 +52,7 @@ def compose_backward_kernel(
     WANT_LORA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    strip = tl.program_id(1)
+    strip = tl.num_programs(1) - 1 - tl.program_id(1)
     start_o = tl.program_id(0) * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
@@ -102,7 +105,7 @@ def low_rank_backward_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    strip_o, strip_t = tl.program_id(0), tl.program_id(1)
+    strip_o, strip_t = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     start_o = strip_o * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
@@ -112,7 +115,9 @@ def low_rank_backward_kernel(
     acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     acc_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     begin = strip_t * rows_per_program
-    for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
+    rows = tl.minimum(rows_per_program, T - begin)
+    for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
+        start = begin + (tl.cdiv(rows - done, BLOCK_T) - 1) * BLOCK_T
         dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
         inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
         h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
@@ -181,7 +186,9 @@ def lora_b_backward_kernel(
     if CHUNKS >= 3:
         acc2_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     begin = strip * rows_per_program
-    for start in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
+    rows = tl.minimum(rows_per_program, T - begin)
+    for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
+        start = begin + (tl.cdiv(rows - done, BLOCK_T) - 1) * BLOCK_T
         dy_OT = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False).T
         h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
         acc0_OR = product(dy_OT, h_TR, acc0_OR, False)

@@ -252,14 +252,23 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
 
 
-def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager, needs_inner):
+def _scaled_product(left, right, scaling, number, eager):
+    """``s * (left @ right)``; where s is known as a number, it is the GEMM's alpha."""
+    if number is None:
+        return scaling * (left @ right)
+    # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero.
+    unread = left.new_empty(()) if eager else left.new_zeros(())
+    return torch.addmm(unread, left, right, beta=0, alpha=number)
+
+
+def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, number, path, eager, needs_inner):
     """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated."""
-    h = x.to(lora_A.dtype) @ lora_A.t()
     if path == "accumulate":
-        h = scaling * h
+        h = _scaled_product(x, lora_A.t(), scaling, number, eager)
         inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
         scale = torch.ops.dorac.scale if eager else functools.partial(_scale, as_buffer=True)
         return scale(inner, magnitude, weight_norm, bias), inner, h
+    h = x.to(lora_A.dtype) @ lora_A.t()
     base = x @ weight.t()
     if path == "separate":
         g = magnitude_scale(magnitude, weight_norm)
@@ -278,10 +287,10 @@ class _DoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, path, eager):
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, number, path, eager):
         needs_x, needs_weight, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
-        y, inner, h = _forward(*tensors, path, eager, needs_m)
+        y, inner, h = _forward(*tensors, number, path, eager, needs_m)
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,
             weight if needs_x else None,
@@ -295,7 +304,7 @@ class _DoraLinear(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.dtypes = x.dtype, lora_A.dtype, None if bias is None else bias.dtype
-        ctx.path, ctx.eager = path, eager
+        ctx.number, ctx.path, ctx.eager = number, path, eager
         return y, inner if needs_m else None, h if needs_b else None
 
     @staticmethod
@@ -309,6 +318,7 @@ class _DoraLinear(torch.autograd.Function):
         leaf_ops = ctx.path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
         along = leaf_ops and x_dtype is lora_dtype and x_dtype.itemsize == 2 and needs_m and needs_b
         along = along and d_inner_again is None and h.shape[1] <= LORA_B_RANK
+        number = ctx.number if leaf_ops else None
         h_is_scaled = ctx.path == "accumulate"
         d_inner = d_h = dx = d_weight = d_a = d_b = d_m = d_bias = None
         with front.autocast_off(weight_norm):
@@ -338,10 +348,9 @@ class _DoraLinear(torch.autograd.Function):
             if d_inner is not None:
                 d_lora = d_inner.to(lora_dtype) if d_lora is None else _sum(d_lora, d_inner_again)
                 if needs_b and d_b is None:
-                    d_b = d_lora.t() @ h
-                    d_b = d_b if h_is_scaled else scaling * d_b
+                    d_b = d_lora.t() @ h if h_is_scaled else _scaled_product(d_lora.t(), h, scaling, number, ctx.eager)
                 if d_h is None and (needs_x or needs_a):
-                    d_h = scaling * (d_lora @ lora_B)
+                    d_h = _scaled_product(d_lora, lora_B, scaling, number, ctx.eager)
                 if needs_weight:
                     d_weight = d_inner.t() @ x
             if d_h_again is not None and (needs_x or needs_a):
@@ -354,7 +363,7 @@ class _DoraLinear(torch.autograd.Function):
                 else:
                     dx = (d_h @ lora_A).to(x_dtype)
                     dx = dx if d_inner is None else d_inner @ weight + dx
-        return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None
+        return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None, None
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -363,7 +372,8 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
-def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, revision=REVISION):
+def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, number=None, revision=REVISION):
+    """``number``: the scaling again where it is known as one (not in a graph for every scaling)."""
     if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
         vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
         sharded.check_sharded(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, **vectors)
@@ -387,13 +397,13 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         path = route(flat, lora_A, training=training, traced=not eager)
-        arguments = (flat, *tensors[1:], path, eager)
+        arguments = (flat, *tensors[1:], number, path, eager)
         y = _DoraLinear.apply(*arguments)[0] if training else _forward(*arguments, False)[0]
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
 register_composite(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor weight_norm, "
-    f"Tensor scaling, Tensor? bias=None, int revision={REVISION}) -> Tensor",
+    f"Tensor scaling, Tensor? bias=None, float? number=None, int revision={REVISION}) -> Tensor",
     _dora_linear,
 )
