@@ -257,7 +257,7 @@ def _scaled_product(left, right, scaling, number, eager):
     if number is None:
         return scaling * (left @ right)
     # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero.
-    unread = left.new_empty(()) if eager else left.new_zeros(())
+    unread = left.new_empty(()) if eager else left.new_zeros(right.shape[1])
     return torch.addmm(unread, left, right, beta=0, alpha=number)
 
 
