@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
 from dorac.kernels.compose import compose
-from dorac.kernels.norm import row_norm
+from dorac.kernels.norm import row_norm, row_norms
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -96,6 +96,21 @@ class TestNorm:
         norm = check_norm(weight, lora_A, lora_B)
         assert torch.equal(norm[1], row_norm(weight[1], lora_A[1], lora_B[1], scaling(device)))
         check_norm(weight.transpose(1, 2).contiguous().transpose(1, 2), lora_A, lora_B)
+
+    @pytest.mark.parametrize("shape", [(1, 40, 300, 20), (1, 130, 600, 72), (1, 33, 65, 7)])
+    @pytest.mark.parametrize(("dtype", "factor_dtype"), [(torch.bfloat16,) * 2, (torch.float16, torch.float32)])
+    def test_many_layers(self, shape, dtype, factor_dtype, device):
+        """In one launch, each with tensors and a scaling of its own, and the bits that it has alone."""
+        stack = [linear_inputs(shape, dtype=dtype, factor_dtype=factor_dtype, device=device, seed=s) for s in range(5)]
+        layers = [(inputs.weight, inputs.lora_A, inputs.lora_B) for inputs in stack]
+        layers = [layers[2], layers[0], *layers[3:], layers[1]]  # not in the order of their addresses
+        layers.append((layers[0][0], *layers[1][1:]))  # a shared weight
+        scalings = [0.7, 2.0, -1.0, 0.1, 0.3, 1.0]
+        norms = row_norms(layers, scalings)
+        for norm, tensors, s in zip(norms, layers, scalings, strict=True):
+            assert torch.equal(norm, row_norm(*tensors, torch.tensor(s, device=device)))
+        transposed = [(weight.T.contiguous().T, *factors) for weight, *factors in layers]
+        torch.testing.assert_close(row_norms(transposed, scalings), norms)
 
     @pytest.mark.parametrize("rank", [128, 300, 384, 400])
     def test_large_ranks(self, rank, device):

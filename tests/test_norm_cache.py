@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import dorac
 from dorac.nn import DoraConv2d, DoraEmbedding, DoraExperts, DoraLayer, DoraLinear
+from dorac.ops import front
 
 IN, OUT = 24, 17
 
@@ -315,6 +316,31 @@ def test_every_documented_change_refreshes(change, tmp_path):
             not torch.equal(layer.cached_norm.double(), b.double())
             for layer, b in zip(layers(model), before, strict=True)
         )
+
+
+def test_layers_of_one_layout_take_one_launch(monkeypatch, device):
+    """Of every dtype, transposed or not; the others alone, and each with its own scaling."""
+    kernels = pytest.importorskip("dorac.kernels.norm")
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    linears = [nn.Linear(IN, OUT) for _ in range(5)] + [nn.Linear(OUT, IN), nn.Linear(OUT, IN, dtype=torch.bfloat16)]
+    model = nn.Sequential(*linears, nn.Embedding(IN, OUT), nn.Embedding(IN, OUT), nn.Conv1d(3, 4, 2)).to(device)
+    dorac.apply_dora(model, [str(i) for i in range(10)], r=3, lora_alpha=6, init_lora_weights=False)
+    model[1].scaling = 0.3
+    launched = []
+    row_norms = kernels.row_norms
+    monkeypatch.setattr(kernels, "row_norms", lambda of, scalings: launched.append(len(of)) or row_norms(of, scalings))
+    cache = dorac.cache_norms(model)
+    assert sorted(launched) == [2, 5]
+    for layer in layers(model):
+        torch.testing.assert_close(layer.cached_norm, layer._norm(), rtol=1e-6, atol=0)
+    before = [layer.cached_norm for layer in layers(model)]
+    optimizer = torch.optim.SGD([*model[0].parameters(), *model[1].parameters()], lr=0.1)
+    for p in trained(model):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert sorted(launched) == [2, 2, 5]
+    cache.check()
+    assert all(layer.cached_norm is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
 @pytest.mark.gpu

@@ -5,8 +5,12 @@ L2, ``B @ A`` runs on the tensor cores, and ``W + s * BA`` is squared and summed
 out x in or out x r exists in memory, and nothing cancels. With several column ranges per row block the partial sums
 are written out and added in a fixed order by a second kernel, so that two runs give the same bits.
 
-Legend: E experts, O out_features, I in_features, R rank, S column splits.
+The same launch takes the norms of many layers, each with tensors of its own.
+
+Legend: E experts or layers, O out_features, I in_features, R rank, S column splits.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -34,6 +38,7 @@ def row_square_kernel(
     a_ptr,
     b_ptr,
     scaling_ptr,
+    offsets_ptr,  # None, or int64 [E, 3]: where each layer's tensors begin, in elements from the first's, 16 by 16
     out_ptr,
     O,
     I,
@@ -62,10 +67,16 @@ def row_square_kernel(
     expert = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     start_o = tl.program_id(0) * BLOCK_O
-    scaling = tl.load(scaling_ptr).to(tl.float32)
-    w_ptr += expert * stride_we
-    a_ptr += expert * stride_ae
-    b_ptr += expert * stride_be
+    if offsets_ptr is None:
+        scaling = tl.load(scaling_ptr).to(tl.float32)
+        w_ptr += expert * stride_we
+        a_ptr += expert * stride_ae
+        b_ptr += expert * stride_be
+    else:
+        scaling = tl.load(scaling_ptr + expert).to(tl.float32)
+        w_ptr += tl.multiple_of(tl.load(offsets_ptr + 3 * expert), 16)
+        a_ptr += tl.multiple_of(tl.load(offsets_ptr + 3 * expert + 1), 16)
+        b_ptr += tl.multiple_of(tl.load(offsets_ptr + 3 * expert + 2), 16)
 
     if CHUNKS >= 1:
         b0 = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
@@ -135,16 +146,50 @@ def row_norm(
     Returns:
         ``[(E,) out]``, float32.
     """
-    batch, (out_features, in_features) = weight.shape[:-2], weight.shape[-2:]
+    batch = weight.shape[:-2]
+    strides = [(t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B)]
     norm = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+    return _row_norm(weight, lora_A, lora_B, scaling, None, strides, batch.numel(), norm, config)
+
+
+def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequence[float]) -> Tensor:
+    """:func:`row_norm` of every layer in one launch, with the same bits.
+
+    Args:
+        layers: ``weight [out, in]``, ``lora_A [r, in]`` and ``lora_B [out, r]`` of each, all with the shapes, dtypes,
+            strides and device of the first's, and that many bytes apart from them which 64 divides.
+        scalings: of each.
+
+    Returns:
+        ``[layers, out]``, float32.
+    """
+    weight, lora_A, lora_B = first = layers[0]
+    offsets = [
+        [
+            (tensor.data_ptr() - start.data_ptr()) // start.element_size()
+            for tensor, start in zip(layer, first, strict=True)
+        ]
+        for layer in layers
+    ]
+    # Not blocking: the copy is made in the stream's order, and the CPU waits for nothing.
+    offsets = torch.tensor(offsets, dtype=torch.int64).to(weight.device, non_blocking=True)
+    scaling = torch.tensor(scalings, dtype=torch.float32).to(weight.device, non_blocking=True)
+    strides = [(0, *t.stride()) for t in first]
+    norm = weight.new_empty(len(layers), weight.shape[0], dtype=torch.float32)
+    config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype)  # one layer's: its bits
+    return _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, len(layers), norm, config)
+
+
+def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, config):
+    """Writes and returns ``norm``. ``experts``: how many norms are taken, by strides or by ``offsets``."""
+    out_features, in_features = weight.shape[-2:]
     if not norm.numel():
         return norm
     if not in_features:
         return norm.zero_()
-    experts, rank = batch.numel(), lora_A.shape[-2]
+    rank = lora_A.shape[-2]
     if config is None:
         config = norm_config(experts, out_features, in_features, rank, weight.dtype, lora_A.dtype)
-    strides = [(t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B)]
     chunks = triton.cdiv(rank, config.block_r)
     tiles = triton.cdiv(in_features, config.block_i)
     tiles_per_split = triton.cdiv(tiles, config.splits)
@@ -156,6 +201,7 @@ def row_norm(
         lora_A,
         lora_B,
         scaling,
+        offsets,
         out,
         out_features,
         in_features,

@@ -95,6 +95,9 @@ class _DoraConvNd(DoraLayer):
             rows = weight.movedim(1, -1)
             rows.copy_(matrix.view_as(rows))
 
+    def norm_operands(self) -> None:
+        return None
+
     def _norm(self) -> Tensor:
         base = self.base_layer
         return functional.norm_factored_conv(base.weight, self.lora_A, self.lora_B, self.scaling, groups=base.groups)

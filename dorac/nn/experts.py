@@ -158,6 +158,9 @@ class DoraExperts(DoraLayer):
             self._matrices(projection).copy_(merged)
         self.merged_norm = torch.cat([norm for _, norm in results.values()], dim=1)
 
+    def norm_operands(self) -> None:
+        return None
+
     def _norm(self) -> Tensor:
         """The norms of all projections side by side."""
         norms = (

@@ -201,7 +201,11 @@ class DoraLayer(nn.Module):
 
     def _norm(self) -> Tensor:
         """The norm that the magnitude is divided by, as many elements as it has."""
-        return functional.init_magnitude(self._matrix(), *self._factors(), self.scaling, budget=self.norm_budget)
+        return functional.init_magnitude(*self.norm_operands(), self.scaling, budget=self.norm_budget)
+
+    def norm_operands(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The matrix and the factors of the norm, or None where it is not that of one matrix."""
+        return self._matrix(), *self._factors()
 
     def norm_inputs(self) -> tuple[Tensor, ...]:
         """The parameters that the norm depends on."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dorac.ops import front, sharded
+from dorac.ops.norm import row_norms
 
 if TYPE_CHECKING:
     from dorac.nn.layer import DoraLayer
@@ -59,14 +60,15 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
 
     A layer that has been sharded since takes its own from then on.
     """
-    pairs = []
+    pairs, taken = [], []
     for layer in layers:
         if not layer.caches_norm:
             continue
         if layer.merged or sharded.any_sharded(*layer.norm_inputs()):
             layer.cached_of = None
-            continue
-        norm = layer._norm()
+        else:
+            taken.append(layer)
+    for layer, norm in zip(taken, _norms(taken), strict=True):
         if _like(layer.cached_norm, norm):
             pairs.append((layer.cached_norm, norm))
         else:
@@ -75,6 +77,20 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
         layer.cached_of = _identity(layer)
     if pairs:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # one launch for all layers
+
+
+def _norms(layers: list["DoraLayer"]) -> list[Tensor]:
+    """The present norms, those of layers of one layout in one launch."""
+    operands = [None if isinstance(layer.scaling, Tensor) else layer.norm_operands() for layer in layers]
+    matrices = [layer for layer, tensors in zip(layers, operands, strict=True) if tensors]
+    norms = iter(
+        row_norms(
+            [tensors for tensors in operands if tensors],
+            [layer.scaling for layer in matrices],
+            [layer.norm_budget for layer in matrices],
+        )
+    )
+    return [next(norms) if tensors else layer._norm() for layer, tensors in zip(layers, operands, strict=True)]
 
 
 def suspend(layers: Iterable["DoraLayer"]) -> None:

@@ -16,6 +16,7 @@ Legend: O out_features, I in_features, R rank, C columns of one chunk; any of th
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -187,6 +188,40 @@ class _RowNorm(torch.autograd.Function):
                     -1,
                 )
         return d_weight, d_a if needs_a else None, d_b if needs_b else None, d_scaling, None, None
+
+
+def row_norms(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequence[float], budgets: Sequence[int]
+) -> list[Tensor]:
+    """The norm of each layer ``(weight, lora_A, lora_B)``, in eager and with the bits of ``norm_factored``.
+
+    Layers that differ in nothing but their values take one launch of the kernel together, except while a CUDA graph is
+    captured: the table of their addresses comes from the CPU.
+    """
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    alike: dict[tuple, list[int]] = {}
+    for i, tensors in enumerate(layers):
+        together = front.has_kernels(*tensors) and front.all_eager(*tensors)
+        together = together and not (capturing or front.under_transform())
+        alike.setdefault(_layout(tensors) if together else (i,), []).append(i)
+    norms = [None] * len(layers)
+    for members in alike.values():
+        if len(members) == 1:
+            (i,) = members
+            scaling = torch.full((), scalings[i], dtype=accumulate_dtype(*layers[i]), device=layers[i][0].device)
+            norms[i] = torch.ops.dorac.norm_factored(*layers[i], scaling, None, budgets[i])
+        else:
+            from dorac.kernels.norm import row_norms
+
+            taken = row_norms([layers[i] for i in members], [scalings[i] for i in members])
+            for i, norm in zip(members, taken.unbind(), strict=True):
+                norms[i] = norm
+    return norms
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple:
+    """Equal for layers that one launch can take: the kernel finds each by an offset of so many times 64 bytes."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 64) for t in tensors)
 
 
 def _norm_factored(
