@@ -1,7 +1,9 @@
 """The benchmark at tiny sizes: peers compute what they are named for, records, reports, bad input; no timings."""
 
 import argparse
+import functools
 import json
+import weakref
 
 import pytest
 import torch
@@ -423,6 +425,32 @@ def test_variant_that_cannot_run_is_reported_and_the_others_go_on(make, reason):
     assert related[0]["wall_ratio_eager"] is None
     assert related[1]["wall_ratio_eager"] == 1
     assert reason in report.table(related)
+
+
+def test_variant_that_cannot_run_frees_what_it_built():
+    class Built:
+        def __init__(self):
+            self.itself = self  # only the collector frees it
+
+        def __call__(self):
+            out_of_memory()
+
+    alive = weakref.WeakSet()
+
+    def make():
+        alive.add(built := Built())
+        return built
+
+    assert measure.attempt_alone(make, torch.device("cpu"))[0] is None
+    assert not alive
+
+
+def test_memory_that_does_not_suffice_for_all_at_once_is_reported(monkeypatch):
+    monkeypatch.setattr(measure, "on_the_gpu", lambda fns, device: out_of_memory())
+    step = functools.partial(torch.nn.Linear, 3, 3), None
+    records = against_lora.measure_steps("c", {"lora-sum-eager": step, "x-eager": step}, torch.ones(2, 3), None)
+    assert [record["wall_us"] > 0 for record in records] == [True, True]
+    assert all(record["failed"].startswith("in turns, OutOfMemoryError: CUDA out of memory") for record in records)
 
 
 def test_other_errors_are_not_swallowed():

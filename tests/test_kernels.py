@@ -468,6 +468,17 @@ class TestConfigs:
         waves, tiles_of_each = -(-row_blocks * config.splits // slots), -(-tiles // config.splits)
         assert waves * tiles_of_each <= 1.2 * row_blocks * tiles / slots
 
+    @pytest.mark.parametrize("rank", [1, 17, 64, 65, 130, 384])
+    @pytest.mark.parametrize("tokens", [1, 33, 700, 4096, 10**6])
+    @pytest.mark.parametrize("out_features", [1, 100, 4096, 8192, 14336, 150_000])
+    def test_lora_b(self, tokens, out_features, rank):
+        config = configs.lora_b_config(tokens, out_features, rank)
+        strips, blocks = -(-tokens // config.rows), -(-out_features // config.block_o)
+        assert config.rows % config.block_t == 0
+        assert strips == 1 or strips * blocks <= configs.PROCESSORS
+        assert (config.chunks - 1) * config.block_r < rank <= config.chunks * config.block_r
+        assert strips == 1 or strips * out_features * rank * 4 <= 66 * rank * 1024  # of partial sums, as documented
+
     def test_thresholds(self):
         large = configs.tile_config(4096, 8192, 384, torch.bfloat16, torch.bfloat16)
         assert large.descriptors
@@ -475,5 +486,9 @@ class TestConfigs:
         assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16).block_t == 16
         assert configs.column_config(8192, 8192).rows == 256
         assert configs.column_config(64, 128).rows == 32
+        one, several, narrow = (configs.lora_b_config(4096, out, 384) for out in (14336, 4096, 8192))
+        assert (one.rows, one.block_o, one.chunks) == (4096, 128, 3)
+        assert (several.rows, several.block_o) == (1024, 128)
+        assert (narrow.rows, narrow.block_o) == (4096, 64)  # a program per processor without strips
         for config in (configs.column_config(2**27, 64), configs.low_rank_config(2**27, 64, 8)):
             assert -(-(2**27) // config.rows) <= 65_535  # what a grid's second axis holds

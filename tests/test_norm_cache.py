@@ -343,6 +343,55 @@ def test_layers_of_one_layout_take_one_launch(monkeypatch, device):
     assert all(layer.cached_norm is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
+def test_refreshed_outside_of_eager(monkeypatch):
+    """Traced, and with another default device, whatever the kernels' table of addresses is made of."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
+    dorac.apply_dora(model, "all-linear", r=3, lora_alpha=6, init_lora_weights=False)
+    cache = dorac.cache_norms(model)
+    before = model[0].cached_norm.clone()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def rescale(x):
+        model[0].scaling = 3.0
+        return x
+
+    rescale(torch.ones(1))
+    assert not torch.equal(model[0].cached_norm, before)
+    cache.check()
+    with torch.device("meta"):
+        cache.refresh()
+    cache.check()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: setattr(layer, "scaling", float("nan")), "scaling must be finite, got nan"),
+        (lambda layer: setattr(layer, "scaling", "2"), "scaling must be a number or a 0-d float tensor, got str"),
+        (
+            lambda layer: setattr(layer, "lora_B", nn.Parameter(torch.ones(5, 3))),
+            r"lora_B must be \[out, r\] = \[24, 3\]",
+        ),
+        (
+            lambda layer: setattr(layer, "lora_A", nn.Parameter(layer.lora_A.half())),
+            "lora_A and lora_B must share a dtype",
+        ),
+    ],
+)
+def test_a_refresh_refuses_what_a_forward_refuses(change, message, kernels, monkeypatch):
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
+    dorac.apply_dora(model, "all-linear", r=3, lora_alpha=6, init_lora_weights=False)
+    cache = dorac.cache_norms(model)
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: kernels)
+    with pytest.raises((TypeError, ValueError), match=message):  # noqa: PT012
+        for layer in layers(model):  # alike, so that one launch would take them
+            change(layer)
+        cache.refresh()
+
+
 @pytest.mark.gpu
 def test_moves_refresh():
     model = adapted()

@@ -12,7 +12,7 @@ SCRIPT = """
 import itertools, torch
 from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
 from dorac.kernels.compose import compose
-from dorac.kernels.norm import row_norm
+from dorac.kernels.norm import row_norm, row_norms
 from dorac.testing import linear_inputs
 
 s = torch.full((), 0.7, device="cuda")
@@ -24,6 +24,7 @@ for dtype, factor_dtype in itertools.product((torch.bfloat16, torch.float32), (t
         factors = inputs.lora_A, inputs.lora_B
         norm = row_norm(inputs.weight, *factors, s)
         row_norm(inputs.weight.T.contiguous().T, *factors, s)
+        row_norms([tuple(t.clone() for t in (inputs.weight, *factors)) for _ in range(3)], [0.7, 1.0, 2.0])
         row_norm(*(torch.stack([t, t]) for t in (inputs.weight, *factors)), s)
         if factor_dtype.itemsize < dtype.itemsize:
             continue

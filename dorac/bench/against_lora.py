@@ -40,7 +40,8 @@ def measure_steps(
     breaks = torch._dynamo.utils.counters["graph_break"]
     measure.release()
     steps, records = {}, {}
-    with torch._dynamo.config.patch(recompile_limit=len(variants) + 8):  # they share code: a graph for each
+    # They share code, and each needs graphs of its own.
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
         for name, (build, compile_args) in variants.items():
             make = functools.partial(_step, build, compile_args, x, dy, micro_batches)
             breaks.clear()
@@ -50,11 +51,13 @@ def measure_steps(
                 records[name]["graph_breaks"] = sum(breaks.values())
             report.progress(records[name])
         alive = {name: step for name, step in steps.items() if step is not None}
-        on_the_gpu = measure.on_the_gpu([*alive.values()], x.device)
+        on_the_gpu = measure.in_turns([*alive.values()], x.device)
     for name, measured in zip(alive, on_the_gpu, strict=True):
         if name not in kernels:
             measured.pop("kernels", None)
         records[name] |= measured
+        if measured:
+            report.progress(records[name])
     return [*records.values()]
 
 

@@ -80,6 +80,15 @@ def on_the_gpu(fns: Sequence[Callback], device: torch.device, *, flush: bool = F
     ]
 
 
+def in_turns(fns: Sequence[Callback], device: torch.device) -> list[dict[str, object]]:
+    """:func:`on_the_gpu`; if their memory does not suffice together, why, for each in ``failed``."""
+    try:
+        return on_the_gpu(fns, device)
+    except torch.OutOfMemoryError as error:
+        reason = f"in turns, {_reason(error)}"
+    return [{"failed": reason} for _ in fns]
+
+
 def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[str, object]:
     """:func:`measure` of what ``make`` builds, from an empty compiler cache; see :func:`attempt_alone`."""
     release()
@@ -101,17 +110,25 @@ def attempt_alone(
         return _alone(built[0], device, flush=flush, calls=calls)
 
     record = _guarded(build_and_measure)
-    return (None if "failed" in record else built[0]), record
+    if "failed" not in record:
+        return built[0], record
+    built.clear()
+    _free()
+    return None, record
 
 
 def _guarded(run: Callable[[], dict[str, object]]) -> dict[str, object]:
     try:
         return run()
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = _reason(error)
     # Outside of the handler, whose traceback keeps the tensors alive.
     _free()
     return {"gpu_us": None, "wall_us": None, "cpu_us": None, "peak_mib": None, "total_mib": None, "failed": reason}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def release() -> None:

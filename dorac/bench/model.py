@@ -76,7 +76,8 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes them.
+    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes
+    them and what the variants before keep.
 
     A training step is so many micro-batches and then a step of SGD, after which cached norms are taken anew.
     """

@@ -4,8 +4,8 @@ It goes once over dy and inner: up to rank 16 with both products of d_inner, by 
 first, which is lora_B's gradient. Sums over rows or columns are written per strip and added in a fixed order by a
 second kernel, so that two runs give the same bits.
 
-Rows are taken from the last to the first: of what the kernel before has written, its end is still in L2, and the next
-kernel, which begins with the first rows, finds these there.
+Strips of rows, or where there are few the rows of a strip, are taken from the last to the first: of what the kernel
+before has written, its end is still in L2, and the next kernel, which begins with the first rows, finds these there.
 
 Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
 """

@@ -171,9 +171,9 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
         ]
         for layer in layers
     ]
-    # Not blocking: the copy is made in the stream's order, and the CPU waits for nothing.
-    offsets = torch.tensor(offsets, dtype=torch.int64).to(weight.device, non_blocking=True)
-    scaling = torch.tensor(scalings, dtype=torch.float32).to(weight.device, non_blocking=True)
+    # Made on the CPU, whatever the default device, and copied in the stream's order: the CPU need not wait for the GPU.
+    offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu").to(weight.device, non_blocking=True)
+    scaling = torch.tensor(scalings, dtype=torch.float32, device="cpu").to(weight.device, non_blocking=True)
     strides = [(0, *t.stride()) for t in first]
     norm = weight.new_empty(len(layers), weight.shape[0], dtype=torch.float32)
     config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype)  # one layer's: its bits

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dorac import checks
 from dorac.ops import front, sharded
 from dorac.ops.norm import row_norms
 
@@ -82,15 +83,12 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
 def _norms(layers: list["DoraLayer"]) -> list[Tensor]:
     """The present norms, those of layers of one layout in one launch."""
     operands = [None if isinstance(layer.scaling, Tensor) else layer.norm_operands() for layer in layers]
-    matrices = [layer for layer, tensors in zip(layers, operands, strict=True) if tensors]
-    norms = iter(
-        row_norms(
-            [tensors for tensors in operands if tensors],
-            [layer.scaling for layer in matrices],
-            [layer.norm_budget for layer in matrices],
-        )
-    )
-    return [next(norms) if tensors else layer._norm() for layer, tensors in zip(layers, operands, strict=True)]
+    for layer, tensors in zip(layers, operands, strict=True):
+        if tensors is not None:
+            checks.check_factors(*tensors)
+            checks.check_scaling(layer.scaling)
+    together = row_norms(operands, [layer.scaling for layer in layers])
+    return [layer._norm() if norm is None else norm for layer, norm in zip(layers, together, strict=True)]
 
 
 def suspend(layers: Iterable["DoraLayer"]) -> None:

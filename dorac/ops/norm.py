@@ -190,27 +190,24 @@ class _RowNorm(torch.autograd.Function):
         return d_weight, d_a if needs_a else None, d_b if needs_b else None, d_scaling, None, None
 
 
-def row_norms(
-    layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequence[float], budgets: Sequence[int]
-) -> list[Tensor]:
-    """The norm of each layer ``(weight, lora_A, lora_B)``, in eager and with the bits of ``norm_factored``.
+def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor] | None], scalings: Sequence[float]) -> list[Tensor | None]:
+    """The norms of those of the layers ``(weight, lora_A, lora_B)`` that take one launch of the kernel together.
 
-    Layers that differ in nothing but their values take one launch of the kernel together, except while a CUDA graph is
-    captured: the table of their addresses comes from the CPU.
+    They differ from another layer in nothing but their values, and have the bits of ``norm_factored``. None stands for
+    the others, which are to be taken alone: in traced code and while a CUDA graph is captured all of them, since the
+    table of their addresses is made by the CPU.
     """
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    norms: list[Tensor | None] = [None] * len(layers)
+    if torch.compiler.is_compiling() or front.under_transform():
+        return norms
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return norms
     alike: dict[tuple, list[int]] = {}
     for i, tensors in enumerate(layers):
-        together = front.has_kernels(*tensors) and front.all_eager(*tensors)
-        together = together and not (capturing or front.under_transform())
-        alike.setdefault(_layout(tensors) if together else (i,), []).append(i)
-    norms = [None] * len(layers)
+        if tensors is not None and front.has_kernels(*tensors) and front.all_eager(*tensors):
+            alike.setdefault(_layout(tensors), []).append(i)
     for members in alike.values():
-        if len(members) == 1:
-            (i,) = members
-            scaling = torch.full((), scalings[i], dtype=accumulate_dtype(*layers[i]), device=layers[i][0].device)
-            norms[i] = torch.ops.dorac.norm_factored(*layers[i], scaling, None, budgets[i])
-        else:
+        if len(members) > 1:
             from dorac.kernels.norm import row_norms
 
             taken = row_norms([layers[i] for i in members], [scalings[i] for i in members])
