@@ -118,14 +118,11 @@ def test_error_of_each_layer_in_bf16(build):
 
 @pytest.mark.parametrize("build", [tiny_llama, pytest.param(smollm2, marks=pytest.mark.full)])
 def test_error_of_each_layer_in_bf16_with_float32_adapters(build):
-    """PEFT's default: both sides then do the same float32 arithmetic on the same bf16 product and round once.
-
-    Their errors are equal but for float32's rounding, which flips a bf16 rounding now and then.
-    """
+    """PEFT's default: both sides then do the same float32 arithmetic on the same bf16 product and round once."""
     errors = layer_errors(build, autocast_adapter_dtype=True)
     ratios = {name: mine / theirs for name, (mine, theirs) in errors.items()}
     print(f"{len(ratios)} layers, ours / stock between {min(ratios.values()):.5f} and {max(ratios.values()):.5f}")
-    assert max(ratios.values()) < 1 + 1e-3
+    assert max(ratios.values()) <= 1
 
 
 def test_gradient_checkpointing():

@@ -53,6 +53,12 @@ def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, acc):
     if delta:
         return (g_O - 1) * base_TO.to(acc) + (g_O * scaling.to(acc)) * lora_TO.to(acc)
     y_TO = g_O * inner_TO
+    if lora_TO.dtype.itemsize > base_TO.dtype.itemsize:
+        # Under wider adapters (bfloat16 under float32, PEFT's default) the bits of stock PEFT, which adds up in this
+        # order. From 1/2 to 2 g - 1 is exact; further off the order loses digits.
+        base_TO = base_TO.to(acc)
+        change_TO = (g_O - 1) * base_TO + g_O * lora_TO.to(acc) * scaling.to(acc)
+        y_TO = torch.where((g_O >= 0.5) & (g_O <= 2), base_TO + change_TO, y_TO)
     return y_TO if bias_O is None else y_TO + bias_O.to(acc)
 
 
