@@ -63,6 +63,18 @@ def test_mixed_dtypes(requires_grad, lora_dtype, device):
         assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_mixed_dtypes_at_any_g(requires_grad, device):
+    """One rounding to bfloat16 of each output, and float32's few of its two parts, also where g is far from 1."""
+    base, lora, _, _ = inputs((64, 8), torch.bfloat16, torch.float32, device)
+    g = torch.tensor([0, 1e-6, 0.3, 0.5, 1, 2, 40, -1], device=device)
+    y = functional.compose(base.requires_grad_(requires_grad), lora, g, 0.7).detach().double()
+    parts = g.double() * base.detach().double(), g.double() * 0.7 * lora.double()
+    exact, size = sum(parts), sum(part.abs() for part in parts)
+    bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * size
+    assert ((y - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("use_compile", [False, True])

@@ -97,6 +97,14 @@ def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str
     return _sweep("backward", layer, chosen, candidates, call, args)
 
 
+def _with_products(chosen, rows: tuple[int, ...], stages: tuple[int, ...]) -> list[object]:
+    """Candidates for a backward pass that takes products along."""
+    return [
+        dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
+        for block_t, block_o, rows, warps, stages in itertools.product((16, 32, 64), (64, 128), rows, (4, 8), stages)
+    ]
+
+
 def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """Also the pass without the products and the two products alone, which it has to beat."""
     from dorac.kernels import backward, configs
@@ -106,12 +114,7 @@ def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)
     chosen = configs.low_rank_config(*inner.shape, layer.rank)
-    candidates = [
-        dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
-        for block_t, block_o, rows, warps, stages in itertools.product(
-            (16, 32, 64), (64, 128), (256, 512, 1024), (4, 8), (1, 2)
-        )
-    ]
+    candidates = _with_products(chosen, rows=(256, 512, 1024), stages=(1, 2))
 
     def call(config):
         tensors = dy, inner, layer.magnitude, norm, h, layer.lora_B, scaling
@@ -134,12 +137,7 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)
     chosen = configs.lora_b_config(*inner.shape, layer.rank)
-    candidates = [
-        dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
-        for block_t, block_o, rows, warps, stages in itertools.product(
-            (16, 32, 64), (64, 128), (1024, 2048, 4096), (4, 8), (3, 4)
-        )
-    ]
+    candidates = _with_products(chosen, rows=(1024, 2048, 4096), stages=(3, 4))
 
     def call(config):
         tensors = dy, inner, layer.magnitude, norm, h, scaling
