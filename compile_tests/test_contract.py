@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dorac.testing import assert_within_budget
+from dorac.testing import rms_error
 
 SIZES = ((2, 8), (2, 12), (3, 12), (5, 33), (4, 7))  # of batch and length; the first three warm up
 SCALINGS = (0.5, 2.0, 1.3, -1.0, 0.25)
@@ -264,10 +264,15 @@ def selective(row: Row, device: str) -> None:
 
 
 def autocast(row: Row, device: str) -> None:
-    """Compiled under autocast as exact as eager under autocast, against the truth without it."""
+    """Compiled under autocast as exact as eager under autocast, against the truth without it.
+
+    By RMS error, not by the largest: dy = 2 y carries y's own roundings, so that the two round different numbers, and the
+    largest error among the few elements of a magnitude's gradient varies threefold from draw to draw where RMS errors
+    over 165 tokens stay within 1.3.
+    """
     module = row.make(device)
     compiled = torch.compile(module, **EAGER)
-    arguments = row.arguments(device)
+    arguments = row.arguments(device, 5, 33)
     with torch.autocast(device, dtype=torch.bfloat16):
         actual = outcome(compiled, module, arguments)
         eager = outcome(module, module, arguments)
@@ -275,7 +280,8 @@ def autocast(row: Row, device: str) -> None:
     for got, dense, exact in zip(actual, eager, truth, strict=True):
         assert got.dtype == dense.dtype
         # What stays in float32 is the truth itself in eager; its sums run in another order compiled.
-        assert_within_budget(got, dense, exact.double(), sum_length=0, roundings=4)
+        rounding = 2 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert rms_error(got, exact) <= 1.5 * rms_error(dense, exact) + rounding
 
 
 COLUMNS = {

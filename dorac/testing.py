@@ -242,6 +242,12 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
+def rms_error(actual: Tensor, truth: Tensor) -> float:
+    """The root of the mean squared difference, in float64."""
+    assert actual.shape == truth.shape, (actual.shape, truth.shape)
+    return (actual.detach().double() - truth.detach().double()).square().mean().sqrt().item()
+
+
 def assert_within_budget(actual: Tensor, dense: Tensor, truth: Tensor, *, sum_length: int, roundings: int = 1) -> None:
     """The law of DESIGN.md section 6: at most twice the error of the same-dtype dense computation plus one rounding.
 
