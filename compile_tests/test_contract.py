@@ -266,7 +266,7 @@ def selective(row: Row, device: str) -> None:
 def autocast(row: Row, device: str) -> None:
     """Compiled under autocast as exact as eager under autocast, against the truth without it.
 
-    By RMS error, not by the largest: dy = 2 y carries y's own roundings, so that the two round different numbers, and the
+    By RMS error, not by the largest: dy = 2 y carries y's own roundings, so that the two round different numbers; the
     largest error among the few elements of a magnitude's gradient varies threefold from draw to draw where RMS errors
     over 165 tokens stay within 1.3.
     """
