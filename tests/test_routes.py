@@ -208,6 +208,7 @@ def test_the_table(monkeypatch):
     assert linear.route(half[:1], large, training=False, traced=True) == "separate"
     assert linear.route(half[:1], large, training=False, traced=False) == "fused"
     assert linear.route(half[:17], large, training=False, traced=True) == "fused"
+    assert linear.route(half, small, training=False, traced=True) == "accumulate"
     assert linear.route(half, large, training=False, traced=True) == "accumulate"
     assert linear.route(half, large, training=False, traced=False) == "fused"
     assert linear.route(half, wide[:16], training=True, traced=True) == "fused"

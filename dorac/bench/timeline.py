@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PROFILED = 20
-ROUNDS = 4  # in which several callables take turns
+ROUNDS = 4  # profiles of several callables: one would lose events
 PAUSE = 2**23  # cycles, about 5 ms: the CPU queues a step meanwhile, and the GPU starts each one as cool as the last
 FLUSH_BYTES = 2**28  # several times any L2 cache
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
@@ -35,27 +35,29 @@ def gpu_iterations(fns: Sequence[Callable[[], object]], *, flush: bool) -> list[
     """What each of ``PROFILED`` iterations of each callable does on the GPU. The flush is not counted.
 
     The GPU idles before each, so that all see the same clocks: otherwise whoever keeps the GPU waiting for the CPU is
-    rewarded with a cooler chip. Several callables take turns, so that none pays for a chip that the others have heated.
+    rewarded with a cooler chip. Several callables take turns iteration by iteration, there and back, so that none pays
+    for a chip that the others have heated, and none comes first after every rest.
     """
     cache = flush_buffer() if flush else None
     rounds = ROUNDS if len(fns) > 1 else 1
     iterations: list[list[list[Kernel]]] = [[] for _ in fns]
     for _ in range(rounds):
-        profiled = iter(_profiled(fns, PROFILED // rounds, cache))
-        for own in iterations:
-            own += [next(profiled) for _ in range(PROFILED // rounds)]
+        for own, profiled in zip(iterations, _profiled(fns, PROFILED // rounds, cache), strict=True):
+            own += profiled
     return iterations
 
 
-def _profiled(fns: Sequence[Callable[[], object]], times: int, cache: Tensor | None) -> list[list[Kernel]]:
-    def iterate(fn: Callable[[], object], times: int) -> None:
-        for _ in range(times):
-            if cache is not None:
-                cache.zero_()
-            torch.cuda._sleep(PAUSE)
-            fn()
-            torch.cuda.synchronize()  # also the side streams
-            torch.cuda._sleep(1)
+def _profiled(fns: Sequence[Callable[[], object]], times: int, cache: Tensor | None) -> list[list[list[Kernel]]]:
+    there = [*range(len(fns))]
+    order = [i for turn in range(times) for i in (there[::-1] if turn % 2 else there)]
+
+    def iterate(fn: Callable[[], object]) -> None:
+        if cache is not None:
+            cache.zero_()
+        torch.cuda._sleep(PAUSE)
+        fn()
+        torch.cuda.synchronize()  # also the side streams
+        torch.cuda._sleep(1)
         torch.cuda.synchronize()
 
     with tempfile.TemporaryDirectory() as directory:
@@ -65,12 +67,14 @@ def _profiled(fns: Sequence[Callable[[], object]], times: int, cache: Tensor | N
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
         ) as profiler:
-            iterate(fns[0], 1)
-            profiler.step()
             for fn in fns:
-                iterate(fn, times)
+                iterate(fn)
             profiler.step()
-        return split_iterations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], times * len(fns))
+            for i in order:
+                iterate(fns[i])
+            profiler.step()
+        profiled = split_iterations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], len(order))
+    return [[work for i, work in zip(order, profiled, strict=True) if i == own] for own in there]
 
 
 def split_iterations(events: list[dict], count: int) -> list[list[Kernel]]:

@@ -232,6 +232,9 @@ for _name, _aten, _cuda in (
 def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     """Which form the layer takes.
 
+    Under the compiler the first, whose g the consumer of y applies, unless the tokens are so few that launches are what
+    costs; a layer by itself, whose y nobody consumes, is up to 6 percent slower in it than in the second.
+
     - "accumulate": the low-rank part first, the large product accumulated onto it, then g;
     - "fused": the large product first, then up-projection and g in one kernel;
     - "separate": three products and compose: where there are no kernels, or none for these dtypes, and at decode.
@@ -243,21 +246,27 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "fused" if x.dtype.itemsize == 2 else "separate"
     if x.dtype is torch.float32:
         return "accumulate"  # without tensor cores the kernel's product is no match for cuBLAS
-    if training and traced:
+    few = front.at_most(x.shape[0], 64)
+    if traced and (training or not few):
         return "accumulate"
     if traced and front.at_most(x.shape[0], DECODE):
         return "separate"
-    if not training and not traced:
-        return "fused"
-    return "fused" if lora_A.shape[0] <= 64 or front.at_most(x.shape[0], 64) else "accumulate"
+    return "accumulate" if training and lora_A.shape[0] > 64 and not few else "fused"
 
 
 def _scaled_product(left, right, scaling, number, eager):
     """``s * (left @ right)``; where s is known as a number, it is the GEMM's alpha."""
     if number is None:
         return scaling * (left @ right)
-    # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero.
-    unread = left.new_empty(()) if eager else left.new_zeros(right.shape[1])
+    # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero. A row of
+    # the right factor costs no launch, and it is finite where the product is.
+    rows = right.shape[0]
+    if eager:
+        unread = left.new_empty(())
+    elif isinstance(rows, int) and rows:
+        unread = right[0]
+    else:
+        unread = left.new_zeros(right.shape[1])
     return torch.addmm(unread, left, right, beta=0, alpha=number)
 
 
