@@ -10,8 +10,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import reference
-from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, timeline
+from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, timeline, tune
 from dorac.bench.__main__ import SUBCOMMANDS, main
+from dorac.ops import linear
 
 pytest.importorskip("peft")
 
@@ -230,6 +231,19 @@ def test_model_with_norms_once_per_step(bench, device):
     assert names(result) == [("r2 train", variant) for variant in variants]
     check_times(result, device)
     assert {record["micro_batches"] for record in result["records"]} == {3}
+
+
+def test_forms_in_a_stack_are_each_compiled(monkeypatch):
+    """The forms share their code, so that the compiler would run the first for all of them."""
+    stack = {"layers": 1, "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2}
+    paths, forward = [], linear._forward
+    monkeypatch.setattr(linear, "_forward", lambda *args: (paths.append(args[9]), forward(*args))[1])
+    monkeypatch.setattr(options, "PHASES", ("inference",))
+    with torch.compiler.config.patch(force_disable_caches=True):  # as the command line does
+        records = [*tune._stack_form(4, arguments(**stack, tokens=20))]
+    forms = ["accumulate", "fused", "separate"]
+    assert [(r["variant"], r["chosen"]) for r in records] == [(form, form == "separate") for form in forms]
+    assert sorted(set(paths)) == forms
 
 
 @pytest.mark.parametrize("micro_batches", [None, 3])

@@ -20,9 +20,9 @@ VARIANTS = peers.VARIANTS | {
     f"dorac-cached-{mode}": peers.VARIANTS[f"dorac-every-{mode}"] for mode in ("compiled", "eager")
 }
 _CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
-_CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
+CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
 DEFAULTS = {
-    "cuda": _CUDA_STACK
+    "cuda": CUDA_STACK
     | {
         "ranks": [16, 384],
         "tokens": 4096,

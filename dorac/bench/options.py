@@ -94,7 +94,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
-        "transformers": args.command in ("model", "decode", "memory"),
+        "transformers": args.command in ("model", "decode", "memory") or "stack-form" in getattr(args, "kernels", ()),
         "triton": args.command == "tune",
         "matplotlib": args.plot is not None,
     }

@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dorac import functional
-from dorac.bench import against_lora, measure, options, peers, report
+from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import linear
 
-KERNELS = ("norm", "up", "backward", "low-rank-backward", "lora-b-backward", "form")
+KERNELS = ("norm", "up", "backward", "low-rank-backward", "lora-b-backward", "form", "stack-form")
 DEFAULTS = {
-    "cuda": {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
+    "cuda": model.CUDA_STACK
+    | {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", type=options.pair, metavar="OUTxIN", help="of the weight")
+    model.add_stack_arguments(parser)
+    parser.add_argument("--shapes", nargs="+", type=options.pair, metavar="OUTxIN", help="of the weight of one layer")
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument("--tokens", type=options.positive, metavar="T", help="rows of the activations")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="what to sweep (default: all)")
@@ -37,9 +39,13 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         "lora-b-backward": _lora_b_backward,
         "form": _form,
     }
-    for kernel, (out_features, in_features), rank in itertools.product(args.kernels, args.shapes, args.ranks):
-        layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
-        yield from sweeps[kernel](layer, args)
+    for kernel, rank in itertools.product(args.kernels, args.ranks):
+        if kernel == "stack-form":
+            yield from _stack_form(rank, args)
+            continue
+        for out_features, in_features in args.shapes:
+            layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
+            yield from sweeps[kernel](layer, args)
 
 
 def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
@@ -156,15 +162,36 @@ def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, ob
     x = torch.randn(args.tokens, layer.weight.shape[1], dtype=args.dtype, device=args.device)
     for phase, compile_args in itertools.product(options.PHASES, (None, {"fullgraph": True, "dynamic": False})):
         dy = x.new_empty(args.tokens, layer.weight.shape[0]).normal_() if phase == "train" else None
-        mode = "eager" if compile_args is None else "compiled"
-        traced = compile_args is not None
-        chosen = linear.route(x, layer.lora_A, training=phase == "train", traced=traced)
-        same_dtype = x.dtype is layer.lora_A.dtype
-        for form in ("accumulate", "fused", "separate") if same_dtype else ("fused", "separate"):
-            with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
-                step = functools.partial(peers.DoracOnce, layer), compile_args
-                (record,) = against_lora.measure_steps(f"form {phase} {mode} {_shape(layer)}", {form: step}, x, dy)
-            yield record | {"chosen": form == chosen}
+        case = f"form {phase} {'eager' if compile_args is None else 'compiled'} {_shape(layer)}"
+        yield from _forms(case, functools.partial(peers.DoracOnce, layer), compile_args, x, dy, layer.lora_A)
+
+
+def _stack_form(rank: int, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The same for a whole compiled stack, where what follows a layer takes g along."""
+    stack = model.build_stack(args)
+    layers = model.draw_layers(model.linear_weights(stack), rank, args)
+    x = torch.randn(1, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
+    lora_A = next(iter(layers.values())).lora_A
+    build = functools.partial(model.adapt, stack, layers, peers.DoracOnce)
+    for phase in options.PHASES:
+        dy = torch.randn_like(x) if phase == "train" else None
+        yield from _forms(f"stack-form {phase} r{rank}", build, model.COMPILE, x, dy, lora_A)
+
+
+def _forms(
+    case: str,
+    build: Callable[[], nn.Module],
+    compile_args: dict[str, object] | None,
+    x: Tensor,
+    dy: Tensor | None,
+    lora_A: Tensor,
+) -> Iterator[dict[str, object]]:
+    """Each form from an empty compiler cache: all of them are the same code."""
+    chosen = linear.route(x.flatten(0, -2), lora_A, training=dy is not None, traced=compile_args is not None)
+    for form in ("accumulate", "fused", "separate") if x.dtype is lora_A.dtype else ("fused", "separate"):
+        with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
+            (record,) = against_lora.measure_steps(case, {form: (build, compile_args)}, x, dy)
+        yield record | {"chosen": form == chosen}
 
 
 def _activations(layer: peers.Layer, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
