@@ -85,10 +85,10 @@ def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
     _check_device("scaling", scaling, like)
 
 
-def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_name: str) -> None:
+def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_name: str, stacked: str = "E") -> None:
     _check_float(name, vector)
     if vector.shape != rows:
-        letters = "[out]" if len(rows) == 1 else "[E, out]"
+        letters = "[out]" if len(rows) == 1 else f"[{stacked}, out]"
         raise ValueError(f"{name} must be {letters} = {list(rows)}, got shape {list(vector.shape)}")
     _check_device(name, vector, like, like_name)
 
@@ -265,7 +265,15 @@ def check_stack(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if lora_A.ndim != 3 or lora_A.shape[0] < 1:
         raise ValueError(f"lora_A must be [K, r, in] with at least one adapter, got shape {list(lora_A.shape)}")
-    check_factors(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B)
+    _check_float("lora_B", lora_B)
+    (adapters, rank, _), (out_features, in_features) = lora_A.shape, weight.shape
+    for name, stack, letters, shape in (
+        ("lora_A", lora_A, "[K, r, in]", [adapters, rank, in_features]),
+        ("lora_B", lora_B, "[K, out, r]", [adapters, out_features, rank]),
+    ):
+        if list(stack.shape) != shape:
+            raise ValueError(f"{name} must be {letters} = {shape}, got shape {list(stack.shape)}")
+    check_factors(weight.expand(adapters, *weight.shape), lora_A, lora_B)
 
 
 def check_mixed(
@@ -280,7 +288,10 @@ def check_mixed(
 ) -> None:
     """All tensors of ``dora_linear_mixed``."""
     check_stack(weight, lora_A, lora_B)
-    check_adapter(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, magnitude, weight_norm)
+    rows = torch.Size([lora_A.shape[0], weight.shape[0]])
+    _check_rows("magnitude", magnitude, rows, weight, "weight", stacked="K")
+    if weight_norm is not None:
+        _check_rows("weight_norm", weight_norm, rows, weight, "weight", stacked="K")
     _check_float("x", x)
     if x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [N, *, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")

@@ -51,8 +51,13 @@ CASES = {
         ),
         "A_2d": ({"lora_A": torch.ones(3, 6)}, ValueError, r"lora_A must be \[K, r, in\] with at least one adapter"),
         "no_adapters": ({"lora_A": torch.ones(0, 3, 6)}, ValueError, "lora_A must be .* at least one adapter"),
-        "ranks": ({"lora_B": torch.ones(3, 5, 4)}, ValueError, "lora_B must be .*got .3, 5, 4."),
-        "counts": ({"lora_B": torch.ones(2, 5, 3)}, ValueError, "lora_B must have E = 3 experts"),
+        "ranks": (
+            {"lora_B": torch.ones(3, 5, 4)},
+            ValueError,
+            r"lora_B must be \[K, out, r\] = \[3, 5, 3\], got shape \[3, 5, 4\]",
+        ),
+        "counts": ({"lora_B": torch.ones(2, 5, 3)}, ValueError, r"lora_B must be \[K, out, r\] = \[3, 5, 3\]"),
+        "magnitude": ({"magnitude": torch.ones(2, 5)}, ValueError, r"magnitude must be \[K, out\] = \[3, 5\]"),
         "weight_3d": ({"weight": torch.ones(3, 5, 6)}, ValueError, r"weight must be \[out, in\]"),
         "index_length": ({"adapter_index": ADAPTER_OF_ROW[:2]}, ValueError, r"adapter_index must be \[N\] = \[5\]"),
         "index_float": ({"adapter_index": ADAPTER_OF_ROW.float()}, TypeError, "adapter_index must be int64 or int32"),
@@ -62,7 +67,7 @@ CASES = {
         "scalings_int": ({"scaling": torch.ones(3).int()}, TypeError, "scaling must be float64"),
         "scaling_nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
         "bias": ({"bias": torch.ones(3, 5)}, ValueError, r"bias must be \[out\] = \[5\]"),
-        "norm": ({"weight_norm": torch.ones(5)}, ValueError, r"weight_norm must be .*got shape \[5\]"),
+        "norm": ({"weight_norm": torch.ones(5)}, ValueError, r"weight_norm must be \[K, out\] = .*got shape \[5\]"),
     },
 }
 
