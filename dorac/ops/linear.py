@@ -17,7 +17,7 @@ The first form rounds to the activation's dtype three times (the low-rank produc
 inner for backward alone; the mean error of the layer stays at two thirds to nine tenths of stock PEFT's.
 
 :func:`route` is the table of which form is taken where, from the benchmarks of layers and stacks at ranks 16 and 384
-in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form`` prints the forms side by side.
+in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form stack-form`` prints the forms side by side.
 
 A layer of experts (every tensor with a leading E) is the formula in aten: batched products, and g per expert and row.
 
