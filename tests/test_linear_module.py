@@ -107,10 +107,14 @@ def test_g_is_exactly_one_at_init(base, dtype, init):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 def test_output_at_init_is_the_base_layers(base, dtype):
     layer, x = DoraLinear(base(dtype=dtype), R), torch.randn(7, IN).to(dtype)
-    expected = layer.base_layer(x)
-    # x W^T and the sum with the bias are each rounded once here; the base layer may fuse the two.
-    bound = 2 * torch.finfo(dtype).eps * (expected.abs().double() + layer.base_layer.bias.abs().double())
-    weights_close(layer(x), expected, bound)
+    expected, bias = layer.base_layer(x), layer.base_layer.bias.abs().double()
+    # x W^T and the sum with the bias are each rounded once here; the base layer may fuse the two, and where its product
+    # starts from the bias it adds up IN + 1 terms in another order.
+    bound = 2 * torch.finfo(dtype).eps * (expected.abs().double() + bias)
+    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    weight = layer.base_layer.weight.abs().double()
+    size = x.abs().double() @ (weight if layer.fan_in_fan_out else weight.T) + bias
+    weights_close(layer(x), expected, bound + (IN + 1) * accumulated * size)
 
 
 @pytest.mark.parametrize(("r", "lora_alpha"), [(1, 1), (4, 16), (7, 2.5), (3, 0), (3, -2)])
