@@ -36,28 +36,23 @@ def _check_pair(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
 
 
-def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str = "E") -> None:
     """``weight [out, in]``, ``lora_A [r, in]``, ``lora_B [out, r]`` on one device; the factors share a dtype.
 
-    With experts ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``.
+    With experts ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``; ``stacked`` is what errors call the E.
     """
     _check_float("weight", weight)
     if weight.ndim not in (2, 3):
         raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
     _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
-    e = "E, " if experts else ""
+    e = f"{stacked}, " if experts else ""
     rank = lora_A.shape[-2]
     if rank < 1:
         raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if list(tensor.shape[: len(experts)]) != experts:
-            raise ValueError(
-                f"{name} must have E = {experts[0]} experts like weight {list(weight.shape)}, got {list(tensor.shape)}"
-            )
     if list(lora_A.shape) != [*experts, rank, in_features]:
         expected = f"[{e}r, in] = {[*experts, rank, in_features]}"
-        raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")
+        raise ValueError(f"lora_A must be {expected} for this weight, got {list(lora_A.shape)}")
     if list(lora_B.shape) != [*experts, out_features, rank]:
         expected = f"[{e}out, r] = {[*experts, out_features, rank]}"
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
@@ -93,10 +88,10 @@ def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_
     _check_device(name, vector, like, like_name)
 
 
-def check_vector(name: str, vector: Tensor | None, weight: Tensor) -> None:
+def check_vector(name: str, vector: Tensor | None, weight: Tensor, stacked: str = "E") -> None:
     """A float ``[out]`` vector (``[E, out]`` with experts) on the weight's device, or nothing."""
     if vector is not None:
-        _check_rows(name, vector, weight.shape[:-1], weight, "weight")
+        _check_rows(name, vector, weight.shape[:-1], weight, "weight", stacked)
 
 
 def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
@@ -260,20 +255,13 @@ def check_stack(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
                 "rank padded with zeros (stack_adapters does both)"
             )
     _check_float("weight", weight)
-    _check_float("lora_A", lora_A)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
-    if lora_A.ndim != 3 or lora_A.shape[0] < 1:
-        raise ValueError(f"lora_A must be [K, r, in] with at least one adapter, got shape {list(lora_A.shape)}")
-    _check_float("lora_B", lora_B)
-    (adapters, rank, _), (out_features, in_features) = lora_A.shape, weight.shape
-    for name, stack, letters, shape in (
-        ("lora_A", lora_A, "[K, r, in]", [adapters, rank, in_features]),
-        ("lora_B", lora_B, "[K, out, r]", [adapters, out_features, rank]),
-    ):
-        if list(stack.shape) != shape:
-            raise ValueError(f"{name} must be {letters} = {shape}, got shape {list(stack.shape)}")
-    check_factors(weight.expand(adapters, *weight.shape), lora_A, lora_B)
+    for name, stack, letters in (("lora_A", lora_A, "[K, r, in]"), ("lora_B", lora_B, "[K, out, r]")):
+        _check_float(name, stack)
+        if stack.ndim != 3 or stack.shape[0] < 1:
+            raise ValueError(f"{name} must be {letters} with at least one adapter, got shape {list(stack.shape)}")
+    check_factors(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, "K")
 
 
 def check_mixed(
@@ -288,10 +276,7 @@ def check_mixed(
 ) -> None:
     """All tensors of ``dora_linear_mixed``."""
     check_stack(weight, lora_A, lora_B)
-    rows = torch.Size([lora_A.shape[0], weight.shape[0]])
-    _check_rows("magnitude", magnitude, rows, weight, "weight", stacked="K")
-    if weight_norm is not None:
-        _check_rows("weight_norm", weight_norm, rows, weight, "weight", stacked="K")
+    _check_scale(weight.expand(lora_A.shape[0], *weight.shape), magnitude, weight_norm, "K")
     _check_float("x", x)
     if x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [N, *, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
@@ -306,9 +291,14 @@ def check_adapter(
 ) -> None:
     """The factors with a magnitude and a norm."""
     check_factors(weight, lora_A, lora_B)
+    _check_scale(weight, magnitude, weight_norm)
+
+
+def _check_scale(weight: Tensor, magnitude: Tensor, weight_norm: Tensor | None, stacked: str = "E") -> None:
+    """A magnitude, and a norm or none."""
     _check_float("magnitude", magnitude)
-    check_vector("magnitude", magnitude, weight)
-    check_vector("weight_norm", weight_norm, weight)
+    check_vector("magnitude", magnitude, weight, stacked)
+    check_vector("weight_norm", weight_norm, weight, stacked)
 
 
 def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int) -> None:
