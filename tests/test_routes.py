@@ -197,6 +197,15 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
         assert forward == ["dorac.row_norm", "dorac.up_compose"]
 
 
+@pytest.mark.parametrize(("rows", "dynamic"), [(5, False), (5, True), (0, False)])
+def test_a_scaled_product_reads_nothing_but_its_factors(rows, dynamic):
+    """What the GEMM is given to add, and must not: a row of the right factor, or zeros where none is known to be."""
+    left, right = torch.randn(3, rows), torch.randn(rows, 4)
+    compiled = torch.compile(linear._scaled_product, fullgraph=True, dynamic=dynamic)
+    y = compiled(left, right, torch.tensor(1.5), 1.5, False)
+    torch.testing.assert_close(y, 1.5 * (left @ right))
+
+
 def test_the_table(monkeypatch):
     half, wide = torch.empty(4096, 8, dtype=torch.bfloat16), torch.empty(4096, 8)
     small, large = torch.empty(16, 8, dtype=torch.bfloat16), torch.empty(384, 8, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PROFILED = 20
-ROUNDS = 4  # profiles of several callables: one would lose events
+ROUNDS = 4  # profiles that the iterations of several callables are spread over, so that no trace grows large
 PAUSE = 2**23  # cycles, about 5 ms: the CPU queues a step meanwhile, and the GPU starts each one as cool as the last
 FLUSH_BYTES = 2**28  # several times any L2 cache
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
@@ -48,6 +48,7 @@ def gpu_iterations(fns: Sequence[Callable[[], object]], *, flush: bool) -> list[
 
 
 def _profiled(fns: Sequence[Callable[[], object]], times: int, cache: Tensor | None) -> list[list[list[Kernel]]]:
+    """The iterations of each of ``fns``, ``times`` of them, from one profile."""
     there = [*range(len(fns))]
     order = [i for turn in range(times) for i in (there[::-1] if turn % 2 else there)]
 

@@ -39,13 +39,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         "lora-b-backward": _lora_b_backward,
         "form": _form,
     }
-    for kernel, rank in itertools.product(args.kernels, args.ranks):
-        if kernel == "stack-form":
-            yield from _stack_form(rank, args)
-            continue
-        for out_features, in_features in args.shapes:
-            layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
-            yield from sweeps[kernel](layer, args)
+    of_a_layer = [kernel for kernel in args.kernels if kernel in sweeps]
+    for kernel, (out_features, in_features), rank in itertools.product(of_a_layer, args.shapes, args.ranks):
+        layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
+        yield from sweeps[kernel](layer, args)
+    for rank in args.ranks if "stack-form" in args.kernels else ():
+        yield from _stack_form(rank, args)
 
 
 def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
