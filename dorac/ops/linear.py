@@ -236,8 +236,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     - "fused": the large product first, then up-projection and g in one kernel;
     - "separate": three products and compose: where there are no kernels, or none for these dtypes, and at decode.
 
-    Under the compiler the consumer of y applies g, which makes "accumulate" the cheapest in a stack (ranks 16, 64, 384); a
-    layer by itself, whose y nobody consumes, pays up to 7 percent for it at rank 16, beside "fused".
+    Under the compiler the consumer of y applies g, which makes "accumulate" the cheapest in a stack (ranks 16, 64 and
+    384); a layer by itself, whose y nobody consumes, pays up to 7 percent for it at rank 16, beside "fused".
     """
     if not front.has_kernels(x, lora_A):
         return "separate"
