@@ -71,13 +71,13 @@ def linear_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * std
 
     weight = draw(out_features, in_features, std=max(in_features, 1) ** -0.5)
     lora_A = draw(rank, in_features, std=max(in_features, 1) ** -0.5)
     lora_B = draw(out_features, rank, std=0.5 * rank**-0.5)
     norm = torch.linalg.vector_norm(weight + lora_B @ lora_A, dim=1)
-    magnitude = norm * (0.8 + 0.4 * torch.rand(out_features, generator=generator, dtype=torch.float64))
+    magnitude = norm * (0.8 + 0.4 * torch.rand(out_features, generator=generator, dtype=torch.float64, device="cpu"))
     factor_dtype = factor_dtype or dtype
     magnitude_dtype = magnitude_dtype or torch.promote_types(dtype, torch.float32)
     if transposed:
@@ -108,7 +108,7 @@ def embedding_inputs(
     """
     indices, vocab, dim, rank = shape
     layer = linear_inputs((1, dim, vocab, rank), dtype=dtype, factor_dtype=factor_dtype, seed=seed)
-    x = torch.randint(vocab, (indices,), generator=torch.Generator().manual_seed(seed))
+    x = torch.randint(vocab, (indices,), generator=torch.Generator().manual_seed(seed), device="cpu")
     x[: indices // 4] = x[-1:]
     x[:2] = torch.tensor([0, vocab - 1])[:indices]
     tensors = (x, layer.weight.T.contiguous(), layer.lora_A, layer.lora_B, layer.magnitude)
@@ -196,7 +196,7 @@ def conv_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * std
 
     in_channels, groups, ones = case.x[1], case.groups, [1] * case.dimensions
     filters = (in_channels // groups, *case.kernel)
@@ -205,7 +205,7 @@ def conv_inputs(
     lora_A = draw(case.rank, filters[0] if case.grouped_lora_A else in_channels, *case.kernel, std=std)
     lora_B = draw(case.out, case.rank // groups, *ones, std=0.5 * (case.rank // groups) ** -0.5)
     norm = reference.filter_norm(weight, lora_A, lora_B, 1.0, groups)
-    magnitude = norm * (0.8 + 0.4 * torch.rand(case.out, generator=generator, dtype=torch.float64))
+    magnitude = norm * (0.8 + 0.4 * torch.rand(case.out, generator=generator, dtype=torch.float64, device="cpu"))
     factor_dtype = factor_dtype or dtype
     inputs = LinearInputs(
         draw(*case.x).to(dtype),

@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine, which run a function of a test file."""
+"""Two processes on this machine, over gloo or over NCCL with a GPU each, which run a function of a test file."""
 
 import os
 import sys
@@ -10,13 +10,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-def _start(rank, worker, folder, args):
+def _start(rank, worker, folder, device, args):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
+        torch.backends.cudnn.allow_tf32 = False  # as conftest.py, which these processes don't read
+    dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     worker(*args)
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -27,10 +31,15 @@ def _start(rank, worker, folder, args):
     os._exit(0)
 
 
-def run(worker, folder, *args):
+def run(worker, folder, device, *args):
     """``worker(*args)`` in every process; a failure carries that process's traceback.
 
     Args:
         folder: an empty one, in which the processes find each other.
+        device: ``cpu`` or ``cuda``, the type of each process's default device.
     """
-    mp.spawn(_start, (worker, str(folder), args), nprocs=WORLD)
+    if not dist.is_available() or not dist.is_backend_available(BACKENDS[device]):
+        pytest.skip(f"needs {BACKENDS[device]}")
+    if device == "cuda" and torch.cuda.device_count() < WORLD:
+        pytest.skip(f"needs {WORLD} GPUs")
+    mp.spawn(_start, (worker, str(folder), device, args), nprocs=WORLD)

@@ -1,4 +1,4 @@
-"""PEFT models on two gloo processes under FSDP2 and FSDP1 through the drop-in: one process's numbers.
+"""PEFT models on two processes under FSDP2 and FSDP1 through the drop-in: one process's numbers.
 
 Each test starts two processes, which run functions of this file.
 """
@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from processes import WORLD, needs_gloo, run
+from processes import WORLD, run
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -16,8 +16,6 @@ peft = pytest.importorskip("peft")
 from peft_models import Holder, gradients, off_init  # noqa: E402
 
 import dorac.peft  # noqa: E402
-
-pytestmark = needs_gloo
 
 
 class Net(nn.Module):
@@ -58,7 +56,7 @@ def fsdp2():
     from torch.distributed.tensor import DTensor, init_device_mesh
 
     expected, expected_gradients = reference()
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(torch.get_default_device().type, (WORLD,))
     model = adapted().train()
     for name in ("table", "first", "second", "filter"):
         fully_shard(getattr(model.base_model.model.target, name), mesh=mesh)
@@ -73,15 +71,15 @@ def fsdp2():
     assert len(actual) == 12
 
 
-def test_fsdp2(tmp_path):
-    run(fsdp2, tmp_path)
+def test_fsdp2(device, tmp_path):
+    run(fsdp2, tmp_path, device)
 
 
 def fsdp1(model, policy, use_orig_params):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.get_default_device()
     )
 
 
@@ -208,5 +206,5 @@ def in_turn(*workers):
         worker()
 
 
-def test_fsdp1(tmp_path):
-    run(in_turn, tmp_path, whole_layers, peft_policy, merged_while_whole, refused)
+def test_fsdp1(device, tmp_path):
+    run(in_turn, tmp_path, device, whole_layers, peft_policy, merged_while_whole, refused)

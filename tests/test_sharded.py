@@ -1,4 +1,4 @@
-"""Sharded weights on two gloo processes: tensor parallelism and FSDP2 give one process's numbers, and what they send.
+"""Sharded weights on two processes: tensor parallelism and FSDP2 give one process's numbers, and what they send.
 
 Each test starts two processes, which run functions of this file.
 """
@@ -10,15 +10,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from processes import WORLD, needs_gloo, run
+from processes import WORLD, run
 from test_readme import recipe
 from torch import nn
 
 import dorac
 from dorac import functional
 from dorac.testing import linear_inputs
-
-pytestmark = needs_gloo
 
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
 FIELDS = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
@@ -28,7 +26,7 @@ def in_turn(workers, folder):
     """Runs ``worker(mesh, folder)`` one after another."""
     from torch.distributed.tensor import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(torch.get_default_device().type, (WORLD,))
     for worker in workers:
         torch.manual_seed(0)
         worker(mesh, folder)
@@ -93,7 +91,7 @@ def functions(mesh, _folder):
             (torch.float32, False, (6, 32, 24, 4)),
             (torch.float64, True, (5, 33, 7, 3)),  # neither side divides by two; one rank has a row less
         ):
-            inputs = linear_inputs(shape, dtype=dtype, transposed=transposed)
+            inputs = linear_inputs(shape, dtype=dtype, transposed=transposed, device=mesh.device_type)
             tensors = distributed(inputs, mesh, layout)
             weight, lora_A, lora_B, magnitude = tensors[1:5]
             reference = inputs.leaves()
@@ -162,7 +160,7 @@ def experts(mesh, _folder):
         assert_same(again, weight)
 
 
-def two_dimensional(_mesh, _folder):
+def two_dimensional(mesh, _folder):
     """FSDP2 over tensor parallelism: the same rows sharded twice."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
@@ -176,10 +174,10 @@ def two_dimensional(_mesh, _folder):
     adapted = reference(x).detach()
     merged = dorac.merge(copy.deepcopy(reference))
     for shape in ((1, 2), (2, 1)):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        grid = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("dp", "tp"))
         model = copy.deepcopy(reference)
-        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        fully_shard(model, mesh=mesh["dp"])
+        parallelize_module(model, grid["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=grid["dp"])
         mine = slice(None) if shape == (1, 2) else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         train(model, x[mine], y[mine])
         assert_same_gradients(model, reference)
@@ -283,7 +281,7 @@ def tensor_parallel(mesh, folder):
     with torch.inference_mode():
         inferred = model(x)
     assert_same(inferred.clone(), adapted)
-    with torch.autocast("cpu", torch.bfloat16):  # the norm is not rounded; the products are, on each rank
+    with torch.autocast(mesh.device_type, torch.bfloat16):  # the norm is not rounded; the products are, on each rank
         torch.testing.assert_close(model(x).float(), adapted, rtol=0, atol=2e-2 * adapted.abs().max().item())
 
     weights = {name: p.full_tensor() for name, p in model.named_parameters() if "weight" in name}
@@ -516,5 +514,5 @@ def compiled(mesh, _folder):
     [(functions, experts, tensor_parallel, fsdp, two_dimensional), (recipes, compiled)],
     ids=["eager", "compiled"],
 )
-def test_two_processes_give_the_numbers_of_one(workers, tmp_path):
-    run(in_turn, tmp_path, workers, tmp_path)
+def test_two_processes_give_the_numbers_of_one(workers, device, tmp_path):
+    run(in_turn, tmp_path, device, workers, tmp_path)
