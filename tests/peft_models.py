@@ -65,7 +65,7 @@ def off_init(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(parameter: Tensor, scale: float) -> None:
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * scale)
 
     with torch.no_grad():
         for module in model.modules():
@@ -79,7 +79,8 @@ def off_init(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
                 for factor in factors:
                     draw(factor, std)
                 magnitude = module.lora_magnitude_vector[adapter].weight
-                magnitude.mul_(0.8 + 0.4 * torch.rand(magnitude.shape, generator=generator))
+                off = 0.8 + 0.4 * torch.rand(magnitude.shape, generator=generator, device="cpu")
+                magnitude.mul_(off.to(magnitude.device))
     return model
 
 
