@@ -381,6 +381,31 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
+def _on_shards(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, number):
+    """The layer of each rank's shards of DTensors; aten on the DTensors where that is not all a rank needs."""
+    layout = sharded.linear_layout(x, weight)
+    if layout is None:
+        return linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+    outside = None
+    if bias is not None and any(p.is_partial() for p in layout.y):
+        bias, outside = None, bias  # y is a part of a sum here, to which the bias is added once
+    rows = [
+        None if t is None else sharded.to_shard(t, layout.rows, layout.d_rows)
+        for t in (lora_B, magnitude, weight_norm, bias)
+    ]
+    y = _dora_linear(
+        sharded.to_shard(x, x.placements, layout.d_x),
+        sharded.to_shard(weight, weight.placements, layout.d_weight),
+        sharded.to_shard(lora_A, layout.lora_A, layout.d_lora_A),
+        *rows[:3],
+        sharded.whole(scaling),
+        rows[3],
+        number,
+    )
+    y = sharded.from_linear_shard(y, x, weight, layout.y)
+    return y if outside is None else y + outside.to(y.dtype)
+
+
 def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, number=None, revision=REVISION):
     """``number``: the scaling again where it is known as one (not in a graph for every scaling)."""
     if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
@@ -394,7 +419,9 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
         if weight.ndim == 3:
             return experts_aten(*tensors)
-        if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
+        on_shards = sharded.any_sharded(weight)
+        plain = on_shards or front.all_plain(*tensors)
+        if front.under_transform() or front.exporting() or not plain or scaling.requires_grad:
             return linear_aten(*tensors)
         if weight_norm.requires_grad and torch.is_grad_enabled():
             # g = m / n = (m * n0 / n) / n0 for the constant n0 = n: the gradient of m * n0 / n reaches n, too.
@@ -402,6 +429,8 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
             wide = magnitude.to(accumulate_dtype(magnitude, weight_norm))
             magnitude, weight_norm = wide * magnitude_scale(constant, weight_norm), constant
             tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
+        if on_shards:
+            return _on_shards(*tensors, number)
         eager = front.all_eager(*tensors)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,9 +1,10 @@
-"""The norm of a weight that is sharded over a device mesh, and what sharded arguments have to look like.
+"""The norm and the linear layer of a weight that is sharded over a device mesh, and how its arguments are laid out.
 
-The public ops' bodies come here with DTensors. The layer itself is plain aten there, which DTensor propagates well. The
-norm is not left to it: a slice of a weight's sharded columns would gather the whole weight. Here each rank takes the
-norm of its shard with the same op as without sharding (on CUDA a Triton kernel). Only then do ranks talk, if the
-columns are sharded: one all-reduce of the ``[out]`` sums of squares.
+The public ops' bodies come here with DTensors. Left to aten on DTensors, a slice of a weight's sharded columns would
+gather the whole weight, and the magnitude's gradient sum a whole activation over the ranks. So each rank runs the same
+op on its shards as without sharding (on CUDA the same kernels), and what it computes is declared: a shard, or a part of
+a sum (``Partial``) that is made where it is needed. The norm makes one itself, if the columns are sharded: an
+all-reduce of the ``[out]`` sums of squares.
 
     weight             lora_A             lora_B             norm, magnitude, bias
     Shard(out)         Replicate          Shard(out)         Shard(out)
@@ -12,13 +13,16 @@ columns are sharded: one all-reduce of the ``[out]`` sums of squares.
     Shard(experts)     Shard(experts)     Shard(experts)     Shard(experts)
 
 Factors in another layout, such as FSDP2's ``Shard(0)`` of lora_A's rank, are brought into this one; the weight never
-moves.
+moves. :func:`linear_layout` has the layer's side of it.
 """
 
+import dataclasses
 import sys
 
 import torch
 from torch import Tensor
+
+PLACEMENTS = tuple  # of one DTensor: a Placement for each dimension of the mesh
 
 
 def any_sharded(*tensors: Tensor | None) -> bool:
@@ -113,3 +117,94 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, bu
     partial = [Partial() if getattr(p, "dim", None) == columns else p for p in weight.placements]
     square = from_shard(norm.to(torch.float64).square(), weight, partial)
     return square.redistribute(placements=rows).sqrt().to(norm.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayout:
+    """The placements of a linear layer that each rank computes on its shards: of what goes in, comes out and back."""
+
+    lora_A: PLACEMENTS
+    rows: PLACEMENTS  # of lora_B, magnitude, norm and bias
+    y: PLACEMENTS
+    d_x: PLACEMENTS
+    d_weight: PLACEMENTS
+    d_lora_A: PLACEMENTS
+    d_rows: PLACEMENTS
+
+
+def linear_layout(x: Tensor, weight: Tensor) -> LinearLayout | None:
+    """What goes with these two; None where a rank needs more than its shards.
+
+    One line for each dimension of the mesh, B being any dimension of x but the last:
+
+    weight     x          lora_A     rows       y          d_x        d_weight   d_lora_A   d_rows
+    Shard(0)   Replicate  Replicate  Shard(0)   Shard(-1)  Partial    Shard(0)   Partial    Shard(0)
+    Shard(1)   Shard(-1)  Shard(1)   Replicate  Partial    Shard(-1)  Shard(1)   Shard(1)   Partial
+    Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate
+    Replicate  Shard(B)   Replicate  Replicate  Shard(B)   Shard(B)   Partial    Partial    Partial
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last, whole, part, lines = Shard(x.ndim - 1), Replicate(), Partial(), []
+    for of_weight, of_x in zip(weight.placements, x.placements, strict=True):
+        if not {type(of_weight), type(of_x)} <= {Shard, Replicate}:  # a sum still to be made, or FSDP2's strided shards
+            return None
+        if of_weight == Shard(0) and of_x == whole:
+            lines.append((whole, of_weight, last, part, of_weight, part, of_weight))
+        elif of_weight == Shard(1) and of_x == last:
+            lines.append((of_weight, whole, part, last, of_weight, of_weight, part))
+        elif of_weight == whole == of_x:
+            lines.append((whole,) * 7)
+        elif of_weight == whole and of_x != last:
+            lines.append((whole, whole, of_x, of_x, part, part, part))
+        else:
+            return None
+    return LinearLayout(*zip(*lines, strict=True))
+
+
+class _ToShard(torch.autograd.Function):
+    """``to_local``, waiting for a collective that is under way; the gradient comes back in the placements given."""
+
+    @staticmethod
+    def forward(ctx, tensor, d_placements):
+        from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+        ctx.layout = tensor.device_mesh, d_placements, tensor.shape
+        local = tensor.to_local()
+        local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+        return local.view_as(local)  # a tensor of its own, for autograd to mark
+
+    @staticmethod
+    def backward(ctx, d_local):
+        return _FromShard.apply(d_local, *ctx.layout), None
+
+
+class _FromShard(torch.autograd.Function):
+    """The inverse. Every part of a sum has the gradient of the sum, which therefore is brought to all ranks whole."""
+
+    @staticmethod
+    def forward(ctx, local, mesh, placements, shape):
+        from torch.distributed.tensor import DTensor
+
+        ctx.placements = placements
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    @staticmethod
+    def backward(ctx, d_tensor):
+        from torch.distributed.tensor import Replicate
+
+        whole = tuple(Replicate() if p.is_partial() else p for p in ctx.placements)
+        return to_shard(d_tensor, whole, ctx.placements), None, None, None
+
+
+def to_shard(tensor: Tensor, placements: PLACEMENTS, d_placements: PLACEMENTS) -> Tensor:
+    """This rank's shard of a DTensor once that has these placements; its gradient has ``d_placements``."""
+    if tensor.placements != placements:
+        tensor = tensor.redistribute(placements=placements)
+    return _ToShard.apply(tensor, d_placements)
+
+
+def from_linear_shard(local: Tensor, x: Tensor, weight: Tensor, placements: PLACEMENTS) -> Tensor:
+    """The DTensor of which ``local`` is this rank's shard: y of the linear layer."""
+    return _FromShard.apply(local, weight.device_mesh, placements, torch.Size((*x.shape[:-1], weight.shape[0])))
