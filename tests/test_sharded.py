@@ -17,7 +17,7 @@ from torch import nn
 
 import dorac
 from dorac import functional
-from dorac.ops import front
+from dorac.ops import front, linear
 from dorac.testing import linear_inputs
 
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -56,7 +56,12 @@ def collectives():
     counts |= {str(op).partition(".")[2].strip("'>)_"): n for op, n in mode.get_comm_counts().items()}
 
 
-def placements(layout, transposed=False):
+def on_shards():
+    """Inside, layers may not be left to aten on DTensors."""
+    return mock.patch.object(linear, "linear_aten", side_effect=AssertionError)
+
+
+def placements(layout):
     """The layouts of ``FIELDS``."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -85,8 +90,8 @@ def functions(mesh, _folder):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     def lora(x, weight, lora_A, lora_B, magnitude, bias):
-        linear = nn.functional.linear
-        return linear(x, weight, bias) + 0.7 * linear(linear(x, lora_A), lora_B)
+        base = nn.functional.linear(x, weight, bias)
+        return base + 0.7 * nn.functional.linear(nn.functional.linear(x, lora_A), lora_B)
 
     for layout, norm_counts in (("columns", {}), ("rows", {"all_reduce": 1})):
         for dtype, transposed, shape in (
@@ -155,7 +160,7 @@ def layouts(mesh, _folder):
 
     def check(tensors, of_y, scaling=0.7):
         norm = functional.norm_factored(*tensors[1:4], 0.7)
-        with collectives() as counts:
+        with collectives() as counts, on_shards():
             y = functional.dora_linear(*tensors, scaling=scaling, weight_norm=norm)
         assert (y.placements, counts) == (of_y, {})
         whole_y = [whole] * len(of_y)
@@ -193,7 +198,8 @@ def layouts(mesh, _folder):
 
     # A gather that is still under way.
     x, *others = tensors_in(mesh, [rows], [rows], [whole], [rows])
-    y = functional.dora_linear(x.redistribute(placements=[whole], async_op=True), *others, scaling=0.7)
+    with on_shards():
+        y = functional.dora_linear(x.redistribute(placements=[whole], async_op=True), *others, scaling=0.7)
     assert y.placements == (columns,)
     y.backward(distribute_tensor(dy, mesh, [columns]))
     assert_gradients((x, *others), reference.tensors())
