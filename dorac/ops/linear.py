@@ -19,6 +19,8 @@ inner for backward alone; the mean error of the layer stays at two thirds to nin
 :func:`route` is the table of which form is taken where, from the benchmarks of layers and stacks at ranks 16 and 384
 in ``dorac/bench/results``; ``python -m dorac.bench tune --kernels form stack-form`` prints the forms side by side.
 
+Of DTensors each rank takes its shards through the same body (``ops/sharded.py``).
+
 A layer of experts (every tensor with a leading E) is the formula in aten: batched products, and g per expert and row.
 
 Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
