@@ -269,7 +269,7 @@ class DoraLayer(nn.Module):
             scaling=self.scaling,
             budget=self.norm_budget,
         )
-        if not merged.is_meta and not sharded.whole(merged.isfinite().all()):
+        if not merged.is_meta and not sharded.all_finite(merged):
             raise ValueError(
                 f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
             )

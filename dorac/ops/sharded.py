@@ -39,6 +39,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if any_sharded(tensor) else tensor
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element on any rank is infinite or NaN. Waits for the device."""
+    if not any_sharded(tensor):
+        return bool(tensor.isfinite().all())
+    from torch.distributed.tensor import DTensor, Partial
+
+    # Counted by hand: for ``all()`` torch 2.14 gathers the tensor.
+    mesh, lost = tensor.device_mesh, tensor.to_local().isfinite().logical_not().sum()
+    return not DTensor.from_local(lost, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+
+
 def replicated(tensor: Tensor) -> Tensor:
     """A DTensor that every rank holds whole, so that any view of it is possible; a plain tensor as it is."""
     if not any_sharded(tensor):
