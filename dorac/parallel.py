@@ -9,8 +9,8 @@ shards an ``nn.Linear``, its factors and magnitude along with the weight:
 
 (An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
 in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
-and in backward one of the magnitude's gradient. Gradients come in the layouts of their parameters, those of replicated
-ones summed over the ranks.
+and in backward one of the magnitude's gradient (of it and the norm's with ``norm_grad``). Gradients come in the layouts
+of their parameters, those of replicated ones summed over the ranks.
 """
 
 from functools import partial

@@ -155,7 +155,9 @@ def layouts(mesh, _folder):
 
     def tensors_in(mesh, of_x, of_weight, of_lora_A, of_rows):
         layout = (of_x, of_weight, of_lora_A, *(of_rows,) * 3)
-        tensors = [distribute_tensor(t.detach(), mesh, p) for t, p in zip(inputs.tensors(), layout, strict=True)]
+        tensors = [
+            distribute_tensor(t.detach(), mesh, p) for t, p in zip(inputs.leaves().tensors(), layout, strict=True)
+        ]
         return [t.requires_grad_() for t in tensors]
 
     def check(tensors, of_y, scaling=0.7):
@@ -182,6 +184,25 @@ def layouts(mesh, _folder):
     # Lines of x that are not where the rows of the weight are: x is gathered, or the weight.
     y = functional.dora_linear(*tensors_in(mesh, [rows], [rows], [whole], [rows]), scaling=0.7)
     assert_same(y, functional.dora_linear(*inputs.tensors(), scaling=0.7), torch.float64)
+
+    # A weight that is stored [in, out] has its gradient in that layout, where it lies.
+    x, weight, *others = tensors_in(mesh, [whole], [rows], [whole], [rows])
+    norm = functional.norm_factored(weight, *others[:2], 0.7).detach()
+    stored = distribute_tensor(inputs.weight.detach().T.contiguous(), mesh, [columns]).requires_grad_()
+    with collectives() as counts:
+        functional.dora_linear(x, stored.T, *others, scaling=0.7, weight_norm=norm).sum().backward()
+    assert counts == {}, counts
+    assert stored.grad.placements == (columns,)
+    assert stored.grad.stride() == stored.stride()
+
+    # What is changed in place before backward is noticed.
+    for name in FIELDS[:5]:
+        tensors = tensors_in(mesh, [whole], [rows], [whole], [rows])
+        y = functional.dora_linear(*tensors, scaling=0.7)
+        with torch.no_grad():
+            dict(zip(FIELDS, tensors, strict=True))[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
     # The gradient of a sum still to be made arrives as another one.
     *tensors, _ = tensors_in(mesh, [columns], [columns], [columns], [whole])

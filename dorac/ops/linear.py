@@ -388,9 +388,9 @@ def _on_shards(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias,
     layout = sharded.linear_layout(x, weight)
     if layout is None:
         return linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
-    outside = None
+    added_once = None
     if bias is not None and any(p.is_partial() for p in layout.y):
-        bias, outside = None, bias  # y is a part of a sum here, to which the bias is added once
+        bias, added_once = None, bias  # to the sum of what the ranks compute
     rows = [
         None if t is None else sharded.to_shard(t, layout.rows, layout.d_rows)
         for t in (lora_B, magnitude, weight_norm, bias)
@@ -405,7 +405,7 @@ def _on_shards(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias,
         number,
     )
     y = sharded.from_linear_shard(y, x, weight, layout.y)
-    return y if outside is None else y + outside.to(y.dtype)
+    return y if added_once is None else y + added_once.to(y.dtype)
 
 
 def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, number=None, revision=REVISION):
@@ -422,8 +422,8 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         if weight.ndim == 3:
             return experts_aten(*tensors)
         on_shards = sharded.any_sharded(weight)
-        plain = on_shards or front.all_plain(*tensors)
-        if front.under_transform() or front.exporting() or not plain or scaling.requires_grad:
+        in_aten = front.under_transform() or front.exporting() or scaling.requires_grad
+        if in_aten or not (on_shards or front.all_plain(*tensors)):
             return linear_aten(*tensors)
         if weight_norm.requires_grad and torch.is_grad_enabled():
             # g = m / n = (m * n0 / n) / n0 for the constant n0 = n: the gradient of m * n0 / n reaches n, too.

@@ -22,7 +22,7 @@ import sys
 import torch
 from torch import Tensor
 
-PLACEMENTS = tuple  # of one DTensor: a Placement for each dimension of the mesh
+Placements = tuple  # of one DTensor: a Placement for each dimension of the mesh
 
 
 def any_sharded(*tensors: Tensor | None) -> bool:
@@ -134,88 +134,106 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, bu
 class LinearLayout:
     """The placements of a linear layer that each rank computes on its shards: of what goes in, comes out and back."""
 
-    lora_A: PLACEMENTS
-    rows: PLACEMENTS  # of lora_B, magnitude, norm and bias
-    y: PLACEMENTS
-    d_x: PLACEMENTS
-    d_weight: PLACEMENTS
-    d_lora_A: PLACEMENTS
-    d_rows: PLACEMENTS
+    lora_A: Placements
+    rows: Placements  # of lora_B, magnitude, norm and bias
+    y: Placements
+    d_x: Placements
+    d_weight: Placements
+    d_lora_A: Placements
+    d_rows: Placements
 
 
 def linear_layout(x: Tensor, weight: Tensor) -> LinearLayout | None:
-    """What goes with these two; None where a rank needs more than its shards.
+    """What goes with these two; None where a rank needs more than its shards, or other shards than it has.
 
-    One line for each dimension of the mesh, B being any dimension of x but the last:
+    One line for each dimension of the mesh, K being any dimension of x but the last:
 
-    weight     x          lora_A     rows       y          d_x        d_weight   d_lora_A   d_rows
-    Shard(0)   Replicate  Replicate  Shard(0)   Shard(-1)  Partial    Shard(0)   Partial    Shard(0)
-    Shard(1)   Shard(-1)  Shard(1)   Replicate  Partial    Shard(-1)  Shard(1)   Shard(1)   Partial
-    Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate
-    Replicate  Shard(B)   Replicate  Replicate  Shard(B)   Shard(B)   Partial    Partial    Partial
+    weight     x           lora_A     rows       y          d_x        d_weight   d_lora_A   d_rows
+    Shard(0)   Replicate   Replicate  Shard(0)   Shard(-1)  Partial    Shard(0)   Partial    Shard(0)
+    Shard(1)   Shard(-1)   Shard(1)   Replicate  Partial    Shard(-1)  Shard(1)   Shard(1)   Partial
+    Replicate  Replicate   Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate
+    Replicate  Shard(K)    Replicate  Replicate  Shard(K)   Shard(K)   Partial    Partial    Partial
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    last, whole, part, lines = Shard(x.ndim - 1), Replicate(), Partial(), []
+    last, replicate, partial = Shard(x.ndim - 1), Replicate(), Partial()
+    lines = []  # in the order of LinearLayout's fields
     for of_weight, of_x in zip(weight.placements, x.placements, strict=True):
         if not {type(of_weight), type(of_x)} <= {Shard, Replicate}:  # a sum still to be made, or FSDP2's strided shards
             return None
-        if of_weight == Shard(0) and of_x == whole:
-            lines.append((whole, of_weight, last, part, of_weight, part, of_weight))
+        if of_weight == Shard(0) and of_x == replicate:
+            lines.append((replicate, of_weight, last, partial, of_weight, partial, of_weight))
         elif of_weight == Shard(1) and of_x == last:
-            lines.append((of_weight, whole, part, last, of_weight, of_weight, part))
-        elif of_weight == whole == of_x:
-            lines.append((whole,) * 7)
-        elif of_weight == whole and of_x != last:
-            lines.append((whole, whole, of_x, of_x, part, part, part))
+            lines.append((of_weight, replicate, partial, last, of_weight, of_weight, partial))
+        elif of_weight == replicate == of_x:
+            lines.append((replicate,) * 7)
+        elif of_weight == replicate and of_x != last:
+            lines.append((replicate, replicate, of_x, of_x, partial, partial, partial))
         else:
             return None
     return LinearLayout(*zip(*lines, strict=True))
 
 
 class _ToShard(torch.autograd.Function):
-    """``to_local``, waiting for a collective that is under way; the gradient comes back in the placements given."""
+    """``to_local``, waiting for a collective that is under way; the gradient comes back in the placements given.
+
+    Saving the DTensor makes autograd notice a change in place before backward: the shard has a version of its own.
+    """
 
     @staticmethod
     def forward(ctx, tensor, d_placements):
         from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-        ctx.layout = tensor.device_mesh, d_placements, tensor.shape
+        ctx.save_for_backward(tensor)
+        ctx.d_placements = d_placements
         local = tensor.to_local()
         local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local
         return local.view_as(local)  # a tensor of its own, for autograd to mark
 
     @staticmethod
     def backward(ctx, d_local):
-        return _FromShard.apply(d_local, *ctx.layout), None
+        (tensor,) = ctx.saved_tensors
+        # A gradient in another layout than its leaf is copied into that one, for which torch 2.11 gathers it.
+        transposed = tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
+        return _FromShard.apply(d_local, tensor.device_mesh, ctx.d_placements, tensor.shape, transposed), None
 
 
 class _FromShard(torch.autograd.Function):
-    """The inverse. Every part of a sum has the gradient of the sum, which therefore is brought to all ranks whole."""
+    """``from_local``: the DTensor of which ``local`` is this rank's shard or summand.
+
+    In backward every summand has the gradient of the sum: what is ``Partial`` has a gradient that all ranks hold.
+    """
 
     @staticmethod
-    def forward(ctx, local, mesh, placements, shape):
+    def forward(ctx, local, mesh, placements, shape, transposed):
         from torch.distributed.tensor import DTensor
 
         ctx.placements = placements
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+        if transposed:
+            local, stride = local.t().contiguous().t(), (1, shape[0])
+        else:
+            local, stride = local.contiguous(), torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     @staticmethod
     def backward(ctx, d_tensor):
         from torch.distributed.tensor import Replicate
 
-        whole = tuple(Replicate() if p.is_partial() else p for p in ctx.placements)
-        return to_shard(d_tensor, whole, ctx.placements), None, None, None
+        held = tuple(Replicate() if p.is_partial() else p for p in ctx.placements)
+        return to_shard(d_tensor, held, ctx.placements), None, None, None, None
 
 
-def to_shard(tensor: Tensor, placements: PLACEMENTS, d_placements: PLACEMENTS) -> Tensor:
-    """This rank's shard of a DTensor once that has these placements; its gradient has ``d_placements``."""
+def to_shard(tensor: Tensor, placements: Placements, d_placements: Placements) -> Tensor:
+    """This rank's shard of a DTensor once that has these placements, differentiably: the gradient has ``d_placements``.
+
+    (:func:`local_shards` and :func:`from_shard` are for what carries no gradient.)
+    """
     if tensor.placements != placements:
         tensor = tensor.redistribute(placements=placements)
     return _ToShard.apply(tensor, d_placements)
 
 
-def from_linear_shard(local: Tensor, x: Tensor, weight: Tensor, placements: PLACEMENTS) -> Tensor:
-    """The DTensor of which ``local`` is this rank's shard: y of the linear layer."""
-    return _FromShard.apply(local, weight.device_mesh, placements, torch.Size((*x.shape[:-1], weight.shape[0])))
+def from_linear_shard(local: Tensor, x: Tensor, weight: Tensor, placements: Placements) -> Tensor:
+    """y of the linear layer, of which ``local`` is this rank's shard or summand, differentiably."""
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    return _FromShard.apply(local, weight.device_mesh, placements, shape, False)
