@@ -585,7 +585,7 @@ def compiled(mesh, _folder):
     from dorac.parallel import ColwiseParallel, RowwiseParallel
 
     reference = Mlp()
-    x, y = torch.randn(4, 24), torch.randn(4, 24)
+    x, y = torch.randn(4, 3, 24), torch.randn(4, 3, 24)
     train(reference, x, y)
 
     model = parallelize_module(copy.deepcopy(reference), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -602,7 +602,7 @@ def compiled(mesh, _folder):
 
     reduced = reductions(backend.fw_graphs), reductions(backend.bw_graphs)
     # Forward: down's norm and output. The gradients' sums are made by hooks on their parameters.
-    assert reduced == ([[24], [4, 24]], []), reduced
+    assert reduced == ([[24], [4, 3, 24]], []), reduced
     assert sum("row_norm" in str(n.target) for n in backend.fw_graphs[0].graph.nodes) == 2
     with torch.no_grad():
         assert_same(model(x), reference(x))
