@@ -1,5 +1,6 @@
 """The Triton kernels against float64: on the GPU as they are, on the CPU through Triton's interpreter."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -10,9 +11,12 @@ from dorac.testing import LinearInputs, linear_inputs, max_error
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
 from dorac.kernels.compose import compose
+from dorac.kernels.launch import Launcher
 from dorac.kernels.norm import row_norm, row_norms
 
 HALF = (torch.bfloat16, torch.float16)
@@ -435,6 +439,50 @@ def test_more_than_2_31_elements():
     ones = torch.ones(columns, device="cuda")
     d_inner, _, _ = compose_backward(weight, weight, magnitude, ones)
     assert torch.equal(d_inner[tail], (magnitude * weight[tail].float()).bfloat16())
+
+
+class Compiler:
+    """Stands for a kernel, and counts how often it is compiled; what it was compiled to records its launches."""
+
+    def __init__(self) -> None:
+        self.arg_names = ["left", "right", "size", "stride", "BLOCK"]
+        self.compilations = 0
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, num_warps, BLOCK):
+            self.compilations += 1
+            return collections.defaultdict(lambda: lambda *launch: self.launches.append(launch))
+
+        return compile_and_launch
+
+
+def test_compiled_once_for_what_triton_specialises_on():
+    compiler = Compiler()
+    launcher = Launcher(compiler)
+    tensor, half = torch.empty(64), torch.empty(64, dtype=torch.bfloat16)
+    described = [TensorDescriptor.from_tensor(tensor.view(4, 16), block) for block in ([2, 16], [4, 16])]
+    kinds = [
+        (tensor, tensor, 24, 32, 64),
+        (tensor, None, 24, 32, 64),
+        (tensor, half, 24, 32, 64),
+        (tensor, tensor[1:], 24, 32, 64),  # 4 bytes on
+        (tensor, described[0], 24, 32, 64),
+        (tensor, described[1], 24, 32, 64),
+        (tensor, tensor, 1, 32, 64),
+        (tensor, tensor, 24, 24, 64),
+        (tensor, tensor, 2**31 + 24, 32, 64),
+        (tensor, tensor, 24, 32, 128),
+    ]
+    for count, (*arguments, block) in enumerate(kinds, 1):
+        launcher((1, 1, 1), *arguments, warps=4, BLOCK=block)
+        assert compiler.compilations == count, arguments
+    launcher((1, 1, 1), *kinds[0][:4], warps=8, BLOCK=64)
+    assert compiler.compilations == len(kinds) + 1
+    again = (tensor[4:], tensor[8:], 40, 48)  # other addresses and sizes of the first's kinds
+    launcher((1, 1, 1), *again, warps=4, BLOCK=64)
+    assert compiler.compilations == len(kinds) + 1
+    assert compiler.launches == [(*again, 64)]
 
 
 class TestConfigs:

@@ -23,7 +23,7 @@ from dorac.kernels.configs import (
     lora_b_config,
     low_rank_config,
 )
-from dorac.kernels.launch import Launcher, contiguous
+from dorac.kernels.launch import Launcher, cdiv, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile, strip_sum
 
 
@@ -317,10 +317,10 @@ def compose_backward(
         return d_base, d_lora, d_magnitude.zero_()
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
     config = config or column_config(tokens, out_features)
-    strips = triton.cdiv(tokens, config.rows)
+    strips = cdiv(tokens, config.rows)
     partial = magnitude.new_empty(strips, out_features, dtype=torch.float32)
     _launch_compose_backward(
-        (triton.cdiv(out_features, config.block_o), strips, 1),
+        (cdiv(out_features, config.block_o), strips, 1),
         dy,
         inner,
         magnitude,
@@ -344,7 +344,7 @@ def compose_backward(
         warps=config.warps,
     )
     _launch_strip_sum(
-        (triton.cdiv(out_features, 64), 1, 1),
+        (cdiv(out_features, 64), 1, 1),
         partial,
         weight_norm,
         d_magnitude,
@@ -388,7 +388,7 @@ def low_rank_backward(
     if rank > config.block_r:
         raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strips_t, strips_o = triton.cdiv(tokens, config.rows), triton.cdiv(out_features, config.block_o)
+    strips_t, strips_o = cdiv(tokens, config.rows), cdiv(out_features, config.block_o)
     partial_m = magnitude.new_empty(strips_t, out_features, dtype=torch.float32)
     partial_h = magnitude.new_empty(strips_o, tokens, rank, dtype=torch.float32)
     partial_b = magnitude.new_empty(strips_t, out_features, rank, dtype=torch.float32)
@@ -463,14 +463,14 @@ def lora_b_backward(
     if rank > config.block_r * config.chunks:
         raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strips = triton.cdiv(tokens, config.rows)
+    strips = cdiv(tokens, config.rows)
     if strips == 1:
         partial_m, partial_b = d_magnitude, d_b
     else:
         partial_m = magnitude.new_empty(strips, out_features, dtype=torch.float32)
         partial_b = magnitude.new_empty(strips, out_features, rank, dtype=torch.float32)
     _launch_lora_b_backward(
-        (triton.cdiv(out_features, config.block_o), strips, 1),
+        (cdiv(out_features, config.block_o), strips, 1),
         dy,
         dy,
         inner,
@@ -516,7 +516,7 @@ def lora_b_backward(
 def _sum_strips(partials, weight_norm, scaling, gradients, sizes, strips, *, scale_b, block):
     """Sums the strips ``partials`` of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``, into ``gradients``."""
     _launch_low_rank_strip_sum(
-        (sum(triton.cdiv(size, block) for size in sizes), 1, 1),
+        (sum(cdiv(size, block) for size in sizes), 1, 1),
         *partials,
         weight_norm,
         scaling,

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels.configs import TileConfig, pointwise_config, tile_config
-from dorac.kernels.launch import Launcher, contiguous
+from dorac.kernels.launch import Launcher, cdiv, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile
 
 GROUP = tl.constexpr(8)  # row blocks that run side by side share tiles of lora_B in L2
@@ -148,7 +148,7 @@ def compose(
         tile = [config.block_t, config.block_o]
         matrices = [t if t is None else TensorDescriptor.from_tensor(t, blocks.get(id(t), tile)) for t in matrices]
     _launch_compose(
-        (triton.cdiv(tokens, config.block_t) * triton.cdiv(out_features, config.block_o), 1, 1),
+        (cdiv(tokens, config.block_t) * cdiv(out_features, config.block_o), 1, 1),
         *matrices[:3],
         magnitude,
         weight_norm,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
-from dorac.kernels.launch import Launcher
+from dorac.kernels.launch import Launcher, cdiv
 from dorac.kernels.tiles import load_tile, product, strip_sum
 
 
@@ -190,13 +190,13 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     rank = lora_A.shape[-2]
     if config is None:
         config = norm_config(experts, out_features, in_features, rank, weight.dtype, lora_A.dtype)
-    chunks = triton.cdiv(rank, config.block_r)
-    tiles = triton.cdiv(in_features, config.block_i)
-    tiles_per_split = triton.cdiv(tiles, config.splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    chunks = cdiv(rank, config.block_r)
+    tiles = cdiv(in_features, config.block_i)
+    tiles_per_split = cdiv(tiles, config.splits)
+    splits = cdiv(tiles, tiles_per_split)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     _launch_row_square(
-        (triton.cdiv(out_features, config.block_o), splits, experts),
+        (cdiv(out_features, config.block_o), splits, experts),
         weight,
         lora_A,
         lora_B,
@@ -223,5 +223,5 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     )
     if splits > 1:
         size = experts * out_features
-        _launch_finish((triton.cdiv(size, 256), 1, 1), out, norm, size, splits, warps=4, BLOCK=256)
+        _launch_finish((cdiv(size, 256), 1, 1), out, norm, size, splits, warps=4, BLOCK=256)
     return norm
