@@ -65,7 +65,7 @@ def linear_inputs(
     """A layer whose factors are both non-zero and whose magnitude lies up to 20 % off the norm.
 
     ``transposed`` gives the weight as a view of an ``[in, out]`` tensor, as a GPT-2 Conv1D holds it. Values are drawn
-    in float64 and quantised once, so that every dtype sees the same layer.
+    on the CPU in float64 and quantised once, so that every dtype sees the same layer.
     """
     tokens, out_features, in_features, rank = REGIMES[regime] if isinstance(regime, str) else regime
     generator = torch.Generator().manual_seed(seed)

@@ -56,7 +56,7 @@ def merge_weight(
     if sharded.any_sharded(weight, lora_A, lora_B, magnitude, weight_norm):
         shards = _shards(weight, lora_A, lora_B, magnitude, weight_norm)
         merged = merge_weight(*shards[:4], scaling=scaling, weight_norm=shards[4], budget=budget)[0]
-        return sharded.from_shard(merged, weight, weight.placements), weight_norm
+        return sharded.from_shard(merged, weight.device_mesh, weight.placements, weight.shape), weight_norm
     g = magnitude_scale(magnitude, weight_norm)[..., None]
     chunks = _low_rank_chunks(weight, lora_A, lora_B, scaling, budget)
     merged = torch.cat([(g * (w + product)).to(weight.dtype) for w, product in chunks], dim=-1)
@@ -120,6 +120,6 @@ def unmerge_weight(
     if sharded.any_sharded(merged_weight, lora_A, lora_B, magnitude, weight_norm):
         shards = _shards(merged_weight, lora_A, lora_B, magnitude, weight_norm)
         weight = unmerge_weight(*shards[:4], scaling=scaling, weight_norm=shards[4], budget=budget)
-        return sharded.from_shard(weight, merged_weight, merged_weight.placements)
+        return sharded.from_shard(weight, merged_weight.device_mesh, merged_weight.placements, merged_weight.shape)
     chunks = _low_rank_chunks(merged_weight, lora_A, lora_B, scaling, budget)
     return torch.cat([(w / g - product).to(merged_weight.dtype) for w, product in chunks], dim=-1).detach()

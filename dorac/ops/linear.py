@@ -391,20 +391,24 @@ def _on_shards(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias,
     added_once = None
     if bias is not None and any(p.is_partial() for p in layout.y):
         bias, added_once = None, bias  # to the sum of what the ranks compute
-    rows = [
-        None if t is None else sharded.to_shard(t, layout.rows, layout.d_rows)
+    of_lora_A, of_rows = sharded.layouts(weight)
+    lora_B, magnitude, weight_norm, bias = (
+        None if t is None else sharded.to_shard(t, of_rows, layout.d_rows)
         for t in (lora_B, magnitude, weight_norm, bias)
-    ]
+    )
     y = _dora_linear(
         sharded.to_shard(x, x.placements, layout.d_x),
         sharded.to_shard(weight, weight.placements, layout.d_weight),
-        sharded.to_shard(lora_A, layout.lora_A, layout.d_lora_A),
-        *rows[:3],
+        sharded.to_shard(lora_A, of_lora_A, layout.d_lora_A),
+        lora_B,
+        magnitude,
+        weight_norm,
         sharded.whole(scaling),
-        rows[3],
+        bias,
         number,
     )
-    y = sharded.from_linear_shard(y, x, weight, layout.y)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    y = sharded.from_shard(y, weight.device_mesh, layout.y, shape)
     return y if added_once is None else y + added_once.to(y.dtype)
 
 

@@ -13,7 +13,7 @@ all-reduce of the ``[out]`` sums of squares.
     Shard(experts)     Shard(experts)     Shard(experts)     Shard(experts)
 
 Factors in another layout, such as FSDP2's ``Shard(0)`` of lora_A's rank, are brought into this one; the weight never
-moves. :func:`linear_layout` has the layer's side of it.
+moves. :func:`linear_layout` says what comes out of the linear layer.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no element on any rank is infinite or NaN. Waits for the device."""
     if not any_sharded(tensor):
         return bool(tensor.isfinite().all())
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import Partial
 
     # Counted by hand: for ``all()`` torch 2.14 gathers the tensor.
-    mesh, lost = tensor.device_mesh, tensor.to_local().isfinite().logical_not().sum()
-    return not DTensor.from_local(lost, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+    mesh, lost = tensor.device_mesh, to_shard(tensor, tensor.placements).isfinite().logical_not().sum()
+    return not from_shard(lost, mesh, (Partial(),) * mesh.ndim, lost.shape).full_tensor()
 
 
 def replicated(tensor: Tensor) -> Tensor:
@@ -88,90 +88,14 @@ def check_sharded(**tensors: Tensor | None) -> None:
         raise ValueError(f"weight must be sharded or replicated, got placements {tensors['weight'].placements}")
 
 
-def layouts(weight: Tensor) -> tuple[list, list]:
+def layouts(weight: Tensor) -> tuple[Placements, Placements]:
     """The placements that go with the weight's: lora_A's, and those of lora_B and of vectors over the rows."""
     from torch.distributed.tensor import Replicate
 
     rows, columns = weight.ndim - 2, weight.ndim - 1
-    lora_A = [Replicate() if getattr(p, "dim", None) == rows else p for p in weight.placements]
-    lora_B = [Replicate() if getattr(p, "dim", None) == columns else p for p in weight.placements]
+    lora_A = tuple(Replicate() if getattr(p, "dim", None) == rows else p for p in weight.placements)
+    lora_B = tuple(Replicate() if getattr(p, "dim", None) == columns else p for p in weight.placements)
     return lora_A, lora_B
-
-
-def local_shards(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """This rank's shards, with the factors and the vectors over the rows brought into the weight's layout."""
-    for_a, for_b = layouts(weight)
-    moved = [lora_A.redistribute(placements=for_a)]
-    moved += [t if t is None else t.redistribute(placements=for_b) for t in (lora_B, *vectors)]
-    return tuple(t if t is None else t.to_local() for t in (weight, *moved))
-
-
-def from_shard(local: Tensor, like: Tensor, placements: list) -> Tensor:
-    """The DTensor of which ``local`` is this rank's shard: of the shape of ``like``, or of its rows."""
-    from torch.distributed.tensor import DTensor
-
-    shape = like.shape[: local.ndim]
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, budget: int) -> Tensor:
-    """``||W + s * lora_B @ lora_A||_row`` of DTensors that carry no gradient."""
-    from torch.distributed.tensor import Partial
-
-    check_sharded(weight=weight, lora_A=lora_A, lora_B=lora_B)
-    norm = torch.ops.dorac.norm_factored(*local_shards(weight, lora_A, lora_B), whole(scaling), None, budget)
-    rows = layouts(weight)[1]
-    columns = weight.ndim - 1
-    if all(getattr(p, "dim", None) != columns for p in weight.placements):
-        return from_shard(norm, weight, rows)
-    partial = [Partial() if getattr(p, "dim", None) == columns else p for p in weight.placements]
-    square = from_shard(norm.to(torch.float64).square(), weight, partial)
-    return square.redistribute(placements=rows).sqrt().to(norm.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearLayout:
-    """The placements of a linear layer that each rank computes on its shards: of what goes in, comes out and back."""
-
-    lora_A: Placements
-    rows: Placements  # of lora_B, magnitude, norm and bias
-    y: Placements
-    d_x: Placements
-    d_weight: Placements
-    d_lora_A: Placements
-    d_rows: Placements
-
-
-def linear_layout(x: Tensor, weight: Tensor) -> LinearLayout | None:
-    """What goes with these two; None where a rank needs more than its shards, or other shards than it has.
-
-    One line for each dimension of the mesh, K being any dimension of x but the last:
-
-    weight     x           lora_A     rows       y          d_x        d_weight   d_lora_A   d_rows
-    Shard(0)   Replicate   Replicate  Shard(0)   Shard(-1)  Partial    Shard(0)   Partial    Shard(0)
-    Shard(1)   Shard(-1)   Shard(1)   Replicate  Partial    Shard(-1)  Shard(1)   Shard(1)   Partial
-    Replicate  Replicate   Replicate  Replicate  Replicate  Replicate  Replicate  Replicate  Replicate
-    Replicate  Shard(K)    Replicate  Replicate  Shard(K)   Shard(K)   Partial    Partial    Partial
-    """
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    last, replicate, partial = Shard(x.ndim - 1), Replicate(), Partial()
-    lines = []  # in the order of LinearLayout's fields
-    for of_weight, of_x in zip(weight.placements, x.placements, strict=True):
-        if not {type(of_weight), type(of_x)} <= {Shard, Replicate}:  # a sum still to be made, or FSDP2's strided shards
-            return None
-        if of_weight == Shard(0) and of_x == replicate:
-            lines.append((replicate, of_weight, last, partial, of_weight, partial, of_weight))
-        elif of_weight == Shard(1) and of_x == last:
-            lines.append((of_weight, replicate, partial, last, of_weight, of_weight, partial))
-        elif of_weight == replicate == of_x:
-            lines.append((replicate,) * 7)
-        elif of_weight == replicate and of_x != last:
-            lines.append((replicate, replicate, of_x, of_x, partial, partial, partial))
-        else:
-            return None
-    return LinearLayout(*zip(*lines, strict=True))
 
 
 class _ToShard(torch.autograd.Function):
@@ -194,8 +118,11 @@ class _ToShard(torch.autograd.Function):
     def backward(ctx, d_local):
         (tensor,) = ctx.saved_tensors
         # A gradient in another layout than its leaf is copied into that one, for which torch 2.11 gathers it.
-        transposed = tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
-        return _FromShard.apply(d_local, tensor.device_mesh, ctx.d_placements, tensor.shape, transposed), None
+        if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous():
+            d_local, stride = d_local.t().contiguous().t(), tensor.stride()
+        else:
+            d_local, stride = d_local.contiguous(), None
+        return _FromShard.apply(d_local, tensor.device_mesh, ctx.d_placements, tensor.shape, stride), None
 
 
 class _FromShard(torch.autograd.Function):
@@ -205,14 +132,11 @@ class _FromShard(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, local, mesh, placements, shape, transposed):
+    def forward(ctx, local, mesh, placements, shape, stride):
         from torch.distributed.tensor import DTensor
 
         ctx.placements = placements
-        if transposed:
-            local, stride = local.t().contiguous().t(), (1, shape[0])
-        else:
-            local, stride = local.contiguous(), torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, device="meta").stride() if stride is None else stride
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     @staticmethod
@@ -223,17 +147,79 @@ class _FromShard(torch.autograd.Function):
         return to_shard(d_tensor, held, ctx.placements), None, None, None, None
 
 
-def to_shard(tensor: Tensor, placements: Placements, d_placements: Placements) -> Tensor:
-    """This rank's shard of a DTensor once that has these placements, differentiably: the gradient has ``d_placements``.
-
-    (:func:`local_shards` and :func:`from_shard` are for what carries no gradient.)
-    """
+def to_shard(tensor: Tensor, placements: Placements, d_placements: Placements | None = None) -> Tensor:
+    """This rank's shard of a DTensor once that has these placements. Its gradient has ``d_placements``, or the same."""
     if tensor.placements != placements:
         tensor = tensor.redistribute(placements=placements)
-    return _ToShard.apply(tensor, d_placements)
+    return _ToShard.apply(tensor, placements if d_placements is None else d_placements)
 
 
-def from_linear_shard(local: Tensor, x: Tensor, weight: Tensor, placements: Placements) -> Tensor:
-    """y of the linear layer, of which ``local`` is this rank's shard or summand, differentiably."""
-    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    return _FromShard.apply(local, weight.device_mesh, placements, shape, False)
+def from_shard(
+    local: Tensor, mesh: "torch.distributed.DeviceMesh", placements: Placements, shape: torch.Size
+) -> Tensor:
+    """The DTensor of this shape of which ``local`` is this rank's shard or, where it is ``Partial``, summand."""
+    return _FromShard.apply(local, mesh, placements, shape, None)
+
+
+def local_shards(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """This rank's shards, with the factors and the vectors over the rows brought into the weight's layout."""
+    for_a, for_b = layouts(weight)
+    rows = (t if t is None else to_shard(t, for_b) for t in (lora_B, *vectors))
+    return to_shard(weight, weight.placements), to_shard(lora_A, for_a), *rows
+
+
+def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, budget: int) -> Tensor:
+    """``||W + s * lora_B @ lora_A||_row`` of DTensors that carry no gradient."""
+    from torch.distributed.tensor import Partial
+
+    check_sharded(weight=weight, lora_A=lora_A, lora_B=lora_B)
+    norm = torch.ops.dorac.norm_factored(*local_shards(weight, lora_A, lora_B), whole(scaling), None, budget)
+    rows = layouts(weight)[1]
+    columns, norm_shape = weight.ndim - 1, weight.shape[:-1]
+    if all(getattr(p, "dim", None) != columns for p in weight.placements):
+        return from_shard(norm, weight.device_mesh, rows, norm_shape)
+    partial = tuple(Partial() if getattr(p, "dim", None) == columns else p for p in weight.placements)
+    square = from_shard(norm.to(torch.float64).square(), weight.device_mesh, partial, norm_shape)
+    return square.redistribute(placements=rows).sqrt().to(norm.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayout:
+    """The placements of what comes out of a linear layer that each rank computes on its shards, and of gradients."""
+
+    y: Placements
+    d_x: Placements
+    d_weight: Placements
+    d_lora_A: Placements
+    d_rows: Placements  # of lora_B, magnitude, norm and bias
+
+
+def linear_layout(x: Tensor, weight: Tensor) -> LinearLayout | None:
+    """What these two give, the rest being laid out as :func:`layouts` says; None where a rank needs more than that.
+
+    One line for each dimension of the mesh, K being any dimension of x but the last:
+
+    weight     x           y          d_x        d_weight   d_lora_A   d_rows
+    Shard(0)   Replicate   Shard(-1)  Partial    Shard(0)   Partial    Shard(0)
+    Shard(1)   Shard(-1)   Partial    Shard(-1)  Shard(1)   Shard(1)   Partial
+    Replicate  Replicate   Replicate  Replicate  Replicate  Replicate  Replicate
+    Replicate  Shard(K)    Shard(K)   Shard(K)   Partial    Partial    Partial
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last, replicate, partial = Shard(x.ndim - 1), Replicate(), Partial()
+    lines = []  # in the order of LinearLayout's fields
+    for of_weight, of_x in zip(weight.placements, x.placements, strict=True):
+        if not {type(of_weight), type(of_x)} <= {Shard, Replicate}:  # a sum still to be made, or FSDP2's strided shards
+            return None
+        if of_weight == Shard(0) and of_x == replicate:
+            lines.append((last, partial, of_weight, partial, of_weight))
+        elif of_weight == Shard(1) and of_x == last:
+            lines.append((partial, last, of_weight, of_weight, partial))
+        elif of_weight == replicate == of_x:
+            lines.append((replicate,) * 5)
+        elif of_weight == replicate and of_x != last:
+            lines.append((of_x, of_x, partial, partial, partial))
+        else:
+            return None
+    return LinearLayout(*zip(*lines, strict=True))
