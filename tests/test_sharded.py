@@ -147,9 +147,9 @@ def layouts(mesh, _folder):
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
     whole, rows, columns = Replicate(), Shard(0), Shard(1)
-    inputs = linear_inputs((5, 12, 10, 3), device=mesh.device_type)  # three lines of x on one rank, two on the other
+    inputs = linear_inputs((5, 13, 9, 3), device=mesh.device_type)  # one rank has a line, row or column less
     grid = init_device_mesh(mesh.device_type, (WORLD, 1))
-    dy = torch.randn(5, 12, dtype=torch.float64)
+    dy = torch.randn(5, 13, dtype=torch.float64)
     reference = inputs.leaves()
     functional.dora_linear(*reference.tensors(), scaling=0.7).backward(dy)
 
@@ -206,7 +206,7 @@ def layouts(mesh, _folder):
 
     # The gradient of a sum still to be made arrives as another one.
     *tensors, _ = tensors_in(mesh, [columns], [columns], [columns], [whole])
-    following = distribute_tensor(torch.randn(8, 12, dtype=torch.float64), mesh, [rows])
+    following = distribute_tensor(torch.randn(8, 13, dtype=torch.float64), mesh, [rows])
     y = functional.dora_linear(*tensors, scaling=0.7)
     assert y.placements == (Partial(),)
     nn.functional.linear(y, following).square().sum().backward()

@@ -117,7 +117,7 @@ class _ToShard(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_local):
         (tensor,) = ctx.saved_tensors
-        # A gradient in another layout than its leaf is copied into that one, for which torch 2.11 gathers it.
+        # A gradient in another layout than its leaf is copied into that; torch 2.11 gathers uneven shards for it.
         if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous():
             d_local, stride = d_local.t().contiguous().t(), tensor.stride()
         else:
