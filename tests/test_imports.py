@@ -18,6 +18,7 @@ FLOORS = {
     "ops": 2,
     "checks": 2,
     "functional": 3,
+    "undo": 3,
     "nn": 4,
     "parallel": 5,
     "peft": 5,
