@@ -1,16 +1,18 @@
 """Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dorac.nn import DoraLayer, layer_class
+from dorac.nn import DoraLayer, layer_class, loading, merging
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, named_places
+from dorac.undo import Undo
 
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
@@ -88,34 +90,30 @@ def apply_dora(
             else target
             for target in targets
         ]
-    wrap(
-        model,
-        targets,
-        saved,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
-        init_lora_weights=init_lora_weights,
-        adapter_dtype=adapter_dtype,
-        norm_grad=norm_grad,
-    )
+    with Undo() as log:
+        wrap(
+            model,
+            targets,
+            saved,
+            log,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            norm_grad=norm_grad,
+        )
     return [target.name for target in targets]
 
 
-def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -> None:
-    """Builds all wrappers first, so that a refusal leaves the model as it was; then freezes and puts them in place."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, **options) -> None:
+    """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
+    log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
-    try:
-        for target in targets:
-            if target.module not in wrappers:
-                layer = layer_class(target.module)(
-                    target.module, target.r, target.lora_alpha, **options, **target.layout
-                )
-                wrappers[target.module] = layer.train(target.module.training)
-    except BaseException:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
+    for target in targets:
+        if target.module not in wrappers:
+            layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options, **target.layout)
+            layer.training = target.module.training
+            wrappers[target.module] = layer
     adapters = {id(p) for layer in dora_layers(model).values() for p in layer.parameters(recurse=False)}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
@@ -124,9 +122,17 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], **options) -
     for name in saved:
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    for target in targets:
-        model.set_submodule(target.name, wrappers[target.module])
+    replace(model, {target.name: wrappers[target.module] for target in targets}, log)
+    log.keep_module(model)
     setattr(model, SAVED_ATTRIBUTE, saved)
+    loading.guard(model)
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module], log: Undo) -> None:
+    """Puts modules in the places that they are named for."""
+    log.keep_module(*{model.get_submodule(name.rpartition(".")[0]) for name in modules})
+    for name, module in modules.items():
+        model.set_submodule(name, module)
 
 
 def saved_modules(model: nn.Module) -> list[str]:
@@ -188,8 +194,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
-            lora_A sees all channels: it has no merged form. Refused by name, and nothing is changed. A weight that
-            overflows its dtype: refused by name, the layers merged before it are unmerged.
+            lora_A sees all channels: it has no merged form; a merged weight that overflows its dtype. Refused by name.
+            Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
+            kept until all are written: on their device while half of its free memory holds them, then on the host.)
     """
     root, model = model, bare(model)
     layers = require_layers(model)
@@ -204,26 +211,43 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
             )
-    merged = []
+    norms = {}
     for name, layer in layers.items():
-        if layer.merged:
-            continue
-        try:
-            layer.merge()
-        except ValueError as error:
-            for other in merged:
-                other.unmerge()
-            raise ValueError(f"{name or type(layer).__name__}: {error}") from None
-        merged.append(layer)
-    if not unload:
-        return root
+        if not layer.merged:
+            with _blaming(name, layer):
+                norms[name] = merging.decide_merge(layer)
+    with Undo() as log:
+        for name, layer in layers.items():
+            if not layer.merged:
+                with _blaming(name, layer):
+                    merging.write_merged(layer, norms.pop(name), log)
+        if unload:
+            _unload(model, layers, log)
+        else:
+            log.keep_module(model)
+            loading.guard(model)
+    return layers[""].base_layer if unload and "" in layers else root
+
+
+@contextlib.contextmanager
+def _blaming(name: str, layer: DoraLayer) -> Iterator[None]:
+    """Names the layer in what is said of its values."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name or type(layer).__name__}: {error}") from None
+
+
+def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> None:
+    """Puts the base layers in the places of their wrappers, and takes what wrapping left on the modules."""
     if "" in layers:
-        return layers[""].base_layer
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
+        return
+    replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     for module in model.modules():
-        vars(module).pop(SAVED_ATTRIBUTE, None)
-    return root
+        if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module):
+            log.keep_module(module)
+            vars(module).pop(SAVED_ATTRIBUTE, None)
+            loading.unguard(module)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -233,18 +257,19 @@ def unmerge(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named; the model
-            stays merged).
+        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named). Then, and
+            whatever else is raised, the model is what it was.
     """
     layers = {name: layer for name, layer in require_layers(bare(model)).items() if layer.merged}
     reshard(bare(model))
     for name, layer in layers.items():
-        try:
-            layer.check_unmergeable()
-        except ValueError as error:
-            raise ValueError(f"{name or type(layer).__name__}: {error}") from None
-    for layer in layers.values():
-        layer.unmerge()
+        with _blaming(name, layer):
+            merging.decide_unmerge(layer)
+    with Undo() as log:
+        for name, layer in layers.items():
+            if layer.merged:  # not yet unmerged under another name
+                with _blaming(name, layer):
+                    merging.write_unmerged(layer, log)
     return model
 
 

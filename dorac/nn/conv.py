@@ -87,7 +87,7 @@ class _DoraConvNd(DoraLayer):
         magnitude = sharded.replicated(self.lora_magnitude_vector)  # FSDP2 shards its first dimension, of size 1
         return magnitude.flatten() if groups == 1 else magnitude.view(groups, -1)
 
-    def _write(self, matrix: Tensor) -> None:
+    def write_part(self, name: str, matrix: Tensor) -> None:
         weight = self.base_layer.weight
         if weight.is_contiguous():
             weight.copy_(matrix.view_as(weight))
@@ -110,11 +110,6 @@ class _DoraConvNd(DoraLayer):
             "all input channels, so the adapted filters reach beyond their group and have no grouped form; wrap it "
             "with grouped_lora_A=True to merge it"
         )
-
-    def unmerge(self) -> None:
-        if self.merged:
-            self.check_unmergeable()  # names output channels, not the rows of a group's matrix
-        super().unmerge()
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer

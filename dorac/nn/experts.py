@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.nn import norm_cache
 from dorac.nn.layer import DoraLayer, not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
@@ -122,81 +121,39 @@ class DoraExperts(DoraLayer):
     def _adapter(self, projection: str) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(getattr(self, f"{projection}_{name}") for name in ADAPTER)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new factors and sets the magnitudes to the norms, so that g = 1; refused while merged."""
-        if self.merged:
-            raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
+    def _draw_factors(self) -> None:
         for projection in self.projections:
             lora_A, lora_B, magnitude = self._adapter(projection)
             for expert in range(len(magnitude)):
                 self._draw(lora_A[expert], lora_B[expert])
-            magnitude.copy_(functional.init_magnitude(self._matrices(projection), lora_A, lora_B, self.scaling))
-        norm_cache.refresh([self])
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Writes the adapted weights into the base layer; a second call does nothing.
+    def _reset_magnitudes(self) -> None:
+        for magnitude, norm in zip(self._magnitudes(), self.parted_norms(self._norm()), strict=True):
+            magnitude.copy_(norm)
 
-        Raises:
-            ValueError: a merged weight would not be finite in its dtype; the layer stays unmerged.
-        """
-        if self.merged:
-            return
-        results = {
-            projection: functional.merge_weight(
-                self._matrices(projection), *self._adapter(projection), scaling=self.scaling
-            )
-            for projection in self.projections
-        }
-        for projection, (merged, _) in results.items():
-            if not merged.is_meta and not merged.isfinite().all():
-                raise ValueError(
-                    f"the merged {projection} is not finite in {merged.dtype}: the adapter is not, or g is too large"
-                )
-        for projection, (merged, _) in results.items():
-            self._matrices(projection).copy_(merged)
-        self.merged_norm = torch.cat([norm for _, norm in results.values()], dim=1)
+    def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return {p: (self._matrices(p), *self._adapter(p)) for p in self.projections}
+
+    def write_part(self, name: str, matrix: Tensor) -> None:
+        self._matrices(name).copy_(matrix)
+
+    def joined_norms(self, norms: list[Tensor]) -> Tensor:
+        return torch.cat(norms, dim=1)
+
+    def parted_norms(self, norm: Tensor) -> list[Tensor]:
+        return list(norm.split([magnitude.shape[1] for magnitude in self._magnitudes()], dim=1))
 
     def norm_operands(self) -> None:
         return None
 
     def _norm(self) -> Tensor:
         """The norms of all projections side by side."""
-        norms = (
-            functional.init_magnitude(self._matrices(projection), *self._adapter(projection)[:2], self.scaling)
-            for projection in self.projections
+        return self.joined_norms(
+            [
+                functional.init_magnitude(self._matrices(projection), *self._adapter(projection)[:2], self.scaling)
+                for projection in self.projections
+            ]
         )
-        return torch.cat(list(norms), dim=1)
-
-    def _by_projection(self, norms: Tensor) -> dict[str, Tensor]:
-        sizes = [magnitude.shape[1] for magnitude in self._magnitudes()]
-        return dict(zip(self.projections, norms.split(sizes, dim=1), strict=True))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the adapters out of the base weights again, to ``2 eps * max(|V|, |W|)``; nothing if not merged.
-
-        Raises:
-            ValueError: rows whose g is zero cannot be restored; the layer stays merged.
-        """
-        if not self.merged:
-            return
-        self.check_unmergeable()
-        for projection, norm in self._by_projection(self.merged_norm).items():
-            matrices = self._matrices(projection)
-            matrices.copy_(
-                functional.unmerge_weight(matrices, *self._adapter(projection), scaling=self.scaling, weight_norm=norm)
-            )
-        self.merged_norm = None
-        norm_cache.refresh([self])
-
-    def check_unmergeable(self) -> None:
-        for projection, norm in self._by_projection(self.merged_norm).items():
-            try:
-                functional.invertible_scale(self._adapter(projection)[2], norm)
-            except ValueError as error:
-                raise ValueError(f"{projection}: {error}") from None
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the base layer: hidden states ``[tokens, hidden]``, then the router's indices and weights ``[tokens, k]``.
@@ -220,7 +177,7 @@ class DoraExperts(DoraLayer):
             *self._adapter(projection),
             getattr(self.base_layer, f"{projection}_bias", None),
             scaling=self.scaling,
-            weight_norm=None if norms is None else self._by_projection(norms)[projection],
+            weight_norm=None if norms is None else self.parted_norms(norms)[self.projections.index(projection)],
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
             **offsets,

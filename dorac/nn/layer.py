@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dorac import checks, functional
-from dorac.nn import norm_cache
+from dorac.nn import merging, norm_cache
 from dorac.numerics import FLOAT_DTYPES
-from dorac.ops import front, sharded
+from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.undo import Undo
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -135,8 +136,9 @@ class DoraLayer(nn.Module):
         for name, shape in shapes.items():
             dtype = wide if name.endswith("lora_magnitude_vector") else adapter_dtype
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
-        # The norm before the merge while the base weight holds the merged one: what unmerging needs.
-        self.register_buffer("merged_norm", None, persistent=False)
+        # The norm before the merge while the base weight holds the merged one: what unmerging needs. No buffer:
+        # AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
+        self.merged_norm: Tensor | None = None
         # See norm_cache.py: whether the norm is cached, the norm, what it was taken of, whether forward checks it.
         self.caches_norm = False
         self.register_buffer("cached_norm", None, persistent=False)
@@ -155,10 +157,17 @@ class DoraLayer(nn.Module):
         """Draws new factors and sets the magnitude to the norm, so that g = 1; refused while merged."""
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
-        self._draw_factors()
+        with Undo() as log:
+            self.keep_norm(log)
+            log.keep(*self.parameters(recurse=False))
+            self._draw_factors()
+            self._reset_magnitudes()
+            norm_cache.refresh([self])
+
+    def _reset_magnitudes(self) -> None:
+        """Sets the magnitude to the norm."""
         norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
         self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
-        norm_cache.refresh([self])
 
     def _draw_factors(self) -> None:
         """Draws the factors anew."""
@@ -180,9 +189,20 @@ class DoraLayer(nn.Module):
         """The base weight as the ``[out, in]`` matrix that the norm is taken of: a view where there is one."""
         return self.base_layer.weight
 
-    def _write(self, matrix: Tensor) -> None:
-        """Sets the base weight from such a matrix."""
+    def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """What is merged, each with a norm of its own: its matrix, the factors and the magnitude of that."""
+        return {"weight": (self._matrix(), *self._factors(), self._magnitude())}
+
+    def write_part(self, name: str, matrix: Tensor) -> None:
+        """Sets the base weight of a part from such a matrix."""
         self._matrix().copy_(matrix)
+
+    def joined_norms(self, norms: list[Tensor]) -> Tensor:
+        """The norms of the parts as one tensor, which :meth:`parted_norms` takes apart."""
+        return norms[0]
+
+    def parted_norms(self, norm: Tensor) -> list[Tensor]:
+        return [norm]
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
@@ -218,15 +238,19 @@ class DoraLayer(nn.Module):
 
     @property
     def scaling(self) -> float | Tensor:
-        """s. Setting it refreshes a cached norm; while merged it is refused, since unmerging needs the old one."""
+        """s, a number or a 0-d tensor. Setting it refreshes a cached norm; while merged that is refused, since unmerging
+        needs the old one."""
         return self._scaling
 
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before setting its scaling")
-        self._scaling = value
-        norm_cache.refresh([self])
+        checks.check_scaling(value)
+        with Undo() as log:
+            self.keep_norm(log)
+            self._scaling = value if isinstance(value, Tensor) else float(value)
+            norm_cache.refresh([self])
 
     @property
     def weight(self) -> nn.Parameter:
@@ -245,62 +269,34 @@ class DoraLayer(nn.Module):
             return None
         return "the base layer's weight is computed since it was wrapped (parametrised or pruned): remove that first"
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Writes the adapted weight into the base layer; a second call does nothing.
 
         Raises:
-            ValueError: :meth:`cannot_merge`; the merged weight would not be finite in its dtype. The layer stays
-                unmerged.
+            ValueError: :meth:`cannot_merge`; the merged weight would not be finite in its dtype. Then, and whatever
+                else is raised, the layer is what it was.
         """
-        if self.merged:
-            return
-        if front.exporting_module():
-            raise ValueError(
-                f"{type(self).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
-                "weight; merge before exporting"
-            )
-        if reason := self.cannot_merge():
-            raise ValueError(reason)
-        merged, norm = functional.merge_weight(
-            self._matrix(),
-            *self._factors(),
-            self._magnitude(),
-            scaling=self.scaling,
-            budget=self.norm_budget,
-        )
-        if not merged.is_meta and not sharded.all_finite(merged):
-            raise ValueError(
-                f"the merged weight is not finite in {merged.dtype}: the adapter is not, or g is too large"
-            )
-        self._write(merged)
-        self.merged_norm = norm
+        if not self.merged:
+            norms = merging.decide_merge(self)
+            with Undo() as log:
+                merging.write_merged(self, norms, log)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the adapter out of the base weight again, to ``2 eps * max(|V|, |W|)``; nothing if it is not merged.
 
         Raises:
-            ValueError: rows whose g is zero cannot be restored; the layer stays merged.
+            ValueError: rows whose g is zero cannot be restored. Then, and whatever else is raised, the layer is what it
+                was.
         """
-        if not self.merged:
-            return
-        self._write(
-            functional.unmerge_weight(
-                self._matrix(),
-                *self._factors(),
-                self._magnitude(),
-                scaling=self.scaling,
-                weight_norm=self.merged_norm,
-                budget=self.norm_budget,
-            )
-        )
-        self.merged_norm = None
-        norm_cache.refresh([self])
+        if self.merged:
+            merging.decide_unmerge(self)
+            with Undo() as log:
+                merging.write_unmerged(self, log)
 
-    def check_unmergeable(self) -> None:
-        """Raises what :meth:`unmerge` would, without changing anything."""
-        functional.invertible_scale(*(sharded.replicated(t).flatten() for t in (self._magnitude(), self.merged_norm)))
+    def keep_norm(self, log: Undo) -> None:
+        """Tells the log of all that refreshing a cached norm changes, and of the layer's attributes."""
+        log.keep_module(self)
+        log.keep(self.cached_norm)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.
@@ -314,19 +310,43 @@ class DoraLayer(nn.Module):
             keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
             return tensor.to(moved.device) if keep else moved
 
+        norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
         super()._apply(move, recurse)
+        if self.merged_norm is not None:
+            self.merged_norm = move(self.merged_norm)
         norm_cache.refresh([self])
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "scaling":  # torch's assignment of a parameter passes by the property
+            raise TypeError("scaling must be a number or a 0-d float tensor, got an nn.Parameter: give a tensor of it")
+        super().register_parameter(name, param)
+
+    def refuse_loading(self, name: str) -> None:
+        """Raises if the layer, called ``name``, is merged: its base weight is not what state dicts hold."""
         if self.merged:
-            name = prefix.rstrip(".") or type(self).__name__
-            raise ValueError(f"{name} is merged; unmerge it before loading a state dict")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
+        self.refuse_loading(prefix.rstrip("."))
+        errors = len(error_msgs)
+        with Undo() as log:
+            log.keep_module(self)
+            log.keep(*self.parameters(recurse=False))
+            norm_cache.suspend([self])
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            if len(error_msgs) > errors:
+                log.roll_back()
+                norm_cache.suspend([self])
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return self.__dict__ | {"caches_norm": False, "cached_of": None}
+        return super().__getstate__() | {"caches_norm": False, "cached_of": None}
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"

@@ -1,0 +1,50 @@
+"""``load_state_dict`` of a model with DoRA layers: what it refuses, it refuses before it has written anything."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dorac.nn.layer import DoraLayer
+
+_GUARD = "dora_loading_guard"  # where a module holds the handle of its hook
+
+
+def guard(root: nn.Module) -> None:
+    """Lets ``load_state_dict`` of this module look at all its DoRA layers first; a second call does nothing."""
+    if _GUARD not in vars(root) and not isinstance(root, DoraLayer):
+        setattr(root, _GUARD, root.register_load_state_dict_pre_hook(_refuse_unfit))
+
+
+def unguard(module: nn.Module) -> None:
+    """Takes that back."""
+    if handle := vars(module).pop(_GUARD, None):
+        handle.remove()
+
+
+def is_guarded(module: nn.Module) -> bool:
+    return _GUARD in vars(module)
+
+
+def _refuse_unfit(
+    root: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict, *_: object
+) -> None:
+    """Refuses a state dict for a merged layer, or one with a size that does not fit a DoRA layer.
+
+    torch's own walk copies everything that fits first, and raises then.
+    """
+    misfits = []
+    for name, layer in root.named_modules(remove_duplicate=False):
+        if not isinstance(layer, DoraLayer):
+            continue
+        name = f"{prefix}{name}"
+        layer.refuse_loading(name)
+        for key, parameter in layer.named_parameters(name):
+            found = state_dict.get(key)
+            if isinstance(found, Tensor) and found.shape != parameter.shape:
+                misfits.append(
+                    f"size mismatch for {key}: copying a param with shape {found.shape} from checkpoint, the shape in "
+                    f"current model is {parameter.shape}."
+                )
+    if misfits:
+        listed = "\n\t".join(misfits)
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{listed}")

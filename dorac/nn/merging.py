@@ -1,0 +1,102 @@
+"""The adapter of a layer written into its base weight, and taken out: first decided, then written.
+
+What a layer's values decide is decided without changing it, for every layer of a model before the first is written. The
+writes are told to an :class:`dorac.undo.Undo`, so that neither an interruption nor a lack of memory leaves a part.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dorac import functional
+from dorac.nn import norm_cache
+from dorac.ops import front, sharded
+from dorac.undo import Undo
+
+if TYPE_CHECKING:
+    from dorac.nn.layer import DoraLayer
+
+
+def unwritable(layer: "DoraLayer") -> str | None:
+    """Why the base weights cannot be written now, or None if they can."""
+    if torch.is_inference_mode_enabled() or not any(weight.is_inference() for weight in layer.base_weights()):
+        return None
+    return "its base weight was made in torch.inference_mode, and only there torch lets it be written"
+
+
+@torch.no_grad()
+def decide_merge(layer: "DoraLayer") -> list[Tensor]:
+    """The norms that the parts of an unmerged layer are merged with, if nothing speaks against merging.
+
+    Raises:
+        ValueError: see :meth:`dorac.nn.DoraLayer.merge`.
+    """
+    if front.exporting_module():
+        raise ValueError(
+            f"{type(layer).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
+            "weight; merge before exporting"
+        )
+    if reason := layer.cannot_merge() or unwritable(layer):
+        raise ValueError(reason)
+    norms = []
+    for name, (matrix, lora_A, lora_B, magnitude) in layer.parts().items():
+        norm = functional.norm_factored(matrix, lora_A, lora_B, layer.scaling, budget=layer.norm_budget)
+        # No element of a row is larger than its norm: |g V| <= |m|. Only where that says too little is V computed.
+        bound = (2 * magnitude).to(matrix.dtype)
+        if not norm.is_meta and not (sharded.all_finite(norm) and sharded.all_finite(bound)):
+            _merged(layer, name, norm)
+        norms.append(norm)
+    return norms
+
+
+def _merged(layer: "DoraLayer", name: str, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The merged matrix of a part and its norm."""
+    merged, norm = functional.merge_weight(
+        *layer.parts()[name], scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget
+    )
+    if not merged.is_meta and not sharded.all_finite(merged):
+        raise ValueError(f"the merged {name} is not finite in {merged.dtype}: the adapter is not, or g is too large")
+    return merged, norm
+
+
+@torch.no_grad()
+def write_merged(layer: "DoraLayer", norms: list[Tensor], log: Undo) -> None:
+    """Merges the layer with the norms that :func:`decide_merge` gave."""
+    log.keep(*layer.base_weights())
+    known = []
+    for name, norm in zip(layer.parts(), norms, strict=True):
+        merged, norm = _merged(layer, name, norm)
+        layer.write_part(name, merged)
+        known.append(norm)
+    log.keep_module(layer)
+    with torch.inference_mode(False):  # what was made in inference mode could not be moved or copied to outside it
+        layer.merged_norm = layer.joined_norms(known).clone()
+
+
+@torch.no_grad()
+def decide_unmerge(layer: "DoraLayer") -> None:
+    """Raises what unmerging a merged layer would (see :meth:`dorac.nn.DoraLayer.unmerge`)."""
+    if reason := unwritable(layer):
+        raise ValueError(reason)
+    parts = layer.parts()
+    for (name, part), norm in zip(parts.items(), layer.parted_norms(layer.merged_norm), strict=True):
+        magnitude, norm = sharded.replicated(part[3]), sharded.replicated(norm)
+        if len(parts) == 1:  # a convolution's rows are its output channels, not those of a group's matrix
+            magnitude, norm = magnitude.flatten(), norm.flatten()
+        try:
+            functional.invertible_scale(magnitude, norm)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if len(parts) > 1 else str(error)) from None
+
+
+@torch.no_grad()
+def write_unmerged(layer: "DoraLayer", log: Undo) -> None:
+    """Unmerges a merged layer."""
+    log.keep(*layer.base_weights())
+    for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
+        matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
+        layer.write_part(name, matrix)
+    layer.keep_norm(log)
+    layer.merged_norm = None
+    norm_cache.refresh([layer])
