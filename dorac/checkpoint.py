@@ -21,6 +21,7 @@ from dorac.nn.kinds import KINDS
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.ops import sharded
 from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places, plain_name
+from dorac.undo import Undo
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -153,19 +154,24 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
         raise ValueError(f"the adapter in {directory} does not fit the model:\n  " + "\n  ".join(problems[:50] + more))
 
-    if targets:
-        wrap(
-            model,
-            targets,
-            saved,
-            lora_dropout=config.get("lora_dropout") or 0.0,
-            use_rslora=bool(config.get("use_rslora")),
-        )
-        layers = dora_layers(model)
-    with torch.no_grad():
-        for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
-            parameter.copy_(sharded.like(tensors[key], parameter))
-    norm_cache.refresh(layers.values())
+    with Undo() as log:
+        if targets:
+            wrap(
+                model,
+                targets,
+                saved,
+                log,
+                lora_dropout=config.get("lora_dropout") or 0.0,
+                use_rslora=bool(config.get("use_rslora")),
+            )
+            layers = dora_layers(model)
+        with torch.no_grad():
+            for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
+                log.keep(parameter)
+                parameter.copy_(sharded.like(tensors[key], parameter))
+        for layer in layers.values():
+            layer.keep_norm(log)
+        norm_cache.refresh(layers.values())
     return list(layers)
 
 
