@@ -4,12 +4,15 @@ A ``TypeError`` names a wrong kind or dtype, a ``ValueError`` a wrong shape, dev
 expected and what came.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from dorac.numerics import FLOAT_DTYPES
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
+_NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops take as a number
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # of nn.Conv
 
 
@@ -58,18 +61,33 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
 
 
-def check_scaling(scaling: float | Tensor, name: str = "scaling") -> None:
-    """A finite Python number or a 0-d float tensor (whose value is not read)."""
-    if isinstance(scaling, Tensor):
-        if scaling.ndim != 0 or scaling.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{name} must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
-            )
-        return
-    if not isinstance(scaling, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number or a 0-d float tensor, got {type(scaling).__name__}")
+def python_number(value: object) -> object:
+    """A real number of NumPy's or another library's as Python's ``int`` or ``float``; anything else as it is."""
+    if isinstance(value, _NUMBERS):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Tensor:
+    """A finite number or a 0-d float tensor (whose value is not read): returned, a number as Python's."""
+    if type(scaling) is not float:
+        scaling = python_number(scaling)
+        if torch.compiler.is_compiling() and not isinstance(scaling, _NUMBERS) and hasattr(scaling, "__array__"):
+            scaling = torch.as_tensor(scaling)  # for Dynamo NumPy's numbers are arrays
+            scaling = scaling if scaling.is_floating_point() or scaling.dtype is torch.bool else scaling.double()
+        if isinstance(scaling, Tensor):
+            if scaling.ndim != 0 or scaling.dtype not in FLOAT_DTYPES:
+                raise TypeError(
+                    f"{name} must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
+                )
+            return scaling
+        if isinstance(scaling, bool) or not isinstance(scaling, _NUMBERS):
+            raise TypeError(f"{name} must be a number or a 0-d float tensor, got {type(scaling).__name__}")
     if scaling - scaling != 0:  # math.isfinite does not trace
         raise ValueError(f"{name} must be finite, got {scaling}")
+    return scaling
 
 
 def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
@@ -99,11 +117,14 @@ def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
     _check_rows("magnitude", magnitude, weight_norm.shape, weight_norm, "weight_norm")
 
 
-def check_budget(budget: int) -> None:
-    if not isinstance(budget, (int, torch.SymInt)):
+def check_budget(budget: int) -> int:
+    """A number of bytes, returned as Python's."""
+    budget = python_number(budget)
+    if isinstance(budget, bool) or not isinstance(budget, (int, torch.SymInt)):
         raise TypeError(f"budget must be a number of bytes, got {type(budget).__name__}")
     if budget < 1:
         raise ValueError(f"budget must be at least one byte, got {budget}")
+    return budget
 
 
 def check_norm_grad(norm_grad: bool, weight_norm: Tensor | None = None) -> None:
@@ -117,11 +138,14 @@ def check_norm_grad(norm_grad: bool, weight_norm: Tensor | None = None) -> None:
         )
 
 
-def check_dropout(dropout_p: float) -> None:
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
+    """A probability below 1, returned as Python's number."""
+    dropout_p = python_number(dropout_p)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"{name} must be in [0, 1), got {dropout_p}")
+    return dropout_p
 
 
 def check_compose(

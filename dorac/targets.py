@@ -4,6 +4,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 
 from torch import nn
 
@@ -133,8 +134,8 @@ def find_targets(
 
 
 def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> list[int]:
-    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform or []
-    if isinstance(layers, str) or not all(isinstance(layer, int) for layer in layers):
+    layers = [layers_to_transform] if isinstance(layers_to_transform, Integral) else layers_to_transform or []
+    if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in layers):
         raise TypeError(f"layers_to_transform must be an integer or a list of integers, got {layers_to_transform!r}")
     return list(layers)
 

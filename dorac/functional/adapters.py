@@ -57,8 +57,8 @@ def scale_adapter(
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a strength or scaling that is not finite.
     """
     checks.check_adapter(weight, lora_A, lora_B, magnitude, None)
-    checks.check_scaling(scaling)
-    checks.check_scaling(strength, "strength")
+    scaling = checks.check_scaling(scaling)
+    strength = checks.check_scaling(strength, "strength")
     base = norm_factored(weight, lora_A, lora_B, 0.0)
     moved = (1 - strength) * base + strength * magnitude.to(base.dtype)
     return Adapter(lora_A, lora_B, moved, strength * scaling)
@@ -85,16 +85,16 @@ def combine_adapters(weight: Tensor, adapters: Sequence[Adapter], weights: Seque
         raise ValueError(
             f"weights must be one number for each of at least one adapter, got {len(weights)} for {len(adapters)}"
         )
-    for adapter, share in zip(adapters, weights, strict=True):
+    for adapter in adapters:
         checks.check_adapter(weight, *adapter[:3], None)
-        checks.check_scaling(adapter[3])
-        checks.check_scaling(share, "weights")
+    scalings = [checks.check_scaling(adapter[3]) for adapter in adapters]
+    weights = [checks.check_scaling(share, "weights") for share in weights]
     acc = accumulate_dtype(weight, *(t for adapter in adapters for t in adapter[:3]))
     lora_A = torch.cat([adapter[0].to(acc) for adapter in adapters], dim=-2)
     base = norm_factored(weight, adapters[0][0], adapters[0][1], 0.0).to(acc)
     magnitude = (1 - sum(weights)) * base
     scaled = []
-    for (_, lora_B, m, scaling), share in zip(adapters, weights, strict=True):
+    for (_, lora_B, m, _), scaling, share in zip(adapters, scalings, weights, strict=True):
         scaled.append(lora_B.to(acc) * scaling_tensor(share * scaling, weight, acc))
         magnitude = magnitude + share * m.to(acc)
     return Adapter(lora_A, torch.cat(scaled, dim=-1), magnitude, 1.0)
@@ -127,5 +127,5 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
         torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in factors]),
         torch.stack([pad(b, (0, rank - b.shape[1])) for _, b in factors]),
         magnitude,
-        torch.stack([scaling_tensor(scaling, magnitude, acc) for *_, scaling in adapters]),
+        torch.stack([scaling_tensor(checks.check_scaling(scaling), magnitude, acc) for *_, scaling in adapters]),
     )

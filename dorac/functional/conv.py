@@ -117,8 +117,8 @@ def norm_factored_conv(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; channels or a rank that ``groups`` does not
             divide; a ``norm_grad`` that is not a bool.
     """
-    checks.check_scaling(scaling)
-    checks.check_budget(budget)
+    scaling = checks.check_scaling(scaling)
+    budget = checks.check_budget(budget)
     matrices = conv_matrices(weight, lora_A, lora_B, groups)
     norm = norm_factored(*matrices, scaling, norm_grad=norm_grad, budget=budget).flatten()
     if groups == 1 or not spans_groups(weight, lora_A):
@@ -170,9 +170,9 @@ def _dora_conv(
     stride, dilation = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
     border = _border(padding, weight.shape[2:], dilation)
     checks.check_extent(x, weight, border, dilation, padding_mode)
-    checks.check_scaling(scaling)
-    checks.check_dropout(dropout_p)
-    checks.check_budget(budget)
+    scaling = checks.check_scaling(scaling)
+    dropout_p = checks.check_dropout(dropout_p)
+    budget = checks.check_budget(budget)
     checks.check_norm_grad(norm_grad, weight_norm)
 
     conv = _CONV[dimensions]

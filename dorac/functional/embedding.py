@@ -72,9 +72,9 @@ def dora_embedding(
     """
     checks.check_embedding(x, weight, lora_A, lora_B, magnitude, weight_norm)
     checks.check_lookup(padding_idx, scale_grad_by_freq, sparse, weight.shape[0])
-    checks.check_scaling(scaling)
+    scaling = checks.check_scaling(scaling)
     checks.check_norm_grad(norm_grad, weight_norm)
-    checks.check_budget(budget)
+    budget = checks.check_budget(budget)
     sparse = sparse and not norm_grad  # a sum of sparse and dense is dense, and Inductor fails at it
     # Before the norm, so that an index out of range costs nothing.
     base = F.embedding(x, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)

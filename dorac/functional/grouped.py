@@ -52,10 +52,10 @@ def dora_linear_grouped(
             of range.
     """
     checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
-    checks.check_scaling(scaling)
-    checks.check_dropout(dropout_p)
+    scaling = checks.check_scaling(scaling)
+    dropout_p = checks.check_dropout(dropout_p)
     checks.check_norm_grad(norm_grad, weight_norm)
-    checks.check_budget(budget)
+    budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)

@@ -44,7 +44,7 @@ def compose(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; a bias in the delta form; a dim out of range.
     """
     checks.check_compose(base, lora, mag_scale, bias, delta, dim)
-    checks.check_scaling(scaling)
+    scaling = checks.check_scaling(scaling)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
     return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, dim, REVISION)
 
@@ -93,10 +93,10 @@ def dora_linear(
             outside [0, 1), ``norm_grad`` together with ``weight_norm``.
     """
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-    checks.check_scaling(scaling)
-    checks.check_dropout(dropout_p)
+    scaling = checks.check_scaling(scaling)
+    dropout_p = checks.check_dropout(dropout_p)
     checks.check_norm_grad(norm_grad, weight_norm)
-    checks.check_budget(budget)
+    budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)

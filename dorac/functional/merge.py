@@ -52,7 +52,7 @@ def merge_weight(
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, scaling, budget=budget)
     checks.check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
-    checks.check_scaling(scaling)
+    scaling, budget = checks.check_scaling(scaling), checks.check_budget(budget)
     if sharded.any_sharded(weight, lora_A, lora_B, magnitude, weight_norm):
         shards = _shards(weight, lora_A, lora_B, magnitude, weight_norm)
         merged = merge_weight(*shards[:4], scaling=scaling, weight_norm=shards[4], budget=budget)[0]
@@ -115,7 +115,7 @@ def unmerge_weight(
             :func:`merge_weight` refuses.
     """
     checks.check_adapter(merged_weight, lora_A, lora_B, magnitude, weight_norm)
-    checks.check_scaling(scaling)
+    scaling, budget = checks.check_scaling(scaling), checks.check_budget(budget)
     g = invertible_scale(magnitude, weight_norm)[..., None]
     if sharded.any_sharded(merged_weight, lora_A, lora_B, magnitude, weight_norm):
         shards = _shards(merged_weight, lora_A, lora_B, magnitude, weight_norm)

@@ -55,7 +55,7 @@ def dora_linear_mixed(
     """
     checks.check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index)
     checks.check_norm_grad(norm_grad, weight_norm)
-    checks.check_budget(budget)
+    budget = checks.check_budget(budget)
     adapters = lora_A.shape[0]
     s = _scalings(scaling, adapters, weight, accumulate_dtype(weight, lora_A))
     if weight_norm is None:
@@ -115,5 +115,5 @@ def _scalings(scaling: float | Tensor, adapters: int, like: Tensor, dtype: torch
     if isinstance(scaling, Tensor) and scaling.ndim == 1:
         checks.check_scalings(scaling, adapters, like)
         return scaling.to(dtype)
-    checks.check_scaling(scaling)
+    scaling = checks.check_scaling(scaling)
     return scaling_tensor(scaling, like, dtype).expand(adapters)

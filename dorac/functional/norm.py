@@ -73,9 +73,9 @@ def norm_factored(
         ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte.
     """
     checks.check_factors(weight, lora_A, lora_B)
-    checks.check_scaling(scaling)
+    scaling = checks.check_scaling(scaling)
     checks.check_vector("weight_sq", weight_sq, weight)
-    checks.check_budget(budget)
+    budget = checks.check_budget(budget)
     checks.check_norm_grad(norm_grad)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.

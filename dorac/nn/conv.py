@@ -1,5 +1,6 @@
 """``DoraConv1d``, ``DoraConv2d`` and ``DoraConv3d``: a frozen convolution, its factors and its magnitude."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class _DoraConvNd(DoraLayer):
 
     @classmethod
     def unfit_rank(cls, base_layer: nn.Module, r: int) -> str | None:
-        if isinstance(r, int) and r % base_layer.groups:
+        if isinstance(r, numbers.Integral) and r % base_layer.groups:
             return f"r must be divisible by the groups of {type(base_layer).__name__}, {base_layer.groups}, got {r}"
         return None
 

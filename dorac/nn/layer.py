@@ -112,7 +112,9 @@ class DoraLayer(nn.Module):
         super().__init__()
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
-        check_hyperparameters(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        r, lora_alpha, lora_dropout = check_hyperparameters(
+            r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype
+        )
         checks.check_norm_grad(norm_grad)
         if reason := self.unfit_rank(base_layer, r):
             raise ValueError(reason)
@@ -238,18 +240,17 @@ class DoraLayer(nn.Module):
 
     @property
     def scaling(self) -> float | Tensor:
-        """s, a number or a 0-d tensor. Setting it refreshes a cached norm; while merged that is refused, since unmerging
-        needs the old one."""
+        """s, a number or a 0-d tensor. Setting it refreshes a cached norm; a merged layer, to be unmerged, keeps it."""
         return self._scaling
 
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before setting its scaling")
-        checks.check_scaling(value)
+        value = checks.check_scaling(value)
         with Undo() as log:
             self.keep_norm(log)
-            self._scaling = value if isinstance(value, Tensor) else float(value)
+            self._scaling = value
             norm_cache.refresh([self])
 
     @property
@@ -359,8 +360,9 @@ def _norm_after_load(layer: DoraLayer, incompatible_keys: object) -> None:
 
 def check_hyperparameters(
     r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
-) -> None:
-    """Refuses what :class:`DoraLayer` cannot be built with."""
+) -> tuple[int, float, float]:
+    """Refuses what :class:`DoraLayer` cannot be built with; r, lora_alpha and lora_dropout as Python's numbers."""
+    r, lora_alpha = checks.python_number(r), checks.python_number(lora_alpha)
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r must be an integer, got {r!r}")
     if r < 1:
@@ -369,11 +371,9 @@ def check_hyperparameters(
         raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
     if not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
-    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)):
-        raise TypeError(f"lora_dropout must be a number, got {lora_dropout!r}")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    lora_dropout = checks.check_dropout(lora_dropout, "lora_dropout")
     if init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
     if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
         raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype}")
+    return r, lora_alpha, lora_dropout
