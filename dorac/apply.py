@@ -246,7 +246,8 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
     for module in model.modules():
         if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module):
             log.keep_module(module)
-            vars(module).pop(SAVED_ATTRIBUTE, None)
+            if SAVED_ATTRIBUTE in vars(module):
+                delattr(module, SAVED_ATTRIBUTE)
             loading.unguard(module)
 
 

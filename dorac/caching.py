@@ -49,11 +49,17 @@ class NormCache:
         if refused:
             listed = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
-        norm_cache.start(layers.values(), debug=debug)
         self._layers = weakref.WeakValueDictionary(layers)  # the hooks are global and must not keep the model alive
-        # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
-        before, after = (torch.compiler.disable(hook) for hook in (self._before_step, self._after_step))
-        self._hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        self._hooks = []
+        try:
+            norm_cache.start(layers.values(), debug=debug)
+            # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
+            before, after = (torch.compiler.disable(hook) for hook in (self._before_step, self._after_step))
+            self._hooks.append(register_optimizer_step_pre_hook(before))
+            self._hooks.append(register_optimizer_step_post_hook(after))
+        except BaseException:
+            self.remove()
+            raise
 
     def refresh(self) -> None:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""

@@ -11,14 +11,15 @@ _GUARD = "dora_loading_guard"  # where a module holds the handle of its hook
 
 def guard(root: nn.Module) -> None:
     """Lets ``load_state_dict`` of this module look at all its DoRA layers first; a second call does nothing."""
-    if _GUARD not in vars(root) and not isinstance(root, DoraLayer):
+    if not is_guarded(root) and not isinstance(root, DoraLayer):
         setattr(root, _GUARD, root.register_load_state_dict_pre_hook(_refuse_unfit))
 
 
 def unguard(module: nn.Module) -> None:
     """Takes that back."""
-    if handle := vars(module).pop(_GUARD, None):
-        handle.remove()
+    if is_guarded(module):
+        getattr(module, _GUARD).remove()
+        delattr(module, _GUARD)
 
 
 def is_guarded(module: nn.Module) -> bool:

@@ -65,9 +65,8 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
     for layer in layers:
         if not layer.caches_norm:
             continue
-        if layer.merged or sharded.any_sharded(*layer.norm_inputs()):
-            layer.cached_of = None
-        else:
+        layer.cached_of = None  # until all norms are written: an exception in between leaves none that is stale
+        if not layer.merged and not sharded.any_sharded(*layer.norm_inputs()):
             taken.append(layer)
     for layer, norm in zip(taken, _norms(taken), strict=True):
         if _like(layer.cached_norm, norm):
@@ -75,9 +74,10 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
         else:
             with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
                 layer.cached_norm = norm.clone()
-        layer.cached_of = _identity(layer)
     if pairs:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # one launch for all layers
+    for layer in taken:
+        layer.cached_of = _identity(layer)
 
 
 def _norms(layers: list["DoraLayer"]) -> list[Tensor]:

@@ -1,0 +1,379 @@
+"""Whatever is raised at whichever write: afterwards the model is bit for bit what it was.
+
+A call is run again and again on copies of one model, and an exception is raised at its first write, at its second, and so
+on, once before that write and once after it. Writes are ops in place on any tensor, what torch's modules are told
+(attributes, parameters, buffers, hooks, children), ``requires_grad_``, and files that are moved in place.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+from collections import OrderedDict
+
+import pytest
+import torch
+from test_experts_module import adapted as adapted_experts
+from test_experts_module import arguments, stock
+from torch import nn
+from torch.optim import optimizer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.hooks import RemovableHandle
+
+import dorac
+from dorac.apply import dora_layers
+from dorac.nn import DoraExperts
+
+ERRORS = (ValueError, MemoryError, KeyboardInterrupt)
+TOKENS = torch.arange(12).reshape(2, 6) % 7
+METHODS = (
+    (nn.Module, "__setattr__"),
+    (nn.Module, "__delattr__"),
+    (nn.Module, "register_parameter"),
+    (nn.Module, "register_buffer"),
+    (nn.Module, "register_load_state_dict_pre_hook"),
+    (nn.Module, "register_load_state_dict_post_hook"),
+    (nn.Module, "set_submodule"),
+    (RemovableHandle, "__init__"),
+    (RemovableHandle, "remove"),
+    (torch.Tensor, "requires_grad_"),
+    (os, "replace"),
+)
+
+
+def without_modes(function):
+    """What safetensors makes its tensors with takes no storages while a mode is on."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
+class Faults(TorchDispatchMode):
+    """Counts writes, and raises at one of them, before it is made or after."""
+
+    def __init__(self, at: int = -1, error: type[BaseException] = ValueError, *, after: bool = False):
+        super().__init__()
+        self.at, self.error, self.after, self.writes = at, error, after, 0
+
+    def write(self, function, args, kwargs):
+        number, self.writes = self.writes, self.writes + 1
+        if number == self.at and not self.after:
+            raise self.error("injected")
+        result = function(*args, **kwargs)
+        if number == self.at:
+            raise self.error("injected")
+        return result
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            return self.write(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self._patches = contextlib.ExitStack()
+        for owner, name in METHODS:
+            self._patch(owner, name)
+        self._patches.callback(setattr, torch, "asarray", torch.asarray)
+        torch.asarray = without_modes(torch.asarray)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._patches.close()
+
+    def _patch(self, owner, name):
+        original, own = getattr(owner, name), name in vars(owner)
+
+        @functools.wraps(original)
+        def faulty(*args, **kwargs):
+            return self.write(original, args, kwargs)
+
+        setattr(owner, name, faulty)
+        self._patches.callback(setattr, owner, name, original) if own else self._patches.callback(delattr, owner, name)
+
+
+class Net(nn.Module):
+    """Three kinds of layers, one with a bias, beside a module with buffers and one that is trained whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.linear = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.conv = nn.Conv1d(8, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+        self.norm.bias.requires_grad_(False)  # flags of both kinds
+
+    def forward(self, tokens):
+        h = self.conv(self.norm(self.linear(self.embed(tokens)).mT))
+        return self.head(h.mT)
+
+
+def plain():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def wrap(model):
+    dorac.apply_dora(
+        model, ["embed", "linear", "conv"], r=2, lora_alpha=3, init_lora_weights=False, modules_to_save=["head"]
+    )
+
+
+def off_init(model):
+    with torch.no_grad():
+        for layer in dora_layers(model).values():
+            for magnitude in layer._magnitudes():
+                magnitude.mul_(0.8 + 0.4 * torch.rand_like(magnitude))
+    return model
+
+
+def adapted():
+    model = plain()
+    wrap(model)
+    return off_init(model)
+
+
+def cached(model):
+    model.cache = dorac.cache_norms(model)  # so that the cache lives as long as the model
+    return model
+
+
+class Experts(nn.Module):
+    """The experts of a mixture-of-experts block, with an adapter for each."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, tokens):
+        return self.experts(*arguments("mixtral"))
+
+
+def contents(tensor):
+    return None if tensor is None else tensor.detach().clone()
+
+
+def registries(module):
+    """What a module holds, in its order: every attribute, and what is in the dictionaries that torch keeps."""
+    for name, value in vars(module).items():
+        yield name, value
+        if type(value) in (dict, OrderedDict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        elif isinstance(value, set):
+            yield from ((f"{name}.{key}", None) for key in sorted(value))
+
+
+class State:
+    """All that a call could have changed: objects by identity, and tensors by their bits."""
+
+    def __init__(self, model):
+        self.model = model
+        self.held = self._held()
+        self.tensors = [(t, contents(t), t.requires_grad, t.dtype, t.data_ptr()) for t in self._tensors()]
+        self.hooks = self._hooks()
+        self.output = self._output()
+
+    def _held(self):
+        return [
+            (f"{prefix}:{type(module).__name__}:{name}", value)
+            for prefix, module in self.model.named_modules(remove_duplicate=False)
+            for name, value in registries(module)
+        ]
+
+    def _tensors(self):
+        found = {id(value): value for _, value in self.held if isinstance(value, torch.Tensor)}
+        return list(found.values())
+
+    @staticmethod
+    def _hooks():
+        return [
+            list(hooks) for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+        ]
+
+    def _output(self):
+        with torch.no_grad():
+            return self.model(TOKENS)
+
+    def assert_kept(self):
+        held = self._held()
+        assert [name for name, _ in held] == [name for name, _ in self.held]
+        changed = [name for (name, now), (_, before) in zip(held, self.held, strict=True) if now is not before]
+        assert not changed
+        for tensor, bits, requires_grad, dtype, address in self.tensors:
+            assert (tensor.requires_grad, tensor.dtype, tensor.data_ptr()) == (requires_grad, dtype, address)
+            assert torch.equal(tensor, bits)
+        assert self._hooks() == self.hooks
+        assert torch.equal(self._output(), self.output)
+
+
+def every_fault(make, call, *, floor, full=False, check=State.assert_kept, errors=ERRORS):
+    """Makes the model, injects, and checks: every write; for each either all errors before and after it, or one."""
+    counted = Faults()
+    model = make()
+    with counted:
+        call(model)
+    assert counted.writes >= floor
+    cases = [(error, after) for error in errors for after in (False, True)]
+    for at in range(counted.writes):
+        for error, after in cases if full else [cases[at % len(cases)]]:
+            model = make()
+            state = State(model)
+            with pytest.raises(BaseException) as caught, Faults(at, error, after=after):
+                call(model)
+            assert isinstance(caught.value, error) or "injected" in str(caught.value)
+            check(state)
+
+
+FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.full)], ids=["sample", "full"])
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapter")
+    model = adapted()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.25)
+    dorac.save_adapter(model, directory)
+    return directory
+
+
+def copies_of(model):
+    """Makes copies; a model with a cache is copied without one, and gets its own."""
+    return functools.partial(copy.deepcopy, model)
+
+
+@FULL
+def test_apply_dora(full):
+    every_fault(copies_of(plain()), wrap, floor=60, full=full)
+
+
+@FULL
+@pytest.mark.parametrize("unload", [False, True], ids=["merge", "unload"])
+def test_merge(unload, full):
+    original = adapted()
+    every_fault(
+        lambda: cached(copy.deepcopy(original)),
+        lambda m: dorac.merge(m, unload=unload),
+        floor=6 + 6 * unload,
+        full=full,
+    )
+
+
+@FULL
+def test_unmerge(full):
+    original = dorac.merge(adapted())
+    every_fault(lambda: cached(copy.deepcopy(original)), dorac.unmerge, floor=9, full=full)
+
+
+@FULL
+def test_merge_of_a_wrapped_root_without_a_guard(full):
+    """Layers that were put into a model by hand: merging leaves its mark on the model, and takes it back."""
+    original = nn.Sequential(*adapted().children())
+    call = functools.partial(dorac.merge)
+
+    def make():
+        model = nn.Sequential(OrderedDict(embed=copy.deepcopy(original[0]), linear=copy.deepcopy(original[1])))
+        return model
+
+    every_fault(make, call, floor=5, full=full)
+
+
+@FULL
+@pytest.mark.parametrize("layer", ["embed", "linear", "conv"])
+def test_layers_by_themselves(layer, full):
+    original = adapted()
+    merged = dorac.merge(copy.deepcopy(original))
+    every_fault(lambda: cached(copy.deepcopy(original)), lambda m: getattr(m, layer).merge(), floor=2, full=full)
+    every_fault(lambda: cached(copy.deepcopy(merged)), lambda m: getattr(m, layer).unmerge(), floor=3, full=full)
+    for call in (lambda m: getattr(m, layer).reset_parameters(), lambda m: setattr(getattr(m, layer), "scaling", 3.0)):
+        every_fault(lambda: cached(copy.deepcopy(original)), call, floor=2, full=full)
+
+
+@FULL
+def test_experts(full):
+    pytest.importorskip("transformers")
+    original = Experts(adapted_experts("mixtral"))
+    merged = dorac.merge(copy.deepcopy(original))
+    base = Experts(stock("mixtral"))
+    every_fault(
+        copies_of(base), lambda m: dorac.apply_dora(m, ["experts"], r=2, init_lora_weights=False), floor=40, full=full
+    )
+    every_fault(lambda: cached(copy.deepcopy(original)), lambda m: dorac.merge(m, unload=True), floor=5, full=full)
+    every_fault(lambda: cached(copy.deepcopy(merged)), dorac.unmerge, floor=4, full=full)
+    assert isinstance(original.experts, DoraExperts)
+
+
+@FULL
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_load_adapter(adapter, wrapped, full):
+    original = adapted() if wrapped else plain()
+    every_fault(
+        lambda: cached(copy.deepcopy(original)) if wrapped else copy.deepcopy(original),
+        lambda m: dorac.load_adapter(m, adapter),
+        floor=12 if wrapped else 70,
+        full=full,
+    )
+
+
+@FULL
+def test_cache_norms(full):
+    every_fault(copies_of(adapted()), dorac.cache_norms, floor=9, full=full)
+
+
+@FULL
+def test_load_state_dict(full):
+    """torch's walk calls nobody back when it is left: what was loaded before stays. No layer is left in half.
+
+    Each layer has its own tensors all old or all new, and computes what they say, whatever its cache was taken of.
+    """
+    original = adapted()
+    other = copy.deepcopy(original)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.25)
+    new = copy.deepcopy(other.state_dict())
+
+    def check(state):
+        model = state.model
+        held = state._held()
+        assert [name for name, _ in held] == [name for name, _ in state.held]
+        for name, layer in dora_layers(model).items():
+            own = dict(layer.named_parameters(recurse=False))
+            old = [torch.equal(p, dict(original.named_parameters())[f"{name}.{key}"]) for key, p in own.items()]
+            loaded = [torch.equal(p, new[f"{name}.{key}"]) for key, p in own.items()]
+            assert all(old) or all(loaded)
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in original.parameters()]
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS), copy.deepcopy(model)(TOKENS))  # a copy takes its own norms
+
+    every_fault(
+        lambda: cached(copy.deepcopy(original)), lambda m: m.load_state_dict(new), floor=20, full=full, check=check
+    )
+
+
+def test_the_faults_are_seen():
+    """An injector that misses writes would let every test here pass."""
+    model = adapted()
+    for change in (
+        lambda: model.linear.lora_A.data.zero_(),
+        lambda: setattr(model, "x", 1),
+        lambda: delattr(model, "x"),
+        lambda: model.linear.requires_grad_(False),
+        lambda: model.register_buffer("y", torch.ones(1)),
+    ):
+        with Faults() as faults:
+            change()
+        assert faults.writes
+        state = State(model)
+        change_back = copy.deepcopy(model)
+        model.linear.lora_B.data[0, 0] += 1
+        with pytest.raises(AssertionError):
+            state.assert_kept()
+        assert change_back is not model
