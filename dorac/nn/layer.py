@@ -138,12 +138,12 @@ class DoraLayer(nn.Module):
         for name, shape in shapes.items():
             dtype = wide if name.endswith("lora_magnitude_vector") else adapter_dtype
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
-        # The norm before the merge while the base weight holds the merged one: what unmerging needs. No buffer:
-        # AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
+        # The norm before the merge while the base weight holds the merged one: what unmerging needs. Neither norm is a
+        # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
         # See norm_cache.py: whether the norm is cached, the norm, what it was taken of, whether forward checks it.
         self.caches_norm = False
-        self.register_buffer("cached_norm", None, persistent=False)
+        self.cached_norm: Tensor | None = None
         self.cached_of: tuple[Tensor, ...] | None = None
         self.check_cached_norm = False
         self.register_load_state_dict_post_hook(_norm_after_load)
@@ -300,11 +300,11 @@ class DoraLayer(nn.Module):
         log.keep(self.cached_norm)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts as any module, but never casts the magnitude (or a kept norm) below float32.
+        """Moves and casts as any module, but never casts the magnitude (or the norm before a merge) below float32.
 
         A cached norm is taken anew, of the parameters as they are then.
         """
-        wide = [self.merged_norm, self.cached_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
+        wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -347,7 +347,7 @@ class DoraLayer(nn.Module):
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | {"caches_norm": False, "cached_of": None}
+        return super().__getstate__() | {"caches_norm": False, "cached_norm": None, "cached_of": None}
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
