@@ -206,7 +206,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
     _refuse_tied(model)
     for name, layer in layers.items():
-        finite = all(p.is_meta or sharded.all_finite(p) for p in layer.parameters(recurse=False))
+        finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"

@@ -63,11 +63,11 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
 
 def python_number(value: object) -> object:
     """A real number of NumPy's or another library's as Python's ``int`` or ``float``; anything else as it is."""
-    if isinstance(value, _NUMBERS):
+    if type(value) in (float, int, bool) or isinstance(value, (Tensor, torch.SymFloat, torch.SymInt)):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
+    return float(value) if isinstance(value, numbers.Real) else value  # NumPy's float64 is a float, but not Dynamo's
 
 
 def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Tensor:

@@ -1,0 +1,125 @@
+"""``load_state_dict`` of models with adapted layers: what is refused, is refused before anything is written."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dorac
+from dorac.nn import DoraLinear
+
+
+def adapted(r=2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 6))
+    dorac.apply_dora(model, ["2", "3"], r=r, init_lora_weights=False)
+    return model
+
+
+def doubled(model):
+    return {key: 2 * tensor for key, tensor in model.state_dict().items()}
+
+
+def bits(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def assert_same(model, before):
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_merged_layer_is_refused_before_others_are_overwritten(strict, assign):
+    model = adapted()
+    state = doubled(model)
+    model[3].merge()
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"^3 is merged; unmerge it"):
+        model.load_state_dict(state, strict=strict, assign=assign)
+    assert_same(model, before)
+    dorac.unmerge(model)
+    model.load_state_dict(state, strict=strict, assign=assign)
+    assert_same(model, state)
+
+
+def test_a_model_that_was_wrapped_by_hand_is_guarded_once_it_is_merged():
+    model = nn.Sequential(nn.Linear(8, 8), DoraLinear(nn.Linear(8, 8), 2))
+    state = doubled(model)
+    dorac.merge(model)
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"^1 is merged"):
+        model.load_state_dict(state)
+    assert_same(model, before)
+
+
+def test_a_merged_layer_refuses_by_itself():
+    layer = DoraLinear(nn.Linear(8, 8), 2, init_lora_weights=False)
+    state = doubled(layer)
+    layer.merge()
+    before = bits(layer)
+    with pytest.raises(ValueError, match=r"^DoraLinear is merged"):
+        layer.load_state_dict(state)
+    assert_same(layer, before)
+
+
+def test_the_name_is_that_of_the_model_which_loads():
+    model = nn.Sequential(adapted())
+    state = doubled(model)
+    model[0][3].merge()
+    before = bits(model[0])
+    with pytest.raises(ValueError, match=r"^0\.3 is merged"):
+        model.load_state_dict(state)
+    assert_same(model[0], before)  # of what is beside it in a larger model, the modules before it were loaded
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_adapter_of_another_rank_is_refused_before_anything_is_written(strict):
+    """torch alone would load all that fits, base weights included, and raise then."""
+    model, state = adapted(), doubled(adapted(3))
+    before = bits(model)
+    with pytest.raises(RuntimeError, match=r"Sequential:\n\tsize mismatch for 2.lora_A.*\n\t.*2.lora_B.*\n.*3.lora_A"):
+        model.load_state_dict(state, strict=strict)
+    assert_same(model, before)
+
+
+def test_another_hook_may_make_it_fit():
+    model, state = adapted(), adapted(3).state_dict()
+
+    def cut(module, state_dict, *_):
+        for key in state_dict:
+            if key.endswith("lora_A"):
+                state_dict[key] = state_dict[key][:2]
+            elif key.endswith("lora_B"):
+                state_dict[key] = state_dict[key][:, :2]
+
+    model.register_load_state_dict_pre_hook(cut)
+    model.load_state_dict(state)
+    assert torch.equal(model[2].lora_A, state["2.lora_A"][:2])
+
+
+def test_a_layer_loads_all_of_its_own_tensors_or_none():
+    """A copy that fails in the middle, in a layer whose norm is cached."""
+    layer = DoraLinear(nn.Linear(8, 8), 2, init_lora_weights=False)
+    model = nn.Sequential(layer)
+    dorac.cache_norms(model)
+    state = doubled(model)
+    state["0.lora_B"] = torch.zeros(8, 2).to_sparse_csr()  # which torch cannot copy into a dense parameter
+    before = bits(layer)
+    with pytest.raises(RuntimeError, match=r"lora_B"):
+        model.load_state_dict(state)
+    names = [name for name, _ in layer.named_parameters(recurse=False)]
+    assert all(torch.equal(getattr(layer, name), before[name]) for name in names)
+    x = torch.randn(3, 8)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))  # which takes its own norm
+
+
+def test_unloading_takes_the_guard_away():
+    model = adapted()
+    stock = vars(nn.Sequential()).keys()
+    assert vars(model).keys() > stock
+    dorac.merge(model, unload=True)
+    assert vars(model).keys() == stock
+    assert not model._load_state_dict_pre_hooks
