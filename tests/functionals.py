@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dorac
 from dorac import functional, reference
-from dorac.testing import Convolution, conv_inputs, embedding_inputs, linear_inputs
+from dorac.testing import Budget, Convolution, Sums, conv_inputs, embedding_inputs, layer_budgets, linear_inputs
 
 SCALING = 0.7
 LAYER = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
@@ -30,7 +30,7 @@ class Functional:
         norm_grad: whether both take the keyword ``norm_grad``.
         norm: the textbook's norm of ``weight, lora_A, lora_B, scaling``, given by the rows that are whole layers with
             the arguments ``(data, weight, lora_A, lora_B, magnitude[, bias], *, scaling, weight_norm, norm_grad)``.
-        out_dim: the weight's dimension of the outputs. terms: how many the longest sum of a layer has.
+        out_dim: the weight's dimension of the outputs. sums: of a layer's first three tensors.
         of_rows: the function's argument that says which layer each row takes, where it has one.
         module: makes a module that runs the function, from a seed and ``norm_grad``. module_arguments: picks the
             reference's tensors after the data from the module's state.
@@ -45,7 +45,7 @@ class Functional:
     norm_grad: bool = True
     norm: Callable[..., Tensor] | None = None
     out_dim: int = 0
-    terms: Callable[[Sequence[Tensor]], int] = lambda tensors: sum(sum(t.shape) for t in tensors[:4])
+    sums: Callable[..., Sums] = Sums.of_linear
     of_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     module: Callable[[int, bool], torch.nn.Module] | None = None
     module_arguments: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] | None = None
@@ -136,7 +136,7 @@ def conv_row(convolution: Convolution, channels_last: bool = False) -> Functiona
         scaled(reference.dora_conv, **convolution.geometry),
         lambda: conv_inputs(convolution, channels_last=channels_last).tensors(),
         norm=lambda *tensors: reference.filter_norm(*tensors, groups=groups),
-        terms=lambda tensors: convolution.sum_length(),
+        sums=lambda *tensors: convolution.sums(),
         module=module_of(
             getattr(dorac.nn, f"DoraConv{dimensions}d"),
             base,
@@ -235,6 +235,7 @@ FUNCTIONALS = {
         names=LAYER[:5],
         norm=lambda weight, *factors: reference.row_norm(weight.T, *factors),
         out_dim=1,
+        sums=Sums.of_embedding,
         module=module_of(dorac.nn.DoraEmbedding, lambda: torch.nn.Embedding(6, 4, dtype=torch.float64), 3),
         module_arguments=embedding_state,
     ),
@@ -278,11 +279,6 @@ def leaves_of(tensors, dtype=None) -> list[Tensor | None]:
     return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in copies]
 
 
-def exact(tensors) -> list[Tensor | None]:
-    """The same numbers in float64, contiguous: torch's own convolutions of float64 on the CPU raise in some layouts."""
-    return [t.detach().double().contiguous() if t is not None and t.is_floating_point() else t for t in tensors]
-
-
 def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[Tensor | None]]:
     """y and the gradients of ``<dy, y>``; dy is drawn from seed 1 in y's dtype if it is None."""
     leaves = leaves_of(tensors, dtype)
@@ -293,51 +289,7 @@ def run_backward(function, tensors, dy=None, dtype=None) -> tuple[Tensor, list[T
     return y.detach(), [None if t is None else t.grad for t in leaves]
 
 
-def sizes(row: Functional, tensors, dy: Tensor, *, norm_grad: bool, scaling: float = SCALING, **options):
-    """The sums of the absolute values of all terms that y and each gradient consist of, in float64.
-
-    They bound what roundings can do: a computation that rounds k times on the way from inputs to result is off by at
-    most ``k * u * size``, u half an eps. The norm is off by the roundings of W and BA apart, ``|W| + |s| |B| |A|`` in
-    length where V may be short; g and its sizes are enlarged by that ratio. With every input positive each gradient of
-    the textbook is the sum of absolute values itself.
-    """
-    wide = exact(tensors)
-    norm = row.norm(*wide[1:4], scaling)
-    zero_row = norm <= 1e-12  # a constant, with g = 1
-    divisor = norm.masked_fill(zero_row, 1)
-    absolute = leaves_of([t.abs() if t is not None and t.is_floating_point() else t for t in wide])
-    long_norm = row.norm(*absolute[1:4], abs(scaling))
-    ratio = (1 + long_norm.detach() / divisor).masked_fill(zero_row, 1)
-    y = row.reference(*absolute, scaling=abs(scaling), weight_norm=norm / ratio, **options)
-    total = (dy.detach().double().abs() * y).sum()
-    if norm_grad:
-        (d_magnitude,) = torch.autograd.grad(total, absolute[4], retain_graph=True)
-        d_norm = (d_magnitude * absolute[4].detach() * ratio / divisor**2).masked_fill(zero_row, 0)
-        total = total + (d_norm * long_norm.square() / 2).sum()
-    chosen = [t for t in absolute if t is not None and t.requires_grad]
-    gradients = dict(zip(map(id, chosen), torch.autograd.grad(total, chosen), strict=True))
-    return y.detach(), [gradients.get(id(t)) for t in absolute]
-
-
-# Roundings to the narrowest dtype between the inputs and a gradient, at most: x for the factors' dtype, h, the low-rank
-# part, base, inner and y forward; d_inner, d_h, the two parts of dx and their sum, or the result, backward.
-ROUNDINGS = 10
-
-
-def assert_within(
-    actual: Tensor,
-    truth: Tensor,
-    size: Tensor,
-    *,
-    narrowest: torch.dtype,
-    terms: int,
-    roundings: int = ROUNDINGS,
-    label: str = "",
-):
-    """At most so many roundings to ``narrowest``, and one in float32 (float64) per term of the sums."""
-    accumulate = torch.float64 if narrowest is torch.float64 else torch.float32
-    relative = roundings * torch.finfo(narrowest).eps / 2 + terms * torch.finfo(accumulate).eps
-    error = (actual.detach().double() - truth).abs()
-    tiny = torch.finfo(narrowest).tiny  # below it a number's error is absolute
-    over = error > relative * size + tiny
-    assert not over.any(), f"{label}: {error[over].max():.3e} over {(relative * size)[over].min():.3e}"
+def budgets(row: Functional, tensors: Sequence[Tensor | None], **options) -> dict[str, Budget]:
+    """As :func:`layer_budgets`, of a row that is a whole layer."""
+    options = {"scaling": SCALING, **options}
+    return layer_budgets(row.reference, row.norm, tensors, row.sums(*tensors[:3]), **options)

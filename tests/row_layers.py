@@ -5,13 +5,13 @@ Legend: a layer's tensors come in the order ``x, weight, lora_A, lora_B, magnitu
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dorac import functional, reference
-from dorac.testing import LinearInputs, expert_inputs, linear_inputs
+from dorac.testing import Budget, LinearInputs, Sums, expert_inputs, layer_budgets, linear_inputs
 
 SCALING = 0.7
 OFFSETS = torch.tensor([3, 3, 5, 6], dtype=torch.int32)  # expert 1 gets no row
@@ -61,6 +61,12 @@ class RowLayer:
         *gathered, norm = self.gather(x, weight, lora_A, lora_B, *vectors, weight_norm)
         y = reference.dora_linear(*gathered, scaling=scaling, weight_norm=norm)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def budgets(layer: RowLayer, tensors: Sequence[Tensor | None], **options) -> dict[str, Budget]:
+    """As :func:`layer_budgets`; the sums over tokens are at most those of all rows."""
+    options = {"scaling": SCALING, **options}
+    return layer_budgets(layer.textbook, row_norm, tensors, Sums.of_linear(*tensors[:3]), **options)
 
 
 def scaled_stack(lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float | Tensor]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dorac import functional, reference
-from dorac.testing import assert_within_budget
+from dorac.testing import Budget, rounded
 
 HALF = (torch.bfloat16, torch.float16)
 SHAPES = {
@@ -28,9 +28,25 @@ def inputs(shape, dtype, lora_dtype=None, device="cpu", bias=True):
     return [None if t is None else t.to(device) for t in tensors]
 
 
+# In float32 (float64): s, its products, the sum, the products with g, the order that PEFT adds up in, the bias.
+ARITHMETIC = 8
+
+
 def references(tensors, scaling, delta, dtype):
     base, lora, g, bias = (None if t is None else t.detach().to(dtype) for t in tensors)
     return reference.compose_delta(base, lora, g, scaling) if delta else reference.compose(base, lora, g, scaling, bias)
+
+
+def budget_of(tensors, scaling, delta):
+    """Computed in float32, rounded once."""
+    dtype = tensors[0].dtype
+    truth = references(tensors, scaling, delta, torch.float64)
+    base, lora, g, bias = (None if t is None else t.detach().double() for t in tensors)
+    size = ((g - 1 if delta else g) * base).abs() + (g * scaling * lora).abs() + (0 if bias is None else bias.abs())
+    wide = torch.promote_types(dtype, torch.float32)
+    inner = rounded(size, wide, 0, ARITHMETIC)
+    dense = references(tensors, scaling, delta, wide).to(dtype)
+    return Budget(truth, inner + rounded(truth.abs() + inner, dtype, 1, 0), dense)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -43,10 +59,7 @@ def test_equals_the_formula(shape, dtype, delta, use_compile, device):
     for scaling in (0.7, -2.0, 0.0):
         actual = compose(*tensors[:3], scaling, bias=tensors[3], delta=delta)
         assert actual.dtype == dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        truth = references(tensors, scaling, delta, torch.float64)
-        # The law: computed in float32, rounded once; so the yardstick is the dense formula in float32.
-        assert_within_budget(actual, references(tensors, scaling, delta, wide), truth, sum_length=3)
+        budget_of(tensors, scaling, delta).check(actual)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -56,8 +69,7 @@ def test_mixed_dtypes(requires_grad, lora_dtype, device):
     base, lora, g, bias = inputs((33, 65), torch.bfloat16, lora_dtype, device)
     tensors = [t.requires_grad_(requires_grad) for t in (base, lora, g, bias)]
     y = functional.compose(*tensors[:3], 0.7, bias=tensors[3])
-    truth, dense = (references(tensors, 0.7, False, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_budget(y, dense, truth, sum_length=3)
+    budget_of(tensors, 0.7, False).check(y)
     if requires_grad:
         y.float().square().sum().backward()
         assert [t.grad.dtype for t in tensors] == [t.dtype for t in tensors]
@@ -88,25 +100,20 @@ def test_gradients(dtype, delta, use_compile, device):
         compose = torch.compile(compose, fullgraph=True, backend="aot_eager")
     compose(*tensors[:3], 0.7, bias=tensors[3], delta=delta).backward(dy)
 
-    def exact(to):
-        copies = [None if t is None else t.detach().to(to).requires_grad_() for t in tensors]
-        formula = reference.compose_delta if delta else reference.compose
-        formula(*copies[:3], 0.7, *([] if delta else copies[3:])).backward(dy.to(to))
-        return copies
-
-    wide = torch.promote_types(dtype, torch.float32)
-    names = ("base", "lora", "g", "bias")
-    for name, tensor, dense, truth in zip(names, tensors, exact(wide), exact(torch.float64), strict=True):
-        if tensor is None:
-            continue
-        assert tensor.grad.dtype == tensor.dtype
-        if name == "g" and dtype in HALF:
-            # d_g sums dy * inner over the tokens, with inner saved in the activation's dtype: one rounding per term.
-            inner = tensors[0].detach().double() + 0.7 * tensors[1].detach().double()
-            bound = 0.5 * torch.finfo(dtype).eps * (dy.double().abs() * inner.abs()).sum(0) * 1.01
-            assert ((tensor.grad.double() - truth.grad).abs() <= bound).all()
-        else:
-            assert_within_budget(tensor.grad, dense.grad, truth.grad, sum_length=33)
+    base, lora, g = (t.detach().double() for t in tensors[:3])
+    dy = dy.double()
+    of_base = g - 1 if delta else g
+    budgets = [  # the gradient, the sum of its absolute terms, how many terms
+        (of_base * dy, (of_base * dy).abs(), 0),
+        (0.7 * g * dy, (0.7 * g * dy).abs(), 0),
+        ((dy * (base + 0.7 * lora)).sum(0), (dy.abs() * (base.abs() + 0.7 * lora.abs())).sum(0), len(dy)),
+        (dy.sum(0), dy.abs().sum(0), len(dy)),
+    ]
+    # d_g sums products with inner, which is saved in the activation's dtype; the other results are rounded to it.
+    for name, tensor, (truth, size, terms) in zip(("base", "lora", "g", "bias"), tensors, budgets, strict=True):
+        if tensor is not None:
+            assert tensor.grad.dtype == tensor.dtype
+            Budget(truth, rounded(size, dtype, 1, terms + ARITHMETIC)).check(tensor.grad, name)
 
 
 # Memory formats of channels: the strides that torch gives them, whose view as rows is free, and some other order.

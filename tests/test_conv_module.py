@@ -1,6 +1,7 @@
 """``dorac.nn.DoraConv1d``, ``2d``, ``3d``: against the dense textbook, and against stock PEFT where the two agree."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from dorac import functional, reference
 from dorac.nn import DoraConv1d, DoraConv2d, DoraConv3d
-from dorac.testing import CONVOLUTIONS, assert_within_budget
+from dorac.testing import CONVOLUTIONS, assert_rms_beside, layer_budgets, merge_budget
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -44,19 +45,22 @@ def draw_x(case, dtype=torch.float32):
 
 
 def dense_arguments(layer, dtype=torch.float64):
-    """What ``reference.dora_conv`` takes after x, in ``dtype``."""
+    """What ``reference.dora_conv`` takes after x, in ``dtype``, or each in its own for None."""
     base = layer.base_layer
     tensors = (base.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector.flatten(), base.bias)
-    return tuple(t if t is None else t.detach().to(dtype) for t in tensors)
+    return tuple(t if t is None else t.detach().to(dtype or t.dtype) for t in tensors)
 
 
 def check_against_dense(case, layer, x, actual):
-    options = {"scaling": layer.scaling, **CONVOLUTIONS[case].geometry}
-    truth = reference.dora_conv(x.double(), *dense_arguments(layer), **options)
-    dense = reference.dora_conv(x, *dense_arguments(layer, x.dtype), **options)
+    convolution, tensors = CONVOLUTIONS[case], (x, *dense_arguments(layer, None))
+    options = {"scaling": layer.scaling, **convolution.geometry}
+    budgets = layer_budgets(reference.dora_conv, norm_of_filters(case), tensors, convolution.sums(), **options)
     assert actual.dtype == x.dtype
-    # base, lora and the result are rounded.
-    assert_within_budget(actual, dense, truth, sum_length=CONVOLUTIONS[case].sum_length(), roundings=3)
+    budgets["y"].check(actual)
+
+
+def norm_of_filters(case):
+    return lambda *args: reference.filter_norm(*args, CONVOLUTIONS[case].groups)
 
 
 def adapted_weights(layer, dtype=torch.float64):
@@ -209,9 +213,7 @@ def test_dropout_is_pefts(case):
     eval_y = copy.deepcopy(layer).eval()(x)
     assert (exact - eval_y.double()).abs().max() > 0.1  # the mask matters
     check_against_dense(case, layer, x, eval_y)
-    mine, theirs = run(layer, x), run(stock, x)
-    # The base's part is added afterwards.
-    assert_within_budget(mine, theirs, exact, sum_length=CONVOLUTIONS[case].sum_length(), roundings=2)
+    assert_rms_beside(run(layer, x), run(stock, x), exact)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -300,13 +302,16 @@ def test_merge_and_unmerge(case, dtype, layout):
     elif layout == "strided":
         base.weight.data = torch.stack([base.weight.data] * 2, -1)[..., 0]
     strides, weight = base.weight.stride(), base.weight.detach().clone()
-    (v, exact), (_, plain), before = adapted_weights(layer), adapted_weights(layer, dtype), layer(x)
+    (v, exact), before = adapted_weights(layer), layer(x)
+    matrices = functional.conv_matrices(weight.contiguous(), layer.lora_A, layer.lora_B, base.groups)
+    magnitude = layer.lora_magnitude_vector.detach().view(matrices[0].shape[:-1])
+    budget = merge_budget((*matrices, magnitude), CONVOLUTIONS[case].sums(), scaling=layer.scaling)
 
     layer.merge()
     assert layer.merged
     assert base.weight.stride() == strides
     stored = base.weight.detach().clone()
-    assert_within_budget(stored, plain, exact, sum_length=CONVOLUTIONS[case].sum_length())
+    dataclasses.replace(budget, truth=exact, bound=budget.bound.view(exact.shape)).check(stored)
     assert torch.equal(layer(x), base(x))
     check_against_merged(case, layer, x, before, exact)
 
@@ -320,7 +325,7 @@ def test_merge_and_unmerge(case, dtype, layout):
 
 def check_against_merged(case, layer, x, before, merged_weight):
     """The merged weight, base, lora and either result are rounded; float32 and float64 also round each term."""
-    terms = 0 if x.dtype in HALF else CONVOLUTIONS[case].sum_length()
+    terms = 0 if x.dtype in HALF else CONVOLUTIONS[case].sums().terms("y")
     size = copy.deepcopy(layer.base_layer).double()
     size.weight.data, size.bias = merged_weight.abs(), None
     scale = size(x.double().abs()).max() + before.double().abs().max()

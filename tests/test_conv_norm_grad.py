@@ -7,7 +7,7 @@ import torch
 from test_norm import peak_bytes
 
 from dorac import functional, reference
-from dorac.testing import CONVOLUTIONS, Convolution, assert_within_budget, conv_inputs
+from dorac.testing import CONVOLUTIONS, Convolution, conv_inputs, norm_gradient_budgets
 
 S = 0.7
 FACTORS = ("weight", "lora_A", "lora_B")
@@ -24,6 +24,10 @@ def dense_norm_of(convolution):
     return lambda *tensors: reference.filter_norm(*tensors, S, convolution.groups)
 
 
+def cotangent(n):
+    return torch.randn(n.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(n)
+
+
 def gradients(norm, inputs, dtype=None):
     """The norm and its gradients, or those in ``dtype``."""
     tensors = [
@@ -31,8 +35,7 @@ def gradients(norm, inputs, dtype=None):
         for n in FACTORS
     ]
     n = norm(*(t.requires_grad_() for t in tensors))
-    d_n = torch.randn(n.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    n.backward(d_n.to(n))
+    n.backward(cotangent(n))
     return n.detach(), [t.grad for t in tensors]
 
 
@@ -42,14 +45,18 @@ def check(convolution, inputs, norm=None, **options):
         inputs.weight, inputs.lora_A, inputs.lora_B, S, groups=convolution.groups, **options
     )
     assert torch.equal(n, plain), "the gradient changes no value"
-    dense = dense_norm_of(convolution)
-    (_, same), (_, truth) = gradients(dense, inputs, n.dtype), gradients(dense, inputs, torch.float64)
-    for name, gradient, yardstick, exact in zip(FACTORS, actual, same, truth, strict=True):
+
+    def textbook_norm(*args):
+        return reference.filter_norm(*args, convolution.groups)
+
+    tensors = [getattr(inputs, name) for name in FACTORS]
+    in_parts = not convolution.grouped_lora_A
+    budgets = norm_gradient_budgets(
+        textbook_norm, tensors, convolution.sums(), cotangent(n), scaling=S, in_parts=in_parts
+    )
+    for (name, budget), gradient in zip(budgets.items(), actual, strict=True):
         assert gradient.dtype == getattr(inputs, name).dtype, name
-        # Rounded one by one: n, d_n / n, U, the Gram matrix, its product with B, that times s, their sum, and the sum
-        # times d_n / n. In PEFT's layout n and the sum are made of the parts inside and outside of the group.
-        sum_length = convolution.sum_length()
-        assert_within_budget(gradient, yardstick, exact, sum_length=sum_length, roundings=8)
+        budget.check(gradient, name)
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)

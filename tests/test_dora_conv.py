@@ -1,7 +1,6 @@
 """The convolutions as functions: against one dense, ungrouped convolution with the adapted filters."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from error_table import error_table, label, record  # noqa: F401
 from torch import nn
 
 from dorac import functional, reference
-from dorac.testing import CONVOLUTIONS, Convolution, assert_within_budget, conv_inputs
+from dorac.testing import CONVOLUTIONS, Convolution, conv_inputs, layer_budgets, norm_budget
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -53,82 +52,49 @@ def row_of(inputs, convolution, layer):
     return label(case, inputs.x, convolution.rank, layer.is_compiled)
 
 
-def check_forward(inputs, convolution, layer):
-    textbook = textbook_of(convolution)
-    y = layer(*inputs.tensors())
-    dtype = inputs.x.dtype
-    assert y.dtype == dtype
-    dense = textbook(*inputs.map(lambda t: t.to(dtype)).tensors())
-    truth = textbook(*inputs.double().tensors())
-    record(row_of(inputs, convolution, layer), "y", y, truth)
-    # base, lora and the result are rounded to the activation's dtype.
-    assert_within_budget(y, dense, truth, sum_length=convolution.sum_length(), roundings=3)
+def filter_norm_of(convolution: Convolution):
+    """The textbook's norm."""
+    return lambda *args: reference.filter_norm(*args, convolution.groups)
 
 
-def check_gradients(inputs, convolution, layer):
-    textbook = textbook_of(convolution)
+def budgets_of(inputs, convolution, **options):
+    return layer_budgets(
+        reference.dora_conv,
+        filter_norm_of(convolution),
+        inputs.tensors(),
+        convolution.sums(),
+        scaling=SCALING,
+        **convolution.geometry,
+        **options,
+    )
+
+
+def check(inputs, convolution, layer):
+    """y, and the gradient of every tensor."""
     leaves = inputs.leaves()
     y = layer(*leaves.tensors())
     dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     y.backward(dy)
-
-    def exact(dtype):
-        copies = inputs.map(lambda t: t.detach().to(dtype).requires_grad_())
-        textbook(*copies.tensors()).backward(dy.to(dtype))
-        return copies
-
-    same_dtype, truth = exact(y.dtype), exact(torch.float64)
-    for name in NAMES:
-        actual, yardstick, exact_grad = (getattr(layer, name) for layer in (leaves, same_dtype, truth))
-        if actual is None:
-            continue
-        assert actual.grad.dtype == actual.dtype, name
-        record(row_of(inputs, convolution, layer), name, actual.grad, exact_grad.grad)
-        if name == "magnitude" and y.dtype in HALF:
-            bound = magnitude_bound(inputs.double(), convolution, dy.double(), y.dtype)
-            assert ((actual.grad.double() - exact_grad.grad).abs() <= bound).all()
-            continue
-        # inner and the gradient of inner are each rounded to the activation's dtype before a product uses them.
-        roundings = 3
-        if name == "x" and y.dtype is torch.float32:
-            # A sum over the ranks, which the dense filters hold summed already: its rounding errors add up at random.
-            roundings += math.isqrt(convolution.rank * math.prod(convolution.kernel))
-        sum_length = convolution.sum_length()
-        assert_within_budget(actual.grad, yardstick.grad, exact_grad.grad, sum_length=sum_length, roundings=roundings)
-
-
-def magnitude_bound(inputs, convolution, dy, dtype):
-    """Float32, but a sum of products with inner, which half-precision products made.
-
-    ``conv(x, W)``, h, ``conv(h, lora_B)`` and inner itself are rounded to the activation's dtype: four roundings of at
-    most ``|conv(x, W)| + s conv(|h|, |lora_B|)``.
-    """
-    plain, zeros = torch.ones_like(inputs.magnitude), torch.zeros_like(inputs.lora_B)
-    one = {"weight_norm": plain}
-    textbook = textbook_of(convolution)
-    base = textbook(inputs.x, inputs.weight, inputs.lora_A, zeros, plain, **one)
-    size = base.abs()
-    for rho in range(inputs.lora_B.shape[1]):  # |h_rho| by |lora_B|: one rank of every group at a time
-        single = torch.zeros_like(inputs.lora_B)
-        single[:, rho] = inputs.lora_B[:, rho]
-        size = size + textbook(inputs.x, torch.zeros_like(inputs.weight), inputs.lora_A, single, plain, **one).abs()
-    others = [d for d in range(dy.ndim) if d != 1]
-    norm = reference.filter_norm(inputs.weight, inputs.lora_A, inputs.lora_B, SCALING, convolution.groups)
-    return 4 * 0.5 * torch.finfo(dtype).eps * (dy.abs() * size).sum(others) / norm
+    for name, budget in budgets_of(inputs, convolution, dy=dy).items():
+        actual = y if name == "y" else getattr(leaves, name).grad
+        assert actual.dtype == (inputs.x if name == "y" else getattr(inputs, name)).dtype, name
+        record(row_of(inputs, convolution, layer), name, actual, budget.truth)
+        budget.check(actual, name)
 
 
 @CASES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward(case, dtype, device):
-    convolution = CONVOLUTIONS[case]
-    check_forward(conv_inputs(case, dtype=dtype, device=device), convolution, layer_of(convolution))
+def test_without_gradients(case, dtype, device):
+    convolution, inputs = CONVOLUTIONS[case], conv_inputs(case, dtype=dtype, device=device)
+    y = layer_of(convolution)(*inputs.tensors())
+    assert y.dtype == dtype
+    budgets_of(inputs, convolution)["y"].check(y)
 
 
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradients(case, dtype, device):
-    convolution = CONVOLUTIONS[case]
-    check_gradients(conv_inputs(case, dtype=dtype, device=device), convolution, layer_of(convolution))
+def test_values_and_gradients(case, dtype, device):
+    check(conv_inputs(case, dtype=dtype, device=device), CONVOLUTIONS[case], layer_of(CONVOLUTIONS[case]))
 
 
 @pytest.mark.parametrize(
@@ -145,16 +111,14 @@ def test_compiled(case, dtype, channels_last, device):
     convolution = CONVOLUTIONS[case]
     inputs = conv_inputs(case, dtype=dtype, channels_last=channels_last, bias=not channels_last, device=device)
     layer = layer_of(convolution, use_compile=True)
-    check_forward(inputs, convolution, layer)
-    check_gradients(inputs, convolution, layer)
+    check(inputs, convolution, layer)
 
 
 @pytest.mark.parametrize("case", ["1d", "2d_depthwise_peft", "2d_depthwise"])
 def test_rank_384(case, device):
     convolution = of_rank(case, 384)
     inputs = conv_inputs(convolution, dtype=torch.float32, device=device)
-    check_forward(inputs, convolution, layer_of(convolution))
-    check_gradients(inputs, convolution, layer_of(convolution))
+    check(inputs, convolution, layer_of(convolution))
 
 
 @pytest.mark.full
@@ -168,8 +132,7 @@ def test_full_matrix(case, dtype, rank, bias, channels_last, use_compile, device
     convolution = of_rank(case, rank)
     inputs = conv_inputs(convolution, dtype=dtype, bias=bias, channels_last=channels_last, device=device)
     layer = layer_of(convolution, use_compile)
-    check_forward(inputs, convolution, layer)
-    check_gradients(inputs, convolution, layer)
+    check(inputs, convolution, layer)
 
 
 @CASES
@@ -179,20 +142,12 @@ def test_norm(case, dtype, channels_last, device):
     convolution = CONVOLUTIONS[case]
     inputs = conv_inputs(case, dtype=dtype, channels_last=channels_last, device=device)
     norm = norm_of(inputs, convolution)
-    wide = torch.promote_types(dtype, torch.float32)
-    assert norm.dtype == wide
-    dense, truth = (
-        reference.filter_norm(
-            *(t.to(to) for t in (inputs.weight, inputs.lora_A, inputs.lora_B)), SCALING, convolution.groups
-        )
-        for to in (wide, torch.float64)
-    )
-    # In PEFT's layout the two parts are rounded, then their sum.
-    assert_within_budget(norm, dense, truth, sum_length=convolution.sum_length(), roundings=2)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
     assert not norm.requires_grad
+    budget = norm_budget(filter_norm_of(convolution), inputs.tensors()[1:4], convolution.sums(), scaling=SCALING)
+    budget.check(norm)
     args = (inputs.weight, inputs.lora_A, inputs.lora_B, SCALING)
-    chunked = functional.norm_factored_conv(*args, groups=convolution.groups, budget=1)
-    assert_within_budget(chunked, dense, truth, sum_length=convolution.sum_length(), roundings=2)
+    budget.check(functional.norm_factored_conv(*args, groups=convolution.groups, budget=1))
 
 
 def test_norm_of_a_zero_base_in_pefts_layout(device):
@@ -204,10 +159,9 @@ def test_norm_of_a_zero_base_in_pefts_layout(device):
     for j in range(3):
         inputs.lora_A[j * ranks : (j + 1) * ranks, j * channels : (j + 1) * channels] = 0
     args = (inputs.weight, inputs.lora_A, inputs.lora_B)
-    truth = reference.filter_norm(*(t.double() for t in args), SCALING, 3)
-    assert truth.min() > 0.1
-    dense = reference.filter_norm(*args, SCALING, 3)
-    assert_within_budget(norm_of(inputs, convolution), dense, truth, sum_length=convolution.sum_length())
+    budget = norm_budget(filter_norm_of(convolution), args, convolution.sums(), scaling=SCALING)
+    assert budget.truth.min() > 0.1
+    budget.check(norm_of(inputs, convolution))
 
 
 def test_filters_that_the_factors_cancel(device):
@@ -401,10 +355,7 @@ def test_autocast(dtype, use_compile, device):
     assert y.dtype == dtype
     assert torch.equal(y, eager)
     assert torch.equal(norm, norm_of(inputs, convolution))
-    truth = textbook_of(convolution)(*inputs.double().tensors())
-    dense = textbook_of(convolution)(*inputs.tensors()).to(dtype)
-    # x, the three filters, base, h, lora and the result.
-    assert_within_budget(y, dense, truth, sum_length=1, roundings=8)
+    budgets_of(inputs, convolution, dtype=dtype, casts=3)["y"].check(y)
 
 
 @pytest.mark.parametrize("factor_dtype", DTYPES)
@@ -416,12 +367,11 @@ def test_mixed_dtypes(dtype, factor_dtype, device):
     leaves = inputs.leaves()
     y = layer_of(convolution)(*leaves.tensors())
     assert y.dtype == dtype
-    narrow = max((dtype, factor_dtype), key=lambda d: torch.finfo(d).eps)
-    textbook = textbook_of(convolution)
-    dense, truth = textbook(*inputs.map(lambda t: t.to(narrow)).tensors()), textbook(*inputs.double().tensors())
-    assert_within_budget(y, dense, truth, sum_length=convolution.sum_length(), roundings=3)
     y.sum().backward()
-    assert all(t.grad.dtype == t.dtype for t in leaves.tensors())
+    for name, budget in budgets_of(inputs, convolution, dy=torch.ones_like(y)).items():
+        actual = y if name == "y" else getattr(leaves, name).grad
+        assert name == "y" or actual.dtype == getattr(inputs, name).dtype
+        budget.check(actual, name)
 
 
 def test_zero_filters_train(device):

@@ -4,14 +4,9 @@ import torch.nn.functional as F
 from error_table import error_table, label, record  # noqa: F401
 
 from dorac import functional, reference
-from dorac.testing import REGIMES, assert_within_budget, linear_inputs, max_error
+from dorac.testing import REGIMES, layer_budgets, linear_inputs, max_error, merge_budget
 
 HALF = (torch.bfloat16, torch.float16)
-NAMES = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias")
-
-
-def dense(inputs, scaling, dtype):
-    return reference.dora_linear(*(t if t is None else t.detach().to(dtype) for t in inputs.tensors()), scaling=scaling)
 
 
 def row_of(inputs, function):
@@ -20,61 +15,39 @@ def row_of(inputs, function):
     return label(kind, inputs.x, inputs.lora_A.shape[0], function is not functional.dora_linear)
 
 
-def check_forward(inputs, scaling, function=functional.dora_linear):
-    dtype = inputs.x.dtype
-    y = function(*inputs.tensors(), scaling=scaling)
-    assert y.dtype == dtype
-    assert y.shape == (*inputs.x.shape[:-1], inputs.weight.shape[0])
-    sum_length = sum(inputs.lora_A.shape)
-    truth = dense(inputs, scaling, torch.float64)
-    record(row_of(inputs, function), "y", y, truth)
-    assert_within_budget(y, dense(inputs, scaling, dtype), truth, sum_length=sum_length)
+def budgets_of(inputs, scaling, **options):
+    return layer_budgets(
+        reference.dora_linear, reference.row_norm, inputs.tensors(), inputs.sums(), scaling=scaling, **options
+    )
 
 
-def check_gradients(inputs, scaling, function=functional.dora_linear):
+def check(inputs, scaling, function=functional.dora_linear):
+    """y, and the gradient of every tensor."""
     leaves = inputs.leaves()
     y = function(*leaves.tensors(), scaling=scaling)
+    assert y.dtype == inputs.x.dtype
+    assert y.shape == (*inputs.x.shape[:-1], inputs.weight.shape[0])
     dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     y.backward(dy)
-
-    def exact(dtype):
-        copies = inputs.map(lambda t: t.detach().to(dtype).requires_grad_())
-        reference.dora_linear(*copies.tensors(), scaling=scaling).backward(dy.to(dtype))
-        return copies
-
-    same_dtype, truth = exact(y.dtype), exact(torch.float64)
-    for name in NAMES:
-        actual, yardstick, exact_grad = (getattr(layer, name) for layer in (leaves, same_dtype, truth))
-        if actual is None:
-            continue
-        assert actual.grad.dtype == actual.dtype, name
-        record(row_of(inputs, function), name, actual.grad, exact_grad.grad)
-        if name == "magnitude" and y.dtype in HALF:
-            # Float32, but a sum of products with inner, which half-precision products made: x W^T, h, h lora_B^T and
-            # inner itself are rounded to the activation's dtype, four roundings of at most |x W^T| + s |h| |lora_B^T|.
-            layer = inputs.double()
-            h = layer.x @ layer.lora_A.T
-            size = (layer.x @ layer.weight.T).abs() + abs(scaling) * h.abs() @ layer.lora_B.T.abs()
-            norm = reference.row_norm(layer.weight, layer.lora_A, layer.lora_B, scaling)
-            bound = 4 * 0.5 * torch.finfo(y.dtype).eps * (dy.double().abs() * size).sum(0) / norm
-            assert ((actual.grad.double() - exact_grad.grad).abs() <= bound).all()
-            continue
-        # inner and the gradient of inner are each rounded to the activation's dtype before a product uses them.
-        assert_within_budget(
-            actual.grad, yardstick.grad, exact_grad.grad, sum_length=sum(inputs.lora_A.shape), roundings=3
-        )
+    for name, budget in budgets_of(inputs, scaling, dy=dy).items():
+        actual = y if name == "y" else getattr(leaves, name).grad
+        assert actual.dtype == (y if name == "y" else getattr(leaves, name)).dtype, name
+        record(row_of(inputs, function), name, actual, budget.truth)
+        budget.check(actual, name)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-def test_forward(regime, dtype, device):
-    check_forward(linear_inputs(regime, dtype=dtype, device=device), 0.7)
+def test_values_and_gradients(regime, dtype, device):
+    check(linear_inputs(regime, dtype=dtype, device=device), 0.7)
 
 
-@pytest.mark.parametrize("regime", ["odd", "rank_1", "one_token", "no_tokens", "no_outputs"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradients(regime, dtype, device):
-    check_gradients(linear_inputs(regime, dtype=dtype, device=device), 0.7)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_without_gradients(regime, dtype, device):
+    """Inference takes a way of its own."""
+    inputs = linear_inputs(regime, dtype=dtype, device=device)
+    budgets_of(inputs, 0.7)["y"].check(functional.dora_linear(*inputs.tensors(), scaling=0.7))
 
 
 RANKS = [(9, 40, 24, rank) for rank in (1, 8, 64, 384)]
@@ -92,16 +65,14 @@ def test_full_matrix(regime, dtype, scaling, bias, transposed, use_compile, devi
     function = functional.dora_linear
     if use_compile:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    check_forward(inputs, scaling, function)
-    check_gradients(inputs, scaling, function)
+    check(inputs, scaling, function)
 
 
 @pytest.mark.parametrize("scaling", [0.0, -1.3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_scaling_and_layout(scaling, transposed, device):
     inputs = linear_inputs("odd", dtype=torch.float32, transposed=transposed, bias=False, device=device)
-    check_forward(inputs, scaling)
-    check_gradients(inputs, scaling)
+    check(inputs, scaling)
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 3, 4)])
@@ -216,7 +187,7 @@ def test_dropout_leaves_the_frozen_layer_alone():
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_autocast(dtype, use_compile, device):
-    """Products run in the autocast dtype, norm and g do not: the error is that of the half-precision products alone."""
+    """Products run in the autocast dtype, norm and g do not."""
     inputs = linear_inputs("aligned", dtype=torch.float32, device=device)
     function = functional.dora_linear
     if use_compile:
@@ -226,8 +197,7 @@ def test_autocast(dtype, use_compile, device):
         eager = functional.dora_linear(*inputs.tensors(), scaling=0.7)
     assert y.dtype == dtype
     assert torch.equal(y, eager)
-    truth = dense(inputs, 0.7, torch.float64)
-    assert_within_budget(y, dense(inputs, 0.7, torch.float32).to(dtype), truth, sum_length=1, roundings=6)
+    budgets_of(inputs, 0.7, dtype=dtype, casts=3)["y"].check(y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
@@ -239,13 +209,7 @@ def test_merge_and_unmerge(dtype, transposed, device):
     assert merged.dtype == dtype
     assert torch.equal(norm, functional.norm_factored(inputs.weight, *args[:2], 0.7))
 
-    def exact(to):
-        quantised = [t.to(to) for t in (inputs.weight, *args)]
-        exact_norm = reference.row_norm(*quantised[:3], 0.7)
-        return reference.merge_weight(*quantised, scaling=0.7, weight_norm=exact_norm)
-
-    wide = torch.promote_types(dtype, torch.float32)
-    assert_within_budget(merged, exact(wide), exact(torch.float64), sum_length=sum(inputs.lora_A.shape))
+    merge_budget(inputs.tensors()[1:5], inputs.sums(), scaling=0.7).check(merged)
     back = functional.unmerge_weight(merged, *args, scaling=0.7, weight_norm=norm)
     adapted = reference.adapted_weight(inputs.weight.double(), *(t.double() for t in args[:2]), 0.7)
     bound = 2 * torch.finfo(dtype).eps * torch.maximum(adapted.abs(), inputs.weight.double().abs())

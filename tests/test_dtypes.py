@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
-from functionals import LAYERS, SCALING, assert_within, cast, leaves_of, run_backward, sizes
+from functionals import LAYERS, SCALING, budgets, cast, leaves_of, run_backward
 
 from dorac import functional, reference
+from dorac.testing import unit_roundoff
 
 HALF = (torch.bfloat16, torch.float16)
 F64, F32, BF16, F16 = torch.float64, torch.float32, *HALF
@@ -34,23 +35,14 @@ def compiled(function, backend):
     return torch.compile(function, fullgraph=True, backend=backend) if backend else function
 
 
-def narrowest(*dtypes):
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def check(row, tensors, result, *, norm_grad, narrow):
-    """y and gradients against float64 of the same bits, by the sizes of their terms."""
+def check(row, tensors, result, **options):
+    """y and gradients against float64 of the same bits."""
     y, gradients = result
-    function = functools.partial(row.reference, norm_grad=norm_grad)
     dy = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(y)
-    truth, exact = run_backward(function, tensors, dy.double(), F64)
-    y_size, gradient_sizes = sizes(row, tensors, dy, norm_grad=norm_grad)
-    terms = row.terms(tensors)
-    assert_within(y, truth, y_size, narrowest=narrow, terms=terms, label="y")
-    for name, tensor, actual, best, size in zip(row.names, tensors, gradients, exact, gradient_sizes, strict=True):
-        if best is not None:
-            assert actual.dtype == tensor.dtype, name
-            assert_within(actual, best, size, narrowest=narrow, terms=terms, label=name)
+    results = {"y": y} | dict(zip(row.names, gradients, strict=True))
+    for name, budget in budgets(row, tensors, dy=dy, **options).items():
+        assert name == "y" or results[name].dtype == tensors[row.names.index(name)].dtype, name
+        budget.check(results[name], name)
 
 
 def cases():
@@ -71,7 +63,7 @@ def test_values_and_gradients(layer, mix, backend, norm_grad):
     run = compiled(functools.partial(row.function, norm_grad=norm_grad), backend)
     result = run_backward(run, tensors)
     assert result[0].dtype == dtypes[0]
-    check(row, tensors, result, norm_grad=norm_grad, narrow=narrowest(*dtypes))
+    check(row, tensors, result, norm_grad=norm_grad)
 
 
 def autocast_cases():
@@ -88,7 +80,7 @@ def test_autocast_in_eager_and_compiled(layer, autocast, mix, norm_grad):
     """One result, and one gradient, wherever the products run in the autocast dtype; the backward pass runs outside."""
     row, dtypes = LAYERS[layer], MIXES[mix]
     tensors = cast(row.arguments(), *dtypes)
-    narrow = narrowest(autocast, *dtypes)
+    narrow = max((autocast, *dtypes), key=unit_roundoff)
 
     def function(*args):
         with torch.autocast("cpu", dtype=autocast):
@@ -96,8 +88,8 @@ def test_autocast_in_eager_and_compiled(layer, autocast, mix, norm_grad):
 
     eager = run_backward(function, tensors)
     y, gradients = run_backward(compiled(function, "aot_eager"), tensors)
-    check(row, tensors, eager, norm_grad=norm_grad, narrow=narrow)
-    check(row, tensors, (y, gradients), norm_grad=norm_grad, narrow=narrow)
+    check(row, tensors, eager, norm_grad=norm_grad, dtype=narrow, casts=3)
+    check(row, tensors, (y, gradients), norm_grad=norm_grad, dtype=narrow, casts=3)
     assert torch.equal(y, eager[0]), "the same kernels run"
     for one, other in zip(gradients, eager[1], strict=True):  # the same products, summed in one order
         assert one is other is None or torch.equal(one, other)
@@ -115,7 +107,7 @@ def test_autocast_under_inductor(layer, autocast):
             return row.function(*args)
 
     result = run_backward(compiled(function, "inductor"), tensors)
-    check(row, tensors, result, norm_grad=False, narrow=autocast)
+    check(row, tensors, result, dtype=autocast, casts=3)
 
 
 @pytest.mark.parametrize(

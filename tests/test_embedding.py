@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from dorac import functional, reference
 from dorac.functional.embedding import EMBEDDING_BUDGET
-from dorac.testing import assert_within_budget, embedding_inputs, max_error
+from dorac.testing import Sums, embedding_inputs, layer_budgets, max_error
 from tests.test_norm import peak_bytes
 
 HALF = (torch.bfloat16, torch.float16)
@@ -41,36 +41,30 @@ def table(inputs, dtype=None):
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
+def budgets_of(x, *tables, scaling=0.7, **options):
+    sums = Sums.of_embedding(x, *tables[:2])
+    return layer_budgets(reference.dora_embedding, table_norm, (x, *tables), sums, scaling=scaling, **options)
+
+
+def table_norm(weight, *factors):
+    return reference.row_norm(weight.T, *factors)
+
+
 def check(inputs, scaling=0.7, function=functional.dora_embedding, padding_idx=None):
     """The forward pass and the gradients of every float argument; prints their errors (``pytest -s``)."""
     x, *tables = inputs
-    ours, dense, truth = table(tables), table(tables, tables[0].dtype), table(tables, torch.float64)
+    ours = table(tables)
     y = function(x, *ours, scaling=scaling, padding_idx=padding_idx)
     assert (y.shape, y.dtype) == ((*x.shape, tables[0].shape[1]), tables[0].dtype)
     dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
-    results = [reference.dora_embedding(x, *t, scaling=scaling, padding_idx=padding_idx) for t in (dense, truth)]
-    vocab, rank = tables[0].shape[0], tables[1].shape[0]
-    # The low-rank part, rounded to its dtype, is added before the one rounding of the result.
-    assert_within_budget(y, *results, sum_length=vocab + rank, roundings=3)
     y.backward(dy)
-    for result in results:
-        result.backward(dy.to(result.dtype))
-    errors = {"y": max_error(y, results[1])} | {
-        name: max_error(t.grad, exact.grad) for name, t, exact in zip(NAMES, ours, truth, strict=True)
-    }
-    print(f"\n{[*x.shape, *tables[0].shape, rank]} {y.dtype}: ", {k: f"{e:.1e}" for k, e in errors.items()}, end="")
-    for name, actual, yardstick, exact in zip(NAMES, ours, dense, truth, strict=True):
-        assert actual.grad.dtype == actual.dtype, name
-        if name == "magnitude" and y.dtype in HALF:
-            # Float32, but a sum of products with inner, which half precision made: h lora_B^T and inner are rounded.
-            weight, lora_A, lora_B, _ = (t.detach() for t in truth)
-            size = weight[x].abs() + abs(scaling) * lora_A.abs().T[x] @ lora_B.abs().T
-            norm = reference.row_norm(weight.T, lora_A, lora_B, scaling)
-            bound = 2 * 0.5 * torch.finfo(y.dtype).eps * (dy.double().abs() * size).sum(0) / norm
-            assert ((actual.grad.double() - exact.grad).abs() <= bound).all()
-            continue
-        # g * dy is rounded before it is added up per word, its product with lora_B^T too.
-        assert_within_budget(actual.grad, yardstick.grad, exact.grad, sum_length=vocab + rank + x.numel(), roundings=3)
+    results = {"y": y} | {name: t.grad for name, t in zip(NAMES, ours, strict=True)}
+    budgets = budgets_of(*inputs, scaling=scaling, dy=dy, padding_idx=padding_idx)
+    errors = {name: f"{max_error(results[name], budget.truth):.1e}" for name, budget in budgets.items()}
+    print(f"\n{[*x.shape, *tables[0].shape, tables[1].shape[0]]} {y.dtype}: ", errors, end="")
+    assert all(t.grad.dtype == t.dtype for t in ours)
+    for name, budget in budgets.items():
+        budget.check(results[name], name)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -102,11 +96,7 @@ def test_mixed_dtypes(dtype, factor_dtype, device):
     x, *tables = embedding_inputs(SHAPES["odd"], dtype=dtype, factor_dtype=factor_dtype, device=device)
     y = functional.dora_embedding(x, *tables, scaling=0.7)
     assert y.dtype == dtype
-    narrow = max((dtype, factor_dtype), key=lambda d: torch.finfo(d).eps)
-    dense, truth = (
-        reference.dora_embedding(x, *(t.to(d) for t in tables), scaling=0.7) for d in (narrow, torch.float64)
-    )
-    assert_within_budget(y, dense, truth, sum_length=7, roundings=3)
+    budgets_of(x, *tables)["y"].check(y)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -11,7 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 import dorac
 from dorac import functional, reference
 from dorac.nn import DoraEmbedding
-from dorac.testing import assert_within_budget
+from dorac.testing import Sums, assert_rms_beside, layer_budgets, merge_budget
 
 VOCAB, DIM, R = 29, 17, 3
 HALF = (torch.bfloat16, torch.float16)
@@ -47,23 +47,38 @@ def adapted(base_layer, r=R, lora_alpha=5, **options):
 
 
 def dense_arguments(layer, dtype=torch.float64):
+    """In ``dtype``, or each in its own for None."""
     tensors = (layer.base_layer.weight, *(getattr(layer, name) for name in ADAPTER))
-    return tuple(t.detach().to(dtype) for t in tensors)
+    return tuple(t.detach().to(dtype or t.dtype) for t in tensors)
 
 
-def dense_output(layer, x, dtype=torch.float64):
+def textbook_of(layer):
     scale = 1 if layer.embed_scale is None else layer.embed_scale
     if isinstance(scale, torch.Tensor):
-        scale = scale.to(layer.weight.dtype).to(dtype)
-    return reference.dora_embedding(x, *dense_arguments(layer, dtype), scaling=layer.scaling) * scale
+        scale = scale.to(layer.weight.dtype)
+
+    def textbook(*tensors, **options):
+        y = reference.dora_embedding(*tensors, **options)
+        return y * (scale.to(y) if isinstance(scale, torch.Tensor) else scale)
+
+    return textbook
+
+
+def table_norm(weight, *factors):
+    return reference.row_norm(weight.T, *factors)
+
+
+def dense_output(layer, x):
+    return textbook_of(layer)(x, *dense_arguments(layer), scaling=layer.scaling)
 
 
 def check_against_dense(layer, x, actual):
-    dtype = layer.weight.dtype
-    dense, truth = dense_output(layer, x, dtype), dense_output(layer, x)
-    assert actual.dtype == dtype
-    # The low-rank part is rounded to its own dtype, the sum to the weight's, and once more after embed_scale.
-    assert_within_budget(actual, dense, truth, sum_length=VOCAB + layer.r, roundings=3)
+    tensors = (x, *dense_arguments(layer, None))
+    sums = Sums.of_embedding(*tensors[:3])
+    # The result is rounded once more after embed_scale.
+    budgets = layer_budgets(textbook_of(layer), table_norm, tensors, sums, scaling=layer.scaling, casts=1)
+    assert actual.dtype == layer.weight.dtype
+    budgets["y"].check(actual)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -135,7 +150,7 @@ def test_outputs_and_gradients_are_pefts(base):
     stock = stock_peft_layer(base_layer, layer, lora_dropout=0.4).train()
     mine, theirs = layer(TOKENS), stock(TOKENS)
     exact = dense_output(layer, TOKENS)
-    assert_within_budget(mine, theirs, exact, sum_length=VOCAB + R, roundings=2)
+    assert_rms_beside(mine, theirs, exact)
     dy = torch.randn_like(mine)
     mine.backward(dy)
     theirs.backward(dy)
@@ -225,23 +240,18 @@ def test_state_dict_round_trip_and_copies():
 def test_merge_and_unmerge(base, dtype):
     layer = adapted(base(dtype))
     weight, before = layer.base_layer.weight.detach().clone(), layer(TOKENS)
-    dense = dense_arguments(layer)
-    norm = reference.row_norm(dense[0].T, *dense[1:3], layer.scaling)
-    exact = reference.merge_weight(dense[0].T, *dense[1:], scaling=layer.scaling, weight_norm=norm).T
+    table, *adapter = dense_arguments(layer, None)
+    budget = merge_budget((table.T, *adapter), Sums.of_embedding(TOKENS, table, adapter[0]), scaling=layer.scaling)
     layer.merge()
     assert layer.base_layer.weight.is_contiguous()
-    wide = torch.promote_types(dtype, torch.float32)
-    plain = [t.to(wide) for t in dense]
-    plain_norm = reference.row_norm(plain[0].T, *plain[1:3], layer.scaling)
-    plain = reference.merge_weight(plain[0].T, *plain[1:], scaling=layer.scaling, weight_norm=plain_norm).T
-    assert_within_budget(layer.base_layer.weight, plain, exact, sum_length=VOCAB + R)
+    budget.check(layer.base_layer.weight.T)
     assert torch.equal(layer(TOKENS), layer.base_layer(TOKENS))
     # The merged weight, the low-rank part, the sum and the scaled result are rounded; wider types round each term too.
     roundings = 4 + (0 if dtype in HALF else VOCAB + R)
     assert (layer(TOKENS) - before).abs().max() <= roundings * torch.finfo(dtype).eps * before.abs().max()
     layer.unmerge()
-    adapted_weight = reference.adapted_weight(dense[0].T, *dense[1:3], layer.scaling).T
-    bound = 2 * torch.finfo(dtype).eps * torch.maximum(adapted_weight.abs(), dense[0].abs())
+    adapted_weight = reference.adapted_weight(weight.double().T, *dense_arguments(layer)[1:3], layer.scaling).T
+    bound = 2 * torch.finfo(dtype).eps * torch.maximum(adapted_weight.abs(), weight.double().abs())
     assert ((layer.base_layer.weight.double() - weight.double()).abs() <= bound).all()
 
 

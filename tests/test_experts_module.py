@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 import dorac
 from dorac import reference
 from dorac.nn import DoraExperts
-from dorac.testing import assert_within_budget
+from dorac.testing import assert_rms_beside
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,8 +133,8 @@ def test_any_dtype(family, dtype, adapter_dtype):
     assert layer.gate_up_proj_lora_magnitude_vector.dtype == torch.float32
     truth = dense_forward(layer, args, torch.float64)
     dense = dense_forward(layer, args, dtype)
-    # The first projection, the gate (two or three products), the second projection and the weighted sum are rounded.
-    assert_within_budget(y, dense, truth, sum_length=HIDDEN + INNER, roundings=8)
+    # Two layers with a gate in between are no sum of products: the RMS alone. Of each, see test_row_layers.py.
+    assert_rms_beside(y, dense, truth)
 
 
 @FAMILIES

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import dorac
 from dorac import functional, reference
 from dorac.nn import DoraLinear
-from dorac.testing import assert_within_budget
+from dorac.testing import Sums, assert_rms_beside, layer_budgets, merge_budget
 
 IN, OUT, R = 24, 17, 3
 HALF = (torch.bfloat16, torch.float16)
@@ -45,18 +45,19 @@ def adapted(base_layer, r=R, lora_alpha=5, **options):
 
 
 def dense_arguments(layer, dtype=torch.float64):
-    """What ``reference.dora_linear`` takes after x, in ``dtype``."""
+    """What ``reference.dora_linear`` takes after x, in ``dtype``, or each in its own for None."""
     weight = layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight
     bias = layer.base_layer.bias
     tensors = (weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, bias)
-    return tuple(t if t is None else t.detach().to(dtype) for t in tensors)
+    return tuple(t if t is None else t.detach().to(dtype or t.dtype) for t in tensors)
 
 
-def check_against_dense(layer, x, actual, roundings=1):
-    truth = reference.dora_linear(x.double(), *dense_arguments(layer), scaling=layer.scaling)
-    dense = reference.dora_linear(x, *dense_arguments(layer, x.dtype), scaling=layer.scaling)
+def check_against_dense(layer, x, actual):
+    tensors = (x, *dense_arguments(layer, None))
+    sums = Sums.of_linear(*tensors[:3])
+    budgets = layer_budgets(reference.dora_linear, reference.row_norm, tensors, sums, scaling=layer.scaling)
     assert actual.dtype == x.dtype
-    assert_within_budget(actual, dense, truth, sum_length=IN + layer.r, roundings=roundings)
+    budgets["y"].check(actual)
 
 
 def weights_close(actual, expected, bound):
@@ -82,7 +83,7 @@ def unmerge_bound(layer):
 def test_forward_is_the_dense_formula(base, bias, dtype):
     layer = adapted(base(bias, dtype))
     x = torch.randn(7, IN).to(dtype)
-    check_against_dense(layer, x, layer(x), roundings=3)  # base and lora are rounded before the one of the result
+    check_against_dense(layer, x, layer(x))
 
 
 @pytest.mark.parametrize("shape", [(IN,), (0, IN), (2, 3, 5, IN)])
@@ -181,7 +182,7 @@ def test_dropout_is_pefts(base):
     without = reference.dora_linear(x.double(), *dense_arguments(layer), scaling=layer.scaling)
     assert (exact - without).abs().max() > 0.1  # the mask matters
     mine, theirs = run(layer, x), run(stock, x)
-    assert_within_budget(mine, theirs, exact, sum_length=IN + R, roundings=2)  # the base's part is added afterwards
+    assert_rms_beside(mine, theirs, exact)
     _, lora_A, lora_B, magnitude, _ = leaves
     pairs = (
         (layer.lora_A, stock.lora_A.default.weight, lora_A),
@@ -189,7 +190,7 @@ def test_dropout_is_pefts(base):
         (layer.lora_magnitude_vector, stock.lora_magnitude_vector.default.weight, magnitude),
     )
     for mine, theirs, exact in pairs:
-        assert_within_budget(mine.grad, theirs.grad, exact.grad, sum_length=OUT + R, roundings=2)
+        assert_rms_beside(mine.grad, theirs.grad, exact.grad)
 
 
 def test_dropout_only_while_training():
@@ -227,11 +228,7 @@ def test_explicit_adapter_dtype(dtype, adapter_dtype):
     double = torch.float64 in (dtype, adapter_dtype)
     assert layer.lora_magnitude_vector.dtype == (torch.float64 if double else torch.float32)
     x = torch.randn(5, IN).to(dtype)
-    truth = reference.dora_linear(x.double(), *dense_arguments(layer), scaling=layer.scaling)
-    narrow = max((dtype, adapter_dtype), key=lambda d: torch.finfo(d).eps)
-    dense = reference.dora_linear(x.to(narrow), *dense_arguments(layer, narrow), scaling=layer.scaling)
-    assert layer(x).dtype == dtype
-    assert_within_budget(layer(x), dense, truth, sum_length=IN + R, roundings=3)
+    check_against_dense(layer, x, layer(x))
 
 
 CASTS = {
@@ -258,7 +255,7 @@ def test_a_cast_keeps_the_magnitude(cast, whole_model):
     assert layer.lora_A.dtype == layer.lora_A.grad.dtype == layer.base_layer.weight.dtype
     assert layer.lora_A.dtype in HALF
     x = torch.randn(4, IN).to(layer.lora_A.dtype)
-    check_against_dense(layer, x, layer(x), roundings=3)
+    check_against_dense(layer, x, layer(x))
 
 
 def test_double_and_back():
@@ -443,22 +440,17 @@ def test_zero_rows():
 def test_merge_and_unmerge(base, dtype):
     layer, x = adapted(base(dtype=dtype)), torch.randn(5, IN).to(dtype)
     weight, bound = layer.base_layer.weight.detach().clone(), unmerge_bound(layer)
-    dense = dense_arguments(layer)
-    norm = reference.row_norm(*dense[:3], layer.scaling)
-    merged_weight = reference.merge_weight(*dense[:4], scaling=layer.scaling, weight_norm=norm)
+    tensors = dense_arguments(layer, None)[:4]
+    budget = merge_budget(tensors, Sums.of_linear(x, *tensors[:2]), scaling=layer.scaling)
     before = layer(x)
 
     layer.merge()
     assert layer.merged
     stored = layer.base_layer.weight.detach().clone()
     assert torch.equal(layer(x), layer.base_layer(x))
-    exact = merged_weight.T if layer.fan_in_fan_out else merged_weight
-    narrow = [t.to(dtype) for t in dense[:4]]
-    narrow_norm = reference.row_norm(*narrow[:3], layer.scaling)
-    plain = reference.merge_weight(*narrow, scaling=layer.scaling, weight_norm=narrow_norm)
-    assert_within_budget(stored, plain.T if layer.fan_in_fan_out else plain, exact, sum_length=R + IN)
+    budget.check(stored.T if layer.fan_in_fan_out else stored)
     # The merged weight, base, lora and either result are rounded; float32 and float64 also round each of IN terms.
-    scale = (x.double().abs() @ merged_weight.abs().T).max() + before.double().abs().max()
+    scale = (x.double().abs() @ budget.truth.abs().T).max() + before.double().abs().max()
     weights_close(layer(x), before, (4 + (0 if dtype in HALF else IN)) * torch.finfo(dtype).eps * scale)
 
     layer.merge()

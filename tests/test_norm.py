@@ -1,30 +1,31 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dorac import functional, reference
-from dorac.testing import REGIMES, assert_within_budget, linear_inputs
+from dorac.testing import REGIMES, linear_inputs, norm_budget
 
 SCALINGS = (0.7, -1.3, 0.0)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def dense_norm(inputs, scaling, dtype):
-    """The textbook norm of the quantised inputs, computed in ``dtype``."""
-    return reference.row_norm(*(t.to(dtype) for t in (inputs.weight, inputs.lora_A, inputs.lora_B)), scaling)
+def budget_of(inputs, scaling):
+    return norm_budget(reference.row_norm, inputs.tensors()[1:4], inputs.sums(), scaling=scaling)
 
 
 def check_norm(inputs, scaling, **options):
     actual = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, scaling, **options)
     acc = torch.promote_types(torch.promote_types(inputs.weight.dtype, inputs.lora_A.dtype), torch.float32)
     assert actual.dtype == acc
-    dense, truth = dense_norm(inputs, scaling, acc), dense_norm(inputs, scaling, torch.float64)
+    budget = budget_of(inputs, scaling)
     if actual.is_cuda and acc is torch.float32 and inputs.lora_A.dtype is not inputs.weight.dtype in HALF:
         # The kernel multiplies 16 bits of each float32 factor of a half-precision weight.
-        assert ((actual.double() - truth).abs() <= 1e-5 * truth).all()
+        assert ((actual.double() - budget.truth).abs() <= 1e-5 * budget.truth).all()
     else:
-        assert_within_budget(actual, dense, truth, sum_length=sum(inputs.lora_A.shape))
+        budget.check(actual)
     return actual
 
 
@@ -68,13 +69,13 @@ def test_any_budget(budget, cached, device):
     actual = functional.norm_factored(
         inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, budget=budget, weight_sq=weight_sq
     )
-    truth = dense_norm(inputs, 0.7, torch.float64)
+    error = budget_of(inputs, 0.7)
     if cached:
         # Every one of the `in` partial sums is rounded once, and the three terms of the expansion once more each.
         bound = (inputs.weight.shape[1] + 3) * torch.finfo(torch.float32).eps
-        assert ((actual.double() - truth).abs() <= bound * truth).all()
+        assert ((actual.double() - error.truth).abs() <= bound * error.truth).all()
     else:
-        assert_within_budget(actual, dense_norm(inputs, 0.7, torch.float32), truth, sum_length=1)
+        error.check(actual)
 
 
 def test_cached_square_is_used():
@@ -90,11 +91,9 @@ def test_short_rows_do_not_cancel(device):
     """Where BA nearly undoes W the expanded square would lose every digit; the chunked norm keeps them."""
     inputs = linear_inputs((1, 16, 16, 16), dtype=torch.float32, device=device)
     lora_B = torch.linalg.solve(inputs.lora_A.double().T, -inputs.weight.double().T).T.float()
-    actual = functional.norm_factored(inputs.weight, inputs.lora_A, lora_B, 1.0)
-    dense = reference.row_norm(inputs.weight, inputs.lora_A, lora_B, 1.0)
-    truth = reference.row_norm(inputs.weight.double(), inputs.lora_A.double(), lora_B.double(), 1.0)
-    assert truth.max() < 1e-4
-    assert_within_budget(actual, dense, truth, sum_length=32)
+    inputs = dataclasses.replace(inputs, lora_B=lora_B)
+    assert budget_of(inputs, 1.0).truth.max() < 1e-4
+    check_norm(inputs, 1.0)
 
 
 def test_zero_rows_and_no_inputs(device):
@@ -152,14 +151,7 @@ def test_autocast_does_not_reach_the_norm(dtype, device):
 )
 def test_random_shapes(shape, scaling, budget, dtype, seed):
     inputs = linear_inputs(shape, dtype=dtype, seed=seed)
-    actual = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, scaling, budget=budget)
-    truth = dense_norm(inputs, scaling, torch.float64)
-    # |V_ij| is off by (r + 2) roundings of |W| + |s| |B| |A|; the sum over `in` squares adds one rounding each.
-    size = (
-        inputs.weight.double().abs() + abs(scaling) * inputs.lora_B.double().abs() @ inputs.lora_A.double().abs()
-    ).norm(dim=1)
-    eps = torch.finfo(actual.dtype).eps
-    assert ((actual.double() - truth).abs() <= (shape[3] + shape[2] + 4) * eps * size).all()
+    check_norm(inputs, scaling, budget=budget)
 
 
 def peak_bytes(function) -> int:

@@ -7,7 +7,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 import dorac
 from dorac import functional, reference
-from dorac.testing import REGIMES, assert_within_budget, linear_inputs
+from dorac.testing import REGIMES, layer_budgets, linear_inputs, norm_gradient_budgets
 
 HALF = (torch.bfloat16, torch.float16)
 S = 0.7
@@ -31,33 +31,17 @@ def experts(*tensors):
 
 
 def check_norm_gradients(inputs, run=norm, **options):
-    """Value and gradients of the norm beside those of the dense one in the accumulate dtype and in float64."""
-
-    def gradients(function, dtype):
-        tensors = [
-            t.detach().to(dtype or t.dtype).requires_grad_() for t in (inputs.weight, inputs.lora_A, inputs.lora_B)
-        ]
-        n = function(*tensors)
-        d_n = torch.randn(n.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        n.backward(d_n.to(n))
-        return n.detach(), [t.grad for t in tensors]
-
-    acc = torch.promote_types(torch.promote_types(inputs.weight.dtype, inputs.lora_A.dtype), torch.float32)
-    dense = lambda *t: reference.row_norm(*t, S)  # noqa: E731
-    (n, actual), (_, same), (_, truth) = (
-        gradients(lambda *t: run(*t, **options), None),
-        gradients(dense, acc),
-        gradients(dense, torch.float64),
-    )
-    plain = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S, **options)
+    """Value and gradients of the norm beside those of the dense one."""
+    tensors = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs.tensors()[1:4]]
+    n = run(*tensors, **options)
+    plain = functional.norm_factored(*inputs.tensors()[1:4], S, **options)
     assert torch.equal(n, plain), "the gradient changes no value"
-    for gradient, tensor, yardstick, exact in zip(
-        actual, (inputs.weight, inputs.lora_A, inputs.lora_B), same, truth, strict=True
-    ):
-        assert gradient.dtype == tensor.dtype
-        # V A^T is a sum of W A^T and s B (A A^T), one rounding more than a dense product, and c = d_n / n is another.
-        sum_length = sum(inputs.lora_A.shape) + inputs.weight.shape[0]
-        assert_within_budget(gradient, yardstick, exact, sum_length=sum_length, roundings=3)
+    d_n = torch.randn(n.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(n)
+    n.backward(d_n)
+    budgets = norm_gradient_budgets(reference.row_norm, tensors, inputs.sums(), d_n, scaling=S)
+    for (name, budget), tensor in zip(budgets.items(), tensors, strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        budget.check(tensor.grad, name)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -140,13 +124,12 @@ def test_layer_equals_the_dense_layer(regime, dtype, use_compile, device):
     assert torch.equal(y, run(*inputs.tensors(), norm_grad=False)), "the gradient changes no value"
     dy = torch.randn(y.shape, dtype=torch.float64).to(y)
     y.backward(dy)
-    dense, truth = (inputs.map(lambda t, d=d: t.detach().to(d).requires_grad_()) for d in (dtype, torch.float64))
-    for copy in (dense, truth):
-        textbook(*copy.tensors()).backward(dy.to(copy.x.dtype))
-    for leaf, yardstick, exact in zip(inputs.tensors(), dense.tensors(), truth.tensors(), strict=True):
-        # inner, the gradient of inner, the result, and the part that comes through the norm.
-        sum_length = sum(inputs.lora_A.shape) + sum(inputs.x.shape)
-        assert_within_budget(leaf.grad, yardstick.grad, exact.grad, sum_length=sum_length, roundings=4)
+    tensors = inputs.tensors()
+    budgets = layer_budgets(
+        reference.dora_linear, reference.row_norm, tensors, inputs.sums(), scaling=S, dy=dy, norm_grad=True
+    )
+    for name, budget in budgets.items():
+        budget.check(y if name == "y" else getattr(inputs, name).grad, name)
 
 
 def test_the_default_is_another_gradient():

@@ -12,7 +12,7 @@ from peft_models import KINDS, gradients, off_init, stock_model, target, twins  
 
 import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
-from dorac.testing import assert_within_budget  # noqa: E402
+from dorac.testing import assert_rms_beside  # noqa: E402
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # in float64 the two differ by the order of sums alone
 FUNCTIONS = ("dora_linear", "dora_embedding", "dora_conv1d", "dora_conv2d", "dora_conv3d")
@@ -233,7 +233,7 @@ def test_autocast(kind):
         y, expected = ours(x), stock(x)
     assert y.dtype == expected.dtype
     truth = copy.deepcopy(stock).double()(x if KINDS[kind].is_index else x.double())
-    assert_within_budget(y, expected, truth, sum_length=0)
+    assert_rms_beside(y, expected, truth, factor=1.25)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from dorac import functional, reference
 from dorac.ops import front, library, linear
-from dorac.testing import assert_within_budget, linear_inputs
+from dorac.testing import layer_budgets, linear_inputs
 
 ROUTES = ("separate", "accumulate", "fused")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -30,9 +30,14 @@ def layer(inputs, scaling=S, **options):
     return functional.dora_linear(*inputs.tensors(), scaling=scaling, weight_norm=norm, **options)
 
 
-def exact(inputs, dtype):
-    leaves = inputs.map(lambda t: t.detach().to(dtype).requires_grad_())
-    return leaves, reference.dora_linear(*leaves.tensors(), scaling=S)
+def check(inputs, y, dy):
+    """y and, for a given dy, the gradients that it left."""
+    tensors = inputs.tensors()
+    budgets = layer_budgets(reference.dora_linear, reference.row_norm, tensors, inputs.sums(), scaling=S, dy=dy)
+    for name, budget in budgets.items():
+        actual = y if name == "y" else getattr(inputs, name).grad
+        assert actual.dtype is (inputs.x if name == "y" else getattr(inputs, name)).dtype
+        budget.check(actual, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -44,17 +49,7 @@ def test_values_and_gradients(route, dtype, regime, use_compile, device):
     y = run(inputs)
     dy = torch.randn(y.shape, dtype=torch.float64).to(dtype).to(device)
     y.backward(dy)
-    dense, dense_y = exact(inputs, dtype)
-    truth, truth_y = exact(inputs, torch.float64)
-    dense_y.backward(dy)
-    truth_y.backward(dy.double())
-    # inner, h and the low-rank part are rounded to the activation's dtype on the way, as the dense form rounds W'.
-    assert_within_budget(y, dense_y, truth_y, sum_length=1, roundings=3)
-    for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias"):
-        actual, other, best = (getattr(i, name).grad for i in (inputs, dense, truth))
-        assert actual.dtype == getattr(inputs, name).dtype
-        # As above, and d_inner, d_h and the result.
-        assert_within_budget(actual, other, best, sum_length=1, roundings=4)
+    check(inputs, y, dy)
 
 
 def test_routes_agree(monkeypatch, device):
@@ -124,17 +119,10 @@ def test_every_mix_of_dtypes_has_a_route(dtype, factor_dtype, magnitude_dtype, t
     with torch.set_grad_enabled(training):
         y = layer(inputs)
     assert y.dtype is dtype
-    narrowest = max((dtype, factor_dtype, magnitude_dtype), key=lambda d: torch.finfo(d).eps)
-    dense, dense_y = exact(inputs, narrowest)
-    truth, truth_y = exact(inputs, torch.float64)
-    assert_within_budget(y, dense_y, truth_y, sum_length=1, roundings=3)
+    dy = torch.ones_like(y)
     if training:
-        dy = torch.ones_like(y)
-        for result in (y, dense_y, truth_y):
-            result.backward(dy.to(result.dtype))
-        for leaf, other, best in zip(inputs.tensors(), dense.tensors(), truth.tensors(), strict=True):
-            assert leaf.grad.dtype is leaf.dtype
-            assert_within_budget(leaf.grad, other.grad, best.grad, sum_length=1, roundings=4)
+        y.backward(dy)
+    check(inputs, y, dy if training else None)
 
 
 def test_gradient_penalty_in_half_precision(route, device):

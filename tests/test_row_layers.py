@@ -6,10 +6,10 @@
 import pytest
 import torch
 from error_table import error_table, label, record  # noqa: F401
-from row_layers import LAYERS, OFFSETS, SCALING
+from row_layers import LAYERS, OFFSETS, SCALING, budgets
 
 from dorac import functional, reference
-from dorac.testing import assert_within_budget, expert_inputs, max_error
+from dorac.testing import expert_inputs
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -31,43 +31,16 @@ def ones_like_result(layer, inputs):
     return torch.ones_like(layer.textbook(*inputs.double().tensors()))
 
 
-def half_magnitude_bound(layer, inputs, dy):
-    """Half-precision products round x W^T, h and h lora_B^T, before float32 takes over: three roundings of inner."""
-    leaves = inputs.double()
-    x, weight, lora_A, lora_B, _, _, _ = layer.gather(*leaves.tensors(), None)
-    size = (x @ weight.mT).abs() + SCALING * (x @ lora_A.mT).abs() @ lora_B.mT.abs()
-    size = size / reference.row_norm(weight, lora_A, lora_B, SCALING).unsqueeze(1)
-    magnitude = leaves.magnitude.detach().requires_grad_()
-    of_row = layer.gather(*leaves.tensors()[:4], magnitude, None, None)[4].unsqueeze(1)
-    total = (of_row * size * dy.double().abs().view_as(size)).sum()
-    return 3 * 0.5 * torch.finfo(inputs.x.dtype).eps * torch.autograd.grad(total, magnitude)[0]
-
-
 def check(name, inputs, use_compile=False):
-    layer, dtype, rank = LAYERS[name], inputs.x.dtype, inputs.lora_A.shape[-2]
+    layer = LAYERS[name]
     function = torch.compile(layer.function, fullgraph=True, backend="aot_eager") if use_compile else layer.function
-    shape = layer.textbook(*inputs.double().tensors()).shape
-    dy = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(inputs.x)
+    dy = torch.randn_like(ones_like_result(layer, inputs)).to(inputs.x)
     y, grads = run(function, inputs.leaves().tensors(), dy)
-    dense, dense_grads = run(
-        layer.textbook, inputs.leaves().map(lambda t: t.detach().to(dtype).requires_grad_()).tensors(), dy
-    )
-    truth, true_grads = run(layer.textbook, inputs.leaves().double().tensors(), dy.double())
-    sum_length = rank + inputs.x.shape[-1] + dy.numel() // dy.shape[-1]
-    row = label(name, y, rank, use_compile)
-    assert y.dtype == dtype
-    assert_within_budget(y, dense, truth, sum_length=sum_length, roundings=3)  # x W^T, h lora_B^T and the result
-    record(row, "y", y, truth)
-    for argument, grad in grads.items():
-        exact = true_grads[argument]
-        assert grad.dtype == getattr(inputs, argument).dtype
-        record(row, argument, grad, exact)
-        if argument == "magnitude" and dtype in HALF:
-            bound = half_magnitude_bound(layer, inputs, dy) + torch.finfo(torch.float32).eps * exact.abs()
-            assert ((grad.double() - exact).abs() <= bound).all()
-        else:
-            # The gradients of the two products are rounded to the activation's dtype, and so is their sum.
-            assert_within_budget(grad, dense_grads[argument], exact, sum_length=sum_length, roundings=3)
+    for argument, budget in budgets(layer, inputs.tensors(), dy=dy).items():
+        actual = y if argument == "y" else grads[argument]
+        assert actual.dtype == (inputs.x if argument == "y" else getattr(inputs, argument)).dtype
+        record(label(name, y, inputs.lora_A.shape[-2], use_compile), argument, actual, budget.truth)
+        budget.check(actual, argument)
 
 
 @names
@@ -101,21 +74,8 @@ def test_full_matrix(name, dtype, bias, rank, sizes, transposed, use_compile, de
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 384])
 def test_one_feature(name, dtype, rank, device):
-    """One input and one output: too few numbers to measure dense arithmetic by, so the bound is that of every sum."""
-    layer = LAYERS[name]
-    inputs = layer.inputs(1, 1, rank, dtype=dtype, device=device)
-    y = layer.function(*inputs.tensors(), scaling=SCALING)
-    x, weight, lora_A, lora_B, magnitude, bias, _ = layer.gather(*inputs.double().tensors(), None)
-    g = reference.magnitude_scale(magnitude, reference.row_norm(weight, lora_A, lora_B, SCALING)).unsqueeze(1)
-    size = (x @ weight.mT).abs() + SCALING * x.abs() @ lora_A.mT.abs() @ lora_B.mT.abs()
-    # x W^T, h, h lora_B^T and y are rounded to dtype, sums of rank terms to float32 (twice: in the product, in n).
-    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    condition = 1 + SCALING * (lora_B.abs() @ lora_A.abs()) / (weight + SCALING * lora_B @ lora_A).abs()
-    bound = g * size * (2 * torch.finfo(dtype).eps + (rank + 4) * wide * condition) + torch.finfo(dtype).eps * (
-        bias.unsqueeze(1).abs() + g * size
-    )
-    truth = layer.textbook(*inputs.double().tensors())
-    assert ((y.double() - truth).abs() <= bound.view_as(truth)).all()
+    """One input and one output."""
+    check(name, LAYERS[name].inputs(1, 1, rank, dtype=dtype, device=device))
 
 
 @names
@@ -123,14 +83,14 @@ def test_wider_factors(name, device):
     """float32 factors and magnitude over a bfloat16 layer, PEFT's default: their gradients are float32's."""
     layer = LAYERS[name]
     inputs = layer.inputs(17, 24, 8, dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
-    y, grads = run(layer.function, inputs.leaves().tensors(), ones_like_result(layer, inputs))
-    _, exact = run(layer.textbook, inputs.leaves().double().tensors(), ones_like_result(layer, inputs))
+    dy = ones_like_result(layer, inputs)
+    y, grads = run(layer.function, inputs.leaves().tensors(), dy)
     assert y.dtype == torch.bfloat16
+    # The cotangent is exact in bfloat16, and nothing on the way to them is rounded to it.
+    bounds = budgets(layer, inputs.tensors(), dy=dy, dtype=torch.float32)
     for argument in ("lora_A", "lora_B"):
-        # Sums of fewer than 64 float32 terms: the cotangent is exact, nothing on the way is rounded to bfloat16.
-        bound = 64 * torch.finfo(torch.float32).eps * exact[argument].abs().max()
         assert grads[argument].dtype == torch.float32
-        assert max_error(grads[argument], exact[argument]) <= bound
+        bounds[argument].check(grads[argument], argument)
 
 
 @names
@@ -145,10 +105,7 @@ def test_autocast(name, dtype, use_compile, device):
         eager = layer.function(*inputs.tensors(), scaling=SCALING)
     assert y.dtype == dtype
     assert torch.equal(y, eager)
-    truth = layer.textbook(*inputs.double().tensors())
-    dense = layer.textbook(*inputs.tensors()).to(dtype)
-    # x, weight, lora_A, lora_B, x W^T, h, h lora_B^T and the result are rounded.
-    assert_within_budget(y, dense, truth, sum_length=1, roundings=8)
+    budgets(layer, inputs.tensors(), dtype=dtype, casts=3)["y"].check(y)
 
 
 @names

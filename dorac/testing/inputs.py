@@ -1,4 +1,4 @@
-"""Inputs and error budgets for tests: shapes by regime, adapters off zero init, tolerances derived from float64."""
+"""Inputs for tests: shapes by regime, adapters off zero init."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dorac import reference
+from dorac.testing.rounding import Sums
 
 # (tokens, out, in, rank): which code path or corner each row is there for.
 REGIMES = {
@@ -45,6 +46,10 @@ class LinearInputs:
     def double(self) -> "LinearInputs":
         """The same bits in float64, leaves of their own: what the truth is computed from."""
         return self.map(lambda t: t.detach().double().requires_grad_(t.requires_grad))
+
+    def sums(self) -> Sums:
+        """At most as many terms as the sums of the layer and of its gradients have; also of experts."""
+        return Sums.of_linear(*self.tensors()[:3])
 
     def leaves(self) -> "LinearInputs":
         """Copies that all require a gradient, in the same memory layout."""
@@ -134,9 +139,31 @@ class Convolution:
     def groups(self) -> int:
         return self.geometry.get("groups", 1)
 
-    def sum_length(self) -> int:
-        """At least as many terms as any sum of the layer or of its gradients has: all of them together."""
-        return self.rank + (self.x[1] + self.out) * math.prod(self.kernel) + math.prod(self.x) // self.x[1]
+    def sums(self) -> Sums:
+        """At most as many terms as the sums of the layer and of its gradients have."""
+        taps = math.prod(self.kernel)
+        border = self._border()
+        positions = self.x[0] * math.prod(size + 2 * b for size, b in zip(self.x[2:], border, strict=True))
+        filters = self.x[1] // self.groups * taps
+        return Sums(positions, self.out * taps, self.x[1] * taps, self.rank * taps, filters, self._copies(border))
+
+    def _border(self) -> tuple[int, ...]:
+        padding = self.geometry.get("padding", 0)
+        if isinstance(padding, str):  # "same" gives as many positions as x has
+            return (0,) * self.dimensions
+        return (padding,) * self.dimensions if isinstance(padding, int) else tuple(padding)
+
+    def _copies(self, border: tuple[int, ...]) -> int:
+        """How often padding may copy one element of x."""
+        mode = self.geometry.get("padding_mode", "zeros")
+        if mode == "zeros":
+            return 0
+        if self.geometry.get("padding") == "same":
+            dilation = self.geometry.get("dilation", 1)
+            dilation = (dilation,) * self.dimensions if isinstance(dilation, int) else dilation
+            border = tuple(d * (k - 1) for d, k in zip(dilation, self.kernel, strict=True))
+        each = [b + 1 if mode == "replicate" else 3 for b in border if b]  # the element itself counted
+        return math.prod(each) - 1
 
 
 # Named by what each is there for. Even kernels, and totals of padding that are odd, lie off centre.
@@ -233,33 +260,3 @@ def expert_inputs(experts: int, regime: str | tuple[int, int, int, int] = "odd",
     if not transposed:
         return stacked
     return dataclasses.replace(stacked, weight=stacked.weight.mT.contiguous().mT)
-
-
-def max_error(actual: Tensor, truth: Tensor) -> float:
-    """The largest absolute difference, in float64; 0 for empty tensors."""
-    assert actual.shape == truth.shape, (actual.shape, truth.shape)
-    difference = (actual.detach().double() - truth.detach().double()).abs()
-    return difference.max().item() if difference.numel() else 0.0
-
-
-def rms_error(actual: Tensor, truth: Tensor) -> float:
-    """The root of the mean squared difference, in float64."""
-    assert actual.shape == truth.shape, (actual.shape, truth.shape)
-    return (actual.detach().double() - truth.detach().double()).square().mean().sqrt().item()
-
-
-def assert_within_budget(actual: Tensor, dense: Tensor, truth: Tensor, *, sum_length: int, roundings: int = 1) -> None:
-    """The law of DESIGN.md section 6: at most twice the error of the same-dtype dense computation plus one rounding.
-
-    Args:
-        actual: the result under test. dense: what ``reference.py`` gives in the same dtype. truth: the same in float64.
-        sum_length: how many terms the longest sum has. A float64 result has no truth more exact than itself; two
-            orders of such a sum differ by at most one rounding per term.
-        roundings: how often the result is rounded to its dtype (once, unless a sum of rounded parts is documented).
-    """
-    scale = truth.abs().max().item() if truth.numel() else 0.0
-    if actual.dtype == truth.dtype:
-        roundings += 2 * sum_length
-    budget = 2 * max_error(dense, truth) + roundings * 0.5 * torch.finfo(actual.dtype).eps * scale
-    error = max_error(actual, truth)
-    assert error <= budget, f"error {error:.3e} over the budget {budget:.3e} (dense: {max_error(dense, truth):.3e})"
