@@ -1,4 +1,4 @@
-"""The layer's largest error against a truth of more than 64 bits, beside that of stock PEFT's layer on the same inputs.
+"""The layer's RMS error against a truth of more than 64 bits, beside that of stock PEFT's layer on the same inputs.
 
 ``pytest tests/test_accuracy.py -s`` prints the table.
 """
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dorac
-from dorac.testing import LinearInputs, linear_inputs
+from dorac.testing import LinearInputs, linear_inputs, unit_roundoff
 
 peft = pytest.importorskip("peft")
 
@@ -66,45 +66,34 @@ def ours(inputs: LinearInputs) -> torch.Tensor:
         return layer(inputs.x)
 
 
-def error(y: torch.Tensor, exact: np.ndarray) -> float:
-    return float(np.abs(y.double().numpy().astype(np.longdouble) - exact).max())
-
-
-def limit(dtype: torch.dtype, theirs: float, exact: np.ndarray) -> float:
-    """Half precision must not be worse than PEFT; wider types may be off by its error again and one rounding."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return theirs
-    return 2 * theirs + 0.5 * torch.finfo(dtype).eps * float(np.abs(exact).max())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_error_beside_peft(dtype):
-    print(f"\n{str(dtype).removeprefix('torch.')}: largest error against the truth")
-    print(f"{'tokens x out x in, r':>24} {'dorac':>10} {'PEFT':>10} {'ratio':>6}")
-    worse = []
-    for shape in SHAPES:
-        inputs = linear_inputs(shape, dtype=dtype, magnitude_dtype=dtype)
-        exact = truth(inputs)
-        mine, theirs = error(ours(inputs), exact), error(stock_peft(inputs), exact)
-        tokens, out, in_, rank = shape
-        print(f"{f'{tokens} x {out} x {in_}, {rank}':>24} {mine:10.2e} {theirs:10.2e} {mine / theirs:6.2f}")
-        if mine > limit(dtype, theirs, exact):
-            worse.append(shape)
-    assert not worse
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mean_error_over_seeds(dtype, shape):
-    """The largest of a handful of outputs is a lottery in one draw; its mean over twenty draws is not."""
-    mine, theirs, limits = [], [], []
-    for seed in range(20):
+def rms_errors(dtype: torch.dtype, shape: tuple[int, ...], draws: int) -> tuple[float, float, float]:
+    """Ours, PEFT's, and one rounding of the truth, over all outputs of so many draws."""
+    squares = np.zeros(3)
+    for seed in range(draws):
         inputs = linear_inputs(shape, dtype=dtype, magnitude_dtype=dtype, seed=seed)
         exact = truth(inputs)
-        mine.append(error(ours(inputs), exact))
-        theirs.append(error(stock_peft(inputs), exact))
-        limits.append(limit(dtype, theirs[-1], exact))
-    lost = sum(m > bound for m, bound in zip(mine, limits, strict=True))
-    print(f"\n{dtype} {shape}: mean ratio {np.mean(mine) / np.mean(theirs):.2f}, over the limit in {lost} of 20 draws")
-    assert np.mean(mine) <= np.mean(limits)
+        for i, layer in enumerate((ours, stock_peft)):
+            squares[i] += float(((layer(inputs).double().numpy() - exact) ** 2).mean())
+        squares[2] += float(((unit_roundoff(dtype) * exact) ** 2).mean())
+    return tuple(np.sqrt(squares / draws))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("draws", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_error_beside_peft(dtype, draws):
+    """In half precision at most four fifths of PEFT's, which also rounds norm, g, s * lora and every product with them;
+    wider types may be off by its error again, or by one rounding.
+
+    The largest of a handful of outputs is a lottery, and wider types add up in the order of the machine's kernels; the
+    RMS over some hundred outputs is neither.
+    """
+    print(f"\n{str(dtype).removeprefix('torch.')}: RMS error against the truth")
+    print(f"{'tokens x out x in, r':>24} {'dorac':>10} {'PEFT':>10} {'ratio':>6}")
+    half, worse = dtype in (torch.bfloat16, torch.float16), []
+    for shape in SHAPES:
+        mine, theirs, rounding = rms_errors(dtype, shape, draws)
+        tokens, out, in_, rank = shape
+        print(f"{f'{tokens} x {out} x {in_}, {rank}':>24} {mine:10.2e} {theirs:10.2e} {mine / theirs:6.2f}")
+        if mine > (0.8 * theirs if half else max(2 * theirs, rounding)):
+            worse.append(shape)
+    assert not worse

@@ -7,7 +7,7 @@ from torch import nn
 from dorac import functional, reference
 from dorac.functional import Adapter
 from dorac.nn import DoraLinear
-from dorac.testing import expert_inputs, linear_inputs, max_error
+from dorac.testing import Sums, expert_inputs, layer_budgets, linear_inputs, max_error, norm_budget
 
 SCALINGS = (0.7, -1.3, 2.0)
 STRENGTHS = (0.0, 0.5, 1.0, -1.0, 2.0)
@@ -86,8 +86,9 @@ def test_combination_is_the_dense_formula(weights, dtype):
     assert max_error(dense(weight, combined), truth) <= 10 * torch.finfo(wide).eps * truth.abs().max()
     x = torch.randn(3, 24, dtype=torch.float64).to(dtype)
     y = functional.dora_linear(x, weight, *combined[:3], scaling=combined.scaling)
-    # x W^T is rounded to the activation's dtype, and so is y.
-    assert max_error(y, x.double() @ truth.T) <= 4 * torch.finfo(dtype).eps * (x.double() @ truth.T).abs().max()
+    tensors = (x, weight, *combined[:3])
+    sums = Sums.of_linear(*tensors[:3])
+    layer_budgets(reference.dora_linear, reference.row_norm, tensors, sums, scaling=combined.scaling)["y"].check(y)
 
 
 @pytest.mark.parametrize("chosen", [0, 1, 2])
@@ -176,8 +177,9 @@ def test_norms_of_a_stack_do_not_round_scaled_factors(dtype):
     assert stack.lora_B.dtype == dtype
     norm = functional.mixed_norm(weight, *stack[:2], stack.scaling)
     for k, adapter in enumerate(adapters):
-        truth = reference.row_norm(*(t.double() for t in (weight, *adapter[:2])), adapter.scaling)
-        assert max_error(norm[k], truth) <= 10 * torch.finfo(torch.float32).eps * truth.max()
+        tensors = (weight, *adapter[:2])
+        sums = Sums.of_linear(weight, *tensors[:2])
+        norm_budget(reference.row_norm, tensors, sums, scaling=adapter.scaling).check(norm[k])
 
 
 WEIGHT, ADAPTERS = weight_and_adapters()
