@@ -128,20 +128,21 @@ def test_compose_leaves_of_channels(op, dtype, layout, device):
         left, right = (t.transpose(0, 3).contiguous().transpose(0, 3) for t in (left, right))
         assert not left.is_contiguous()
     g, scaling = activation((6,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
-    last = wide if op == "compose_backward" else activation((6,), dtype, "contiguous", False, device)
-    opcheck(getattr(torch.ops.dorac, op).default, (left, right, g, scaling, last, False))
+    bias = activation((6,), dtype, "contiguous", False, device)
+    rest = (wide, False) if op == "compose_backward" else (bias, False, dtype.itemsize >= 4)
+    opcheck(getattr(torch.ops.dorac, op).default, (left, right, g, scaling, *rest))
 
 
 @pytest.mark.parametrize("op", ["compose_value", "compose_forward"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("delta", [False, True])
-def test_compose_leaves(op, dtype, layout, delta, device):
+@pytest.mark.parametrize(("delta", "holds_bias"), [(False, False), (True, False), (False, True)])
+def test_compose_leaves(op, dtype, layout, delta, holds_bias, device):
     wide = torch.promote_types(dtype, torch.float32)
     base, lora = (activation((6, 9), dtype, layout, False, device) for _ in range(2))
     g, scaling = activation((9,), wide, "contiguous", False, device), torch.tensor(0.7, dtype=wide, device=device)
     bias = None if delta else activation((9,), dtype, "contiguous", False, device)
-    opcheck(getattr(torch.ops.dorac, op).default, (base, lora, g, scaling, bias, delta))
+    opcheck(getattr(torch.ops.dorac, op).default, (base, lora, g, scaling, bias, delta, holds_bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

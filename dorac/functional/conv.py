@@ -14,6 +14,8 @@ from dorac.functional.linear import compose
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
+from dorac.ops.compose import finite_part, takes_bias
+from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -199,13 +201,15 @@ def _dora_conv(
     def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
         return conv(input, filters, bias, stride, padding, dilation, groups)
 
-    base = filtered(x_adapter, weight, groups)
+    holds_bias = not dropout_p and takes_bias(x, bias)
+    base = filtered(x_adapter, weight, groups, finite_part(bias) if holds_bias else None)
     h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
     lora = conv(h, lora_B, groups=groups)
     if dropout_p:
         y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
     else:
-        y = compose(base, lora, g, s, bias=bias, dim=1)
+        s = s.to(accumulate_dtype(base, lora, g))
+        y = torch.ops.dorac.compose(base, lora, g, s, bias, False, 1, holds_bias, REVISION)
     return y.squeeze(0) if unbatched else y
 
 

@@ -46,7 +46,7 @@ def compose(
     checks.check_compose(base, lora, mag_scale, bias, delta, dim)
     scaling = checks.check_scaling(scaling)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
-    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, dim, REVISION)
+    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, dim, False, REVISION)
 
 
 def dora_linear(

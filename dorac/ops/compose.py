@@ -14,6 +14,10 @@ half-precision activations to one block of rows.
 Where the outputs are not the last dimension but channels, the memory format of the activations decides. Channels-last
 ones are rows of outputs: the same view, the same kernels. Others are taken as they are, [N, O, *], and in aten.
 
+``holds_bias`` says that base has the bias b in it already, as the frozen layer's own product adds it; then
+``y = g * (base + s * lora) + (1 - g) * b``. Where g = 1 and lora = 0 that is base, bit for bit, which a bias added to
+the finished product is not. What is saved is inner without b. The finite part of b alone takes this way.
+
 Legend: T tokens, O out_features, N samples. Activations are [T, O] here, those of channels [N, O, *] (the outputs are
 dimension 1 either way, g and bias [O]); the functional layer accepts any leading shape.
 """
@@ -47,7 +51,22 @@ def _inner(base_TO, lora_TO, scaling, acc):
     return base_TO.to(acc) + scaling.to(acc) * lora_TO.to(acc)
 
 
-def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, acc):
+def takes_bias(activation: Tensor, bias: Tensor | None) -> bool:
+    """Whether the base product is to add the bias: single and double precision where there are no kernels.
+
+    In half precision it would be rounded with the product, and again with y.
+    """
+    wide = bias is not None and bias.dtype is activation.dtype and bias.dtype.itemsize >= 4
+    return wide and not front.has_kernels(activation)
+
+
+def finite_part(bias: Tensor) -> Tensor:
+    """What base holds of the bias, a constant: ``(1 - g) * b`` is no number for the infinite rest."""
+    bias = bias.detach()
+    return torch.where(bias.isfinite(), bias, 0.0)
+
+
+def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, holds_bias, acc):
     """The result in the accumulate dtype, before its one rounding."""
     g_O = g_O.to(acc)
     if delta:
@@ -58,8 +77,15 @@ def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, acc):
         # order. From 1/2 to 2 g - 1 is exact; further off the order loses digits.
         base_TO = base_TO.to(acc)
         change_TO = (g_O - 1) * base_TO + g_O * lora_TO.to(acc) * scaling.to(acc)
-        y_TO = torch.where((g_O >= 0.5) & (g_O <= 2), base_TO + change_TO, y_TO)
-    return y_TO if bias_O is None else y_TO + bias_O.to(acc)
+        # An infinite base would meet itself with the other sign.
+        y_TO = torch.where((g_O >= 0.5) & (g_O <= 2) & (base_TO.abs() < math.inf), base_TO + change_TO, y_TO)
+    if bias_O is None:
+        return y_TO
+    bias_O = bias_O.to(acc)
+    if holds_bias:
+        held_O = finite_part(bias_O)
+        bias_O = (1 - g_O) * held_O + (bias_O - held_O)
+    return y_TO + bias_O
 
 
 def _grads(dy_TO, g_O, scaling, delta, acc):
@@ -85,11 +111,16 @@ def buffer_of(mag_scale: Tensor) -> Tensor:
     return mag_scale.as_strided(mag_scale.shape, mag_scale.stride())
 
 
-def compose_aten(base, lora, mag_scale, scaling, bias, delta):
+def _without(inner_TO, bias_O, holds_bias):
+    """inner as it is saved: what g is multiplied with, and with the bias in base what is left without that."""
+    return inner_TO - finite_part(bias_O.to(inner_TO.dtype)) if holds_bias else inner_TO
+
+
+def compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias=False):
     """The formula in plain differentiable aten."""
     acc = accumulate_dtype(base, lora, mag_scale)
     inner_TO = None if delta else _inner(base, lora, scaling, acc)
-    return _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, acc).to(base.dtype)
+    return _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc).to(base.dtype)
 
 
 def _blocks(activation_TO: Tensor) -> list[slice]:
@@ -100,11 +131,12 @@ def _blocks(activation_TO: Tensor) -> list[slice]:
 
 
 lib.define(
-    "compose_value(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) -> Tensor"
+    "compose_value(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta, "
+    "bool holds_bias) -> Tensor"
 )
 lib.define(
-    "compose_forward(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta) "
-    "-> (Tensor, Tensor)"
+    "compose_forward(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta, "
+    "bool holds_bias) -> (Tensor, Tensor)"
 )
 lib.define(
     "compose_backward(Tensor dy, Tensor inner, Tensor mag_scale, Tensor scaling, ScalarType lora_dtype, bool delta) "
@@ -113,12 +145,12 @@ lib.define(
 
 
 @torch.library.register_fake("dorac::compose_value", lib=lib)
-def _compose_value_fake(base, lora, mag_scale, scaling, bias, delta):
+def _compose_value_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     return base.new_empty(base.shape)
 
 
 @torch.library.register_fake("dorac::compose_forward", lib=lib)
-def _compose_forward_fake(base, lora, mag_scale, scaling, bias, delta):
+def _compose_forward_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     return base.new_empty(base.shape), base.new_empty(base.shape)
 
 
@@ -131,22 +163,22 @@ def _compose_backward_fake(dy, inner, mag_scale, scaling, lora_dtype, delta):
     )
 
 
-def _compose_value(base, lora, mag_scale, scaling, bias, delta):
+def _compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     y = base.new_empty(base.shape)
     mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
-        y[rows] = compose_aten(base[rows], lora[rows], mag_scale, scaling, bias, delta)
+        y[rows] = compose_aten(base[rows], lora[rows], mag_scale, scaling, bias, delta, holds_bias)
     return y
 
 
-def _compose_forward(base, lora, mag_scale, scaling, bias, delta):
+def _compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     acc = accumulate_dtype(base, lora, mag_scale)
     y, inner = base.new_empty(base.shape), base.new_empty(base.shape)
     mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
         inner_TO = _inner(base[rows], lora[rows], scaling, acc)
-        inner[rows] = inner_TO
-        y[rows] = _output(base[rows], lora[rows], inner_TO, mag_scale, scaling, bias, delta, acc)
+        inner[rows] = _without(inner_TO, bias, holds_bias)
+        y[rows] = _output(base[rows], lora[rows], inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc)
     return y, inner
 
 
@@ -166,13 +198,13 @@ def _rows_alone(cuda, in_aten):
     return lambda activation, *args: (cuda if activation.ndim == 2 else in_aten)(activation, *args)
 
 
-def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta):
+def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
     return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta)[0]
 
 
-def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta):
+def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
     return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta, want_inner=True)
@@ -192,31 +224,30 @@ for _name, _aten, _cuda in (
     register_leaf(_name, _aten, _rows_alone(_cuda, _aten))
 
 
-def compose_parts(base, lora, mag_scale, scaling, bias, delta, *, eager, needs_inner):
+def compose_parts(base, lora, mag_scale, scaling, bias, delta, holds_bias=False, *, eager, needs_inner):
     """``(y, inner)``, the second None unless needed: over the leaves in eager, in aten under the compiler."""
     if eager:
         if needs_inner:
-            return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta)
-        return torch.ops.dorac.compose_value(base, lora, mag_scale, scaling, bias, delta), None
+            return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias)
+        return torch.ops.dorac.compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
     if base.is_cuda and not front.at_most(base.numel(), DECODE * mag_scale.numel()):
         mag_scale = buffer_of(mag_scale)
     mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     if not needs_inner:
-        return compose_aten(base, lora, mag_scale, scaling, bias, delta), None
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
     acc = accumulate_dtype(base, lora, mag_scale)
     inner_TO = _inner(base, lora, scaling, acc)
-    y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, acc).to(base.dtype)
-    return y, inner_TO.to(base.dtype)
+    y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc).to(base.dtype)
+    return y, _without(inner_TO, bias, holds_bias).to(base.dtype)
 
 
 class _Compose(torch.autograd.Function):
     """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved."""
 
     @staticmethod
-    def forward(ctx, base, lora, mag_scale, scaling, bias, delta, eager):
-        y, inner = compose_parts(
-            base, lora, mag_scale, scaling, bias, delta, eager=eager, needs_inner=ctx.needs_input_grad[2]
-        )
+    def forward(ctx, base, lora, mag_scale, scaling, bias, delta, holds_bias, eager):
+        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias)
+        y, inner = compose_parts(*arguments, eager=eager, needs_inner=ctx.needs_input_grad[2])
         ctx.save_for_backward(inner, mag_scale, scaling)
         ctx.set_materialize_grads(False)
         ctx.dtypes = base.dtype, lora.dtype, mag_scale.dtype, None if bias is None else bias.dtype
@@ -246,7 +277,7 @@ class _Compose(torch.autograd.Function):
             d_base = d_inner if d_base is None else d_base + d_inner
             scaled = (scaling.to(acc) * d_inner.to(acc)).to(lora_dtype)
             d_lora = scaled if d_lora is None else d_lora + scaled
-        return d_base, d_lora, d_mag, None, d_bias, None, None
+        return d_base, d_lora, d_mag, None, d_bias, None, None, None
 
 
 def _channels_last(activation: Tensor, dim: int) -> bool:
@@ -255,32 +286,33 @@ def _channels_last(activation: Tensor, dim: int) -> bool:
     return rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] and rows.is_contiguous()
 
 
-def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, revision=REVISION):
+def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, holds_bias=False, revision=REVISION):
     tensors = (base, lora, mag_scale, scaling, bias)
     dim %= base.ndim
     trailing = base.ndim - 1 - dim
     if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
         if trailing:
             mag_scale, bias = (t if t is None else t.reshape(-1, *[1] * trailing) for t in (mag_scale, bias))
-        return compose_aten(base, lora, mag_scale, scaling, bias, delta)
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias)
     eager = front.all_eager(*tensors)
     if trailing and eager and _channels_last(base, dim):
         base, lora = base.movedim(dim, -1), lora.movedim(dim, -1)
-        return _compose(base, lora, mag_scale, scaling, bias, delta).movedim(-1, dim)
+        return _compose(base, lora, mag_scale, scaling, bias, delta, holds_bias=holds_bias).movedim(-1, dim)
     shape = base.shape
     if not trailing or dim != 1:
         base, lora = (t.reshape(math.prod(shape[:dim]), *shape[dim:]) for t in (base, lora))
     if trailing and base.is_cuda:  # the kernels take rows of outputs
         eager = False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _Compose.apply(base, lora, mag_scale, scaling, bias, delta, eager)[0]
+        y = _Compose.apply(base, lora, mag_scale, scaling, bias, delta, holds_bias, eager)[0]
     else:
-        y = compose_parts(base, lora, mag_scale, scaling, bias, delta, eager=eager, needs_inner=False)[0]
+        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias)
+        y = compose_parts(*arguments, eager=eager, needs_inner=False)[0]
     return y.view(shape)
 
 
 register_composite(
     "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False, "
-    f"int dim=-1, int revision={REVISION}) -> Tensor",
+    f"int dim=-1, bool holds_bias=False, int revision={REVISION}) -> Tensor",
     _compose,
 )

@@ -10,7 +10,7 @@ lib = torch.library.Library("dorac", "DEF")
 
 # An argument of every public op, to be raised with every change of what an op's body decomposes to: the compiler's
 # caches on disk know a graph by its ops and their arguments, and would go on running the old decomposition.
-REVISION = 8
+REVISION = 9
 
 
 def register_composite(schema: str, body: Callable) -> None:

@@ -23,7 +23,7 @@ Of DTensors each rank takes its shards through the same body (``ops/sharded.py``
 
 A layer of experts (every tensor with a leading E) is the formula in aten: batched products, and g per expert and row.
 
-Legend: T tokens, I in_features, O out_features, R rank. x is [T, I] here; the functional layer accepts any shape.
+Legend: T tokens, I in_features, O out_features, R rank. x is [*, I], the leaves' [T, I].
 """
 
 import functools
@@ -35,7 +35,15 @@ from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front, sharded
-from dorac.ops.compose import DECODE, buffer_of, compose_aten, compose_parts, magnitude_scale
+from dorac.ops.compose import (
+    DECODE,
+    buffer_of,
+    compose_aten,
+    compose_parts,
+    finite_part,
+    magnitude_scale,
+    takes_bias,
+)
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 # Up to which rank the backward pass takes both low-rank products along: faster than cuBLAS at 16, slower at 64; and up
@@ -47,7 +55,15 @@ LORA_B_RANK = 384
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias):
     """The formula in plain differentiable aten."""
     lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
-    return compose_aten(F.linear(x, weight), lora, magnitude_scale(magnitude, weight_norm), scaling, bias, False)
+    holds_bias = takes_bias(x, bias) and not sharded.any_sharded(x, weight)
+    base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
+    g = magnitude_scale(magnitude, weight_norm)
+    return compose_aten(base, lora, g, scaling, bias, False, holds_bias)
+
+
+def _rows(x):
+    """``[*, I] -> [T, I]``."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _per_expert(x):
@@ -248,10 +264,11 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "fused" if x.dtype.itemsize == 2 else "separate"
     if x.dtype is torch.float32:
         return "accumulate"  # without tensor cores the kernel's product is no match for cuBLAS
-    few = front.at_most(x.shape[0], 64)
+    tokens = math.prod(x.shape[:-1])
+    few = front.at_most(tokens, 64)
     if traced and (training or not few):
         return "accumulate"
-    if traced and front.at_most(x.shape[0], DECODE):
+    if traced and front.at_most(tokens, DECODE):
         return "separate"
     return "accumulate" if training and lora_A.shape[0] > 64 and not few else "fused"
 
@@ -274,6 +291,15 @@ def _scaled_product(left, right, scaling, number, eager):
 
 def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, number, path, eager, needs_inner):
     """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated."""
+    if path == "separate":
+        # With the bias, and of x in its own shape and strides: the bits of the frozen layer.
+        holds_bias = takes_bias(x, bias)
+        base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
+        g, x = magnitude_scale(magnitude, weight_norm), _rows(x)
+        h = x.to(lora_A.dtype) @ lora_A.t()
+        tensors = (_rows(base), h @ lora_B.t(), g, scaling, bias, False, holds_bias)
+        return *compose_parts(*tensors, eager=eager, needs_inner=needs_inner), h
+    x = _rows(x)
     if path == "accumulate":
         h = _scaled_product(x, lora_A.t(), scaling, number, eager)
         inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
@@ -281,10 +307,6 @@ def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, n
         return scale(inner, magnitude, weight_norm, bias), inner, h
     h = x.to(lora_A.dtype) @ lora_A.t()
     base = x @ weight.t()
-    if path == "separate":
-        g = magnitude_scale(magnitude, weight_norm)
-        parts = compose_parts(base, h @ lora_B.t(), g, scaling, bias, False, eager=eager, needs_inner=needs_inner)
-        return *parts, h
     tensors = (base, h, lora_B, magnitude, weight_norm, scaling, bias, False)
     if needs_inner:
         return *torch.ops.dorac.up_compose_forward(*tensors), h
@@ -302,6 +324,7 @@ class _DoraLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
         y, inner, h = _forward(*tensors, number, path, eager, needs_m)
+        ctx.x_shape = x.shape
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,
             weight if needs_x else None,
@@ -322,6 +345,7 @@ class _DoraLinear(torch.autograd.Function):
     def backward(ctx, dy, d_inner_again, d_h_again):
         """``d_inner_again``, ``d_h_again``: given when a first derivative that used inner or h is differentiated."""
         x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner = ctx.saved_tensors
+        x = None if x is None else _rows(x)
         needs_x, needs_weight, needs_a, needs_b, needs_m, _, _, needs_bias = ctx.needs_input_grad[:8]
         needs_inner = needs_x or needs_weight or needs_a or needs_b or needs_m
         x_dtype, lora_dtype, bias_dtype = ctx.dtypes
@@ -374,6 +398,7 @@ class _DoraLinear(torch.autograd.Function):
                 else:
                     dx = (d_h @ lora_A).to(x_dtype)
                     dx = dx if d_inner is None else d_inner @ weight + dx
+                dx = dx.view(ctx.x_shape)
         return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None, None
 
 
@@ -439,9 +464,8 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
             return _on_shards(*tensors, number)
         eager = front.all_eager(*tensors)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        path = route(flat, lora_A, training=training, traced=not eager)
-        arguments = (flat, *tensors[1:], number, path, eager)
+        path = route(x, lora_A, training=training, traced=not eager)
+        arguments = (*tensors, number, path, eager)
         y = _DoraLinear.apply(*arguments)[0] if training else _forward(*arguments, False)[0]
         return y.view(*x.shape[:-1], weight.shape[0])
 
