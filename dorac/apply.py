@@ -1,5 +1,6 @@
 """Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
 
+import bisect
 import contextlib
 import dataclasses
 import sys
@@ -8,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
-from dorac.targets import Target, check_names, find_targets, named_places
+from dorac.targets import Target, find_targets, named_places
 from dorac.undo import Undo
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -155,29 +157,46 @@ def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: 
     """
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
-    check_names("modules_to_save", modules_to_save)
+    Names("modules_to_save", modules_to_save)
+    names = [name for name, _ in model.named_modules() if name]
+    backwards = sorted((name[::-1], place) for place, name in enumerate(names))
     found = []
     for ending in modules_to_save:
-        names = [name for name, _ in model.named_modules() if name and name.endswith(ending)]
-        if all_needed and not names:
+        start = ending[::-1]
+        first = place = bisect.bisect_left(backwards, (start,))
+        while place < len(backwards) and backwards[place][0].startswith(start):
+            place += 1
+        if all_needed and place == first:
             raise ValueError(f"modules_to_save: {ending!r} matches no module")
-        found += names
-    layers = dora_layers(model)
-    for name in found:
-        adapted = [key for key in layers if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
-        if adapted:
-            raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted[0]} is adapted already")
-        own = {id(p) for p in model.get_submodule(name).parameters()}
-        shared = [
-            key
-            for key, p in model.named_parameters(remove_duplicate=False)
-            if id(p) in own and not key.startswith(f"{name}.")
-        ]
-        if shared:
-            raise ValueError(
-                f"modules_to_save: {name} shares its weight with {shared[0]}; untie them, or both would be trained"
-            )
+        found += [names[index] for index in sorted(index for _, index in backwards[first:place])]
+    _refuse_unsavable(model, found)
     return found
+
+
+def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
+    """What is trained whole must hold no adapter, lie in none and share no parameter with the rest."""
+    if not found:
+        return
+    layers = list(dora_layers(model))
+    order = {name: place for place, name in enumerate(layers)}
+    within: dict[str, int] = {}  # the first layer in each module
+    for place, layer in enumerate(layers):
+        for name in parents(layer):
+            within.setdefault(name, place)
+    keys: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(id(parameter), []).append(key)
+    for name in found:
+        around = [order[parent] for parent in parents(name) if parent in order]
+        if around or name in within:
+            adapted = layers[min([*around, *([within[name]] if name in within else [])])]
+            raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted} is adapted already")
+        own = model.get_submodule(name).parameters()
+        outside = (key for p in own for key in keys[id(p)] if not key.startswith(f"{name}."))
+        if shared := next(outside, None):
+            raise ValueError(
+                f"modules_to_save: {name} shares its weight with {shared}; untie them, or both would be trained"
+            )
 
 
 def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
@@ -315,10 +334,12 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return layers
 
 
-def _address(parameter: Tensor) -> int | None:
-    """Where the parameter's memory begins (of a DTensor, this rank's shard), or None if it has none."""
+def _memory(parameter: Tensor) -> tuple[str, int]:
+    """Where the parameter's memory begins (of a DTensor, this rank's shard), or which it is if it has none."""
     local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
-    return local.data_ptr() if local.numel() and not local.is_meta else None
+    if local.numel() and not local.is_meta:
+        return "address", local.data_ptr()
+    return "id", id(parameter)
 
 
 def _refuse_tied(model: nn.Module) -> None:
@@ -327,15 +348,16 @@ def _refuse_tied(model: nn.Module) -> None:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, DoraLayer):
             paths.setdefault(module, []).append(f"{name}." if name else "")
-    parameters = [(name, p, _address(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(_memory(parameter), []).append(name)
     for layer, prefixes in paths.items():
         for weight in layer.base_weights():
             attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
-            for name, parameter, address in parameters:
-                same = parameter is weight or address == _address(weight) is not None
-                if same and not name.startswith(tuple(prefixes)):
-                    own = f"layer.base_layer.{attribute}"
-                    raise ValueError(
-                        f"{prefixes[0]}base_layer.{attribute} is tied to {name}: merging would change both. Give the "
-                        f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
-                    )
+            tied = next((name for name in names[_memory(weight)] if not name.startswith(tuple(prefixes))), None)
+            if tied is not None:
+                own = f"layer.base_layer.{attribute}"
+                raise ValueError(
+                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: merging would change both. Give the "
+                    f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
+                )

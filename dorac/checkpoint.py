@@ -1,13 +1,11 @@
 """Adapters on disk in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
-import collections
+import contextlib
 import dataclasses
 import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -15,31 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dorac import adapter_config
+from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
+from dorac.bounded import Bounded
 from dorac.nn import DoraLayer, layer_class, norm_cache
 from dorac.nn.kinds import KINDS
-from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.ops import sharded
-from dorac.targets import Target, check_names, find_targets, from_pattern, matches, named_places, plain_name
+from dorac.targets import Target, find_targets, plain_name
 from dorac.undo import Undo
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 _ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
-# What a config may say: these are honoured ...
-_HONOURED = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
-_HONOURED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-# ... and these have no influence on what the adapter computes. Everything else must be unset.
-_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-_NEUTRAL |= {
-    "eva_config",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -47,10 +33,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
     embedding ``.lora_embedding_A`` and ``.lora_embedding_B``) and ``.lora_magnitude_vector`` in their own dtypes (and
-    the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Each file is
-    written beside its place and then moved there, so that an interruption leaves the previous one whole. Whether the
-    adapter is merged makes no difference. PEFT has no convolutions with a grouped lora_A: only :func:`load_adapter`
-    reads those. Of a sharded model every rank calls this and rank 0 writes.
+    the modules in ``modules_to_save``), ``adapter_config.json`` the ``LoraConfig`` with ``use_dora``. Both files are
+    written beside their places, flushed to the disk and then moved there: an interruption leaves the previous pair or
+    the new one. Should the machine stop between the two moves, :func:`load_adapter` refuses the pair: the metadata of
+    the weights hold a digest of the config. Whether the adapter is merged makes no difference. PEFT has no convolutions
+    with a grouped lora_A: only :func:`load_adapter` reads those. Of a sharded model every rank calls this and rank 0
+    writes.
 
     PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
     ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
@@ -63,7 +51,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     model = bare(model)
     layers = require_layers(model)
     _refuse_root(layers)
-    config = _config(model, layers)
+    config = adapter_config.describe(model, layers)
     reshard(model)
     parameters = _adapter_tensors(model, layers)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
@@ -71,14 +59,64 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", DIGESTS_KEY: json.dumps(adapter_config.digests(config), sort_keys=True)}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        weights, settings = Path(scratch, WEIGHTS_NAME), Path(scratch, CONFIG_NAME)
         try:
-            save_file(tensors, Path(scratch, WEIGHTS_NAME), metadata={"format": "pt"})
+            save_file(tensors, weights, metadata=metadata)
         except safetensors.SafetensorError as error:
             raise OSError(f"cannot write {directory / WEIGHTS_NAME}: {error}") from None
-        Path(scratch, CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(scratch, name), directory / name)
+        _sort_metadata(weights)
+        settings.write_text(text, encoding="utf-8")
+        for path in (weights, settings):
+            _flush(path)
+        _move_both(weights, settings, directory)
+    _flush(directory)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a file in order: safetensors does not, and the same adapter is to give the same file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) == size:
+            file.seek(8)
+            file.write(ordered)
+
+
+def _move_both(weights: Path, settings: Path, directory: Path) -> None:
+    """Puts both files in their places; of what interrupts it in between, nothing keeps it from the second."""
+    for path in (directory / WEIGHTS_NAME, directory / CONFIG_NAME):
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a directory")
+    try:
+        os.replace(weights, directory / WEIGHTS_NAME)
+    finally:
+        if not weights.exists():
+            _insist(lambda: os.replace(settings, directory / CONFIG_NAME))
+
+
+def _insist(move: Callable[[], None]) -> None:
+    try:
+        move()
+    except KeyboardInterrupt:
+        with contextlib.suppress(FileNotFoundError):  # it was made already
+            move()
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold what was written to a file, or which files a directory has; where systems can."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -86,20 +124,27 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
-    token embedding or language-model head is read too, as PEFT does.
+    token embedding or language-model head is read too, as PEFT does. Parameters on ``meta`` are replaced by new ones on
+    the CPU, as ``load_state_dict(assign=True)`` does; the base weights, which the file does not hold, stay there.
+
+    A file may come from anybody: its regexes are matched in a bounded number of steps and may be plain ones only
+    (groups, alternatives, classes, repeats, look-ahead).
 
     Returns:
         The names of the modules that the adapter went to.
 
     Raises:
-        FileNotFoundError: a missing file. ValueError: an unreadable file; a config that is not DoRA or asks for what
-            dorac does not have; keys, shapes, ranks or scalings that do not fit, all of them listed. The model is then
-            unchanged.
+        OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
+            DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
+            dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
+            them listed. The path is in the sentence. Then, and whatever else is raised, the model is what it was.
     """
     root, model = model, bare(model)
     reshard(model)
-    config = _read_config(Path(directory, CONFIG_NAME))
-    tensors = _read_tensors(Path(directory, WEIGHTS_NAME))
+    directory = Path(directory)
+    config = adapter_config.read_config(directory / CONFIG_NAME)
+    tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
+    adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
     layers = dora_layers(model)
     _refuse_root(layers)
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -107,25 +152,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         raise ValueError(f"the model's adapter is merged ({merged[0]}, ...); unmerge it before loading another")
 
     if layers:
-        targets, saved, problems = [], saved_modules(model), _setting_mismatches(layers, config)
+        targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
     else:
         refuse_ddp(root)
-        # PEFT names every usual classifier head in modules_to_save; what is saved too little shows in the keys.
-        saved, problems = find_saved(model, config.get("modules_to_save") or [], all_needed=False), []
-        targets = find_targets(
-            model,
-            config["target_modules"],
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            exclude_modules=config.get("exclude_modules"),
-            layers_to_transform=config.get("layers_to_transform"),
-            layers_pattern=config.get("layers_pattern"),
-            rank_pattern=config.get("rank_pattern"),
-            alpha_pattern=config.get("alpha_pattern"),
-            saved=saved,
-        )
+        problems = []
+        try:
+            saved, targets = _find_places(model, config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the adapter in {directory} does not fit the model: {error}") from None
         targets = [_laid_out(target, tensors) for target in targets]
         bases = {target.name: target.module for target in targets}
         expected = {}
@@ -135,8 +171,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
-    base_tensors = {_key(name, f"base_layer.{k}"): p for name, m in bases.items() for k, p in m.named_parameters()}
-    base_tensors = {key: p for key, p in base_tensors.items() if key in tensors}
+    base_tensors = {key: p for key, p in _embedding_tensors(model, bases).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
     problems += [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
@@ -145,14 +180,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for key, shape in expected.items()
         if key in tensors and tensors[key].shape != shape
     ]
-    problems += [
-        f"dtype of {key}: {t.dtype}"
-        for key, t in tensors.items()
-        if key.endswith(_ENDINGS) and not t.is_floating_point()
-    ]
-    if problems:
-        more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
-        raise ValueError(f"the adapter in {directory} does not fit the model:\n  " + "\n  ".join(problems[:50] + more))
+    problems += _unfit_values(tensors, _saved_tensors(model, saved) | base_tensors)
+    _refuse(directory, problems)
 
     with Undo() as log:
         if targets:
@@ -165,10 +194,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
                 use_rslora=bool(config.get("use_rslora")),
             )
             layers = dora_layers(model)
+        goals = _adapter_tensors(model, layers) | base_tensors
+        _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
         with torch.no_grad():
-            for key, parameter in (_adapter_tensors(model, layers) | base_tensors).items():
+            for key, parameter in goals.items():
                 log.keep(parameter)
                 parameter.copy_(sharded.like(tensors[key], parameter))
+        _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
         for layer in layers.values():
             layer.keep_norm(log)
         norm_cache.refresh(layers.values())
@@ -206,119 +238,88 @@ def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
     }
 
 
-def _config(model: nn.Module, layers: dict[str, DoraLayer]) -> dict:
-    """The ``LoraConfig`` that describes the wrapped layers, as a dictionary."""
-
-    def common(attribute: str):
-        values = {getattr(layer, attribute) for layer in layers.values()}
-        if len(values) > 1:
-            raise ValueError(
-                f"one adapter_config.json cannot describe layers of different {attribute}: {sorted(values)}"
-            )
-        return values.pop()
-
-    def usual_and_pattern(value: Callable[[DoraLayer], float]):
-        values = {plain_name(name): value(layer) for name, layer in layers.items()}
-        usual = collections.Counter(values.values()).most_common(1)[0][0]
-        return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
-
-    r, rank_pattern = usual_and_pattern(lambda layer: layer.r)
-    lora_alpha, alpha_pattern = usual_and_pattern(_lora_alpha)
-    return {
-        "peft_type": "LORA",
-        "use_dora": True,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "task_type": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "lora_dropout": common("lora_dropout"),
-        "use_rslora": common("use_rslora"),
-        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
-        "target_modules": _shortest_names(model, layers),
-        "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
-
-
-def _lora_alpha(layer: DoraLayer) -> float:
-    """The alpha of the layer's scaling, which may have been set since it was made."""
-    scaling = float(layer.scaling)
-    if scaling == scaling_factor(layer.r, layer.lora_alpha, layer.use_rslora):
-        return layer.lora_alpha
-    return scaling / scaling_factor(layer.r, 1, layer.use_rslora)
-
-
-def _shortest_names(model: nn.Module, layers: dict[str, DoraLayer]) -> list[str] | str:
-    """The last parts of the wrapped modules' names, or else their full names, or else a regex: what names no other."""
-    plain = [plain_name(name) for name in layers]
-    endings = sorted({name.rpartition(".")[2] for name in plain})
-    inside = tuple(f"{name}." for name in layers)
-    others = {plain_name(name) for name, _ in named_places(model) if not name.startswith(inside)} - set(plain)
-    for names in (endings, plain):
-        if not any(matches(names, other) for other in others):
-            return names
-    return "|".join(map(re.escape, plain))
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not config.get("use_dora"):
-        raise ValueError(f"{path} does not describe a DoRA adapter (peft_type 'LORA' with use_dora true)")
-    absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}")
-    foreign = {
-        k: v for k, v in config.items() if k not in _HONOURED | _NEUTRAL and v and not (k == "bias" and v == "none")
-    }
-    if foreign:
-        raise ValueError(
-            f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}"
-        )
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes base weights, which dorac does not redo"
-        )
-    try:
-        check_names("target_modules", config["target_modules"])
-        for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
-            check_hyperparameters(r, 1, config.get("lora_dropout") or 0.0, True, None)
-        for lora_alpha in (config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()):
-            check_hyperparameters(1, lora_alpha, 0.0, True, None)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
-
-
 def _refuse_root(layers: dict[str, DoraLayer]) -> None:
     if "" in layers:
         kind = type(layers[""]).__name__
         raise ValueError(f"the model is itself a {kind}, which PEFT's keys cannot name; pass a model that holds it")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of the file, and its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path.parent}")
     try:
-        return safetensors.torch.load_file(path)
+        with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _setting_mismatches(layers: dict[str, DoraLayer], config: dict) -> list[str]:
-    """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
+def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target]]:
+    """The modules of a plain model that are saved whole, and those that are adapted."""
+    # PEFT names every usual classifier head in modules_to_save; what is saved too little shows in the keys.
+    saved = find_saved(model, config.get("modules_to_save") or [], all_needed=False)
+    names = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+    options = {name: config.get(name) for name in ("r", "lora_alpha", *names)}
+    return saved, find_targets(model, config["target_modules"], saved=saved, compile=Bounded().compile, **options)
+
+
+def _embedding_tensors(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The parameters of adapted token embeddings and language-model heads under the keys that PEFT saves them with."""
+    ends = {
+        getattr(module, "base_layer", module)
+        for getter in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, getter) and (module := getattr(model, getter)()) is not None
+    }
+    return {
+        _key(name, f"base_layer.{key}"): parameter
+        for name, module in bases.items()
+        if module in ends
+        for key, parameter in module.named_parameters()
+    }
+
+
+def _unfit_values(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
+    """Tensors of another dtype than those of the model can take, and values that are no numbers.
+
+    A buffer may hold infinities, as a mask does.
+    """
     problems = []
-    for name, layer in layers.items():
-        plain = plain_name(name)
-        r = from_pattern("rank_pattern", config.get("rank_pattern"), plain, config["r"])
-        lora_alpha = from_pattern("alpha_pattern", config.get("alpha_pattern"), plain, config["lora_alpha"])
-        scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
-        if not math.isclose(scaling, layer.scaling, rel_tol=1e-12):
-            problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")
+    for key, tensor in tensors.items():
+        goal = others.get(key)
+        if goal is None and not key.endswith(_ENDINGS):
+            continue
+        exact = goal is not None and not goal.is_floating_point()
+        if tensor.dtype != goal.dtype if exact else not tensor.is_floating_point():
+            problems.append(f"dtype of {key}: {tensor.dtype}")
+        elif not exact and (goal is None or isinstance(goal, nn.Parameter)) and not tensor.isfinite().all():
+            problems.append(f"values of {key}: not all are finite")
     return problems
+
+
+def _overflow(key: str, tensor: Tensor, goal: Tensor) -> str | None:
+    """What is wrong if finite values are infinite in the dtype that they go to."""
+    if not goal.is_floating_point() or torch.promote_types(tensor.dtype, goal.dtype) == goal.dtype:
+        return None
+    lost = tensor.isfinite() & ~tensor.to(goal.dtype).isfinite()
+    return f"values of {key}: not all are finite in {goal.dtype}" if lost.any() else None
+
+
+def _refuse(directory: Path, problems: list[str]) -> None:
+    if problems:
+        more = [f"... and {len(problems) - 50} more"] if len(problems) > 50 else []
+        raise ValueError(f"the adapter in {directory} does not fit the model:\n  " + "\n  ".join(problems[:50] + more))
+
+
+def _replace_meta(model: nn.Module, goals: dict[str, Tensor], tensors: dict[str, Tensor], log: Undo) -> None:
+    """Puts new tensors in the place of those on ``meta``, wherever the model holds them."""
+    new = {}
+    for key, old in goals.items():
+        value = tensors[key].to(old.dtype, copy=True)
+        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for module in model.modules() if new else ():
+        for registry in (module._parameters, module._buffers):
+            names = [name for name, tensor in registry.items() if id(tensor) in new]
+            if names:
+                log.keep_module(module)
+                registry.update({name: new[id(registry[name])] for name in names})

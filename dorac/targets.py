@@ -3,11 +3,12 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 
 from torch import nn
 
+from dorac.names import Compile, Names, Pattern, compile_regex, parents
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
 
@@ -27,13 +28,17 @@ class Target:
 
 def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` where a module held in several places has the name of each, but a place has one name only."""
-    seen = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        parent, _, child = name.rpartition(".")
-        place = (model.get_submodule(parent), child)
-        if place not in seen:
-            seen.add(place)
-            yield name, module
+    yield "", model
+    seen = {model}
+    waiting = [(name, child) for name, child in reversed(model._modules.items())]
+    while waiting:
+        name, module = waiting.pop()
+        if module is None:
+            continue
+        yield name, module
+        if module not in seen:
+            seen.add(module)
+            waiting += [(f"{name}.{key}", child) for key, child in reversed(module._modules.items())]
 
 
 def plain_name(name: str) -> str:
@@ -53,22 +58,22 @@ def find_targets(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
+    compile: Compile = re.compile,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
-    Nothing inside the modules ``saved``, given by their full names, is taken.
+    Nothing inside the modules ``saved``, given by their full names, is taken. ``compile`` makes the regexes of
+    ``target_modules``, ``exclude_modules`` and the patterns.
 
     Raises:
         TypeError: an argument that is not names, a regex or numbers.
         ValueError: nothing matched, or a matched module cannot be adapted; all such modules are listed with the reason.
     """
-    check_names("target_modules", target_modules)
-    check_names("exclude_modules", exclude_modules or [])
-    check_names("layers_pattern", layers_pattern or [])
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    for argument, pattern in patterns.items():
-        if not isinstance(pattern or {}, Mapping):
-            raise TypeError(f"{argument} must map names to numbers, got {pattern!r}")
+    targeted = Names("target_modules", target_modules, compile)
+    excluded = Names("exclude_modules", exclude_modules or [], compile)
+    ranks = Pattern("rank_pattern", rank_pattern, compile)
+    alphas = Pattern("alpha_pattern", alpha_pattern, compile)
+    layer_index = _layer_index(layers_pattern)
     layers = _layer_numbers(layers_to_transform)
     all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if layers and isinstance(target_modules, str) and not all_linear:
@@ -79,37 +84,39 @@ def find_targets(
         raise ValueError("layers_pattern needs layers_to_transform, the numbers of the layers")
 
     def wanted(name: str, module: nn.Module) -> bool:
-        if matches(exclude_modules or [], name) or f"{name}.".startswith(inside_saved):
+        if excluded.match(name) or not whole.isdisjoint(parents(name)):
             return False
         if all_linear:
             found = module is not head and (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
-            return found and (not layers or _layer_index(name, layers_pattern) in layers)
-        if not matches(target_modules, name):
+            return found and (not layers or layer_index(name) in layers)
+        if not targeted.match(name):
             return False
-        exact = not isinstance(target_modules, str) and name in target_modules
-        return exact or not layers or _layer_index(name, layers_pattern) in layers
+        return targeted.is_listed(name) or not layers or layer_index(name) in layers
 
-    inside_saved = tuple(f"{name}." for name in saved)
+    whole = set(saved)
     head = _output_embedding(model)
     refused = _bypassed(model)
+    places = list(named_places(model))
+    adapted = {name for name, module in places if name and isinstance(module, DoraLayer)}
     places = [
         (name, module)
-        for name, module in named_places(model)
-        if name and not _inside_adapter(model, name) and not hasattr(module, "_orig_mod")
+        for name, module in places
+        if name and name.rpartition(".")[0] not in adapted and not hasattr(module, "_orig_mod")
     ]
     targets, reasons = [], []
     for name, module in places:
         plain = plain_name(name)
         if not wanted(plain, module):
             continue
-        rank = from_pattern("rank_pattern", rank_pattern, plain, r)
         if isinstance(module, DoraLayer):
             if not all_linear:
                 reasons.append(f"{name}: is adapted already")
-        elif reason := refused.get(name) or unwrappable(module) or layer_class(module).unfit_rank(module, rank):
+            continue
+        rank = ranks.value(plain, r)
+        if reason := refused.get(name) or unwrappable(module) or layer_class(module).unfit_rank(module, rank):
             reasons.append(f"{name}: {reason}")
         else:
-            alpha = from_pattern("alpha_pattern", alpha_pattern, plain, lora_alpha)
+            alpha = alphas.value(plain, lora_alpha)
             targets.append(Target(name, module, rank, alpha))
     if reasons:
         raise ValueError(
@@ -126,69 +133,37 @@ def find_targets(
         if isinstance(target_modules, str) and not all_linear:
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
-    for argument, pattern in patterns.items():
-        unused = [key for key in pattern or {} if not any(_matches_end(key, plain_name(t.name)) for t in targets)]
-        if unused:
+    for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if unused := pattern.unused():
             warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=3)
     return targets
 
 
-def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> list[int]:
+def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> set[int]:
     layers = [layers_to_transform] if isinstance(layers_to_transform, Integral) else layers_to_transform or []
     if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in layers):
         raise TypeError(f"layers_to_transform must be an integer or a list of integers, got {layers_to_transform!r}")
-    return list(layers)
+    return set(layers)
 
 
-def check_names(argument: str, names: str | Sequence[str]) -> None:
-    if isinstance(names, str):
-        try:
-            re.compile(names)
-        except re.error as error:
-            raise ValueError(f"{argument} is not a valid regex: {names!r}: {error}") from None
-        return
-    if not isinstance(names, (Sequence, set, frozenset)) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"{argument} must be a string or a list of strings, got {names!r}")
-
-
-def matches(names: str | Sequence[str], key: str) -> bool:
-    """A string is a regex for the whole name; a list holds names or their dotted endings."""
-    if isinstance(names, str):
-        return re.fullmatch(names, key) is not None
-    return any(key == name or key.endswith(f".{name}") for name in names)
-
-
-def _layer_index(key: str, layers_pattern: str | Sequence[str] | None) -> int | None:
-    """The number of the layer that a module lies in: the first number in its name, or the one after a pattern."""
+def _layer_index(layers_pattern: str | Sequence[str] | None) -> Callable[[str], int | None]:
+    """Finds the number of the layer that a module lies in: the first in its name, or the one after a pattern."""
+    Names("layers_pattern", layers_pattern or [])
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns if p] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((m for m in (re.match(e, key) for e in expressions) if m), None)
-    return int(found.group(1)) if found else None
+    expressions = [compile_regex("layers_pattern", p, around=r"(?:^|.*?\.){}\.(\d+)\.") for p in patterns if p] or [
+        re.compile(r".*?\.[^.]*\.(\d+)\.")
+    ]
 
+    def index(name: str) -> int | None:
+        found = next((m for m in (e.match(name) for e in expressions) if m), None)
+        return int(found.group(1)) if found else None
 
-def from_pattern(argument: str, pattern: Mapping[str, float] | None, name: str, default: float):
-    """The value of the first key that matches the end of ``name`` as a regex (a leading ``^`` anchors it)."""
-    for key, value in (pattern or {}).items():
-        try:
-            if _matches_end(key, name):
-                return value
-        except re.error as error:
-            raise ValueError(f"{argument} has a key that is not a valid regex: {key!r}: {error}") from None
-    return default
-
-
-def _matches_end(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return index
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The language-model head, which "all-linear" leaves out as PEFT does."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), DoraLayer)
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:

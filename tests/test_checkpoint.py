@@ -638,7 +638,10 @@ def change_tensors(change):
 
 
 def change_config(**values):
+    """An edit on purpose: without the record of the config in the weights."""
+
     def apply(directory):
+        change_tensors(lambda _: None)(directory)
         config = json.loads((directory / CONFIG).read_text()) | values
         (directory / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
 

@@ -12,6 +12,8 @@ import dorac
 PACKAGE = Path(dorac.__file__).parent
 # floor of each module, from below; a module imports only from floors beneath it or from its own topic
 FLOORS = {
+    "bounded": 0,
+    "names": 0,
     "numerics": 0,
     "reference": 0,
     "kernels": 1,
@@ -24,12 +26,13 @@ FLOORS = {
     "peft": 5,
     "targets": 5,
     "apply": 6,
+    "adapter_config": 7,
     "caching": 7,
-    "checkpoint": 7,
-    "testing": 7,
-    "cli": 7,
-    "demo": 8,
-    "bench": 8,
+    "checkpoint": 8,
+    "testing": 8,
+    "cli": 8,
+    "demo": 9,
+    "bench": 9,
 }
 
 

@@ -1,0 +1,241 @@
+"""``adapter_config.json``: what it says of an adapter, and whether it goes with the weights beside it."""
+
+import collections
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dorac.apply import saved_modules
+from dorac.bounded import Bounded
+from dorac.names import Names, Pattern, parents, shortened
+from dorac.nn import DoraLayer
+from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.targets import named_places, plain_name
+
+CONFIG_NAME = "adapter_config.json"
+LARGEST_RANK = 2**31 - 1
+# Where the metadata of the weights keep the digests of the fields that decide what they mean.
+DIGESTS_KEY = "dorac_config"
+
+_NAMES = (str, list, type(None))
+_NUMBER = (int, float)
+# What a config may say, and in what types: these are honoured ...
+_HONOURED = {
+    "peft_type": (str,),
+    "use_dora": (bool,),
+    "r": (int,),
+    "lora_alpha": _NUMBER,
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "use_rslora": (bool, type(None)),
+    "lora_dropout": (*_NUMBER, type(None)),
+    "target_modules": (str, list),
+    "exclude_modules": _NAMES,
+    "layers_to_transform": (int, list, type(None)),
+    "layers_pattern": _NAMES,
+    "modules_to_save": (list, type(None)),
+}
+# ... and these have no influence on what the adapter computes. Everything else must be unset.
+_NEUTRAL = {
+    "auto_mapping": (dict, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "eva_config": (dict, type(None)),
+    "fan_in_fan_out": (bool, type(None)),
+    "inference_mode": (bool, type(None)),
+    "init_lora_weights": (bool, str, type(None)),
+    "megatron_core": (str, type(None)),
+    "peft_version": (str, type(None)),
+    "qalora_group_size": (int, type(None)),
+    "revision": (str, type(None)),
+    "runtime_config": (dict, type(None)),
+    "task_type": (str, type(None)),
+}
+_TYPES = _HONOURED | _NEUTRAL
+_WORDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+_WORDS |= {int: "an integer", float: "a number"}
+# An adapter with another dropout is the same function; what the names are of is not a matter of order.
+_DECIDING = sorted(_HONOURED.keys() - {"peft_type", "use_dora", "lora_dropout"})
+
+
+def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
+    """The ``LoraConfig`` that describes the wrapped layers, as a dictionary.
+
+    Raises:
+        ValueError: layers that one config cannot describe.
+    """
+
+    def common(attribute: str):
+        values = {getattr(layer, attribute) for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(
+                f"one adapter_config.json cannot describe layers of different {attribute}: {sorted(values)}"
+            )
+        return values.pop()
+
+    def usual_and_pattern(value: Callable[[DoraLayer], float]):
+        values = {plain_name(name): value(layer) for name, layer in layers.items()}
+        usual = collections.Counter(values.values()).most_common(1)[0][0]
+        return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+
+    r, rank_pattern = usual_and_pattern(lambda layer: layer.r)
+    lora_alpha, alpha_pattern = usual_and_pattern(_lora_alpha)
+    return {
+        "peft_type": "LORA",
+        "use_dora": True,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": common("lora_dropout"),
+        "use_rslora": common("use_rslora"),
+        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
+        "target_modules": _shortest_names(model, layers),
+        "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def _lora_alpha(layer: DoraLayer) -> float:
+    """The alpha of the layer's scaling, which may have been set since it was made."""
+    scaling = float(layer.scaling)
+    if scaling == scaling_factor(layer.r, layer.lora_alpha, layer.use_rslora):
+        return layer.lora_alpha
+    return scaling / scaling_factor(layer.r, 1, layer.use_rslora)
+
+
+def _shortest_names(model: nn.Module, layers: Mapping[str, DoraLayer]) -> list[str] | str:
+    """The last parts of the wrapped modules' names, or else their full names, or else a regex: what names no other."""
+    plain = [plain_name(name) for name in layers]
+    endings = sorted({name.rpartition(".")[2] for name in plain})
+    outside = (name for name, _ in named_places(model) if layers.keys().isdisjoint(parents(name.rpartition(".")[0])))
+    others = {plain_name(name) for name in outside} - set(plain)
+    for names in (endings, plain):
+        named = Names("target_modules", names)
+        if not any(named.match(other) for other in others):
+            return names
+    return "|".join(map(re.escape, plain))
+
+
+def digests(config: Mapping[str, object]) -> dict[str, str]:
+    """A digest of each field that decides what the weights beside the config mean."""
+    return {field: hashlib.sha256(_canonical(config.get(field)).encode()).hexdigest() for field in _DECIDING}
+
+
+def _canonical(value: object) -> str:
+    """The same text for values that mean the same: unset or empty, 2 or 2.0, names in any order."""
+    if value is False or value in ("", [], {}):
+        value = None
+    elif isinstance(value, list):
+        value = sorted({json.dumps(item) for item in value})
+    elif isinstance(value, dict):
+        value = {key: float(number) for key, number in value.items()}
+    elif isinstance(value, int) and value is not True:
+        value = float(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def check_digests(path: Path, config: Mapping[str, object], weights: Path, metadata: Mapping[str, str]) -> None:
+    """Refuses a config that is not the one that the weights were saved with, as far as their metadata tell.
+
+    Raises:
+        ValueError: fields that differ, with both paths.
+    """
+    if DIGESTS_KEY not in metadata:  # PEFT's files
+        return
+    try:
+        written = dict(json.loads(metadata[DIGESTS_KEY]))
+    except (TypeError, ValueError):
+        raise ValueError(f"{weights}: its metadata {DIGESTS_KEY!r} is damaged") from None
+    present = digests(config)
+    differing = [field for field in present if written.get(field) != present[field]]
+    if differing:
+        raise ValueError(
+            f"{path} is not the config that {weights} was saved with: {', '.join(differing)} differ. If saving was "
+            "interrupted, save the adapter again. If the config was edited on purpose, take the record of it out of "
+            f"the weights: tensors = safetensors.torch.load_file({str(weights)!r}); safetensors.torch.save_file("
+            f"tensors, {str(weights)!r}, metadata={{'format': 'pt'}})"
+        )
+
+
+def read_config(path: Path) -> dict:
+    """The config in a file, checked.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: not the config of a DoRA adapter that dorac can run; the path is
+            in the sentence.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not config.get("use_dora"):
+        raise ValueError(f"{path} does not describe a DoRA adapter (peft_type 'LORA' with use_dora true)")
+    absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}")
+    foreign = {k: v for k, v in config.items() if k not in _TYPES and v and not (k == "bias" and v == "none")}
+    if foreign:
+        raise ValueError(
+            f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}"
+        )
+    try:
+        _check_values(config)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _check_values(config: Mapping[str, object]) -> None:
+    for field, types in _TYPES.items():
+        value = config.get(field)
+        if field in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            words = " or ".join(dict.fromkeys(_WORDS[t] for t in types if not (t is int and float in types)))
+            raise TypeError(f"{field} must be {words}, got {shortened(value)}")
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise ValueError(
+            f"init_lora_weights={config['init_lora_weights']!r} changes base weights, which dorac does not redo"
+        )
+    for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
+        check_hyperparameters(r, 1, config.get("lora_dropout") or 0.0, True, None)
+        if r > LARGEST_RANK:
+            raise ValueError(f"r must be at most {LARGEST_RANK}, got {r}")
+    for lora_alpha in (config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()):
+        check_hyperparameters(1, lora_alpha, 0.0, True, None)
+    numbers = config.get("layers_to_transform")
+    if isinstance(numbers, list) and not all(type(number) is int for number in numbers):
+        raise TypeError(f"layers_to_transform must be an integer or a list of integers, got {numbers!r}")
+    if isinstance(config.get("modules_to_save"), list):
+        Names("modules_to_save", config["modules_to_save"])
+    layers_pattern = config.get("layers_pattern") or []
+    for name in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.]*", name):
+            raise ValueError(f"layers_pattern must be names of letters, digits and dots here, got {name!r}")
+    compile = Bounded().compile
+    for field in ("target_modules", "exclude_modules"):
+        Names(field, config.get(field) or [], compile)
+    for field in ("rank_pattern", "alpha_pattern"):
+        Pattern(field, config.get(field), compile)
+
+
+def setting_mismatches(layers: Mapping[str, DoraLayer], config: Mapping[str, object]) -> list[str]:
+    """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
+    compile = Bounded().compile
+    ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
+    alphas = Pattern("alpha_pattern", config.get("alpha_pattern"), compile)
+    problems = []
+    for name, layer in layers.items():
+        plain = plain_name(name)
+        r, lora_alpha = ranks.value(plain, config["r"]), alphas.value(plain, config["lora_alpha"])
+        scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
+        if not math.isclose(scaling, layer.scaling, rel_tol=1e-12):
+            problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")
+    return problems
