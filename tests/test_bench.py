@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import reference
-from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, timeline, tune
+from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, surgery, timeline, tune
 from dorac.bench.__main__ import SUBCOMMANDS, main
 from dorac.ops import linear
 
@@ -284,6 +285,26 @@ def test_memory(bench, device):
     every, cached = (records[f"dorac-{name}-eager"] for name in ("every", "cached"))
     outs = (32, 16, 16, 32, 48, 48, 32)
     assert (every["saved_mib"] - cached["saved_mib"]) * 2**20 == pytest.approx(4 * sum(outs))
+
+
+def test_surgery(tmp_path):
+    path = tmp_path / "out.json"
+    given = ("--targets", "4", "8", "--step-targets", "6", "--device", "cpu", "--json", str(path))
+    assert main(["surgery", *given]) == 0
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cases = [(case, call) for case in ("4 targets", "8 targets", "growth") for call in surgery.CALLS]
+    assert names(result) == [*cases, *(("optimizer, 6 targets", name) for name in ("step", "step-cached"))]
+    for call in surgery.CALLS:
+        small, large, growth = (record for record in result["records"] if record["variant"] == call)
+        assert small["seconds"] > 0
+        assert growth["exponent"] == pytest.approx(math.log2(large["seconds"] / small["seconds"]))
+    plain, cached = result["records"][-2:]
+    assert cached["step_ratio"] == pytest.approx(cached["seconds"] / plain["seconds"])
+
+
+def test_exponent_of_growth():
+    assert surgery.exponent([(n, 3 * n**1.5) for n in (10, 100, 2000)]) == pytest.approx(1.5)
+    assert surgery.exponent([(10, 1.0)]) is None
 
 
 def test_what_is_saved_for_backward():

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import compose, decode, layer, measure, memory, model, norm, options, report, tune
+from dorac.bench import compose, decode, layer, measure, memory, model, norm, options, report, surgery, tune
 from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
@@ -23,6 +23,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "model": model,
     "decode": decode,
     "memory": memory,
+    "surgery": surgery,
     "tune": tune,
 }
 

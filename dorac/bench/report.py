@@ -51,7 +51,7 @@ def heading(info: Record) -> str:
 
 def progress(record: Record) -> None:
     """One line per measurement on stderr, at once: a run of many minutes is followed."""
-    shown = ("gpu_us", "wall_us", "cpu_us", "peak_mib", "saved_mib", "failed")
+    shown = ("gpu_us", "wall_us", "cpu_us", "peak_mib", "saved_mib", "seconds", "failed")
     figures = "  ".join(f"{key} {_format(key, record[key])}" for key in shown if record.get(key) is not None)
     print(f"{record['case']:28} {record['variant']:26} {figures}", file=sys.stderr, flush=True)
 
