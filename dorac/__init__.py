@@ -4,12 +4,14 @@ from dorac import functional, nn, ops
 from dorac.apply import apply_dora, merge, unmerge
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
+from dorac.idle import find_idle
 
 __version__ = "0.1.0"
 __all__ = [
     "NormCache",
     "apply_dora",
     "cache_norms",
+    "find_idle",
     "functional",
     "load_adapter",
     "merge",

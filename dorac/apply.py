@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dorac import notices
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging
 from dorac.nn.kinds import CONVOLUTIONS
@@ -60,7 +61,8 @@ def apply_dora(
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
 
     Returns:
-        The names of the wrapped modules, in the model's order.
+        The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
+        of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`.
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
@@ -109,6 +111,8 @@ def apply_dora(
 
 def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, **options) -> None:
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
+    modules = {target.name: target.module for target in targets}
+    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=3)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:
@@ -208,7 +212,8 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             parameters still frozen but for those in ``modules_to_save``.
 
     Returns:
-        ``model``; the plain layer if ``model`` itself is an adapted layer and ``unload`` is set.
+        ``model``; the plain layer if ``model`` itself is an adapted layer and ``unload`` is set. A ``RuntimeWarning``
+        names layers whose weight the code of the model can read past their forward: that will see the merged one.
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
@@ -230,6 +235,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
             )
+    notices.warn_read_past_forward(model, layers, merging=True, stacklevel=2)
     norms = {}
     for name, layer in layers.items():
         if not layer.merged:

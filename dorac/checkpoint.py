@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config
+from dorac import adapter_config, notices
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
@@ -43,6 +43,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
     ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
 
+    A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
+
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
             settings).
@@ -53,6 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _refuse_root(layers)
     config = adapter_config.describe(model, layers)
     reshard(model)
+    notices.warn_untrained(layers, stacklevel=2)
     parameters = _adapter_tensors(model, layers)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:

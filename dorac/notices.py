@@ -1,0 +1,74 @@
+"""Warnings about adapters that may not take part in what their model computes."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from dorac import weight_reads
+from dorac.nn import DoraLayer
+from dorac.ops import sharded
+
+_SHOWN = 8  # names of one kind in a warning
+
+
+def warn_read_past_forward(
+    model: nn.Module, modules: Mapping[str, nn.Module], *, merging: bool, stacklevel: int
+) -> None:
+    """Names those of ``modules`` whose weight code of the model reads past their forward: at wrapping, and at merging.
+
+    That is what the source says, whichever path the forward takes; see :mod:`dorac.weight_reads`.
+    """
+    found = weight_reads.read_past_forward(model, adapters=(DoraLayer,))
+    by_place: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if module in found:
+            by_place.setdefault(found[module], []).append(name)
+    if not by_place:
+        return
+    if merging:
+        meaning = "merging changes what that code computes, since it did not see the adapter"
+    else:
+        meaning = (
+            "where that code runs, the adapter does not: it gets no gradient. dorac.find_idle(model, *inputs) tells "
+            "whether it does, exclude_modules leaves modules out"
+        )
+    places = (f"{_listed(names)} (in {place})" for place, names in by_place.items())
+    warnings.warn(
+        f"the weight of these modules can be read past their forward; {meaning}:\n  " + "\n  ".join(places),
+        RuntimeWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+@torch.no_grad()
+def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
+    """Names the layers whose delta is still zero, as at their start, if that of others is not.
+
+    A layer whose adapter is frozen is left out, and so is every layer of a model that nobody has trained.
+    """
+    untrained = {name: layer for name, layer in layers.items() if _has_no_delta(layer)}
+    if len(untrained) == len(layers):
+        return
+    names = [n for n, layer in untrained.items() if any(p.requires_grad for p in layer.parameters(recurse=False))]
+    if names:
+        warnings.warn(
+            f"the adapters of {_listed(names)} have a factor of zeros, as at their start, unlike others of this model. "
+            "If they were to be trained, dorac.find_idle(model, *inputs) tells why they were not",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _has_no_delta(layer: DoraLayer) -> bool:
+    """Whether ``lora_B @ lora_A`` is zero, in every matrix of the layer, because a factor is."""
+    parameters = [getattr(layer, name) for name in layer.PEFT_KEYS]
+    pairs = zip(parameters[0::3], parameters[1::3], strict=True)  # the third is the magnitude
+    return all(any(not factor.is_meta and not sharded.whole(factor).any() for factor in pair) for pair in pairs)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
