@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -14,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dorac.apply import bare, require_layers
 from dorac.nn import DoraLayer
 from dorac.ops import sharded
+
+# Operations that take no more of a tensor than its shape, dtype and device.
+_PROTOTYPE = re.compile(r"aten::(\w+_like|new_\w+)")
 
 
 def find_idle(model: nn.Module, *args, **kwargs) -> dict[str, str]:
@@ -125,7 +129,8 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 class _WeightUses(TorchDispatchMode):
     """Who computes with the base weights: a layer's own forward (``called``), or others (``past``, with the place).
 
-    Below autograd every view of a weight still has its memory, and asking for metadata is no operation.
+    Below autograd every view of a weight still has its memory, and asking for metadata is no operation, or one that
+    gives a view or a new tensor of that kind.
     """
 
     def __init__(self, layers: Iterable[DoraLayer]) -> None:
@@ -141,10 +146,11 @@ class _WeightUses(TorchDispatchMode):
                 self.spans.setdefault(storage, []).append((begin, end, layer))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs or {})):
-            layers = self._holders(tensor)
-            if layers:
-                self._note(layers)
+        if not (func.is_view or _PROTOTYPE.fullmatch(func._schema.name)):
+            for tensor in _tensors((args, kwargs or {})):
+                layers = self._holders(tensor)
+                if layers:
+                    self._note(layers)
         return func(*args, **kwargs or {})
 
     def _holders(self, tensor: Tensor) -> set[DoraLayer]:
@@ -173,9 +179,7 @@ class _WeightUses(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """A tensor's storage and where in memory it begins; for one without memory (on meta), the tensor itself."""
-    if tensor.layout is torch.strided and not tensor.is_nested:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage:
-            return storage, tensor.data_ptr()
-    return id(tensor), 0
+    """A tensor's storage, which its views share (on meta too), and where in memory it begins."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return id(tensor), 0
+    return tensor.untyped_storage()._cdata, tensor.data_ptr()

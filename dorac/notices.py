@@ -42,7 +42,6 @@ def warn_read_past_forward(
     )
 
 
-@torch.no_grad()
 def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
     """Names the layers whose delta is still zero, as at their start, if that of others is not.
 
@@ -61,6 +60,7 @@ def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
         )
 
 
+@torch.no_grad()
 def _has_no_delta(layer: DoraLayer) -> bool:
     """Whether ``lora_B @ lora_A`` is zero, in every matrix of the layer, because a factor is."""
     parameters = [getattr(layer, name) for name in layer.PEFT_KEYS]
