@@ -59,8 +59,16 @@ class Undo:
         """Which attributes, parameters, buffers, children and hooks these have; not what is in the tensors."""
         for module in modules:
             attributes = dict(vars(module))
-            registries = [(v, v.copy()) for v in attributes.values() if type(v) in (dict, OrderedDict, set)]
+            registries = [(v, v.copy()) for v in attributes.values() if type(v) in (dict, OrderedDict, set, list)]
             self._steps.append(partial(_restore_module, module, attributes, registries))
+
+    def keep_attribute(self, owner: object, name: str) -> None:
+        """What ``owner.name`` is: a module's ``__class__``, a parameter's ``data`` (the memory, not what is in it)."""
+        self._steps.append(partial(setattr, owner, name, getattr(owner, name)))
+
+    def add(self, step: Callable[[], object]) -> None:
+        """A step that sets something to what it was; it is called for changes that were not made, too, and twice."""
+        self._steps.append(step)
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +86,9 @@ class Undo:
                 self._steps.pop()
 
 
-def _restore_module(module: nn.Module, attributes: dict, registries: list[tuple[dict | set, dict | set]]) -> None:
+def _restore_module(module: nn.Module, attributes: dict, registries: list[tuple]) -> None:
     for registry, content in registries:
         registry.clear()
-        registry.update(content)
+        (registry.extend if isinstance(registry, list) else registry.update)(content)
     vars(module).clear()
     vars(module).update(attributes)

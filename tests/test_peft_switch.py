@@ -191,15 +191,15 @@ def test_copies_and_pickles(tmp_path):
 
 
 def test_models_are_not_kept_alive():
-    from dorac.peft import switch
+    from dorac.peft.state import state
 
     with dorac.peft.enable():
         model = stock_model("linear")
     dorac.peft.enable(model)
-    count = len(switch._state.roots)
+    count = len(state.roots)
     del model
     gc.collect()
-    assert len(switch._state.roots) < count
+    assert len(state.roots) < count
 
 
 class OwnVariant(lora.variants.DoraLinearVariant):

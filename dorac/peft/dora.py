@@ -2,11 +2,12 @@
 
 A layer holds the magnitude, ``weight``, and computes what DoRA adds to the base layer's output,
 ``(g - 1) * base + g * s * lora``. They subclass PEFT's, so that ``isinstance`` keeps its meaning; what they inherit is
-the constructor, the cache and ``train``.
+the constructor.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from dorac import functional
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.peft.kept import Origin
 from dorac.peft.weights import (
     call_unit,
     dense_weight,
@@ -43,20 +45,37 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     Args:
         fan_in_fan_out: whether the base layer stores its weight as ``[in, out]`` (GPT-2's ``Conv1D``).
 
-    Under PEFT's ``DoraCaching`` the norm, and nothing else, is kept in eval mode.
+    Under PEFT's ``DoraCaching`` the norm, and nothing else, is kept in eval mode, and used while what it was taken of
+    stays as it was (:class:`dorac.peft.kept.Origin`). Compiled code takes the norm in every call.
     """
 
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
 
-    def _cache_clear(self) -> None:
-        if (
-            self._dora_cache
-        ):  # clearing counts as a mutation, which the compiler refuses inside activation checkpointing
-            super()._cache_clear()
+    def train(self, mode: bool = True) -> Self:
+        self._cache_clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        state = super().__getstate__()
+        return {**state, "_dora_cache": {}}  # what a copy's norms would be taken of are other tensors
+
+    def _kept(
+        self, adapter_name: str | None, origin: Callable[[], Origin | None], norm: Callable[[], Tensor]
+    ) -> Tensor:
+        """The norm, or the one that is kept of the same origin."""
+        if torch.compiler.is_compiling():
+            return norm()
+        if not dora.ENABLE_DORA_CACHING or self.training or adapter_name is None:
+            self._cache_clear()
+            return norm()
+        now, (then, kept) = origin(), self._dora_cache.get(f"weight-norm-{adapter_name}", (None, None))
+        if now is None or now != then:
+            kept = norm()
+            self._dora_cache[f"weight-norm-{adapter_name}"] = now, kept
+        return kept
 
     get_lora_weight = dora.DoraLinearLayer.get_lora_weight.__wrapped__  # uncached: a dense product
 
-    @dora.cache_decorator("weight-norm")
     def get_weight_norm(
         self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None
     ) -> Tensor:
@@ -64,6 +83,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
         Args:
             weight: as the base layer stores it. lora_weight: ``[out, in]``, for a convolution the filters' shape.
+            adapter_name: PEFT's; of a dense ``lora_weight`` no norm is kept.
 
         Returns:
             ``[out]``, ``[1, out, 1, ...]`` for a convolution; float32, or float64 if an argument is.
@@ -74,12 +94,10 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         whole(weight)
         acc = accumulate_dtype(weight, lora_weight)
         if weight.ndim >= 3:
-            adapted = weight.to(acc) + scaling * lora_weight.to(acc)
-            norm = torch.linalg.vector_norm(adapted, dim=tuple(range(1, weight.ndim)), keepdim=True)
-            return norm.transpose(0, 1)
-        return torch.linalg.vector_norm(self._matrix(weight).to(acc) + scaling * lora_weight.to(acc), dim=1)
+            norm = row_norm((weight.to(acc) + scaling * lora_weight.to(acc)).flatten(1))
+            return norm.view(1, -1, *[1] * (weight.ndim - 2))
+        return row_norm(self._matrix(weight).to(acc) + scaling * lora_weight.to(acc))
 
-    @dora.cache_decorator("weight-norm")
     def factored_norm(
         self,
         weight: Tensor,
@@ -98,10 +116,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             RuntimeError: FSDP1 holds one of them in parts now.
         """
         weight, lora_A, lora_B = whole(weight), whole(lora_A), whole(lora_B)
-        if weight.ndim >= 3:
-            norm = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
-            return norm.view(1, -1, *[1] * (weight.ndim - 2))
-        return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=self.norm_budget)
+
+        def norm() -> Tensor:
+            if weight.ndim >= 3:
+                flat = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
+                return flat.view(1, -1, *[1] * (weight.ndim - 2))
+            return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=self.norm_budget)
+
+        return self._kept(adapter_name, lambda: Origin.of(weight, lora_A, lora_B, scaling, groups), norm)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -185,6 +207,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def __repr__(self) -> str:
         return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
+
+
+def row_norm(rows: Tensor) -> Tensor:
+    """``||rows||_row`` of ``[out, in]``; rows whose squares would overflow are scaled by a power of two, exactly."""
+    peak = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
+    huge = (peak > torch.finfo(rows.dtype).max ** 0.25) & peak.isfinite()
+    scale = torch.ldexp(torch.ones_like(peak), torch.where(huge, 16 - torch.frexp(peak).exponent, 0))
+    return (torch.linalg.vector_norm(rows * scale, dim=1, keepdim=True) / scale).squeeze(1)
 
 
 def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:

@@ -14,7 +14,8 @@ from dorac import functional
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.peft import variants
-from dorac.peft.weights import is_fsdp_unit, is_plain, written_in_place
+from dorac.peft.merging import Merging
+from dorac.peft.weights import is_fsdp_unit, is_plain
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
@@ -61,19 +62,11 @@ def dropout_p(module: layer.LoraLayer, adapter: str) -> float | None:
     return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 else None
 
 
-class _Merging:
-    """Merges and unmerges as PEFT does, in the memory that the base weight has."""
-
-    def merge(self, *args, **kwargs) -> None:
-        with written_in_place(self.get_base_layer()):
-            super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        with written_in_place(self.get_base_layer()):
-            super().unmerge()
+class _Layer(Merging, variants.TakesVariants):
+    """What the layers have in common: how they merge, and which variants they take."""
 
 
-class Linear(_Merging, layer.Linear):
+class Linear(_Layer, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -108,7 +101,7 @@ class Linear(_Merging, layer.Linear):
         )
 
 
-class Embedding(_Merging, layer.Embedding):
+class Embedding(_Layer, layer.Embedding):
     """``y = g * (weight[x] + s * lora_A^T[x] lora_B^T)`` over an ``nn.Embedding``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -146,7 +139,7 @@ class Embedding(_Merging, layer.Embedding):
         )
 
 
-class _ConvNd(_Merging):
+class _ConvNd(_Layer):
     """``y = g * (conv(x, W) + s * conv_1x1(conv(x, lora_A), lora_B)) + b``: what the three classes share."""
 
     STOCK: type[nn.Module]

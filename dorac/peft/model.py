@@ -1,21 +1,46 @@
 """PEFT's ``LoraModel``, which puts adapters into a model, with dorac under those that it adds."""
 
-from peft.tuners.lora import LoraLayer, model
+import inspect
 
-from dorac.peft.switch import building, switch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer, model
+from torch import nn
+
+from dorac.peft.build import building_class, built_class, create_new_module
+from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
+from dorac.peft.state import state
+from dorac.peft.switch import switch
+from dorac.peft.uncovered import report
 from dorac.peft.variants import OnDorac, factors
 from dorac.peft.weighted import add_weighted_adapter
+from dorac.undo import Undo
 
 __all__ = ["LoraModel"]
 
 _create_and_replace_stock = model.LoraModel._create_and_replace
 _cast_adapter_dtype_stock = model.LoraModel._cast_adapter_dtype
+_inject_adapter_stock = model.LoraModel.inject_adapter
 
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
-    with building():
+    """PEFT's; if it fails, the target is as it was."""
+    with Undo() as log:
+        log.add(lambda: getattr(parent, target_name) is target or setattr(parent, target_name, target))
+        if lora_config.use_dora and isinstance(target, LoraLayer) and not isinstance(target, AdaLoraLayer):
+            log.keep_module(*target.modules())
+            log.keep_requires_grad(target.parameters())
+            log.keep_attribute(target, "__class__")
+            target.__class__ = building_class(type(target))
         _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
-    switch(getattr(parent, target_name), target_name)
+        target.__class__ = built_class(type(target))
+        with state.lock:
+            switch(getattr(parent, target_name), log)
+
+
+def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    _inject_adapter_stock(self, model, adapter_name, *args, **kwargs)
+    with state.lock:
+        report(model, state.reported)
 
 
 def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -28,17 +53,18 @@ def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = 
             layer.lora_magnitude_vector[adapter_name].to(factors(layer, adapter_name)[0].dtype)
 
 
-# What stock PEFT's class gets while everything that PEFT builds runs on dorac.
-METHODS = {
-    "_cast_adapter_dtype": _cast_adapter_dtype,
-    "_create_and_replace": _create_and_replace,
-    "add_weighted_adapter": add_weighted_adapter,
-}
-
-
 class LoraModel(model.LoraModel):
     """That of one enabled model."""
 
     _cast_adapter_dtype = _cast_adapter_dtype
     _create_and_replace = _create_and_replace
+    _create_new_module = staticmethod(create_new_module)
+    _unload_and_optionally_merge = unload_and_optionally_merge
     add_weighted_adapter = add_weighted_adapter
+    inject_adapter = _inject_adapter
+    merge_adapter = merge_adapter
+    unmerge_adapter = unmerge_adapter
+
+
+# What stock PEFT's class gets while everything that PEFT builds runs on dorac.
+METHODS = {name: inspect.getattr_static(LoraModel, name) for name in vars(LoraModel) if not name.startswith("__")}

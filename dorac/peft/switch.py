@@ -2,11 +2,14 @@
 
 import contextlib
 import importlib.metadata
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
+
+from dorac.peft.state import state
+from dorac.undo import Undo
 
 SUPPORTED = ">=0.21,<0.22"
 _INSTALL = f'pip install "peft{SUPPORTED}"'
@@ -24,20 +27,6 @@ def require_peft() -> None:
         raise ImportError(f"dorac.peft needs PEFT {SUPPORTED}, which is not installed: {_INSTALL}") from None
     if version.split(".")[:2] != ["0", "21"]:
         raise ImportError(f"dorac.peft supports PEFT {SUPPORTED}, installed is {version}: {_INSTALL}")
-
-
-class _State:
-    """What :func:`disable` has to undo."""
-
-    def __init__(self) -> None:
-        # methods of PEFT's LoraModel, by name, while PEFT builds on dorac; None for one that it inherits
-        self.stock: dict[str, Callable | None] = {}
-        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were switched
-        self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that enable() was called with
-        self.reported: set[str] = set()  # kinds of layers that stay stock
-
-
-_state = _State()
 
 
 class Enabled(contextlib.AbstractContextManager):
@@ -84,25 +73,50 @@ def disable(model: nn.Module | None = None) -> None:
     require_peft()
     if model is not None:
         _check_model(model)
-        _restore([model])
-        _state.models.discard(model)
-        return
-    _stop_building()
-    _restore(_state.roots)
-    _state.roots.clear()
-    _state.models.clear()
-    _state.reported.clear()
+    with state.lock, Undo() as log:
+        if model is not None:
+            _restore([model], log)
+            _forget(state.models, model, log)
+            return
+        _stop_building(log)
+        _restore(list(state.roots), log)
+        for known in (state.roots, state.models, state.reported):
+            log.add(partial(known.update, list(known)))
+            known.clear()
 
 
-def _stop_building() -> None:
+def _stop_building(log: Undo) -> None:
+    stock = dict(state.stock)
+    log.add(partial(state.stock.update, stock))
+    for name, function in stock.items():
+        _set_method(name, function, log)
+    state.stock.clear()
+
+
+def _set_method(name: str, function: Callable | None, log: Undo) -> None:
+    """Gives PEFT's ``LoraModel`` a method of its own, or with None the one that it inherits."""
     from peft.tuners.lora.model import LoraModel
 
-    for name, function in _state.stock.items():
-        if function is None:
-            delattr(LoraModel, name)
-        else:
+    def write(function: Callable | None) -> None:
+        if function is not None:
             setattr(LoraModel, name, function)
-    _state.stock.clear()
+        elif name in vars(LoraModel):
+            delattr(LoraModel, name)
+
+    log.add(partial(write, vars(LoraModel).get(name)))
+    write(function)
+
+
+def _remember(modules: "weakref.WeakSet[nn.Module]", module: nn.Module, log: Undo) -> None:
+    if module not in modules:
+        log.add(partial(modules.discard, module))
+        modules.add(module)
+
+
+def _forget(modules: "weakref.WeakSet[nn.Module]", module: nn.Module, log: Undo) -> None:
+    if module in modules:
+        log.add(partial(modules.add, module))
+        modules.discard(module)
 
 
 def _enable_everywhere() -> Enabled:
@@ -110,37 +124,43 @@ def _enable_everywhere() -> Enabled:
 
     from dorac.peft import model as ours
 
-    if _state.stock:
-        return Enabled(lambda: None)
-    for name, function in ours.METHODS.items():
-        _state.stock[name] = vars(LoraModel).get(name)
-        setattr(LoraModel, name, function)
-    before = _on_dorac(_state.roots)
+    with state.lock, Undo() as log:
+        if state.stock:
+            return Enabled(lambda: None)
+        log.add(state.stock.clear)
+        state.stock.update({name: vars(LoraModel).get(name) for name in ours.METHODS})
+        for name, function in ours.METHODS.items():
+            _set_method(name, function, log)
+        before = _on_dorac(list(state.roots))
 
-    def undo() -> None:
-        _stop_building()
-        _restore(_state.roots, keep=[*before, *_state.models])
+        def undo() -> None:
+            with state.lock, Undo() as log:
+                _stop_building(log)
+                _restore(list(state.roots), log, keep=[*before, *state.models])
 
-    return Enabled(undo)
+        return Enabled(undo)
 
 
 def _enable_model(model: nn.Module) -> Enabled:
     _check_model(model)
-    before, known = _on_dorac([model]), model in _state.models
-    switch(model)
-    _state.models.add(model)
+    with state.lock, Undo() as log:
+        before, known = _on_dorac([model]), model in state.models
+        switch(model, log)
+        _remember(state.models, model, log)
+        _report(model, log)
 
-    def undo() -> None:
-        _restore([model], keep=before)
-        if not known:
-            _state.models.discard(model)
+        def undo() -> None:
+            with state.lock, Undo() as log:
+                _restore([model], log, keep=before)
+                if not known:
+                    _forget(state.models, model, log)
 
-    return Enabled(undo)
+        return Enabled(undo)
 
 
 def _on_dorac(roots: Iterable[nn.Module]) -> "weakref.WeakSet[nn.Module]":
     """The modules below these that run on dorac."""
-    ours = set(_ours_by_stock().values())
+    ours = set(ours_by_stock().values())
     return weakref.WeakSet(module for root in roots for module in root.modules() if type(module) in ours)
 
 
@@ -153,7 +173,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model must hold LoRA layers of PEFT's, {type(model).__name__} has none")
 
 
-def _ours_by_stock() -> dict[type, type]:
+def ours_by_stock() -> dict[type, type]:
     """dorac's subclass of each class of PEFT's: they have one name."""
     from peft.tuners.lora import dora as stock_dora
     from peft.tuners.lora import layer as stock_layer
@@ -166,82 +186,60 @@ def _ours_by_stock() -> dict[type, type]:
     return {getattr(stock, name): getattr(ours, name) for stock, ours in pairs for name in ours.__all__}
 
 
-def switch(root: nn.Module, name: str = "") -> None:
-    """Puts dorac under the DoRA layers below ``root`` and reports those that it does not cover.
+def switch(root: nn.Module, log: Undo) -> None:
+    """Puts dorac under the DoRA layers below ``root``.
 
     Modules change their class and keep their identity, and with it parameters, hooks and whoever holds them.
     """
-    classes = _ours_by_stock()
+    classes = ours_by_stock()
     ours = set(classes.values())
     for module in root.modules():
         if hasattr(module, "lora_variant"):
-            _replace_variants(module, classes)
+            _replace_variants(module, classes, log)
             if ours.isdisjoint(map(type, module.lora_variant.values())):
                 continue  # plain LoRA, or another variant of it
-        module.__class__ = classes.get(type(module), type(module))
-    _state.roots.add(root)
-    _report_stock(root, name)
+        _set_class(module, classes, log)
+    _remember(state.roots, root, log)
 
 
-def _restore(roots: Iterable[nn.Module], keep: Iterable[nn.Module] = ()) -> None:
+def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = ()) -> None:
     """Gives the modules below ``roots`` their stock classes back, those in ``keep`` excepted.
 
     A layer is kept with all its adapters, and so is a model that was enabled.
     """
     from peft.tuners.lora import LoraLayer
 
-    classes = {ours: stock for stock, ours in _ours_by_stock().items()}
+    classes = {ours: stock for stock, ours in ours_by_stock().items()}
     kept: set[nn.Module] = set()
     for module in keep:
-        whole = isinstance(module, LoraLayer) or module in _state.models
+        whole = isinstance(module, LoraLayer) or module in state.models
         kept.update(module.modules() if whole else [module])
     for module in [module for root in roots for module in root.modules()]:
         if module in kept:
             continue
         if hasattr(module, "lora_variant"):
-            _replace_variants(module, classes)
-        if type(module) in classes:
-            module.__class__ = classes[type(module)]
-            getattr(module, "_dora_cache", {}).clear()
+            _replace_variants(module, classes, log)
+        _set_class(module, classes, log)
 
 
-def _replace_variants(module: nn.Module, classes: dict[type, type]) -> None:
+def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
+    if type(module) in classes:
+        log.keep_attribute(module, "__class__")
+        module.__class__ = classes[type(module)]
+        # What one class keeps the other would not check.
+        if getattr(module, "_dora_cache", None):
+            log.add(partial(module._dora_cache.update, dict(module._dora_cache)))
+            module._dora_cache.clear()
+
+
+def _replace_variants(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
     for adapter, variant in module.lora_variant.items():
         if type(variant) in classes:
+            log.add(partial(module.lora_variant.__setitem__, adapter, variant))
             module.lora_variant[adapter] = classes[type(variant)]()
 
 
-def _report_stock(root: nn.Module, root_name: str) -> None:
-    from dorac.peft.variants import OnDorac
+def _report(root: nn.Module, log: Undo) -> None:
+    from dorac.peft.uncovered import report
 
-    left: dict[str, list[str]] = {}
-    for name, module in root.named_modules():
-        for adapter, is_dora in getattr(module, "use_dora", {}).items():
-            if is_dora and not isinstance(module.lora_variant.get(adapter), OnDorac):
-                left.setdefault(type(module).__name__, []).append(f"{root_name}.{name}".strip("."))
-    for kind, names in left.items():
-        if kind not in _state.reported:
-            _state.reported.add(kind)
-            warnings.warn(
-                f"dorac.peft does not cover {kind}, which stays on stock PEFT's DoRA: {', '.join(names[:8])}"
-                + (", ..." if len(names) > 8 else ""),
-                stacklevel=4,
-            )
-
-
-@contextlib.contextmanager
-def building() -> Iterator[None]:
-    """PEFT's layers find dorac's variants and magnitude layers in place of its own."""
-    from peft.tuners.lora import variants as stock
-
-    from dorac.peft import dora, variants
-
-    names = {name: getattr(module, name) for module in (dora, variants) for name in module.__all__}
-    before = {name: getattr(stock, name) for name in names if hasattr(stock, name)}
-    try:
-        for name in before:
-            setattr(stock, name, names[name])
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(stock, name, value)
+    report(root, state.reported)

@@ -3,12 +3,16 @@
 Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.peft.dora`.
 """
 
+from types import FunctionType
+from typing import Any
+
 import torch
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.peft.weights import dense_weight, gathered, whole
+from dorac.peft import dora
+from dorac.peft.weights import dense_weight, gathered, is_plain, whole
 
 __all__ = [
     "DoraConv1dVariant",
@@ -82,11 +86,36 @@ def unmerged(module: nn.Module, adapter: str, weight: Tensor) -> Tensor:
             scaling=module.scaling[adapter],
             weight_norm=norm.to(torch.promote_types(norm.dtype, torch.float32)),
         )
-    except ValueError:
-        module.merged_adapters.append(adapter)  # PEFT has already taken it off
+    except BaseException:
+        module.merged_adapters.append(adapter)  # PEFT has already taken it off the end
         raise
     module._cache_pop(f"{adapter}-weight_norm")
     return as_stored(module, adapter, matrix, weight)
+
+
+def with_names(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """A copy of a function that finds these under their names in place of what its module has."""
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _with_layers(variant: type, name: str) -> staticmethod:
+    """A static method of PEFT's variant over the magnitude layers of :mod:`dorac.peft.dora`."""
+    return staticmethod(with_names(getattr(variant, name), {layer: getattr(dora, layer) for layer in dora.__all__}))
+
+
+def overflows(merged_weight: Tensor, *origins: Tensor) -> bool:
+    """Whether a weight is not finite that was made of finite ones; of DTensors this is not asked."""
+    if not is_plain(origins[0]) or merged_weight.isfinite().all():
+        return False
+    return all(bool(origin.isfinite().all()) for origin in origins)
 
 
 class OnDorac:
@@ -98,7 +127,13 @@ class OnDorac:
 
     @staticmethod
     def merge_unsafe(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data = merged(module, active_adapter, safe_merge=False).to(orig_weight.dtype)
+        new = merged(module, active_adapter, safe_merge=False).to(orig_weight.dtype)
+        if overflows(new, orig_weight, *factors(module, active_adapter)):
+            raise ValueError(
+                f"the merged weight overflows {new.dtype}, of which unmerging could not recover the base weight: "
+                "convert the model to a wider dtype before it is merged"
+            )
+        orig_weight.data = new
 
     @staticmethod
     def unmerge(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -108,9 +143,13 @@ class OnDorac:
 class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
     """Linear layers."""
 
+    init = _with_layers(variants.DoraLinearVariant, "init")
+
 
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
     """Embeddings."""
+
+    init = _with_layers(variants.DoraEmbeddingVariant, "init")
 
     @staticmethod
     def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
@@ -124,10 +163,27 @@ class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
 class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):
     """Convolutions of one dimension."""
 
+    init = _with_layers(variants.DoraConv1dVariant, "init")
+
 
 class DoraConv2dVariant(OnDorac, variants.DoraConv2dVariant):
     """Convolutions of two dimensions."""
 
+    init = _with_layers(variants.DoraConv2dVariant, "init")
+
 
 class DoraConv3dVariant(OnDorac, variants.DoraConv3dVariant):
     """Convolutions of three dimensions."""
+
+    init = _with_layers(variants.DoraConv3dVariant, "init")
+
+
+_BY_STOCK = {getattr(variants, name): globals()[name] for name in __all__}
+
+
+class TakesVariants:
+    """A LoRA layer that takes dorac's variants where PEFT's class has PEFT's."""
+
+    def resolve_lora_variant(self, **kwargs: Any) -> variants.LoraVariant | None:
+        variant = super().resolve_lora_variant(**kwargs)
+        return _BY_STOCK[type(variant)]() if type(variant) in _BY_STOCK else variant

@@ -99,7 +99,8 @@ def _dequantize_4bit(weight: Tensor) -> Tensor:
 def written_in_place(base_layer: nn.Module) -> Iterator[None]:
     """What the block assigns as the base layer's ``weight.data`` is written to the memory that the weight has.
 
-    FSDP1's ``summon_full_params`` keeps at its end what was written there; an assignment it would lose.
+    FSDP1's ``summon_full_params`` keeps at its end what was written there; an assignment it would lose. It counts as a
+    write in place, for whoever keeps something that was taken of the weight.
 
     Raises:
         RuntimeError: FSDP1 holds the weight in parts now.
@@ -113,7 +114,9 @@ def written_in_place(base_layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         if weight.data_ptr() != memory.data_ptr():
-            weight.data = memory.copy_(weight.data)
+            written, weight.data = weight.data, memory
+            with torch.no_grad():
+                weight.copy_(written)
 
 
 def partitioned_base(view: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""Merging and unmerging that leave a layer, or a whole model, bit for bit as it was if anything is raised.
+
+The originals of the adapted layers' weights are kept until the call is done: on the host, or on a CUDA device while it
+has room.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from peft.tuners.lora import model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from dorac.ops import sharded
+from dorac.peft.state import state
+from dorac.peft.uncovered import report_shared
+from dorac.peft.weights import dense_weight, is_partitioned, is_plain, whole, written_in_place
+from dorac.undo import Undo
+
+_merge_adapter_stock = model.LoraModel.merge_adapter
+_unmerge_adapter_stock = model.LoraModel.unmerge_adapter
+_unload_stock = model.LoraModel._unload_and_optionally_merge
+
+
+def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
+    """Tells the log all that merging or unmerging may change of a layer, whatever class of PEFT's it has.
+
+    Raises:
+        RuntimeError: FSDP1 holds the weight in parts now.
+    """
+    base = layer.base_layer
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if is_plain(weight):
+        whole(weight)
+    for module in base.modules():
+        log.keep_module(module)
+        for attribute in ("state", "_hf_hook"):  # bitsandbytes' and accelerate's, which merging writes to
+            owned = getattr(module, attribute, None)
+            if hasattr(owned, "__dict__") and not isinstance(owned, nn.Module):
+                log.add(_attributes_of(owned))
+    for parameter in base.parameters():
+        if _is_written_in_place(parameter):
+            memory = parameter.data
+            log.keep(memory)
+            log.keep_attribute(parameter, "data")
+        else:
+            log.add(_attributes_of(parameter))
+    log.keep_module(layer)
+
+
+def _attributes_of(owner: object):
+    before = dict(vars(owner))
+
+    def restore() -> None:
+        vars(owner).clear()
+        vars(owner).update(before)
+
+    return restore
+
+
+def _is_written_in_place(parameter: Tensor) -> bool:
+    """Whether merging writes to the memory of this parameter: of a quantised weight PEFT makes another parameter."""
+    if sharded.any_sharded(parameter):
+        return True
+    plain = type(parameter) in (nn.Parameter, Tensor) and not is_partitioned(parameter) and not parameter.is_meta
+    return plain and parameter.untyped_storage().size() > 0
+
+
+class Merging:
+    """What dorac's LoRA layers have instead of PEFT's merging; the weight keeps its memory, too."""
+
+    def merge(self, *args, **kwargs) -> None:
+        with Undo() as log:
+            keep_layer(log, self)
+            with written_in_place(self.get_base_layer()):
+                super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with Undo() as log:
+            keep_layer(log, self)
+            with written_in_place(self.get_base_layer()):
+                super().unmerge()
+
+    @contextlib.contextmanager
+    def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
+        """The base weight with the adapters that are merged taken out of it, dense and detached.
+
+        The merged weight comes back bit for bit, where PEFT merges again, which rounds again.
+        """
+        if not self.merged:
+            yield dense_weight(self.get_base_layer()).detach()
+            return
+        log = Undo()
+        try:
+            keep_layer(log, self)
+            self.unmerge()
+            weight = dense_weight(self.get_base_layer()).detach().clone()
+        finally:
+            log.roll_back()
+        yield weight
+
+
+def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """PEFT's, of all layers or none."""
+    report_shared(self.model, state.reported)
+    with Undo() as log:
+        _keep_layers(log, self.model)
+        _merge_adapter_stock(self, adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+def unmerge_adapter(self) -> None:
+    """PEFT's, of all layers or none."""
+    with Undo() as log:
+        _keep_layers(log, self.model)
+        _unmerge_adapter_stock(self)
+
+
+def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+    """PEFT's, of all layers or none: a refused merge leaves the adapters in their places."""
+    if merge:
+        report_shared(self.model, state.reported)
+    with Undo() as log:
+        if merge:
+            _keep_layers(log, self.model)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) or any(isinstance(m, BaseTunerLayer) for m in module.children()):
+                log.keep_module(module)
+        log.keep_module(self.model)  # which has a peft_config
+        if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
+            log.keep_attribute(self.model.config, "tie_word_embeddings")
+        return _unload_stock(self, merge, *args, **kwargs)
+
+
+def _keep_layers(log: Undo, root: nn.Module) -> None:
+    inside: set[nn.Module] = set()
+    for module in root.modules():
+        if isinstance(module, BaseTunerLayer) and module not in inside:
+            inside.update(module.modules())
+            keep_layer(log, module)
