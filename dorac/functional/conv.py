@@ -128,6 +128,7 @@ def norm_factored_conv(
     factors = lora_A, lora_B, scaling_tensor(scaling, weight, torch.float64)
     outside = _square_outside(*(factors if norm_grad else (t.detach() for t in factors)), groups, budget)
     square = norm.double().square() + outside
+    square = torch.where(square.isnan(), torch.inf, square)
     zero_row = square <= ZERO_ROW_NORM**2  # without a derivative
     return torch.where(zero_row, square.detach(), torch.where(zero_row, 1.0, square)).sqrt().to(norm.dtype)
 

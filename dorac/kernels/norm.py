@@ -2,8 +2,10 @@
 
 A program owns ``BLOCK_O`` rows and a range of columns. Its rows of lora_B stay with it, tiles of lora_A stream through
 L2, ``B @ A`` runs on the tensor cores, and ``W + s * BA`` is squared and summed in float32 registers: nothing of size
-out x in or out x r exists in memory, and nothing cancels. With several column ranges per row block the partial sums
-are written out and added in a fixed order by a second kernel, so that two runs give the same bits.
+out x in or out x r exists in memory, and nothing cancels. With several column ranges per row block the norms over each
+are written out and put together in a fixed order by a second kernel, so that two runs give the same bits.
+
+A program whose squares overflow takes its rows once more, times 2^-64, before it ends: no one else waits for it.
 
 The same launch takes the norms of many layers, each with tensors of its own.
 
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
 from dorac.kernels.launch import Launcher, cdiv
-from dorac.kernels.tiles import load_tile, product, strip_sum
+from dorac.kernels.tiles import load_tile, product
+
+SHRINK = tl.constexpr(2.0**-64)  # exact; as in dorac/ops/norm.py
 
 
 @triton.jit
@@ -33,7 +37,51 @@ def _in_registers(tile, N: tl.constexpr):
 
 
 @triton.jit
-def row_square_kernel(
+def _shrunk_squares(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    scaling,
+    start_o,
+    begin,
+    end,
+    O,
+    I,
+    R,
+    stride_wo,
+    stride_wi,
+    stride_ar,
+    stride_ai,
+    stride_bo,
+    stride_br,
+    BLOCK_O: tl.constexpr,
+    BLOCK: tl.constexpr,  # of columns and of ranks: small, so that the kernel needs no more registers for this
+    EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The sums of squares of a program's rows times 2^-64."""
+    square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
+    for start in tl.range(begin, end, BLOCK, num_stages=1):
+        acc_OI = tl.zeros([BLOCK_O, BLOCK], dtype=tl.float32)
+        for rank in tl.range(0, R, BLOCK, num_stages=1):
+            b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK, EVEN, False)
+            a_RI = load_tile(a_ptr, rank, start, R, I, stride_ar, stride_ai, BLOCK, BLOCK, EVEN, False)
+            acc_OI = product(b_OR, a_RI, acc_OI, SPLIT)
+        w_OI = load_tile(w_ptr, start_o, start, O, I, stride_wo, stride_wi, BLOCK_O, BLOCK, EVEN, False)
+        v_OI = (w_OI.to(tl.float32) + scaling * acc_OI) * SHRINK
+        square_O += tl.sum(v_OI * v_OI, axis=1)
+    return square_O
+
+
+@triton.jit
+def _length(square, shrunk_square):
+    """The norm of a sum of squares, of the shrunk ones where that is not finite; inf for what never is."""
+    length = tl.where(square < float("inf"), tl.sqrt_rn(square), tl.sqrt_rn(shrunk_square) / SHRINK)
+    return tl.where(length == length, length, float("inf"))
+
+
+@triton.jit
+def row_norm_kernel(
     w_ptr,
     a_ptr,
     b_ptr,
@@ -58,12 +106,11 @@ def row_square_kernel(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,  # of lora_B kept resident; 0: more than 3 are loaded anew for every tile
     EVEN: tl.constexpr,  # no tile reaches over an edge
-    FINISH: tl.constexpr,  # one split: write the norm itself
     SPLIT: tl.constexpr,  # float32 factors of a half-precision weight
     REGISTERS: tl.constexpr,  # the resident chunks wait in registers, not in shared memory
     STAGES: tl.constexpr,
 ):
-    """Partial sums of squares ``out[S, E, O]``, or with FINISH the norms ``out[E, O]``."""
+    """The norms over each range of columns, ``out[S, E, O]``."""
     expert = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     start_o = tl.program_id(0) * BLOCK_O
@@ -94,7 +141,8 @@ def row_square_kernel(
 
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     begin = split * columns_per_split
-    for start in tl.range(begin, tl.minimum(begin + columns_per_split, I), BLOCK_I, num_stages=STAGES):
+    end = tl.minimum(begin + columns_per_split, I)
+    for start in tl.range(begin, end, BLOCK_I, num_stages=STAGES):
         w_OI = load_tile(w_ptr, start_o, start, O, I, stride_wo, stride_wi, BLOCK_O, BLOCK_I, EVEN, False)
         acc_OI = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
         if CHUNKS >= 1:
@@ -114,22 +162,52 @@ def row_square_kernel(
         v_OI = w_OI.to(tl.float32) + scaling * acc_OI
         square_O += tl.sum(v_OI * v_OI, axis=1)
 
-    if FINISH:
-        square_O = tl.sqrt_rn(square_O)
+    shrunk_O = square_O
+    if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # hardly ever: the squares are too large
+        shrunk_O = _shrunk_squares(
+            w_ptr,
+            a_ptr,
+            b_ptr,
+            scaling,
+            start_o,
+            begin,
+            end,
+            O,
+            I,
+            R,
+            stride_wo,
+            stride_wi,
+            stride_ar,
+            stride_ai,
+            stride_bo,
+            stride_br,
+            BLOCK_O,
+            16,
+            EVEN,
+            SPLIT,
+        )
     rows_O = start_o + tl.arange(0, BLOCK_O)
     target = (split.to(tl.int64) * tl.num_programs(2) + expert) * O + rows_O
-    tl.store(out_ptr + target, square_O, mask=rows_O < O)
+    tl.store(out_ptr + target, _length(square_O, shrunk_O), mask=rows_O < O)
 
 
 @triton.jit
 def finish_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
-    """``out = sqrt(sum over S of partial[S, size])``."""
+    """``out = sqrt(sum over S of partial[S, size]^2)``."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    tl.store(out_ptr + index, tl.sqrt_rn(strip_sum(partial_ptr, index, mask, size, splits)), mask=mask)
+    square = tl.zeros([BLOCK], dtype=tl.float32)
+    shrunk_square = tl.zeros([BLOCK], dtype=tl.float32)
+    pointers = partial_ptr + index
+    for _ in range(splits):
+        length = tl.load(pointers, mask=mask, other=0.0)
+        square += length * length
+        shrunk_square += (length * SHRINK) * (length * SHRINK)
+        pointers += size
+    tl.store(out_ptr + index, _length(square, shrunk_square), mask=mask)
 
 
-_launch_row_square = Launcher(row_square_kernel)
+_launch_row_norm = Launcher(row_norm_kernel)
 _launch_finish = Launcher(finish_kernel)
 
 
@@ -195,7 +273,7 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     tiles_per_split = cdiv(tiles, config.splits)
     splits = cdiv(tiles, tiles_per_split)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
-    _launch_row_square(
+    _launch_row_norm(
         (cdiv(out_features, config.block_o), splits, experts),
         weight,
         lora_A,
@@ -215,7 +293,6 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
         BLOCK_R=config.block_r,
         CHUNKS=chunks if chunks <= 3 else 0,
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
-        FINISH=splits == 1,
         SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
         REGISTERS=config.registers,
         STAGES=config.stages,

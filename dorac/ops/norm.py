@@ -12,6 +12,10 @@ With ``norm_grad`` the same value carries its gradient: where the leaf runs, thr
 nothing but its inputs and the norm and goes over the columns of W once more in backward (the leaf
 ``row_norm_backward``); elsewhere through :func:`differentiable_norm`, whose plain aten every transform sees.
 
+A row that is not finite has the norm inf on every way to it: some meet an infinite factor with a zero or with another
+infinity where others do not, and NaN would tell the way. float32 squares overflow from norms of 1.8e19 on: there the
+row is taken again times 2^-64, which is exact.
+
 Legend: O out_features, I in_features, R rank, C columns of one chunk; any of them may follow a dimension of experts.
 """
 
@@ -26,6 +30,7 @@ from dorac.ops import front, sharded
 from dorac.ops.library import REVISION, lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
+SHRINK = 2.0**-64  # the squares of what is at most float32's largest number, shrunk, can be added up in float32
 
 
 def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, expanded: bool, budget: int) -> list[slice]:
@@ -52,12 +57,34 @@ def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, expanded: bool
     return [slice(i, i + columns) for i in range(0, max(in_features, 1), columns)]
 
 
+def lengths(rows: Tensor, *, read: bool = False) -> Tensor:
+    """The norm over the last dimension, inf where that is not finite. Overwrites ``rows`` that need no gradient.
+
+    ``read``: looks at the values, for which the CPU waits for nothing, and saves a second pass where it can.
+    """
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    if rows.dtype is torch.float32 and not (read and bool(norm.isfinite().all())):
+        shrunk = rows * SHRINK if rows.requires_grad else rows.mul_(SHRINK)
+        norm = torch.where(norm.isfinite(), norm, torch.linalg.vector_norm(shrunk, dim=-1) / SHRINK)
+    return _inf_for_nan(norm)
+
+
+def _inf_for_nan(norm: Tensor) -> Tensor:
+    return torch.where(norm.isnan(), math.inf, norm)
+
+
 def row_norm_aten(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight_sq: Tensor | None, budget: int
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    weight_sq: Tensor | None,
+    budget: int,
+    read: bool = False,
 ) -> Tensor:
     """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
 
-    With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
+    ``read``: see :func:`lengths`. With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
     reads W in one matmul but cancels where a row of V is much shorter than that row of W.
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
@@ -68,9 +95,7 @@ def row_norm_aten(
         # Summed in float64, so that many small chunks are as exact as one large one.
         square_O = scaled_b_OR.new_zeros(weight.shape[:-1], dtype=torch.float64)
         for chunk in chunks:  # nested, so that no chunk outlives its turn
-            norm_O = torch.linalg.vector_norm(
-                addmm(weight[..., chunk].to(acc), scaled_b_OR, lora_A[..., chunk].to(acc)), dim=-1
-            )
+            norm_O = lengths(addmm(weight[..., chunk].to(acc), scaled_b_OR, lora_A[..., chunk].to(acc)), read=read)
             square_O = square_O + norm_O.to(torch.float64).square()
         return square_O.sqrt().to(acc)
     u_OR = torch.zeros_like(scaled_b_OR)
@@ -78,9 +103,13 @@ def row_norm_aten(
     for chunk in chunks:
         u_OR = addmm(u_OR, weight[..., chunk].to(acc), lora_A[..., chunk].to(acc).mT)
         gram_RR = addmm(gram_RR, lora_A[..., chunk].to(acc), lora_A[..., chunk].to(acc).mT)
-    cross_O = 2 * (scaled_b_OR * u_OR).sum(-1)
-    product_O = ((scaled_b_OR @ gram_RR) * scaled_b_OR).sum(-1)
-    return (weight_sq.to(acc) + cross_O + product_O).clamp_min(0).sqrt()
+    largest_O1 = scaled_b_OR.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)  # its square may overflow
+    scaled_b_OR = scaled_b_OR / largest_O1
+    cross_O = (scaled_b_OR * u_OR).sum(-1).double()
+    product_O = ((scaled_b_OR @ gram_RR) * scaled_b_OR).sum(-1).double()
+    largest_O = largest_O1.squeeze(-1).double()
+    square_O = weight_sq.double() + largest_O * (2 * cross_O + largest_O * product_O)
+    return _inf_for_nan(square_O.clamp_min(0).sqrt().to(acc))
 
 
 def row_norm_backward_aten(
@@ -110,14 +139,17 @@ def row_norm_backward_aten(
 def differentiable_norm(norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
     """``norm``, a constant, with the derivatives of every order of ``||W + s*BA||_row``, in plain aten.
 
-    The square q is expanded, so its value would cancel where a row of V is short; ``q - q.detach()`` is zero and has
-    q's derivatives. A zero row stays constant: its norm has no derivative.
+    It is ``norm * sqrt(1 + (q - q.detach()))`` for ``q = ||V / norm||^2``: q is expanded, so its value would cancel
+    where a row of V is short, but the difference is zero and has q's derivatives. A row that is zero or not finite
+    stays constant: its norm has no derivative.
     """
     acc = norm.dtype
-    w_OI, a_RI, b_OR = weight.to(acc), lora_A.to(acc), scaling * lora_B.to(acc)
-    q_O = w_OI.square().sum(-1) + (b_OR * (2 * (w_OI @ a_RI.mT) + b_OR @ (a_RI @ a_RI.mT))).sum(-1)
     zero_row = norm <= ZERO_ROW_NORM
-    return torch.where(zero_row, norm, (torch.where(zero_row, 1.0, norm).square() + (q_O - q_O.detach())).sqrt())
+    per_norm_O1 = torch.where(zero_row, 1.0, 1 / norm)[..., None]  # before squaring, which might overflow
+    w_OI, a_RI, b_OR = weight.to(acc) * per_norm_O1, lora_A.to(acc), scaling * (lora_B.to(acc) * per_norm_O1)
+    q_O = w_OI.square().sum(-1) + (b_OR * (2 * (w_OI @ a_RI.mT) + b_OR @ (a_RI @ a_RI.mT))).sum(-1)
+    constant = zero_row | norm.isinf() | ~q_O.isfinite()
+    return torch.where(constant, norm, torch.where(constant, 1.0, norm) * (1 + (q_O - q_O.detach())).sqrt())
 
 
 lib.define(
@@ -135,7 +167,11 @@ def _row_norm_cuda(weight, lora_A, lora_B, scaling, weight_sq, budget):
     return row_norm(weight, lora_A, lora_B, scaling)  # reads W once at any rate: neither square nor budget help
 
 
-register_leaf("row_norm", row_norm_aten, _row_norm_cuda)
+def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget):
+    return row_norm_aten(weight, lora_A, lora_B, scaling, weight_sq, budget, read=weight.device.type == "cpu")
+
+
+register_leaf("row_norm", _row_norm, _row_norm_cuda)
 register_leaf("row_norm_backward", row_norm_backward_aten, row_norm_backward_aten)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
-from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.peft.kept import Origin
 from dorac.peft.weights import (
     call_unit,
@@ -94,9 +94,9 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         whole(weight)
         acc = accumulate_dtype(weight, lora_weight)
         if weight.ndim >= 3:
-            norm = row_norm((weight.to(acc) + scaling * lora_weight.to(acc)).flatten(1))
+            norm = lengths((weight.to(acc) + scaling * lora_weight.to(acc)).flatten(1))
             return norm.view(1, -1, *[1] * (weight.ndim - 2))
-        return row_norm(self._matrix(weight).to(acc) + scaling * lora_weight.to(acc))
+        return lengths(self._matrix(weight).to(acc) + scaling * lora_weight.to(acc))
 
     def factored_norm(
         self,
@@ -207,14 +207,6 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def __repr__(self) -> str:
         return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
-
-
-def row_norm(rows: Tensor) -> Tensor:
-    """``||rows||_row`` of ``[out, in]``; rows whose squares would overflow are scaled by a power of two, exactly."""
-    peak = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
-    huge = (peak > torch.finfo(rows.dtype).max ** 0.25) & peak.isfinite()
-    scale = torch.ldexp(torch.ones_like(peak), torch.where(huge, 16 - torch.frexp(peak).exponent, 0))
-    return (torch.linalg.vector_norm(rows * scale, dim=1, keepdim=True) / scale).squeeze(1)
 
 
 def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:
