@@ -84,8 +84,9 @@ def row_norm_aten(
 ) -> Tensor:
     """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
 
-    ``read``: see :func:`lengths`. With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
-    reads W in one matmul but cancels where a row of V is much shorter than that row of W.
+    With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
+    reads W in one matmul but cancels where a row of V is much shorter than that row of W. ``read``: see
+    :func:`lengths`.
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
     addmm = torch.addmm if weight.ndim == 2 else torch.baddbmm

@@ -1,0 +1,123 @@
+"""How many floating-point operations each leaf op takes, for ``torch.utils.flop_counter`` and who reads its registry.
+
+``FlopCounterMode`` sees of a leaf op no more than its name; compiled code is planned by the same registry
+(``activation_memory_budget``). As torch's own formulas these count products alone, two operations for each
+multiplication and addition, and what the aten body of the op does; the Triton kernels do no more. Elementwise ops count
+zero. Grouped products count every row, wherever the offsets end: no formula sees their values.
+
+Importing torch's module takes half a second, and imports Triton. So its registry is filled when somebody imports it.
+"""
+
+import importlib.abc
+import importlib.machinery
+import math
+import sys
+
+import torch
+
+MODULE = "torch.utils.flop_counter"
+
+
+def _product(left, right):
+    """``left @ right`` of shapes ``[*, m, k]`` and ``[*, k, n]``."""
+    return 2 * math.prod(left) * right[-1]
+
+
+def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget, **_):
+    *experts, _, in_features = weight
+    rank = lora_A[-2]
+    if weight_sq is None:
+        return _product(lora_B, lora_A)
+    gram = (*experts, rank, rank)
+    return _product(weight, (in_features, rank)) + _product(lora_A, (in_features, rank)) + _product(lora_B, gram)
+
+
+def _row_norm_backward(row_scale, weight, lora_A, lora_B, scaling, budget, **_):
+    rank, in_features = lora_A[-2:]
+    wide = _product(weight, (in_features, rank)) + _product((*lora_A[:-2], rank, weight[-2]), weight)
+    square = _product((*lora_A[:-2], rank, weight[-2]), lora_B) + _product(lora_B, (rank, rank))
+    return wide + square + 2 * _product(lora_A, (in_features, rank))
+
+
+def _low_rank_linear(x, weight, h, lora_B, **_):
+    return _product(x, (x[1], weight[0])) + _product(h, (h[1], lora_B[0]))
+
+
+def _up_compose(base, h, lora_B, *_, **__):
+    return _product(h, (h[1], lora_B[0]))
+
+
+def _lora_b_backward(dy, inner, magnitude, weight_norm, h, *_, **__):
+    return _product((dy[1], dy[0]), h)
+
+
+def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, *_, **__):
+    return _product((dy[1], dy[0]), h) + _product(dy, lora_B)
+
+
+def _grouped_product(x, weight, offsets, **_):
+    return _product(x, (x[1], weight[1]))
+
+
+def _grouped_outer(left, right, offsets, **_):
+    return _product((left[1], left[0]), right)
+
+
+def _elementwise(*_, **__):
+    return 0
+
+
+FORMULAS = {
+    "row_norm": _row_norm,
+    "row_norm_backward": _row_norm_backward,
+    "low_rank_linear": _low_rank_linear,
+    "up_compose": _up_compose,
+    "up_compose_forward": _up_compose,
+    "lora_b_backward": _lora_b_backward,
+    "low_rank_backward": _low_rank_backward,
+    "grouped_product": _grouped_product,
+    "grouped_outer": _grouped_outer,
+    **dict.fromkeys(
+        (
+            "compose_value",
+            "compose_forward",
+            "compose_backward",
+            "scale",
+            "scale_backward",
+            "sum_by_index",
+        ),
+        _elementwise,
+    ),
+}
+
+
+def _register(flop_counter) -> None:
+    for name, formula in FORMULAS.items():
+        op = getattr(torch.ops.dorac, name)
+        if op not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(op)(formula)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Finds torch's module as Python does, and registers the formulas once it has run."""
+
+    def find_spec(self, fullname, path, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == MODULE else None
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_register(module):
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register() -> None:
+    """Registers the formulas, now and whenever ``torch.utils.flop_counter`` is imported."""
+    if MODULE in sys.modules:
+        _register(sys.modules[MODULE])
+    if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OnImport())
