@@ -231,6 +231,23 @@ def test_unmerge_bound_at_any_rank(dtype, shape):
     assert ((back.double() - inputs.weight.double()).abs() <= bound + 4 * torch.finfo(dtype).eps * slack).all()
 
 
+def test_unmerge_where_g_times_the_product_overflows():
+    """The bound asks no more than that ``g * V`` is a normal number; the product is taken off after the division."""
+    generator = torch.Generator().manual_seed(0)
+    lora_A, lora_B = torch.rand(2, 16, generator=generator) + 1, torch.rand(8, 2, generator=generator) * 1e30
+    product = lora_B @ lora_A
+    weight = -product * (1 - 1e-6 * torch.rand(8, 16, generator=generator))
+    magnitude = 1e10 * functional.norm_factored(weight, lora_A, lora_B, 1.0)
+    assert (magnitude.max() * product.max() / 1e25).isinf()
+    args = (lora_A, lora_B, magnitude)
+    merged, norm = functional.merge_weight(weight, *args, scaling=1.0)
+    assert merged.isfinite().all()
+    back = functional.unmerge_weight(merged, *args, scaling=1.0, weight_norm=norm)
+    adapted = reference.adapted_weight(weight.double(), lora_A.double(), lora_B.double(), 1.0)
+    bound = 2 * torch.finfo(torch.float32).eps * torch.maximum(adapted.abs(), weight.double().abs())
+    assert ((back.double() - weight.double()).abs() <= bound).all()
+
+
 def test_merge_under_autocast():
     inputs = linear_inputs("aligned", dtype=torch.float32)
     args = (inputs.lora_A, inputs.lora_B, inputs.magnitude)

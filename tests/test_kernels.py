@@ -1,7 +1,9 @@
 """The Triton kernels against float64: on the GPU as they are, on the CPU through Triton's interpreter."""
 
 import collections
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -483,6 +485,40 @@ def test_compiled_once_for_what_triton_specialises_on():
     launcher((1, 1, 1), *again, warps=4, BLOCK=64)
     assert compiler.compilations == len(kinds) + 1
     assert compiler.launches == [(*again, 64)]
+
+
+def test_compiled_for_each_device(monkeypatch):
+    """A compiled kernel is loaded on one device, and launched on the one where its arguments are."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on_device(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+
+    class Loaded(Compiler):
+        def __getitem__(self, grid):
+            def compile_and_launch(*arguments, num_warps, BLOCK):
+                self.compilations += 1
+                loaded_on = current[0]
+                return collections.defaultdict(lambda: lambda *launch: self.launches.append((loaded_on, current[0])))
+
+            return compile_and_launch
+
+    compiler = Loaded()
+    launcher = Launcher(compiler)
+    for index in (0, 1, 0, 1, 2):
+        tensor = types.SimpleNamespace(
+            device=torch.device("cuda", index), dtype=torch.float32, data_ptr=lambda: 64 * 1024
+        )
+        launcher((1, 1, 1), tensor, tensor, 24, 32, warps=4, BLOCK=64)
+    assert compiler.compilations == 3
+    assert compiler.launches == [(0, 0), (1, 1)]  # the third and the fourth: the first of each compile
+    assert current == [0]
 
 
 class TestConfigs:

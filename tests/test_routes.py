@@ -93,6 +93,30 @@ def test_gradcheck(route, bias):
     assert torch.autograd.gradgradcheck(function, args, check_rev_over_rev=True, **options)
 
 
+@pytest.mark.parametrize("how", ["eager", "differentiable", "transform", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 24])  # with both products along in backward, and with one
+def test_the_magnitude_of_a_zero_row_gets_no_gradient(route, how, dtype, rank, device):
+    """Its g is the constant 1, whatever dy is; the gradients of the other rows are not touched."""
+    inputs = linear_inputs((9, 30, 20, rank), dtype=dtype, device=device)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    norm[[3, 7]] = torch.tensor([0.0, 1e-13], device=device)
+    leaves = inputs.leaves()
+    y_weights = torch.linspace(1, 2, 30, device=device)
+
+    def loss(*tensors):
+        return (functional.dora_linear(*tensors, scaling=S, weight_norm=norm).float() * y_weights).sum()
+
+    if how == "transform":
+        grads = torch.func.grad(loss, argnums=(3, 4))(*inputs.tensors())
+    else:
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss
+        twice = how == "differentiable"
+        grads = torch.autograd.grad(run(*leaves.tensors()), (leaves.lora_B, leaves.magnitude), create_graph=twice)
+    assert (grads[1] == 0).nonzero().flatten().tolist() == [3, 7]
+    assert (grads[0] != 0).all()  # the row itself learns
+
+
 def test_second_derivative_of_the_magnitude_alone(route):
     """With only m and x trained, the second derivative goes through the saved inner."""
     inputs = linear_inputs((3, 4, 5, 2))

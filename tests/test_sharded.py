@@ -225,6 +225,18 @@ def layouts(mesh, _folder):
     y.backward(distribute_tensor(dy, mesh, [columns]))
     assert_gradients((x, *others), reference.tensors())
 
+    # A row that is not finite, and one whose squares overflow, on one rank and over both.
+    for layout in (([whole], [rows], [whole], [rows]), ([columns], [columns], [columns], [whole])):
+        _, weight, lora_A, lora_B, *_ = tensors_in(mesh, *layout)
+        factor = torch.ones(13, 1, dtype=torch.float64)
+        factor[2], factor[11] = float("inf"), 1e25
+        factor = distribute_tensor(factor, mesh, [rows if layout[1] == [rows] else whole])
+        with torch.no_grad():
+            single = [(weight * factor).float(), lora_A.float(), lora_B.float()]
+        norm = functional.norm_factored(*single, 0.7)
+        assert_same(norm.full_tensor()[11], functional.norm_factored(*(t.full_tensor() for t in single), 0.7)[11])
+        assert norm.full_tensor().isfinite().logical_not().nonzero().tolist() == [[2]]
+
     # Second derivatives.
     def second(x, *others):
         y = functional.dora_linear(x, *others, scaling=0.7)
