@@ -88,6 +88,12 @@ def dora_linear(
         ``[*, out]`` in the dtype of ``x W^T``. Gradients flow to x, lora_A, lora_B, magnitude, bias and weight,
         through the norm only if ``norm_grad`` or a ``weight_norm`` that requires a gradient says so.
 
+        Where ``lora_B = 0`` and ``m = n`` it is ``F.linear(x, weight, bias)``, bit for bit, in eager float32 and
+        float64 on the CPU (a zero may lose its sign; with experts the bias follows the product, as in their modules).
+        For that, wherever no kernel runs, these dtypes have the bias inside the product and compute
+        ``g * (x W^T + b + s ...) + (1 - g) * b``: of b, two roundings of ``g * b`` more. The magnitude's gradient is
+        ``sum dy * (x W^T + b + s ... - b) / n``, every term of it exact to roundings of ``|x W^T| + |b|``.
+
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
             outside [0, 1), ``norm_grad`` together with ``weight_norm``.
