@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from dorac.testing.poison import poisoned_memory
+
 torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to the bounds of float32
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +20,13 @@ def device(request) -> str:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison():
+    """Memory that dorac allocates and does not write is NaN."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from dorac.testing.poison import poisoned_memory
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels then run on CPU tensors; read when triton is imported
 
@@ -21,6 +23,13 @@ def device(request) -> str:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison():
+    """Memory that dorac allocates and does not write is NaN."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

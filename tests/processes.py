@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dorac.testing.poison import poisoned_memory
+
 WORLD = 2
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -21,7 +23,8 @@ def _start(rank, worker, folder, device, args):
         torch.set_default_device(torch.device("cuda", rank))
         torch.backends.cudnn.allow_tf32 = False  # as conftest.py, which these processes don't read
     dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    worker(*args)
+    with poisoned_memory():  # as conftest.py
+        worker(*args)
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
