@@ -180,13 +180,13 @@ def _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
     """:func:`_scale_backward` with d_lora_B."""
     d_inner, d_magnitude = _scale_backward(dy, inner, magnitude, weight_norm)
     d_b = d_inner.to(h.dtype).t() @ h
-    return d_inner, d_magnitude, d_b if h_is_scaled else scaling * d_b
+    return d_inner, d_magnitude, d_b if h_is_scaled else _scaled(scaling, d_b)
 
 
 def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
     """:func:`_lora_b_backward` with ``d_h = s * d_inner lora_B`` (of h without its scaling)."""
     d_inner, d_magnitude, d_b = _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
-    return d_inner, d_magnitude, scaling * (d_inner.to(lora_B.dtype) @ lora_B), d_b
+    return d_inner, d_magnitude, _scaled(scaling, d_inner.to(lora_B.dtype) @ lora_B), d_b
 
 
 def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
@@ -273,10 +273,16 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     return "accumulate" if training and lora_A.shape[0] > 64 and not few else "fused"
 
 
+def _scaled(scaling, product):
+    """``s * product``. Beside a half-precision tensor torch rounds a 0-d one to half precision first."""
+    acc = accumulate_dtype(product)
+    return (scaling.to(acc) * product.to(acc)).to(product.dtype)
+
+
 def _scaled_product(left, right, scaling, number, eager):
     """``s * (left @ right)``; where s is known as a number, it is the GEMM's alpha."""
     if number is None:
-        return scaling * (left @ right)
+        return _scaled(scaling, left @ right)
     # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero. A row of
     # the right factor costs no launch, and it is finite where the product is.
     rows = right.shape[0]
@@ -389,7 +395,7 @@ class _DoraLinear(torch.autograd.Function):
                 if needs_weight:
                     d_weight = d_inner.t() @ x
             if d_h_again is not None and (needs_x or needs_a):
-                d_h = _sum(d_h, scaling * d_h_again if h_is_scaled else d_h_again)
+                d_h = _sum(d_h, _scaled(scaling, d_h_again) if h_is_scaled else d_h_again)
             if needs_a and d_h is not None:
                 d_a = d_h.t() @ x.to(lora_dtype)
             if needs_x and d_h is not None:
