@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear
+from dorac.ops import front
 
 
 class ColwiseParallel(_ColwiseParallel):
@@ -72,6 +73,13 @@ def _summed(gradient: DTensor) -> DTensor:
     return gradient.redistribute(placements=[Replicate()] * gradient.device_mesh.ndim)
 
 
+def _sum_gradients(layer: DoraLayer) -> None:
+    """Has the gradients of the layer's replicated parameters summed."""
+    for parameter in layer.parameters(recurse=False):
+        if parameter.requires_grad and parameter.placements[0] == Replicate():
+            front.hook_once(parameter, _summed)
+
+
 def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix: Placement) -> nn.Module:
     """Distributes the layer's parameters, ``matrix`` being the layout of the ``[out, in]`` matrix that it adapts."""
     kind = type(style).__name__
@@ -96,15 +104,15 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
         for key, parameter in module.named_parameters(recurse=False):
             placement = placements[f"{name}.{key}".lstrip(".")]
             shards = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
-            shards = nn.Parameter(shards, requires_grad=parameter.requires_grad)
-            if shards.requires_grad and placement == Replicate():
-                shards.register_hook(_summed)
-            module.register_parameter(key, shards)
+            module.register_parameter(key, nn.Parameter(shards, requires_grad=parameter.requires_grad))
 
-    return distribute_module(
+    distribute_module(
         layer,
         mesh,
         partition,
         partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
         partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
     )
+    layer.on_new_parameters = _sum_gradients
+    layer.follow_parameters()
+    return layer

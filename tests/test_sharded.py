@@ -385,6 +385,14 @@ def tensor_parallel(mesh, folder):
         assert p.grad is None or p.grad.placements == p.placements, name
     assert_same(loss, train(reference, x, y))
     assert_same_gradients(model, reference)
+    loaded = parallelized(copy.deepcopy(reference))
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    # Tensors' hooks follow neither a copy nor a move.
+    for moved in (copy.deepcopy(model), copy.deepcopy(model).double().float(), loaded):
+        train(moved, x, y)
+        for name, p in moved.named_parameters():
+            assert p.grad is None or p.grad.placements == p.placements, name
+        assert_same_gradients(moved, reference)
 
     total = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert_same(total, nn.utils.clip_grad_norm_(reference.parameters(), 0.1))

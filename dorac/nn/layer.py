@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -146,7 +146,9 @@ class DoraLayer(nn.Module):
         self.cached_norm: Tensor | None = None
         self.cached_of: tuple[Tensor, ...] | None = None
         self.check_cached_norm = False
-        self.register_load_state_dict_post_hook(_norm_after_load)
+        # Called with the layer where other tensors have taken the place of its parameters: hooks of theirs are lost.
+        self.on_new_parameters: Callable[[DoraLayer], None] | None = None
+        self.register_load_state_dict_post_hook(_after_load)
         self.reset_parameters()
         base_layer.requires_grad_(False)
 
@@ -316,7 +318,13 @@ class DoraLayer(nn.Module):
         if self.merged_norm is not None:
             self.merged_norm = move(self.merged_norm)
         norm_cache.refresh([self])
+        self.follow_parameters()
         return self
+
+    def follow_parameters(self) -> None:
+        """After other tensors may have taken the place of the parameters."""
+        if self.on_new_parameters is not None:
+            self.on_new_parameters(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "scaling":  # torch's assignment of a parameter passes by the property
@@ -349,13 +357,18 @@ class DoraLayer(nn.Module):
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
         return super().__getstate__() | {"caches_norm": False, "cached_norm": None, "cached_of": None}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.follow_parameters()
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
 
 
-def _norm_after_load(layer: DoraLayer, incompatible_keys: object) -> None:
+def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:
     """After ``load_state_dict`` of the layer or of what holds it."""
     norm_cache.refresh([layer])
+    layer.follow_parameters()
 
 
 def check_hyperparameters(
