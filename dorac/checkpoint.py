@@ -17,7 +17,7 @@ from dorac import adapter_config, notices
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
-from dorac.nn import DoraLayer, layer_class, norm_cache
+from dorac.nn import DoraLayer, layer_class, norm_cache, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, plain_name
@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings).
+            settings); an adapter without values or with values that are not finite.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
@@ -55,6 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _refuse_root(layers)
     config = adapter_config.describe(model, layers)
     reshard(model)
+    _refuse_without_values(layers)
     notices.warn_untrained(layers, stacklevel=2)
     parameters = _adapter_tensors(model, layers)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
@@ -76,6 +77,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             _flush(path)
         _move_both(weights, settings, directory)
     _flush(directory)
+
+
+def _refuse_without_values(layers: dict[str, DoraLayer]) -> None:
+    """An adapter on ``meta``, or one that is not finite, could not be loaded again."""
+    for name, layer in layers.items():
+        starts.settle(layer)
+        for key, parameter in layer.named_parameters(recurse=False):
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name}.{key} is on meta and has no values: load the base weights or an adapter first"
+                )
+            if not sharded.all_finite(parameter):
+                raise ValueError(f"{name}.{key} is not finite: the adapter is not saved")
 
 
 def _sort_metadata(path: Path) -> None:
@@ -206,6 +220,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
         for layer in layers.values():
             layer.keep_norm(log)
+            starts.has_values(layer, loaded=True)
         norm_cache.refresh(layers.values())
     return list(layers)
 

@@ -3,14 +3,15 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional
-from dorac.nn import merging, norm_cache
+from dorac.nn import merging, norm_cache, starts
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -148,8 +149,15 @@ class DoraLayer(nn.Module):
         self.check_cached_norm = False
         # Called with the layer where other tensors have taken the place of its parameters: hooks of theirs are lost.
         self.on_new_parameters: Callable[[DoraLayer], None] | None = None
+        # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, and what
+        # load_state_dict brings while it runs.
+        self.waiting: RemovableHandle | None = None
+        self.magnitude_loaded = False
+        self.loading = starts.Loading()
         self.register_load_state_dict_post_hook(_after_load)
         self.reset_parameters()
+        if weight.is_meta:
+            starts.wait(self)
         base_layer.requires_grad_(False)
 
     def _adopt(self, base_layer: nn.Module) -> None:
@@ -163,9 +171,11 @@ class DoraLayer(nn.Module):
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         with Undo() as log:
             self.keep_norm(log)
+            starts.materialise(self)
             log.keep(*self.parameters(recurse=False))
             self._draw_factors()
             self._reset_magnitudes()
+            self.magnitude_loaded = False
             norm_cache.refresh([self])
 
     def _reset_magnitudes(self) -> None:
@@ -313,8 +323,10 @@ class DoraLayer(nn.Module):
             keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
             return tensor.to(moved.device) if keep else moved
 
+        values = starts.before_move(self)
         norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
         super()._apply(move, recurse)
+        starts.after_move(self, values)
         if self.merged_norm is not None:
             self.merged_norm = move(self.merged_norm)
         norm_cache.refresh([self])
@@ -325,6 +337,10 @@ class DoraLayer(nn.Module):
         """After other tensors may have taken the place of the parameters."""
         if self.on_new_parameters is not None:
             self.on_new_parameters(self)
+
+    def train(self, mode: bool = True) -> Self:
+        starts.settle(self)
+        return super().train(mode)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "scaling":  # torch's assignment of a parameter passes by the property
@@ -341,6 +357,7 @@ class DoraLayer(nn.Module):
     ):
         """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
         self.refuse_loading(prefix.rstrip("."))
+        starts.before_load(self, state_dict, prefix)
         errors = len(error_msgs)
         with Undo() as log:
             log.keep_module(self)
@@ -367,6 +384,7 @@ class DoraLayer(nn.Module):
 
 def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:
     """After ``load_state_dict`` of the layer or of what holds it."""
+    starts.after_load(layer)
     norm_cache.refresh([layer])
     layer.follow_parameters()
 
