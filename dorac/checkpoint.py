@@ -119,7 +119,7 @@ def _move_both(weights: Path, settings: Path, directory: Path) -> None:
 def _insist(move: Callable[[], None]) -> None:
     try:
         move()
-    except KeyboardInterrupt:
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):  # it was made already
             move()
         raise

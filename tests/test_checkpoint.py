@@ -5,10 +5,15 @@ import copy
 import json
 import os
 import resource
+import tempfile
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -610,6 +615,160 @@ def test_an_unwritable_directory_is_an_os_error(tmp_path):
             dorac.save_adapter(tiny(), directory)
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_an_interruption_between_the_two_files_leaves_one_pair(error, at, after, tmp_path, monkeypatch):
+    old, new = adapted(Model(), ["up", "down"]), adapted(Model(), ["up", "down"], lora_alpha=60)
+    dorac.save_adapter(old, tmp_path)
+    moves = []
+
+    def replace(source, target, move=os.replace):
+        moves.append(target)
+        if len(moves) - 1 != at or after:
+            move(source, target)
+        if len(moves) - 1 == at:
+            raise error("injected")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(error):
+        dorac.save_adapter(new, tmp_path)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    loaded = Model()
+    dorac.load_adapter(loaded, tmp_path)
+    expected = old if (at, after) == (0, False) else new
+    assert_same_adapter(loaded, expected)
+    assert loaded.blocks[0].up.scaling == expected.blocks[0].up.scaling
+
+
+def test_a_machine_that_stops_between_the_two_files(tmp_path, monkeypatch):
+    """New weights beside the old config: their shapes fit, their scaling would not."""
+    dorac.save_adapter(tiny(), tmp_path)
+
+    def replace(source, target, move=os.replace):
+        if target.name == CONFIG:
+            raise OSError("gone")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="gone"):
+        dorac.save_adapter(tiny(lora_alpha=60), tmp_path)
+    monkeypatch.undo()
+    for model in (Model(), tiny(), tiny(lora_alpha=60)):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="lora_alpha differ") as caught:
+            dorac.load_adapter(model, tmp_path)
+        assert str(tmp_path / CONFIG) in str(caught.value)
+        assert str(tmp_path / WEIGHTS) in str(caught.value)
+        assert_unchanged(model, before)
+    dorac.save_adapter(tiny(lora_alpha=60), tmp_path)  # the remedy
+    dorac.load_adapter(Model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"base_model_name_or_path": "mine/base", "inference_mode": False, "task_type": "CAUSAL_LM", "revision": "v2"},
+        {"lora_dropout": 0.3},
+        {"r": 4, "lora_alpha": 6.0, "use_rslora": None, "modules_to_save": [], "exclude_modules": None},
+        {"target_modules": ["down", "up", "up"], "rank_pattern": None},
+        {"peft_version": "0.21.2", "runtime_config": {}, "qalora_group_size": 16, "eva_config": None},
+    ],
+)
+def test_edits_of_a_config_that_mean_nothing_to_the_weights(edit, tmp_path):
+    model = tiny()
+    dorac.save_adapter(model, tmp_path)
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    other = Model()
+    dorac.load_adapter(other, tmp_path)
+    assert_same_adapter(other, model)
+
+
+def test_the_remedy_for_a_config_that_was_edited_on_purpose(tmp_path):
+    """The sentence holds the code."""
+    dorac.save_adapter(tiny(), tmp_path)
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 12}))
+    with pytest.raises(ValueError, match="edited on purpose") as caught:
+        dorac.load_adapter(Model(), tmp_path)
+    exec("import safetensors.torch\n" + str(caught.value).partition("out of the weights: ")[2].replace("; ", "\n"))
+    model = Model()
+    dorac.load_adapter(model, tmp_path)
+    assert model.blocks[0].up.scaling == 3
+
+
+def test_both_files_and_the_directory_reach_the_disk_in_order(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle, real=os.fsync: (done.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b, real=os.replace: (done.append(f"moved {os.path.basename(b)}"), real(a, b))
+    )
+    dorac.save_adapter(tiny(), tmp_path)
+    assert [os.path.basename(name) for name in done[:2]] == [WEIGHTS, CONFIG]
+    assert done[2:] == [f"moved {WEIGHTS}", f"moved {CONFIG}", str(tmp_path)]
+
+
+def test_the_same_adapter_gives_the_same_files(tmp_path):
+    """safetensors writes its metadata in any order."""
+    model = tiny()
+    for i in range(8):
+        dorac.save_adapter(model, tmp_path / str(i))
+    assert len({(tmp_path / str(i) / WEIGHTS).read_bytes() for i in range(8)}) == 1
+
+
+def test_a_directory_in_the_place_of_a_file(tmp_path):
+    for name in (WEIGHTS, CONFIG):
+        dorac.save_adapter(tiny(), tmp_path / name)
+        (tmp_path / name / name).unlink()
+        (tmp_path / name / name).mkdir()
+        before = sorted(os.listdir(tmp_path / name))
+        with pytest.raises(OSError, match=name):
+            dorac.save_adapter(tiny(), tmp_path / name)
+        assert sorted(os.listdir(tmp_path / name)) == before
+        with pytest.raises(OSError, match=name):
+            dorac.load_adapter(Model(), tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission(tmp_path):
+    for name in (WEIGHTS, CONFIG):
+        dorac.save_adapter(tiny(), tmp_path / name)
+        (tmp_path / name / name).chmod(0)
+        with pytest.raises(PermissionError, match=name):
+            dorac.load_adapter(Model(), tmp_path / name)
+
+
+def test_links_as_in_the_cache_of_a_hub(tmp_path):
+    """Read through; saving there puts files in the place of the links, and leaves what they lead to."""
+    model = tiny()
+    dorac.save_adapter(model, tmp_path / "blobs")
+    snapshots = tmp_path / "snapshots" / "main"
+    snapshots.mkdir(parents=True)
+    for name in (WEIGHTS, CONFIG):
+        (snapshots / name).symlink_to(os.path.join("..", "..", "blobs", name))
+    other = Model()
+    dorac.load_adapter(other, snapshots)
+    assert_same_adapter(other, model)
+    before = contents(tmp_path / "blobs")
+    dorac.save_adapter(tiny(lora_alpha=60), snapshots)
+    assert contents(tmp_path / "blobs") == before
+    dorac.load_adapter(Model(), snapshots)
+
+
+def test_an_adapter_that_is_not_finite_does_not_replace_one_that_is(tmp_path):
+    model = tiny()
+    dorac.save_adapter(model, tmp_path)
+    before = contents(tmp_path)
+    model.blocks[1].up.lora_B.data[2, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"^blocks\.1\.up\.lora_B is not finite: the adapter is not saved"):
+        dorac.save_adapter(model, tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"Model holds no DoRA layer; wrap it with dorac.apply_dora first"):
         dorac.save_adapter(Model(), tmp_path)
@@ -734,6 +893,76 @@ REFUSED = {
     "dropout": (change_config(lora_dropout=1.5), r"lora_dropout must be in \[0, 1\), got 1.5"),
     "names of another kind": (change_config(target_modules=5), "target_modules must be a string or a list"),
     "a broken regex": (change_config(target_modules="(up"), r"target_modules is not a valid regex: '\(up'"),
+    "a regex nested too deeply": (change_config(target_modules="(" * 5000 + "a" + ")" * 5000), "nested too deeply"),
+    "a regex of too many repeats": (
+        change_config(target_modules="a{9999999999}"),
+        "target_modules is not a valid regex",
+    ),
+    "a back reference": (change_config(target_modules=r"(a|b)\1"), "dorac takes only plain regexes from a file"),
+    "a broken key": (change_config(rank_pattern={"(": 3}), r"rank_pattern has a key that is not a valid regex: '\('"),
+    "a look-behind in a key": (change_config(alpha_pattern={r"(?<=a)up": 3}), "dorac takes only plain regexes"),
+    "a regex for layers": (
+        change_config(target_modules=["up"], layers_to_transform=[0], layers_pattern="(a+)+"),
+        r"layers_pattern must be names of letters, digits and dots here, got '\(a\+\)\+'",
+    ),
+    "words for use_dora": (change_config(use_dora="false"), "use_dora must be true or false, got 'false'"),
+    "words for use_rslora": (
+        change_config(use_rslora="false"),
+        "use_rslora must be true or false or null, got 'false'",
+    ),
+    "a number for use_rslora": (change_config(use_rslora=1), "use_rslora must be true or false or null, got 1"),
+    "words for inference_mode": (change_config(inference_mode="no"), "inference_mode must be true or false or null"),
+    "a flag for the rank": (change_config(r=True), "r must be an integer, got True"),
+    "half a rank": (change_config(r=4.0), "r must be an integer, got 4.0"),
+    "an enormous rank": (change_config(r=2**40), "r must be at most 2147483647, got 1099511627776"),
+    "an enormous rank in a pattern": (change_config(rank_pattern={"^a": 10**30}), "r must be at most 2147483647"),
+    "a rank without room": (
+        change_config(r=2**31 - 1),
+        r"the model has \[2147483647, 6\], the file \[4, 6\]|the file 2\.79397e-09",
+    ),
+    "a negative rank": (change_config(r=-4), "r must be at least 1, got -4"),
+    "an alpha beyond floats": (change_config(lora_alpha=10**400), "adapter_config.json: "),
+    "a flag for alpha": (change_config(lora_alpha=True), "lora_alpha must be an? (integer or a )?number, got True"),
+    "words for dropout": (change_config(lora_dropout="0.1"), "lora_dropout must be a number or null, got '0.1'"),
+    "a layer in words": (change_config(layers_to_transform=["1"]), r"layers_to_transform must be .*, got \['1'\]"),
+    "a flag for a layer": (change_config(layers_to_transform=[True]), r"layers_to_transform must be .*, got \[True\]"),
+    "saved modules as a string": (change_config(modules_to_save="head"), "modules_to_save must be a list or null"),
+    "a number among names": (
+        change_config(target_modules=["up", 1]),
+        "target_modules must be a string or a list of str",
+    ),
+    "a list for the base": (change_config(base_model_name_or_path=[]), "base_model_name_or_path must be a string or n"),
+    "a config nested too deeply": (write(CONFIG, b"[" * 100_000), r"adapter_config\.json is not valid JSON"),
+    "a number too long to read": (write(CONFIG, b"1" * 10_000), r"adapter_config\.json is not valid JSON"),
+    "an empty config": (write(CONFIG, b""), r"adapter_config\.json is not valid JSON"),
+    "metadata that are no digests": (
+        lambda directory: save_file(load_file(directory / WEIGHTS), directory / WEIGHTS, {"dorac_config": "?"}),
+        r"adapter_model\.safetensors: its metadata 'dorac_config' is damaged",
+    ),
+    "a base weight": (
+        change_tensors(lambda t: t.update({f"{KEY}.base_layer.weight": torch.zeros(9, 6)})),
+        DOES_NOT_FIT + rf"unexpected: {KEY}\.base_layer\.weight$",
+    ),
+    "NaN": (
+        change_tensors(lambda t: t[f"{KEY}.lora_A.weight"][1].fill_(float("nan"))),
+        DOES_NOT_FIT + rf"values of {KEY}\.lora_A\.weight: not all are finite$",
+    ),
+    "an infinite magnitude": (
+        change_tensors(lambda t: t[f"{KEY}.lora_magnitude_vector"][3:].fill_(float("-inf"))),
+        DOES_NOT_FIT + rf"values of {KEY}\.lora_magnitude_vector: not all are finite$",
+    ),
+    "NaN in a saved module": (
+        change_tensors(lambda t: t["base_model.model.head.bias"][1:].fill_(float("nan"))),
+        DOES_NOT_FIT + r"values of base_model\.model\.head\.bias: not all are finite$",
+    ),
+    "values beyond float32": (
+        change_tensors(lambda t: t.update({f"{KEY}.lora_B.weight": torch.full((9, 4), 1e300, dtype=torch.float64)})),
+        DOES_NOT_FIT + rf"values of {KEY}\.lora_B\.weight: not all are finite",
+    ),
+    "integers in a saved module": (
+        change_tensors(lambda t: t.update({"base_model.model.head.bias": torch.zeros(5, dtype=torch.int64)})),
+        DOES_NOT_FIT + r"dtype of base_model\.model\.head\.bias: torch\.int64$",
+    ),
 }
 
 
@@ -842,6 +1071,172 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
     change_tensors(lambda t: t.update({f"extra.{i}": torch.zeros(1) for i in range(60)}))(tmp_path)
     with pytest.raises(ValueError, match=r"unexpected: extra.*\n  \.\.\. and 10 more$"):
         dorac.load_adapter(tiny(), tmp_path)
+
+
+def test_values_beyond_half_precision(tmp_path):
+    """Of float32 and of float16, which bfloat16 factors hold."""
+    model = tiny()
+    model.blocks[1].up.lora_A.data[0, 0] = 1e6
+    dorac.save_adapter(model, tmp_path)
+    for dtype in HALF:
+        other = tiny(adapter_dtype=dtype)
+        before = snapshot(other)
+        if dtype == torch.bfloat16:
+            dorac.load_adapter(other, tmp_path)
+        else:
+            with pytest.raises(
+                ValueError, match=r"blocks\.1\.up\.lora_A\.weight: not all are finite in torch\.float16$"
+            ):
+                dorac.load_adapter(other, tmp_path)
+            assert_unchanged(other, before)
+
+
+def test_a_saved_module_may_hold_infinite_buffers_and_counters(tmp_path):
+    def build():
+        model = Model()
+        model.norm.register_buffer("mask", torch.full((3,), float("-inf")))
+        return model
+
+    model = adapted(build(), ["up"], modules_to_save=["norm"])
+    model.norm.num_batches_tracked += 3
+    dorac.save_adapter(model, tmp_path)
+    other = build()
+    other.norm.mask.zero_()
+    dorac.load_adapter(other, tmp_path)
+    assert torch.equal(other.norm.mask, model.norm.mask)
+    assert other.norm.num_batches_tracked == 3
+    key = "base_model.model.norm.num_batches_tracked"
+    change_tensors(lambda t: t.update({key: torch.tensor(3.5)}))(tmp_path)
+    with pytest.raises(ValueError, match=rf"dtype of {key}: torch\.float32$"):
+        dorac.load_adapter(build(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "q_proj"])
+def test_base_weights_of_other_layers_than_the_embeddings_are_refused(name, tmp_path):
+    model = adapted(llama(), ["lm_head", "q_proj"])
+    dorac.save_adapter(model, tmp_path)
+    full = next(key for key in dora_layers(model) if key.endswith(name))
+    weight = model.get_submodule(full).base_layer.weight.detach()
+    change_tensors(lambda t: t.update({f"base_model.model.{full}.base_layer.weight": weight + 1}))(tmp_path)
+    for other in (llama(), adapted(llama(), ["lm_head", "q_proj"])):
+        before = snapshot(other)
+        if name == "lm_head":
+            dorac.load_adapter(other, tmp_path)
+            assert torch.equal(other.lm_head.base_layer.weight, weight + 1)
+        else:
+            with pytest.raises(ValueError, match=rf"unexpected: base_model\.model\.{full}\.base_layer\.weight$"):
+                dorac.load_adapter(other, tmp_path)
+            assert_unchanged(other, before)
+
+
+HANGS = {
+    "target_modules": {"target_modules": "(([a-z.0-9]+)+)+!"},
+    "exclude_modules": {"exclude_modules": "(.*)*(.*)*(.*)*(.*)*!"},
+    "rank_pattern": {"rank_pattern": {"(.*.*.*)*.*.*.*!": 3}},
+    "alpha_pattern": {"alpha_pattern": {r"((\w|\.)*)*!": 3}},
+}
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_a_regex_of_a_file_does_not_hang(case, tmp_path):
+    """By re these take 2^n steps for a name of n letters."""
+
+    def build():
+        return nn.ModuleDict({"a" * 60: Model()})
+
+    dorac.save_adapter(adapted(build(), ["up", "down"]), tmp_path)
+    change_config(**HANGS[case])(tmp_path)
+    model = build()
+    start = time.process_time()
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dorac.load_adapter(model, tmp_path)
+    assert bool(dora_layers(model)) == (case != "target_modules")
+    assert time.process_time() - start < 20
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([-1, 0, 1, 4, 6, 2**31, 2**63, 10**400, "false", "all-linear", "up", ".*", "(", ["up"], [[]], {}]),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.one_of(st.text(max_size=4), st.integers(), st.none()), max_size=3),
+    st.dictionaries(
+        st.text(max_size=6), st.one_of(st.integers(), st.floats(), st.text(max_size=3), st.none()), max_size=3
+    ),
+)
+FIELDS = [
+    "peft_type",
+    "use_dora",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "base_model_name_or_path",
+    "something_new",
+]
+EDITS = st.one_of(
+    st.tuples(st.just("config"), st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=3)),
+    st.tuples(
+        st.sampled_from([WEIGHTS, CONFIG]), st.tuples(st.floats(0, 1), st.binary(max_size=9), st.integers(0, 40))
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    dorac.save_adapter(tiny(modules_to_save=["head"]), directory)
+    return contents(directory)
+
+
+@settings(max_examples=100, deadline=None)
+@given(edit=EDITS, tied=st.booleans(), wrapped=st.booleans())
+@pytest.mark.filterwarnings("ignore:.*has keys that match no adapted module")
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
+def test_a_damaged_file_is_refused_or_read_as_it_is(saved, edit, tied, wrapped):
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        for name, data in saved.items():
+            (directory / name).write_bytes(data)
+        if not tied:
+            change_tensors(lambda _: None)(directory)
+        where, what = edit
+        if where == "config":
+            (directory / CONFIG).write_text(json.dumps(json.loads(saved[CONFIG]) | what))
+        else:
+            place, data, cut = what
+            old = (directory / where).read_bytes()
+            at = int(place * len(old))
+            (directory / where).write_bytes(old[:at] + data + old[at + cut :])
+        model = tiny(modules_to_save=["head"]) if wrapped else Model()
+        before = snapshot(model)
+        try:
+            dorac.load_adapter(model, directory)
+        except (ValueError, OSError) as error:
+            assert str(directory) in str(error)  # noqa: PT017
+            assert_unchanged(model, before)
+        else:
+            tensors = load_file(directory / WEIGHTS)
+            mine = checkpoint._adapter_tensors(model, dora_layers(model))
+            assert mine.keys() == tensors.keys()
+            assert all(torch.equal(mine[key], tensors[key].to(mine[key].dtype)) for key in mine)
+            config = json.loads((directory / CONFIG).read_text())
+            for layer in dora_layers(model).values():
+                if not config.get("alpha_pattern") and not config.get("rank_pattern"):
+                    assert layer.scaling == config["lora_alpha"] / (4**0.5 if config.get("use_rslora") else 4)
 
 
 @pytest.mark.parametrize("init", ["eva", "orthogonal", "gaussian", False])

@@ -152,6 +152,14 @@ def meta_then_set_then_move(build, names, state):
     return meta_then_set(build, names, state).to("cpu", torch.float32).train()
 
 
+def meta_then_set_then_reset(build, names, state):
+    model = meta_then_set(build, names, state)
+    for layer in dora_layers(model).values():
+        layer.reset_parameters()
+        assert layer.waiting is None
+    return model
+
+
 def meta_then_reset_from_above(build, names, state):
     """FSDP's way: reset_parameters of every module, of a wrapper before its base layer."""
     model = wrapped_on_meta(build, names).to_empty(device="cpu")
@@ -178,6 +186,7 @@ ORDERS = [
     meta_empty_then_copy,
     meta_then_set,
     meta_then_set_then_move,
+    meta_then_set_then_reset,
     meta_then_reset_from_above,
     copies_on_meta,
 ]

@@ -175,7 +175,7 @@ class DoraLayer(nn.Module):
             log.keep(*self.parameters(recurse=False))
             self._draw_factors()
             self._reset_magnitudes()
-            self.magnitude_loaded = False
+            starts.after_reset(self)
             norm_cache.refresh([self])
 
     def _reset_magnitudes(self) -> None:

@@ -45,6 +45,17 @@ def has_values(layer: "DoraLayer", *, loaded: bool) -> None:
         layer.waiting = None
 
 
+def after_reset(layer: "DoraLayer") -> None:
+    """The values are there if the base weight has its own: a wrapper may be reset before its base layer."""
+    layer.magnitude_loaded = False
+    if layer.waiting is not None and not _lacks_weight(layer):
+        has_values(layer, loaded=False)
+
+
+def _lacks_weight(layer: "DoraLayer") -> bool:
+    return any(weight.is_meta or _is_unset(weight) for weight in layer.base_weights())
+
+
 def _before_forward(layer: "DoraLayer", args: tuple) -> None:
     if any(weight.is_meta for weight in layer.base_weights()):
         return
@@ -58,13 +69,10 @@ def _before_forward(layer: "DoraLayer", args: tuple) -> None:
 @torch.no_grad()
 def settle(layer: "DoraLayer") -> None:
     """Gives a waiting adapter the values that it lacks, if its base weight has its own."""
-    if layer.waiting is None:
-        return
-    weights = layer.base_weights()
-    if any(weight.is_meta or _is_unset(weight) for weight in weights):
+    if layer.waiting is None or _lacks_weight(layer):
         return
     # transformers' from_pretrained leaves what is in no checkpoint in whatever the memory held, without its mark.
-    marked = any(getattr(weight, "_is_hf_initialized", False) for weight in weights)
+    marked = any(getattr(weight, "_is_hf_initialized", False) for weight in layer.base_weights())
     adapter = dict(layer.named_parameters(recurse=False))
     lacking = {
         name
