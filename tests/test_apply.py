@@ -1,6 +1,7 @@
 """``apply_dora``, ``merge`` and ``unmerge`` on whole models."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -566,3 +567,61 @@ def test_merge_refuses_a_weight_that_overflows():
     adapted_weight = reference.adapted_weight(weight, layer.lora_A.double(), layer.lora_B.double(), layer.scaling)
     bound = 2 * torch.finfo(torch.float16).eps * torch.maximum(weight.abs(), adapted_weight.abs())
     assert ((layer.base_layer.weight.double() - weight).abs() <= bound).all()
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+def calls_of(function):
+    """How many calls of Python and of C functions a call makes."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def many_blocks(blocks):
+    model = nn.Module()
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "other": nn.ModuleDict({"up": nn.Linear(2, 2)})})
+        for _ in range(blocks)
+    )
+    return model
+
+
+def work(blocks, directory):
+    """The calls in each of the functions that go over a whole model, of which half of the "up" is adapted."""
+    names = [f"blocks.{i}.up" for i in range(blocks)]
+    options = {
+        "rank_pattern": {rf"^blocks\.{i}\.up": 1 + i % 2 for i in range(blocks)},
+        "alpha_pattern": {f"blocks.{i}.up": float(i + 1) for i in range(blocks)},
+        "modules_to_save": [f"blocks.{i}.norm" for i in range(blocks)],
+    }
+    model, other = many_blocks(blocks), many_blocks(blocks)
+    return {
+        "apply": calls_of(lambda: dorac.apply_dora(model, names, **options)),
+        "save": calls_of(lambda: dorac.save_adapter(model, directory)),
+        "load": calls_of(lambda: dorac.load_adapter(other, directory)),
+        "load again": calls_of(lambda: dorac.load_adapter(model, directory)),
+        "cache": calls_of(lambda: dorac.cache_norms(model).remove()),
+        "merge": calls_of(lambda: dorac.merge(model)),
+        "unmerge": calls_of(lambda: dorac.unmerge(model)),
+        "unload": calls_of(lambda: dorac.merge(model, unload=True)),
+    }
+
+
+def test_work_grows_with_the_model_and_not_with_its_square(tmp_path):
+    """Twice the blocks, twice the calls; pairs of layers and parameters, names or keys would make four times them."""
+    work(2, tmp_path)  # whatever happens once
+    small, middle, large = (work(blocks, tmp_path) for blocks in (40, 80, 160))
+    growth = {name: (large[name] - middle[name]) / (middle[name] - small[name]) for name in large}
+    assert max(growth.values()) < 2.1, growth
+    assert min(growth.values()) > 1.8, growth

@@ -1,14 +1,19 @@
 """Which modules are adapted: PEFT's rules, checked against PEFT itself, and what is refused."""
 
 import re
+import time
 import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from dorac import apply_dora
 from dorac.apply import dora_layers
+from dorac.bounded import Bounded
+from dorac.names import Names, Pattern
 from dorac.nn import DoraLinear
 from dorac.targets import find_targets
 
@@ -343,3 +348,156 @@ def test_pattern_keys_that_match_nothing_are_warned_about(pattern):
     """PEFT warns too; the rest of the call is honoured."""
     with pytest.warns(RuntimeWarning, match=rf"{pattern} has keys that match no adapted module: \['q_prj'\]"):
         assert apply_dora(small(), ["0"], **{pattern: {"q_prj": 2, "2.0": 3}}) == ["0", "2.0"]
+
+
+# --- names and patterns ----------------------------------------------------------------------------------------------
+
+PARTS = st.sampled_from(["a", "b", "ab", "a_b", "axb", "0", "1"])
+MODULES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
+# Keys of every kind: escaped, anchored, with dots for any letter, and regexes.
+KEYS = st.one_of(
+    MODULES,
+    MODULES.map(re.escape),
+    MODULES.map(lambda name: f"^{re.escape(name)}"),
+    MODULES.map(lambda name: f"^{name}$"),
+    st.sampled_from(["a|b", "(a|b).a", ".*a", "b$", "^.b", ".", ".a", "a.*", "[ab]", r"^a\.(0|1)", "", "^", "a|^b.a"]),
+)
+
+
+def by_peft(pattern, name, default):
+    """``peft.utils.get_pattern_key`` and the look-up with what it gives."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+@pytest.mark.parametrize("compile", [re.compile, "bounded"])
+@settings(max_examples=200, deadline=None)
+@given(keys=st.lists(KEYS, unique=True, max_size=6), names=st.lists(MODULES, min_size=1, max_size=8))
+def test_patterns_mean_what_they_mean_to_peft(compile, keys, names):
+    compile = Bounded().compile if compile == "bounded" else compile
+    given = {key: number for number, key in enumerate(keys)}
+    pattern = Pattern("rank_pattern", given, compile)
+    assert [pattern.value(name, -1) for name in names] == [by_peft(given, name, -1) for name in names]
+    unused = [key for key in keys if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    assert pattern.unused() == unused
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    named=st.one_of(st.lists(MODULES, max_size=5), st.lists(KEYS, min_size=1, max_size=3).map("|".join)), name=MODULES
+)
+def test_names_mean_what_they_mean_to_peft(named, name):
+    if isinstance(named, str):
+        expected = re.fullmatch(named, name) is not None
+    else:
+        expected = any(name == other or name.endswith(f".{other}") for other in named)
+    assert Names("target_modules", named).match(name) == expected
+
+
+PIECES = st.sampled_from(
+    ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\w", "^", "$", r"\b", "(?=a)", "(?!b)", "a(?!.*b)", "]", "{"]
+)
+REPEATS = st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{,2}", "*?", "+?", "??", "{2,}", "{0}"])
+REGEXES = st.recursive(
+    PIECES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map("".join),
+        st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"({'|'.join(parts)})"),
+        st.tuples(inner, REPEATS).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
+        st.tuples(PIECES, REPEATS).map("".join),
+        inner.map(lambda regex: f"(?P<x{abs(hash(regex))}>{regex})"),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(regex=REGEXES, texts=st.lists(st.text("ab.]{", max_size=7), min_size=1, max_size=8))
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_bounded_regex_answers_as_re_does(regex, texts):
+    try:
+        expected = re.compile(regex)
+    except re.error:
+        with pytest.raises(re.error):
+            Bounded().compile(regex)
+        return
+    try:
+        bounded = Bounded().compile(regex)
+    except re.error as error:  # a repeat of "^" or of a look-ahead, which means nothing
+        assert "plain regexes" in str(error)  # noqa: PT017
+        assert re.search(r"[*+?}]\+", regex)
+        return
+    for text in texts:
+        assert bounded.fullmatch(text) == (expected.fullmatch(text) is not None)
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r".*layers\.[02]\.self_attn\.(q|v)_proj",
+        r"^(?!.*vision).*(?:q_proj|k_proj|v_proj)$",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn)"
+        r"\.(?:(?:q_proj|v_proj)))",
+        r"model\.layers\.(?P<number>\d+)\.mlp\.(up|down)_proj",
+    ],
+)
+def test_regexes_that_people_write_are_taken_from_a_file(regex):
+    """As those of vision models and of Unsloth."""
+    names = [name for name, _ in llama().named_modules()] + ["vision.layers.0.q_proj", "language.1.self_attn.q_proj"]
+    bounded = Bounded().compile(regex)
+    found = [name for name in names if bounded.fullmatch(name)]
+    assert found
+    assert found == [name for name in names if re.fullmatch(regex, name)]
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [r"(a)\1", "(?P<x>a)(?P=x)", "(?<=a)b", "(?<!a)b", "(?i)a", "(?i:a)", "(?>a)b", "a*+", "(a)?(?(1)b|c)", "(?#c)a"],
+)
+def test_what_no_bounded_regex_is(regex):
+    re.compile(regex)
+    with pytest.raises(re.error, match="dorac takes only plain regexes from a file"):
+        Bounded().compile(regex)
+
+
+@pytest.mark.parametrize(
+    "regex", ["(a+)+b", "(a|a)*b", "(a|aa)+b", "(.*)*(.*)*(.*)*b", "((a{1,30}){1,30}){1,30}b", "(a?){40}a{40}b"]
+)
+def test_steps_are_few_where_re_takes_forever(regex):
+    bounded = Bounded(steps=10**6).compile(regex)
+    assert not bounded.fullmatch("a" * 200)
+    assert bounded.fullmatch("a" * 60 + "b")
+
+
+def test_steps_are_counted_over_all_regexes_and_names():
+    bounded = Bounded(steps=2000)
+    first, second = bounded.compile("(a*)*b"), bounded.compile(".*a")
+    first.fullmatch("a" * 200)
+    second.fullmatch("a" * 40)
+    with pytest.raises(ValueError, match=r"takes too many steps to match, .*: '\.\*a'"):
+        second.fullmatch("a" * 2000)
+
+
+def test_a_thousand_keys_are_each_compiled_once(monkeypatch):
+    """re keeps 512; the time is that of the look-ups."""
+    model = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(1000))
+    compiled = []
+    monkeypatch.setattr(
+        re._compiler, "compile", lambda *args, real=re._compiler.compile: (compiled.append(args), real(*args))[1]
+    )
+    kinds = (lambda i: rf"^{i}\.up", lambda i: f"{i}.up", lambda i: rf"{i}\.(up|down)")
+    start = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the dot of "1.up" stands for a letter of "11up" too, which is none here
+        targets = find_targets(
+            model, "all-linear", r=1, lora_alpha=1, rank_pattern={kinds[i % 2](i): i + 1 for i in range(1000)}
+        )
+        assert [t.r for t in targets] == [i + 1 for i in range(1000)]
+        assert len(compiled) < 10
+        few = {kinds[2](i): i + 1 for i in range(600)}
+        targets = find_targets(nn.ModuleList(list(model)[:600]), "all-linear", r=1, lora_alpha=1, rank_pattern=few)
+    assert [t.r for t in targets] == [i + 1 for i in range(600)]
+    assert len(compiled) < 620
+    assert time.process_time() - start < 20
