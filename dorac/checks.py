@@ -9,6 +9,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from dorac.dense import PLAIN, not_dense
 from dorac.numerics import FLOAT_DTYPES
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
@@ -16,9 +17,16 @@ _NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops ta
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # of nn.Conv
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def _check_dense(name: str, tensor: Tensor, kind: str = "a tensor") -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be {kind}, got {type(tensor).__name__}")
+    if reason := not_dense(tensor):
+        raise TypeError(f"{name} must be a dense tensor, but it {reason}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+        _check_dense(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be {_DTYPE_NAMES}, got {tensor.dtype}; dequantise it first if it is quantised")
 
@@ -50,12 +58,13 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
     _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = f"{stacked}, " if experts else ""
-    rank = lora_A.shape[-2]
+    shape = list(lora_A.shape)
+    rank = shape[-2]
     if rank < 1:
-        raise ValueError(f"lora_A must have a rank of at least 1, got shape {list(lora_A.shape)}")
-    if list(lora_A.shape) != [*experts, rank, in_features]:
+        raise ValueError(f"lora_A must have a rank of at least 1, got shape {shape}")
+    if shape != [*experts, rank, in_features]:
         expected = f"[{e}r, in] = {[*experts, rank, in_features]}"
-        raise ValueError(f"lora_A must be {expected} for this weight, got {list(lora_A.shape)}")
+        raise ValueError(f"lora_A must be {expected} for this weight, got {shape}")
     if list(lora_B.shape) != [*experts, out_features, rank]:
         expected = f"[{e}out, r] = {[*experts, out_features, rank]}"
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
@@ -78,6 +87,7 @@ def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Ten
             scaling = torch.as_tensor(scaling)  # for Dynamo NumPy's numbers are arrays
             scaling = scaling if scaling.is_floating_point() or scaling.dtype is torch.bool else scaling.double()
         if isinstance(scaling, Tensor):
+            _check_dense(name, scaling)
             if scaling.ndim != 0 or scaling.dtype not in FLOAT_DTYPES:
                 raise TypeError(
                     f"{name} must be a number or a 0-d float tensor, got {scaling.dtype} of shape {list(scaling.shape)}"
@@ -182,15 +192,23 @@ def check_linear(
     weight_norm: Tensor | None,
 ) -> None:
     """All tensors of ``dora_linear``."""
-    check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
+    check_factors(weight, lora_A, lora_B)
+    shape = weight.shape
+    rows = shape[:-1]
+    _check_rows("magnitude", magnitude, rows, weight, "weight")
+    if weight_norm is not None:
+        _check_rows("weight_norm", weight_norm, rows, weight, "weight")
     _check_float("x", x)
-    *experts, _, in_features = weight.shape
-    if x.ndim <= len(experts) or x.shape[-1] != in_features or list(x.shape[: len(experts)]) != experts:
+    *experts, _, in_features = shape
+    shape = x.shape
+    fits = len(shape) > len(experts) and shape[-1] == in_features
+    if not fits or (experts and list(shape[: len(experts)]) != experts):
         expected = f"[E, *, in] with E = {experts[0]} and" if experts else "[*, in] with"
-        raise ValueError(f"x must be {expected} in = {in_features}, got shape {list(x.shape)}")
+        raise ValueError(f"x must be {expected} in = {in_features}, got shape {list(shape)}")
     _check_device("x", x, weight)
     check_activation_dtype(x, weight)
-    check_vector("bias", bias, weight)
+    if bias is not None:
+        _check_rows("bias", bias, rows, weight, "weight")
 
 
 def check_activation_dtype(x: Tensor, weight: Tensor) -> None:
@@ -204,8 +222,7 @@ def check_embedding(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
 ) -> None:
     """The tensors of ``dora_embedding``: ``weight [vocab, dim]``, ``lora_A [r, vocab]``, ``lora_B [dim, r]``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of indices, got {type(x).__name__}")
+    _check_dense("x", x, "a tensor of indices")
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"x must hold int64 or int32 indices, got {x.dtype}")
     _check_float("weight", weight)
@@ -238,8 +255,7 @@ def check_lookup(padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool
 
 
 def _check_index(name: str, index: Tensor, letters: str, shape: list[int], like: Tensor, like_name: str) -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
+    _check_dense(name, index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {index.dtype}")
     if list(index.shape) != shape:
@@ -320,8 +336,7 @@ def check_adapter(
 
 def _check_scale(weight: Tensor, magnitude: Tensor, weight_norm: Tensor | None, stacked: str = "E") -> None:
     """A magnitude, and a norm or none."""
-    _check_float("magnitude", magnitude)
-    check_vector("magnitude", magnitude, weight, stacked)
+    _check_rows("magnitude", magnitude, weight.shape[:-1], weight, "weight", stacked)
     check_vector("weight_norm", weight_norm, weight, stacked)
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(dorac.__file__).parent
 # floor of each module, from below; a module imports only from floors beneath it or from its own topic
 FLOORS = {
     "bounded": 0,
+    "dense": 0,
     "names": 0,
     "numerics": 0,
     "reference": 0,
