@@ -124,6 +124,7 @@ def check_vector(name: str, vector: Tensor | None, weight: Tensor, stacked: str 
 
 def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
     """A magnitude for these norms."""
+    _check_float("weight_norm", weight_norm)
     _check_rows("magnitude", magnitude, weight_norm.shape, weight_norm, "weight_norm")
 
 
