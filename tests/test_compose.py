@@ -91,9 +91,10 @@ def test_mixed_dtypes_at_any_g(requires_grad, device):
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("use_compile", [False, True])
 def test_gradients(dtype, delta, use_compile, device):
-    tensors = [
-        None if t is None else t.requires_grad_() for t in inputs((33, 65), dtype, device=device, bias=not delta)
-    ]
+    base, lora, g, bias = inputs((33, 65), dtype, device=device, bias=not delta)
+    # A bias so large that the gradient of g would show it if inner were taken back from y.
+    bias = None if delta else 64 * bias
+    tensors = [None if t is None else t.requires_grad_() for t in (base, lora, g, bias)]
     dy = torch.randn(33, 65, dtype=torch.float64).to(dtype).to(device)
     compose = functional.compose
     if use_compile:
