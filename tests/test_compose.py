@@ -259,3 +259,11 @@ def test_delta_is_stable_near_one():
     naive = ((functional.compose(base, lora, g, 1.0) - base).double() - truth).abs().max()
     assert error <= 0.5 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
     assert 2 * error < naive
+
+
+def test_where_a_zero_row_ends():
+    """At 1e-12 itself, in float64, which can tell."""
+    norm = torch.tensor([0.0, 1e-12, 1.0000001e-12], dtype=torch.float64)
+    g = functional.magnitude_scale(torch.full((3,), 2e-12, dtype=torch.float64), norm)
+    assert g[:2].tolist() == [1, 1]
+    assert abs(g[2].item() - 2) < 1e-6
