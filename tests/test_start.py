@@ -203,6 +203,29 @@ def test_models(family, drop_in):
 
 
 @WIDE
+@pytest.mark.parametrize("several", [False, True])
+def test_layers_of_the_drop_in(dtype, several):
+    """Also where two adapters are active, whose changes are added to what the base layer itself computed."""
+    peft = pytest.importorskip("peft")
+    from peft_models import KINDS, Holder
+
+    from dorac.peft import enable
+
+    for kind in KINDS.values():
+        model = Holder(kind.layer()).to(dtype)
+        x = kind.input(0, dtype)
+        expected = model.requires_grad_(False)(x)
+        config = peft.LoraConfig(use_dora=True, r=2, target_modules=["target"], **kind.options)
+        with enable():
+            model = peft.get_peft_model(model, config)
+            if several:
+                model.add_adapter("other", config)
+                model.base_model.set_adapter(["default", "other"])
+            for training in (True, False):
+                assert torch.equal(model.train(training)(x), expected)
+
+
+@WIDE
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 1e30])
 def test_a_bias_of_any_size(dtype, value):
     """-inf, which forbids an output, too: ``(1 - g) * b`` is no number there."""
