@@ -20,6 +20,7 @@ from dorac.bench.report import Record
 SIZE = 8  # features of a layer
 NAMES = ["up", "down"]
 CALLS = ("apply", "save", "load", "cache", "merge", "unmerge", "peft-build", "peft-enable", "peft-build-enabled")
+CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 STEPS = 5
 ROUNDS = 5  # of a model of few layers; a call is timed as the median
 DEFAULTS = {"cpu": {"targets": [100, 1000, 10_000], "step_targets": 1000, "variants": list(CALLS)}}
@@ -50,16 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """One record per size and call, with the exponent of the growth of each call, then one of AdamW's step each way.
 
+    ``seconds`` is wall time, ``cpu_seconds`` that of the process, which other work on the machine does not lengthen: the
+    exponent and the ratio of the steps are of that.
+
     ``peft-build`` is stock PEFT's ``get_peft_model``, ``peft-build-enabled`` the same call after
     ``dorac.peft.enable()``, ``peft-enable`` ``dorac.peft.enable(model)`` of a model that stock PEFT has built.
     """
     _seconds(2, args.variants)  # whatever is imported at the first call
-    seconds: dict[str, list[tuple[int, float]]] = {name: [] for name in args.variants}
+    seconds: dict[str, list[tuple[int, float]]] = {name: [] for name in args.variants}  # the CPU's, by size
     for targets in args.targets:
         rounds = [_seconds(targets, args.variants) for _ in range(max(1, min(ROUNDS, 2000 // targets)))]
         for name in args.variants:
-            seconds[name].append((targets, statistics.median(times[name] for times in rounds)))
-            record = {"case": f"{targets} targets", "variant": name, "seconds": seconds[name][-1][1]}
+            times = {key: statistics.median(calls[name][key] for calls in rounds) for key in CLOCKS}
+            seconds[name].append((targets, times["cpu_seconds"]))
+            record = {"case": f"{targets} targets", "variant": name} | times
             report.progress(record)
             yield record
     for name, points in seconds.items():
@@ -73,15 +78,23 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
     return statistics.linear_regression(sizes, times).slope if len(set(sizes)) > 1 else None
 
 
-def _seconds(targets: int, names: list[str]) -> dict[str, float]:
-    """The time of each call, on one model of so many layers, in an order in which each can run."""
-    times: dict[str, float] = {}
+def _now() -> dict[str, float]:
+    return {name: clock() for name, clock in CLOCKS.items()}
+
+
+def _since(start: dict[str, float]) -> dict[str, float]:
+    return {name: now - start[name] for name, now in _now().items()}
+
+
+def _seconds(targets: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """The times of each call, on one model of so many layers, in an order in which each can run."""
+    times: dict[str, dict[str, float]] = {}
 
     def timed(name: str, call: Callable[[], object]) -> object:
         gc.collect()
-        start = time.perf_counter()
+        start = _now()
         result = call()
-        times[name] = time.perf_counter() - start
+        times[name] = _since(start)
         return result
 
     model, other = build(targets), build(targets)
@@ -123,22 +136,22 @@ def _steps(targets: int) -> Iterator[Record]:
         model = build(targets)
         dorac.apply_dora(model, NAMES, init_lora_weights=False)
         with dorac.cache_norms(model) if name == "step-cached" else contextlib.nullcontext():
-            seconds = step_seconds(model)
-        plain = plain or seconds
-        record = {"case": f"optimizer, {targets} targets", "variant": name, "seconds": seconds}
+            times = step_seconds(model)
+        plain = plain or times["cpu_seconds"]
+        record = {"case": f"optimizer, {targets} targets", "variant": name} | times
         report.progress(record)
-        yield record | {"step_ratio": seconds / plain}
+        yield record | {"step_ratio": times["cpu_seconds"] / plain}
 
 
-def step_seconds(model: nn.Module) -> float:
-    """The median of five steps of AdamW at its defaults, after a first one that makes its state."""
+def step_seconds(model: nn.Module) -> dict[str, float]:
+    """The median times of five steps of AdamW at its defaults, after a first one that makes its state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     times = []
     for _ in range(1 + STEPS):
         for parameter in trained:
             parameter.grad = torch.ones_like(parameter)
-        start = time.perf_counter()
+        start = _now()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        times.append(_since(start))
+    return {name: statistics.median(step[name] for step in times[1:]) for name in CLOCKS}
