@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """One record per size and call, with the exponent of the growth of each call, then one of AdamW's step each way.
 
-    ``seconds`` is wall time, ``cpu_seconds`` that of the process, which other work on the machine does not lengthen: the
+    ``seconds`` is wall time, ``cpu_seconds`` that of the process, which other work on the machine hardly lengthens; the
     exponent and the ratio of the steps are of that.
 
     ``peft-build`` is stock PEFT's ``get_peft_model``, ``peft-build-enabled`` the same call after
