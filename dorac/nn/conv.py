@@ -61,14 +61,6 @@ class _DoraConvNd(DoraLayer):
         return not spans_groups(self.base_layer.weight, self.lora_A)
 
     @property
-    def out_channels(self) -> int:
-        return self.base_layer.out_channels
-
-    @property
-    def in_channels(self) -> int:
-        return self.base_layer.in_channels
-
-    @property
     def bias(self) -> nn.Parameter | None:
         """The base layer's bias."""
         return self.base_layer.bias

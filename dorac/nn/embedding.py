@@ -113,10 +113,6 @@ class DoraEmbedding(DoraLayer):
         return self.lora_embedding_B.shape[0]
 
     @property
-    def padding_idx(self) -> int | None:
-        return self.base_layer.padding_idx
-
-    @property
     def embed_scale(self) -> float | Tensor | None:
         """What a scaled word embedding multiplies its result by."""
         return self.base_layer.embed_scale if self.is_scaled else None

@@ -80,6 +80,8 @@ class DoraLayer(nn.Module):
     PEFT_KEYS: ClassVar[dict[str, str]]
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
+    # Until then, and while copies are made, what is read and set is the wrapper's own.
+    _is_built = False
 
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
@@ -163,6 +165,7 @@ class DoraLayer(nn.Module):
         if weight.is_meta:
             starts.wait(self)
         base_layer.requires_grad_(False)
+        self._is_built = True
 
     def _adopt(self, base_layer: nn.Module) -> None:
         """Takes the layer in, with what forward needs to know of it."""
@@ -273,6 +276,41 @@ class DoraLayer(nn.Module):
     def weight(self) -> nn.Parameter:
         """The base layer's weight, for code that asks a layer for its dtype or device."""
         return self.base_layer.weight
+
+    def __getattr__(self, name: str) -> object:
+        """What a layer has not itself is its base layer's, if that is a public value: geometry, sizes, flags.
+
+        Parameters, modules and methods of the base layer are not: they would go past the adapter.
+        """
+        own = self.__dict__
+        if "_modules" in own:  # nn.Module's lookup, written out: forward comes here for every parameter
+            parameters, modules, buffers = own["_parameters"], own["_modules"], own["_buffers"]
+            if name in parameters:
+                return parameters[name]
+            if name in modules:
+                return modules[name]
+            if name in buffers:
+                return buffers[name]
+            if self._base_has(name):
+                return getattr(self.base_layer, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What is read off the base layer is set there, so that forward sees it."""
+        if self._base_has(name) and name not in self.__dict__ and not hasattr(type(self), name):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _base_has(self, name: str) -> bool:
+        """Whether the base layer has a public value of this name, that is no parameter or buffer of the wrapper."""
+        if not self._is_built or name.startswith("_") or name in self._parameters or name in self._buffers:
+            return False
+        base = self.base_layer
+        if not hasattr(base, name):
+            return False
+        value = getattr(base, name)
+        return not isinstance(value, (nn.Parameter, nn.Module)) and not callable(value)
 
     @property
     def merged(self) -> bool:
