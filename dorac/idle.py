@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dorac.apply import bare, require_layers
+from dorac.dense import not_dense
 from dorac.nn import DoraLayer
 from dorac.ops import sharded
 
@@ -180,6 +181,6 @@ class _WeightUses(TorchDispatchMode):
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """A tensor's storage, which its views share (on meta too), and where in memory it begins."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if not_dense(tensor) or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return id(tensor), 0
     return tensor.untyped_storage()._cdata, tensor.data_ptr()

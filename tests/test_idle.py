@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dorac
 from dorac.weight_reads import read_past_forward
@@ -419,6 +420,15 @@ def test_sharded_models_are_refused(tmp_path):
             dorac.find_idle(model, X)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_inputs_of_other_kinds_are_no_weights():
+    model, _ = adapted(Direct)
+    dense, expected = model.forward, dorac.find_idle(model, X)
+    model.forward = lambda x: dense(x.to_dense())
+    assert dorac.find_idle(model, X.to_sparse()) == expected
+    model.forward = lambda x: dense(x.a)
+    assert dorac.find_idle(model, TwoTensor(X, X + 1)) == expected
 
 
 def test_one_layer_is_a_model():
