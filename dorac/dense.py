@@ -47,7 +47,6 @@ def _is_sharded(tensor: Tensor) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-@torch.compiler.assume_constant_result  # Dynamo does not trace into what a subclass is made of
 def _encoded(tensor: Tensor) -> str | None:
     kind = type(tensor).__name__
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -57,3 +56,8 @@ def _encoded(tensor: Tensor) -> str | None:
     if other:
         return f"is a {kind}, which holds something else than {tensor.dtype} ({', '.join(other)}): dequantise it first"
     return None
+
+
+# Dynamo does not trace into what a subclass is made of. It is torch.compiler.assume_constant_result that sets this, but
+# imports Dynamo, and with it Triton.
+_encoded._dynamo_marked_constant = True
