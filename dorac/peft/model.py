@@ -24,7 +24,7 @@ _inject_adapter_stock = model.LoraModel.inject_adapter
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
     """PEFT's; if it fails, the target is as it was."""
-    with Undo() as log:
+    with state.lock, Undo() as log:
         log.add(lambda: getattr(parent, target_name) is target or setattr(parent, target_name, target))
         if lora_config.use_dora and isinstance(target, LoraLayer) and not isinstance(target, AdaLoraLayer):
             log.keep_module(*target.modules())
@@ -33,8 +33,7 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
             target.__class__ = building_class(type(target))
         _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         target.__class__ = built_class(type(target))
-        with state.lock:
-            switch(getattr(parent, target_name), log)
+        switch(getattr(parent, target_name), log)
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dorac.peft.variants import OnDorac
+from dorac.peft.variants import COVERED, OnDorac
 from dorac.weight_reads import read_past_forward
 
 Named = tuple[str, LoraLayer]
@@ -46,7 +46,9 @@ def _warn(kinds: Iterable[tuple[str, str]], reported: set[str]) -> None:
 def _stock(layers: list[Named]) -> Iterator[tuple[str, str]]:
     for name, layer in layers:
         for adapter, is_dora in layer.use_dora.items():
-            if is_dora and not isinstance(layer.lora_variant.get(adapter), OnDorac):
+            variant = layer.lora_variant.get(adapter)
+            # A variant of PEFT's own is covered: only, another thread has just switched it back.
+            if is_dora and not isinstance(variant, OnDorac) and type(variant) not in COVERED:
                 kind = type(layer).__name__
                 yield f"dorac.peft does not cover {kind}, which stays on stock PEFT's DoRA", name
 

@@ -179,6 +179,7 @@ class DoraConv3dVariant(OnDorac, variants.DoraConv3dVariant):
 
 
 _BY_STOCK = {getattr(variants, name): globals()[name] for name in __all__}
+COVERED = tuple(_BY_STOCK)  # PEFT's own
 
 
 class TakesVariants:
