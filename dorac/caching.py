@@ -1,6 +1,9 @@
 """``cache_norms``: norms computed once per optimizer step instead of in every forward."""
 
+import functools
+import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -10,6 +13,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from dorac.apply import bare, require_layers
 from dorac.nn import DoraLayer, norm_cache
 
+_WRITTEN = (
+    "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "
+    "optimizer, sharpness-aware minimisation, an average of weights). Compiled code may have used a stale norm; from "
+    "now on it takes its own, as without cache_norms. Call refresh() of the norm cache after such writes to undo that"
+)
+
 
 def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     """Keeps the norm of every DoRA layer of ``model`` from one optimizer step to the next; forward computes none.
@@ -18,9 +27,20 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     it would have computed. Gradient accumulation, activation checkpointing and inference pay for no norm.
 
     The norms are taken anew after the step of any ``torch.optim`` optimizer that holds parameters of theirs, after
-    ``load_state_dict`` of a layer or of what holds it, :func:`dorac.load_adapter`, ``reset_parameters``, unmerging,
-    setting a layer's ``scaling``, and moves and casts. After any other write (``p.data.add_``, an update of your own
-    under ``no_grad``, an optimizer that steps copies of the parameters) call ``refresh()``.
+    ``train()`` and ``eval()`` of such an optimizer (a schedule-free one), ``load_state_dict`` of a layer or of what
+    holds it, :func:`dorac.load_adapter`, ``reset_parameters``, unmerging, setting a layer's ``scaling``, and moves and
+    casts. Beside these
+
+    - an eager forward takes the norm anew where its tensors were written to in place or replaced; after ``train()`` or
+      ``eval()`` of the model, after a change of the grad mode and after an optimizer has stepped tensors that are no
+      parameters (copies of some) it does so at any rate, since writes through ``.data`` leave no trace;
+    - compiled code compares when it is compiled. After ``train()``, ``eval()`` and an optimizer of copies it takes its
+      own norm, in a graph of its own, until the next step, eager forward or ``refresh()``. Writes between the steps of
+      an optimizer that leave a trace are found at its next step: a warning, and compiled code takes its own norm.
+
+    Not noticed are writes through ``.data`` (an update of your own, an optimizer that is none of torch's, averages of
+    weights) with none of these around them, and in compiled code whatever is written without one of them after it was
+    compiled, between calls without an optimizer: call ``refresh()`` after such writes.
 
     Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP), within a step that is given a
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
@@ -41,7 +61,10 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
 
 class NormCache:
-    """The cached norms of a model, made by :func:`cache_norms`. As a context manager it removes itself at the end."""
+    """The cached norms of a model, made by :func:`cache_norms`. As a context manager it removes itself at the end.
+
+    A copy or a pickle of it holds no layers, as a copy of the model holds no cached norms.
+    """
 
     def __init__(self, layers: dict[str, DoraLayer], *, debug: bool) -> None:
         refused = {name or type(layer).__name__: norm_cache.uncacheable(layer) for name, layer in layers.items()}
@@ -49,21 +72,21 @@ class NormCache:
         if refused:
             listed = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
-        self._layers = weakref.WeakValueDictionary(layers)  # the hooks are global and must not keep the model alive
-        self._hooks = []
+        self._layers = weakref.WeakValueDictionary(layers)  # it may be kept longer than the model
         try:
             norm_cache.start(layers.values(), debug=debug)
-            # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
-            before, after = (torch.compiler.disable(hook) for hook in (self._before_step, self._after_step))
-            self._hooks.append(register_optimizer_step_pre_hook(before))
-            self._hooks.append(register_optimizer_step_post_hook(after))
+            _HOOKS.register()
         except BaseException:
             self.remove()
             raise
 
     def refresh(self) -> None:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""
-        norm_cache.refresh(self._layers.values())
+        layers = list(self._layers.values())
+        for layer in layers:
+            if layer.norm_distrusted:
+                layer.norm_distrusted = False
+        norm_cache.refresh(layers)
 
     def check(self) -> None:
         """Recomputes every norm and compares. Waits for the device.
@@ -77,10 +100,9 @@ class NormCache:
 
     def remove(self) -> None:
         """Lets forward compute the norms again; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
         norm_cache.stop(self._layers.values())
         self._layers.clear()
+        _HOOKS.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -88,14 +110,91 @@ class NormCache:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def _stepped(self, optimizer: Optimizer) -> list[DoraLayer]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [layer for layer in self._layers.values() if any(id(t) in held for t in layer.norm_inputs())]
+    def __reduce__(self) -> tuple:
+        return functools.partial(type(self), {}, debug=False), ()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is not None:  # it may run the model between two changes of the parameters
-            norm_cache.suspend(self._stepped(optimizer))
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        norm_cache.refresh(self._stepped(optimizer))
+class _StepHooks:
+    """The two hooks of torch's optimizers, one pair for all caches, there from the first cache to the last's removal.
+
+    Models that are dropped leave ``kept_layers`` by themselves. The hooks stay until the next removal: taking them away
+    where a model is collected could be in the middle of a walk over the hooks.
+    """
+
+    def __init__(self) -> None:
+        self.handles: list = []
+
+    def register(self) -> None:
+        if not self.handles:
+            # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
+            before, after = torch.compiler.disable(_before_step), torch.compiler.disable(_after_step)
+            self.handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def leave(self) -> None:
+        if not norm_cache.kept_layers:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
+
+
+_HOOKS = _StepHooks()
+
+
+def _stepped(optimizer: Optimizer) -> list[DoraLayer]:
+    """The layers of which the optimizer holds a parameter."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def holds(parameters: Iterable[nn.Parameter]) -> bool:
+        return not held.isdisjoint(map(id, parameters))
+
+    return [
+        layer for layer in norm_cache.kept_layers if holds(layer._parameters.values()) or holds(layer.base_weights())
+    ]
+
+
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    traced = {layer for layer in norm_cache.kept_layers if layer.norm_traced and not layer.norm_in_doubt}
+    if closure is None and not traced:
+        return
+    layers = _stepped(optimizer)
+    written = [layer for layer in layers if layer in traced and norm_cache.written_since(layer)]
+    if written:
+        warnings.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), stacklevel=2)
+        for layer in written:
+            layer.norm_distrusted = True
+    if closure is not None:  # it may run the model between two changes of the parameters
+        norm_cache.suspend(layers)
+
+
+def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not norm_cache.kept_layers:
+        return
+    layers = _stepped(optimizer)
+    norm_cache.refresh(layers)
+    if layers and all(callable(getattr(optimizer, mode, None)) for mode in _MODES):
+        _follow_modes(optimizer)
+    if any(not isinstance(p, nn.Parameter) for group in optimizer.param_groups for p in group["params"]):
+        # Copies, as of flat or float32 parameters: who stepped them writes them to the model when this is over.
+        others = norm_cache.kept_layers.difference(layers)
+        norm_cache.doubt(layer for layer in others if any(t.requires_grad for t in layer.norm_inputs()))
+
+
+_MODES = ("train", "eval")
+
+
+def _follow_modes(optimizer: Optimizer) -> None:
+    """Refreshes after ``train()`` and ``eval()`` of a schedule-free optimizer, which write the parameters."""
+    for mode in _MODES:
+        method = getattr(optimizer, mode)
+        if hasattr(method, "refreshes_norms"):
+            continue
+
+        @functools.wraps(method)
+        def followed(*args: object, method=method, **kwargs: object) -> object:
+            result = method(*args, **kwargs)
+            norm_cache.refresh(_stepped(optimizer))
+            return result
+
+        followed.refreshes_norms = True
+        setattr(optimizer, mode, followed)

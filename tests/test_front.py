@@ -147,3 +147,29 @@ def test_a_hook_runs_once_and_survives_a_swap():
         calls.clear()
         assert torch.autograd.grad(parameter.sum(), parameter)[0].tolist() == [2, 2]
         assert len(calls) == 1
+
+
+def test_backward():
+    """Of a gradient's hook, and of what a reentrant checkpoint runs again."""
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+
+    def run(x):
+        seen.append(front.in_backward())
+        return x * 2
+
+    y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=True).sum()
+    x.register_hook(lambda grad: seen.append(front.in_backward()))
+    y.backward()
+    assert seen == [False, True, True]
+    assert not front.in_backward()
+
+
+@pytest.mark.gpu
+def test_capturing():
+    x = torch.ones(3, device="cuda")
+    assert not front.capturing()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert front.capturing()
+        x * 2
+    assert not front.capturing()

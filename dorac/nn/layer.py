@@ -148,11 +148,7 @@ class DoraLayer(nn.Module):
         # The norm before the merge while the base weight holds the merged one: what unmerging needs. Neither norm is a
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
-        # See norm_cache.py: whether the norm is cached, the norm, what it was taken of, whether forward checks it.
-        self.caches_norm = False
-        self.cached_norm: Tensor | None = None
-        self.cached_of: tuple[Tensor, ...] | None = None
-        self.check_cached_norm = False
+        vars(self).update(norm_cache.NOTHING_KEPT)
         # Called with the layer where other tensors have taken the place of its parameters: hooks of theirs are lost.
         self.on_new_parameters: Callable[[DoraLayer], None] | None = None
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, and what
@@ -381,7 +377,10 @@ class DoraLayer(nn.Module):
             self.on_new_parameters(self)
 
     def train(self, mode: bool = True) -> Self:
+        """As any module; what is written to parameters around such a change (averages of them) leaves no trace."""
         starts.settle(self)
+        if mode != self.training:
+            norm_cache.doubt([self])
         return super().train(mode)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -414,7 +413,7 @@ class DoraLayer(nn.Module):
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | {"caches_norm": False, "cached_norm": None, "cached_of": None}
+        return super().__getstate__() | norm_cache.NOTHING_KEPT
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -1,16 +1,26 @@
 """The norm of a layer, kept between the steps that change it.
 
-Switched on by :func:`dorac.cache_norms`, a layer has its norm in the buffer ``cached_norm``. Whatever changes what the
-norm depends on ends in :func:`refresh`, which takes the norm anew and writes it in place: a captured CUDA graph reads
-the same memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is that of the
-tensors the forward uses; everywhere else the forward takes its own, as without a cache.
+Switched on by :func:`dorac.cache_norms`, a layer has its norm in ``cached_norm``. What is known to change what the norm
+depends on ends in :func:`refresh`, which takes it anew and writes it in place: a captured CUDA graph reads the same
+memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is that of the tensors the
+forward uses; everywhere else the forward takes its own, as without a cache.
+
+Other writes are looked for where the host runs. An eager forward compares where its tensors lie and their versions with
+those that the norm was taken of (:class:`Moment`), and takes the norm anew after any difference. A write through
+``.data`` leaves no trace in either, so the norm is *in doubt* after what such writes come with: train() and eval(), an
+optimizer that steps copies. An eager forward in doubt takes it anew; compiled code may not write to the layer (a region
+of activation checkpointing would refuse) and has a second graph, which takes its own norm until a refresh.
+
+``cached_norm`` is no buffer: DDP would broadcast it in every forward, FSDP cast it, an average of weights average it.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks
 from dorac.ops import front, sharded
@@ -24,6 +34,62 @@ STALE = (
     "the cached norm of {} is stale: its weight, factors or scaling changed by other means than an optimizer's step, "
     "load_state_dict or load_adapter; call refresh() of the norm cache after such a change"
 )
+# What copies and pickles of a layer hold. They take their own norm, since no optimizer of theirs is known.
+NOTHING_KEPT = {
+    "caches_norm": False,  # whether the norm is cached
+    "cached_norm": None,
+    "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
+    "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
+    "norm_in_doubt": False,  # whether compiled code takes its own
+    "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
+    "norm_traced": False,  # whether there is compiled code that uses it
+    "check_cached_norm": False,  # whether forward compares it
+}
+
+# The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
+kept_layers: weakref.WeakSet["DoraLayer"] = weakref.WeakSet()
+_layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class Moment:
+    """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
+
+    __slots__ = ("grad_mode", "states")
+
+    def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
+        self.states = [_state(tensor) for tensor in tensors]
+        self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
+
+    def passed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors have been written to since, or another grad mode tells of another phase."""
+        for tensor, state in zip(tensors, self.states, strict=True):
+            if state is not None:
+                storage, address, strides, version = state
+                # A storage may lie where another one was; a reference to the old one tells them apart.
+                if storage() is not tensor.untyped_storage():
+                    return True
+                if tensor.data_ptr() != address or tensor.stride() != strides:  # another part of it
+                    return True
+                if version is not None and tensor._version != version:
+                    return True
+        return False
+
+    def in_other_grad_mode(self) -> bool:
+        """Whether gradients are on where they were off in the last forward, or the other way round.
+
+        Not so where a checkpointed forward, which ran without, runs again within backward.
+        """
+        grad_mode = torch.is_grad_enabled()
+        if self.grad_mode is None:
+            self.grad_mode = grad_mode
+        return grad_mode != self.grad_mode and not front.in_backward()
+
+
+def _state(tensor: Tensor) -> tuple | None:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # what a subclass holds is its own affair
+        return None
+    version = None if tensor.is_inference() else tensor._version  # inference tensors have none
+    return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), version
 
 
 def uncacheable(layer: "DoraLayer") -> str | None:
@@ -42,52 +108,102 @@ def uncacheable(layer: "DoraLayer") -> str | None:
 @torch.no_grad()
 def start(layers: Iterable["DoraLayer"], *, debug: bool) -> None:
     """Caches the norms of these layers from now on; ``debug``: checks them in every forward."""
-    for layer in layers:
-        layer.caches_norm = True
-        layer.check_cached_norm = debug
-    refresh(layers)
+    torch.compiler.assume_constant_result(_verify_while_tracing)  # here: it imports the compiler
+    try:
+        for layer in layers:
+            vars(layer).update(NOTHING_KEPT, caches_norm=True, check_cached_norm=debug)
+            kept_layers.add(layer)
+        refresh(layers)
+    except BaseException:
+        stop(layers)
+        raise
 
 
 def stop(layers: Iterable["DoraLayer"]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
-        layer.caches_norm = False
-        layer.cached_norm = layer.cached_of = None
+        vars(layer).update(NOTHING_KEPT)
+        kept_layers.discard(layer)
 
 
 @torch.no_grad()
 def refresh(layers: Iterable["DoraLayer"]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
 
-    A layer that has been sharded since takes its own from then on.
+    A layer that has been sharded since takes its own from then on; so do all of them until the next refresh if this one
+    does not come to its end.
     """
-    pairs, taken = [], []
-    for layer in layers:
-        if not layer.caches_norm:
+    _take(layers, seen_by_autograd=True)
+
+
+def _take(layers: Iterable["DoraLayer"], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
+    """As :func:`refresh`; a norm that is the same as ever may be written while a graph holds it, unseen by autograd."""
+    taken = []
+    layers = [layer for layer in layers if layer.caches_norm]
+    try:
+        for layer in layers:
+            tensors = layer.norm_inputs()
+            if layer.merged or sharded.any_sharded(*tensors):
+                layer.cached_of = None
+            else:
+                taken.append((layer, tensors))
+        _write(taken, _norms([layer for layer, _ in taken]), seen_by_autograd)
+        for layer, tensors in taken:
+            _note(layer, tensors, grad_mode)
+    except BaseException:
+        suspend(layers)
+        raise
+
+
+def _write(taken: list[tuple["DoraLayer", tuple]], norms: list[Tensor], seen_by_autograd: bool) -> None:
+    """In place, in one launch for all layers; where it does not fit, into memory of its own."""
+    old, new = [], []
+    for (layer, _), norm in zip(taken, norms, strict=True):
+        cached = layer.cached_norm
+        if cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device):
+            old.append(cached if seen_by_autograd else cached.data)
+            new.append(norm)
             continue
-        layer.cached_of = None  # until all norms are written: an exception in between leaves none that is stale
-        if not layer.merged and not sharded.any_sharded(*layer.norm_inputs()):
-            taken.append(layer)
-    for layer, norm in zip(taken, _norms(taken), strict=True):
-        if _like(layer.cached_norm, norm):
-            pairs.append((layer.cached_norm, norm))
-        else:
-            with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
-                layer.cached_norm = norm.clone()
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # one launch for all layers
-    for layer in taken:
-        layer.cached_of = _identity(layer)
+        with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
+            layer.cached_norm = norm.clone()
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(layer.cached_norm)  # CUDA graphs need not copy it
+            _layer_of_norm[layer.cached_norm] = weakref.ref(layer)
+    if old:
+        torch._foreach_copy_(old, new)
+
+
+def _note(layer: "DoraLayer", tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
+    of = *tensors, layer.cached_norm
+    if torch.compiler.is_compiling():  # the host sees no tensors: the first eager forward takes the norm anew
+        layer.cached_of, layer.cached_at, layer.norm_in_doubt = of, None, layer.norm_distrusted
+        return
+    if grad_mode is None and layer.cached_at is not None:
+        grad_mode = layer.cached_at.grad_mode
+    moment = Moment(tensors, grad_mode)
+    vars(layer).update(cached_of=of, cached_at=moment, norm_in_doubt=layer.norm_distrusted)  # setattr is slow
 
 
 def _norms(layers: list["DoraLayer"]) -> list[Tensor]:
     """The present norms, those of layers of one layout in one launch."""
-    operands = [None if isinstance(layer.scaling, Tensor) else layer.norm_operands() for layer in layers]
-    for layer, tensors in zip(layers, operands, strict=True):
-        if tensors is not None:
+    scalings = [layer.scaling for layer in layers]
+    operands = [
+        None if isinstance(scaling, Tensor) else layer.norm_operands()
+        for layer, scaling in zip(layers, scalings, strict=True)
+    ]
+    checked = set()
+    for tensors, scaling in zip(operands, scalings, strict=True):
+        if tensors is None:
+            continue
+        checks.check_scaling(scaling)
+        if torch.compiler.is_compiling():
             checks.check_factors(*tensors)
-            checks.check_scaling(layer.scaling)
-    together = row_norms(operands, [layer.scaling for layer in layers])
+            continue
+        metadata = tuple([(type(t), t.shape, t.dtype, t.device) for t in tensors])  # all that the check looks at
+        if metadata not in checked:
+            checks.check_factors(*tensors)
+            checked.add(metadata)
+    together = row_norms(operands, scalings, [layer.norm_budget for layer in layers])
     return [layer._norm() if norm is None else norm for layer, norm in zip(layers, together, strict=True)]
 
 
@@ -97,18 +213,70 @@ def suspend(layers: Iterable["DoraLayer"]) -> None:
         layer.cached_of = None
 
 
+def doubt(layers: Iterable["DoraLayer"]) -> None:
+    """An eager forward takes these norms anew, and compiled code its own until the next :func:`refresh`."""
+    for layer in layers:
+        if layer.caches_norm:
+            layer.cached_at = None
+            layer.norm_in_doubt = True
+
+
 def known_norm(layer: "DoraLayer") -> Tensor | None:
     """The cached norm if a forward may use it, else None; checked first where the layer asks for that."""
-    if not _usable(layer):
+    if not layer.caches_norm or not _usable(layer):
+        return None
+    if torch.compiler.is_compiling():
+        if layer.norm_in_doubt:
+            return None
+        _verify_while_tracing(layer.cached_norm)
+    elif not layer.check_cached_norm:
+        if not _verified(layer):
+            return None
+    elif not torch.compiler.disable(_verified)(layer):  # after a break of the graph it would be compiled by itself
         return None
     if layer.check_cached_norm:
         _check(layer)
     return layer.cached_norm
 
 
+def _verified(layer: "DoraLayer") -> bool:
+    """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
+    moment = layer.cached_at
+    if moment is not None and not moment.passed(layer.cached_of[:-1]) and not moment.in_other_grad_mode():
+        return True
+    if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
+        return False
+    grad_mode = torch.is_grad_enabled()
+    with torch.no_grad():
+        _take([layer], seen_by_autograd=False, grad_mode=grad_mode)
+    return True
+
+
+def _verify_while_tracing(norm: Tensor) -> None:
+    """Looks at the tensors when the code that uses the norm is compiled: the last time that the host sees them.
+
+    This is where what DDP broadcast at its construction is noticed.
+    """
+    if norm not in _layer_of_norm:  # a norm that was taken in traced code
+        return
+    layer = _layer_of_norm[norm]()
+    layer.norm_traced = True
+    if written_since(layer):
+        with torch.no_grad():
+            _take([layer], seen_by_autograd=False)
+
+
+def written_since(layer: "DoraLayer") -> bool:
+    """Whether the host sees that the tensors were written to after the norm was taken of them."""
+    moment, of = layer.cached_at, layer.cached_of
+    return of is not None and moment is not None and moment.passed(of[:-1])
+
+
 def is_stale(layer: "DoraLayer") -> bool:
     """Whether a forward would use a norm that is not the present one. Waits for the device."""
-    if layer.merged or not _usable(layer):
+    if layer.merged or not layer.caches_norm or not _usable(layer):
+        return False
+    if layer.cached_at is None and layer.norm_in_doubt:  # which no forward would use
         return False
     norm = layer._norm()
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
@@ -117,7 +285,7 @@ def is_stale(layer: "DoraLayer") -> bool:
 
 
 def _usable(layer: "DoraLayer") -> bool:
-    """Whether the cached norm is that of the present tensors, as far as refreshing sees to it.
+    """Whether the cached norm is that of the tensors which stand in the layer now.
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
     nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
@@ -127,15 +295,8 @@ def _usable(layer: "DoraLayer") -> bool:
         return False
     if front.exporting_module() or any(weight.requires_grad for weight in layer.base_weights()):
         return False
-    return all(mine is known for mine, known in zip(_identity(layer), layer.cached_of, strict=True))
-
-
-def _identity(layer: "DoraLayer") -> tuple[Tensor, ...]:
-    return *layer.norm_inputs(), layer.cached_norm
-
-
-def _like(cached: Tensor | None, norm: Tensor) -> bool:
-    return cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device)
+    present = *layer.norm_inputs(), layer.cached_norm
+    return all(mine is known for mine, known in zip(present, layer.cached_of, strict=True))
 
 
 def _check(layer: "DoraLayer") -> None:

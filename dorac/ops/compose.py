@@ -52,12 +52,12 @@ def _inner(base_TO, lora_TO, scaling, acc):
 
 
 def takes_bias(activation: Tensor, bias: Tensor | None) -> bool:
-    """Whether the base product is to add the bias: single and double precision where there are no kernels.
+    """Whether the base product is to add the bias: single and double precision, but not on CUDA, where g is a kernel's.
 
     In half precision it would be rounded with the product, and again with y.
     """
     wide = bias is not None and bias.dtype is activation.dtype and bias.dtype.itemsize >= 4
-    return wide and not front.has_kernels(activation)
+    return wide and not activation.is_cuda
 
 
 def finite_part(bias: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ def exporting_module() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: what runs now only records, and the host can read nothing."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def in_backward() -> bool:
+    """Whether this runs within backward, as what a checkpoint computes again does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def all_eager(*tensors: Tensor | None) -> bool:
     """Whether every tensor is a plain eager tensor (no subclass such as DTensor, not being traced).
 

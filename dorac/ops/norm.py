@@ -227,22 +227,28 @@ class _RowNorm(torch.autograd.Function):
         return d_weight, d_a if needs_a else None, d_b if needs_b else None, d_scaling, None, None
 
 
-def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor] | None], scalings: Sequence[float]) -> list[Tensor | None]:
-    """The norms of those of the layers ``(weight, lora_A, lora_B)`` that take one launch of the kernel together.
+def row_norms(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor] | None], scalings: Sequence[float], budgets: Sequence[int]
+) -> list[Tensor | None]:
+    """The norms of those of the layers ``(weight, lora_A, lora_B)`` that are taken faster together, without gradient.
 
-    They differ from another layer in nothing but their values, and have the bits of ``norm_factored``. None stands for
-    the others, which are to be taken alone: in traced code and while a CUDA graph is captured all of them, since the
-    table of their addresses is made by the CPU.
+    They have the bits of ``norm_factored``. Those that differ in nothing but their values take one launch of the
+    kernel; on the CPU, where Python is the cost, each takes two ops. None stands for the others, which are to be taken
+    alone: in traced code and while a CUDA graph is captured all of them, since the table of their addresses is made by
+    the CPU. The caller has checked them and switched gradients off.
     """
     norms: list[Tensor | None] = [None] * len(layers)
-    if torch.compiler.is_compiling() or front.under_transform():
-        return norms
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or front.under_transform() or front.capturing():
         return norms
     alike: dict[tuple, list[int]] = {}
+    on_cpu: list[int] = []
     for i, tensors in enumerate(layers):
-        if tensors is not None and front.has_kernels(*tensors) and front.all_eager(*tensors):
-            alike.setdefault(_layout(tensors), []).append(i)
+        if tensors is not None and front.all_eager(*tensors):
+            if front.has_kernels(*tensors):
+                alike.setdefault(_layout(tensors), []).append(i)
+            elif tensors[0].is_cpu:
+                on_cpu.append(i)
+    _cpu_row_norms(norms, on_cpu, layers, scalings, budgets)
     for members in alike.values():
         if len(members) > 1:
             from dorac.kernels.norm import row_norms
@@ -251,6 +257,38 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor] | None], scalings: 
             for i, norm in zip(members, taken.unbind(), strict=True):
                 norms[i] = norm
     return norms
+
+
+def _cpu_row_norms(
+    norms: list[Tensor | None],
+    chosen: Sequence[int],
+    layers: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+    scalings: Sequence[float],
+    budgets: Sequence[int],
+) -> None:
+    """Sets those of the chosen norms that are float32 and taken of all columns at once.
+
+    Then the squares, which are exact in float64, and their root give back what went in.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        return
+    in_one: dict[tuple, bool] = {}
+    factors: dict[float, Tensor] = {}
+    for i in chosen:
+        (weight, lora_A, lora_B), scaling, budget = layers[i], scalings[i], budgets[i]
+        key = weight.shape, weight.dtype, lora_A.shape[0], lora_A.dtype, budget
+        if key not in in_one:
+            float32 = accumulate_dtype(weight, lora_A, lora_B) is torch.float32
+            chunks = column_chunks(weight, lora_A, lora_B, False, budget)
+            in_one[key] = weight.ndim == 2 and float32 and len(chunks) == 1
+        if in_one[key]:
+            if scaling not in factors:
+                factors[scaling] = torch.full((1,), scaling, dtype=torch.float32, device="cpu")
+            v_OI = torch.addmm(weight.float(), lora_B * factors[scaling], lora_A.float())
+            norms[i] = torch.linalg.vector_norm(v_OI, dim=-1)
+    taken = [norm for norm in norms if norm is not None]
+    if taken and not torch.cat(taken).isfinite().all():  # norm_factored knows what to do
+        norms[:] = [norm if norm is None or norm.isfinite().all() else None for norm in norms]
 
 
 def _layout(tensors: Sequence[Tensor]) -> tuple:
