@@ -50,6 +50,18 @@ def test_without_gradients(regime, dtype, device):
     budgets_of(inputs, 0.7)["y"].check(functional.dora_linear(*inputs.tensors(), scaling=0.7))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_wider_factors(dtype, device):
+    """float32 factors over a half-precision layer, PEFT's default: nothing on the way to their gradients is rounded."""
+    inputs = linear_inputs("odd", dtype=dtype, factor_dtype=torch.float32, device=device).leaves()
+    y = functional.dora_linear(*inputs.tensors(), scaling=0.7)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    budgets = budgets_of(inputs, 0.7, dy=dy, dtype=torch.float32)
+    for name in ("lora_A", "lora_B"):
+        budgets[name].check(getattr(inputs, name).grad, name)
+
+
 RANKS = [(9, 40, 24, rank) for rank in (1, 8, 64, 384)]
 
 
