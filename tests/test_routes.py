@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from dorac import functional, reference
 from dorac.ops import front, library, linear
-from dorac.testing import layer_budgets, linear_inputs
+from dorac.testing import Budget, layer_budgets, linear_inputs, rounded
 
 ROUTES = ("separate", "accumulate", "fused")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -50,6 +50,22 @@ def test_values_and_gradients(route, dtype, regime, use_compile, device):
     dy = torch.randn(y.shape, dtype=torch.float64).to(dtype).to(device)
     y.backward(dy)
     check(inputs, y, dy)
+
+
+@pytest.mark.parametrize("leaf", ["scale_backward", "lora_b_backward", "low_rank_backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
+    """Half-precision products are summed as they are, in float32."""
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    inner, h = inputs.x @ inputs.weight.T, inputs.x @ inputs.lora_A.T
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    dy, scaling = torch.randn_like(inner), torch.tensor(S, device=device)
+    further = {"scale_backward": (), "lora_b_backward": (h, scaling, False)}
+    further["low_rank_backward"] = (h, inputs.lora_B, scaling, False)
+    d_m = getattr(torch.ops.dorac, leaf)(dy, inner, inputs.magnitude, norm, *further[leaf])[1]
+    terms = dy.double() * inner.double() / norm.double()
+    bound = rounded(terms.abs().sum(0), torch.float32, 2, len(dy))
+    Budget(terms.sum(0), bound).check(d_m, leaf)
 
 
 def test_routes_agree(monkeypatch, device):
