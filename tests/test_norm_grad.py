@@ -175,6 +175,22 @@ def test_zero_rows_are_constant(transform):
     assert not torch.allclose(gradients[2][4], constant[2][4])
 
 
+@pytest.mark.parametrize("transform", [False, True])
+def test_no_gradient_of_the_norm_of_a_row_that_is_nearly_zero(transform):
+    """Below 1e-12 it is a zero row, though V points somewhere."""
+    i = linear_inputs("odd")
+    i.weight[3] *= 1e-14
+    i.lora_B[3] = 0
+    tensors = i.weight, i.lora_A, i.lora_B
+    assert 0 < norm(*tensors)[3] <= 1e-12
+    function = lambda *t: norm(*t)[3]  # noqa: E731
+    if transform:
+        gradients = torch.func.grad(function, argnums=(0, 1, 2))(*tensors)
+    else:
+        gradients = torch.autograd.grad(function(*(t.requires_grad_() for t in tensors)), tensors)
+    assert all((g == 0).all() for g in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_does_not_reach_the_gradient(dtype, device):
     inputs = linear_inputs("odd", dtype=torch.float32, device=device)
