@@ -388,3 +388,31 @@ def test_faults_and_changes_are_seen(change):
     assert faults.writes
     with pytest.raises((AssertionError, AttributeError)):
         state.assert_kept()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_refresh_leaves_no_stale_norm(monkeypatch):
+    model = cached(adapted())
+    with torch.no_grad():
+        model.body.linear.lora_B.mul_(3)
+        monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            CACHES[0].refresh()
+        monkeypatch.undo()
+        assert torch.equal(model(TOKENS), copy.deepcopy(model)(TOKENS))  # a copy takes its own norms
+
+
+def test_an_interrupted_move_leaves_no_stale_norm():
+    model = cached(adapted())
+    layer, x = model.body.linear, torch.randn(3, 6)
+    seen = iter([False, False, False, True])
+
+    def change(tensor):
+        return interrupted() if next(seen) else 2 * tensor
+
+    with pytest.raises(KeyboardInterrupt):
+        layer._apply(change)
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))

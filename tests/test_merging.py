@@ -161,6 +161,15 @@ def test_meta_layers_are_merged_without_values(kind):
 
 
 @KINDS
+def test_the_norm_of_a_merged_layer_moves_with_it(kind):
+    layer = LAYERS[kind]()
+    layer.merge()
+    assert layer.double().merged_norm.dtype == torch.float64
+    assert layer.half().merged_norm.dtype == torch.float64  # never cast below float32
+    assert layer.to("meta").merged_norm.is_meta
+
+
+@KINDS
 def test_a_weight_that_requires_a_gradient_is_merged(kind):
     layer = LAYERS[kind]()
     layer.weight.requires_grad_(True)
