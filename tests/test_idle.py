@@ -186,6 +186,17 @@ def test_wrapping_is_quiet_where_the_source_reads_no_weight(cls):
         dorac.apply_dora(cls(), "all-linear", r=2)
 
 
+def test_a_wrapper_may_read_its_layer():
+    """Also where the layer has a second place in the model, which is adapted later."""
+    model = Holder()
+    model.inner["proj"] = model.proj
+    dorac.apply_dora(model, ["called"], r=2)
+    model.list[0] = dorac.nn.DoraLinear(model.proj, r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dorac.apply_dora(model, ["proj"], r=2)
+
+
 def test_only_adapted_modules_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
