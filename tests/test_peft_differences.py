@@ -171,3 +171,54 @@ def test_unmerging_a_row_with_g_zero():
     assert not target(stock).base_layer.weight[3].isfinite().all()
     with pytest.raises(ValueError, match="cannot unmerge rows 3"):
         ours.unmerge_adapter()
+
+
+def test_refused_merges():
+    """Stock PEFT has merged the first layer when it refuses the second; all of it is in test_peft_undone.py."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0", "1"])
+    stock = off_init(peft.get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), config))
+    with torch.no_grad():
+        stock.base_model.model[1].lora_magnitude_vector["default"].weight[2] = float("nan")
+    ours = copy.deepcopy(stock)
+    dorac.peft.enable(ours)
+    for model, expected in ((stock, [True, False]), (ours, [False, False])):
+        before = model.base_model.model[0].base_layer.weight.clone()
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_adapter(safe_merge=True)
+        assert [layer.merged for layer in model.base_model.model] == expected
+        assert torch.equal(model.base_model.model[0].base_layer.weight, before) != expected[0]
+
+
+def test_merges_that_overflow():
+    """Stock PEFT writes inf, which stays when the adapter is taken out again."""
+    stock, ours = twins("linear", dtype=torch.float16)
+    for model in (stock, ours):
+        with torch.no_grad():
+            target(model).lora_magnitude_vector["default"].weight[1] = 3e5
+    stock.merge_adapter()
+    stock.unmerge_adapter()
+    assert not target(stock).base_layer.weight.isfinite().all()
+    before = target(ours).base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
+        ours.merge_adapter()
+    assert torch.equal(target(ours).base_layer.weight, before)
+    assert not target(ours).merged
+
+
+def test_dora_caching():
+    """Stock PEFT's norm stays that of the scaling before; all of it is in test_peft_caching.py."""
+    from peft.helpers import DoraCaching
+
+    x = torch.randn(3, 10, dtype=torch.float64)
+    stock, ours = twins("linear_no_bias")
+    outputs = []
+    for model in (stock, ours):
+        model.eval()
+        with DoraCaching():
+            model(x)
+            target(model).set_scale("default", 4)
+            kept = model(x)
+        outputs.append((kept, model(x)))
+    assert not torch.allclose(*outputs[0])
+    torch.testing.assert_close(*outputs[1])
