@@ -91,7 +91,7 @@ def check_switching(change, step):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_switching(change):
-    check_switching(change, step=7)
+    check_switching(change, step=13)
 
 
 @pytest.mark.full
@@ -157,7 +157,7 @@ def check_building(kind, existing, step):
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("existing", [False, True], ids=["new_layer", "second_adapter"])
 def test_an_adapter_is_built(kind, existing):
-    check_building(kind, existing, step=13)
+    check_building(kind, existing, step=29)
 
 
 @pytest.mark.full
@@ -244,7 +244,7 @@ def check_merge_broken_off(case, start, step):
 
 @pytest.mark.parametrize("case", MERGES)
 def test_a_merge_is_broken_off(case):
-    check_merge_broken_off(case, start=3, step=53)
+    check_merge_broken_off(case, start=3, step=97)
 
 
 @pytest.mark.full
