@@ -48,8 +48,13 @@ def has_values(layer: "DoraLayer", *, loaded: bool) -> None:
 def after_reset(layer: "DoraLayer") -> None:
     """The values are there if the base weight has its own: a wrapper may be reset before its base layer."""
     layer.magnitude_loaded = False
-    if layer.waiting is not None and not _lacks_weight(layer):
+    if layer.waiting is None:
+        return
+    if not _lacks_weight(layer):
         has_values(layer, loaded=False)
+        return
+    for magnitude in layer._magnitudes():
+        magnitude.fill_(torch.nan)  # it is the norm of no values, which is inf
 
 
 def _lacks_weight(layer: "DoraLayer") -> bool:
@@ -99,9 +104,12 @@ def _restore(layer: "DoraLayer", present: Mapping[str, Tensor]) -> None:
 def materialise(layer: "DoraLayer") -> None:
     """Puts empty parameters in the place of the adapter's on ``meta``, where the base weight is."""
     device = layer.weight.device
-    for name, p in list(layer.named_parameters(recurse=False)):
-        if p.is_meta and device.type != "meta":
-            setattr(layer, name, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
+    replaced = [name for name, p in layer.named_parameters(recurse=False) if p.is_meta and device.type != "meta"]
+    for name in replaced:
+        p = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
+    if replaced:
+        layer.follow_parameters()
 
 
 def _is_unset(tensor: Tensor) -> bool:
