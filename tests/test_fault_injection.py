@@ -334,7 +334,7 @@ def test_load_adapter(adapter, wrapped):
 
 
 def test_cache_norms():
-    every_fault(copies_of(adapted()), cached, floor=6)
+    every_fault(copies_of(adapted()), cached, floor=5)
 
 
 def test_load_state_dict():

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dorac.bench import against_lora, measure, model, options, report
 from dorac.bench.measure import MIB
+from dorac.nn import DoraLayer
 
 _VARIANTS = (
     *("lora-sum-compiled", "lora-addmm-compiled", "dorac-every-compiled", "dorac-cached-compiled"),
@@ -72,7 +73,8 @@ def measure_memory(
 
     for _ in range(measure.WARM_UP):
         step()
-    saved = saved_for_backward(lambda: forward(leaf), [leaf, *parameters, *module.buffers()])
+    norms = (m.cached_norm for m in module.modules() if isinstance(m, DoraLayer) and m.cached_norm is not None)
+    saved = saved_for_backward(lambda: forward(leaf), [leaf, *parameters, *module.buffers(), *norms])
     peak, total = peak_mib(step, x.device)
     return {
         "peak_mib": peak,
