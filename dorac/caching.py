@@ -128,7 +128,8 @@ class _StepHooks:
         if not self.handles:
             # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
             before, after = torch.compiler.disable(_before_step), torch.compiler.disable(_after_step)
-            self.handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+            self.handles.append(register_optimizer_step_pre_hook(before))  # one by one: an exception leaves none behind
+            self.handles.append(register_optimizer_step_post_hook(after))
 
     def leave(self) -> None:
         if not norm_cache.kept_layers:
