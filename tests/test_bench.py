@@ -287,7 +287,8 @@ def test_memory(bench, device):
     assert (every["saved_mib"] - cached["saved_mib"]) * 2**20 == pytest.approx(4 * sum(outs))
 
 
-def test_surgery(tmp_path):
+def test_surgery(tmp_path, monkeypatch):
+    monkeypatch.setattr(surgery, "ROUNDS", 2)
     path = tmp_path / "out.json"
     given = ("--targets", "4", "8", "--step-targets", "6", "--device", "cpu", "--json", str(path))
     assert main(["surgery", *given]) == 0
