@@ -89,9 +89,9 @@ def _since(start: dict[str, float]) -> dict[str, float]:
 def _seconds(targets: int, names: list[str]) -> dict[str, dict[str, float]]:
     """The times of each call, on one model of so many layers, in an order in which each can run."""
     times: dict[str, dict[str, float]] = {}
-    gc.collect()  # of the model before
 
     def timed(name: str, call: Callable[[], object]) -> object:
+        gc.collect()
         start = _now()
         result = call()
         times[name] = _since(start)
