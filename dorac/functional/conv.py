@@ -202,7 +202,8 @@ def _dora_conv(
     def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
         return conv(input, filters, bias, stride, padding, dilation, groups)
 
-    holds_bias = not dropout_p and takes_bias(x, bias)
+    # Not for the compiler: torch 2.11's convolution takes no bias whose tangent is an expanded zero.
+    holds_bias = not (dropout_p or torch.compiler.is_compiling()) and takes_bias(x, bias)
     base = filtered(x_adapter, weight, groups, finite_part(bias) if holds_bias else None)
     h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
     lora = conv(h, lora_B, groups=groups)
