@@ -68,6 +68,17 @@ def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
     Budget(terms.sum(0), bound).check(d_m, leaf)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_wider_bias_is_float32s(dtype, device):
+    """Under autocast y is in half precision, and a float32 bias gets the float32 sum over the tokens."""
+    inputs = linear_inputs("aligned", dtype=torch.float32, device=device).leaves()
+    with torch.autocast(device, dtype=dtype):
+        y = layer(inputs)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    Budget(dy.double().sum(0), rounded(dy.double().abs().sum(0), torch.float32, 1, len(dy))).check(inputs.bias.grad)
+
+
 def test_routes_agree(monkeypatch, device):
     """In float64 the forms differ by the order of their sums alone."""
     results = []
