@@ -543,17 +543,19 @@ def test_tensor_scaling():
     assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
-def test_closures():
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_closures(use_compile):
     """LBFGS runs the model between two changes of the parameters, within one step."""
 
     def run(model):
         optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=4)
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if use_compile else model
         x = torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
         losses = []
 
         def closure():
             optimizer.zero_grad()
-            loss = model(x).square().mean()
+            loss = forward(x).square().mean()
             loss.backward()
             losses.append(loss.item())
             return loss
