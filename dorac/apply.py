@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dorac import notices
 from dorac.names import Names, parents
-from dorac.nn import DoraLayer, layer_class, loading, merging
+from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places
@@ -226,6 +226,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     layers = require_layers(model)
     reshard(model)
     for name, layer in layers.items():
+        starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
     _refuse_tied(model)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dorac.apply import bare, require_layers
-from dorac.nn import DoraLayer, norm_cache
+from dorac.nn import DoraLayer, norm_cache, starts
 
 _WRITTEN = (
     "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "
@@ -67,6 +67,8 @@ class NormCache:
     """
 
     def __init__(self, layers: dict[str, DoraLayer], *, debug: bool) -> None:
+        for layer in layers.values():
+            starts.settle(layer)
         refused = {name or type(layer).__name__: norm_cache.uncacheable(layer) for name, layer in layers.items()}
         refused = {name: reason for name, reason in refused.items() if reason}
         if refused:

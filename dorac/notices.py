@@ -3,12 +3,10 @@
 import warnings
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
 
 from dorac import weight_reads
-from dorac.nn import DoraLayer
-from dorac.ops import sharded
+from dorac.nn import DoraLayer, starts
 
 _SHOWN = 8  # names of one kind in a warning
 
@@ -28,7 +26,7 @@ def warn_read_past_forward(
     if not by_place:
         return
     if merging:
-        meaning = "merging changes what that code computes, since it did not see the adapter"
+        meaning = "where that code runs, merging changes what it computes, since it did not see the adapter"
     else:
         meaning = (
             "where that code runs, the adapter does not: it gets no gradient. dorac.find_idle(model, *inputs) tells "
@@ -47,7 +45,7 @@ def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
 
     A layer whose adapter is frozen is left out, and so is every layer of a model that nobody has trained.
     """
-    untrained = {name: layer for name, layer in layers.items() if _has_no_delta(layer)}
+    untrained = {name: layer for name, layer in layers.items() if starts.has_no_delta(layer)}
     if len(untrained) == len(layers):
         return
     names = [n for n, layer in untrained.items() if any(p.requires_grad for p in layer.parameters(recurse=False))]
@@ -58,14 +56,6 @@ def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )
-
-
-@torch.no_grad()
-def _has_no_delta(layer: DoraLayer) -> bool:
-    """Whether ``lora_B @ lora_A`` is zero, in every matrix of the layer, because a factor is."""
-    parameters = [getattr(layer, name) for name in layer.PEFT_KEYS]
-    pairs = zip(parameters[0::3], parameters[1::3], strict=True)  # the third is the magnitude
-    return all(any(not factor.is_meta and not sharded.whole(factor).any() for factor in pair) for pair in pairs)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -39,6 +39,8 @@ class Undo:
             if tensor is not None:
                 with torch.no_grad():
                     memory = tensor.to_local() if sharded.any_sharded(tensor) else tensor
+                    if memory.is_inference() and not torch.is_inference_mode_enabled():
+                        continue  # which torch lets nobody write
                     self._steps.append(partial(memory.copy_, self._copy(memory)))
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class Undo:
 
     def keep_requires_grad(self, tensors: Iterable[Tensor]) -> None:
         """Whether these require a gradient."""
-        self._steps += [partial(t.requires_grad_, t.requires_grad) for t in tensors]
+        self._steps += [partial(_set_requires_grad, t, t.requires_grad) for t in tensors]
 
     def keep_module(self, *modules: nn.Module) -> None:
         """Which attributes, parameters, buffers, children and hooks these have; not what is in the tensors."""
@@ -80,10 +82,21 @@ class Undo:
     @torch.no_grad()
     def roll_back(self) -> None:
         """Restores everything that the log was told of."""
+        failed = None
         while self._steps:
             with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being answered
-                self._steps[-1]()
+                try:
+                    self._steps[-1]()
+                except Exception as error:  # one that cannot be undone keeps no other from it
+                    failed = failed or error
                 self._steps.pop()
+        if failed is not None:
+            raise failed
+
+
+def _set_requires_grad(tensor: Tensor, value: bool) -> None:
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.requires_grad_(value)
 
 
 def _restore_module(module: nn.Module, attributes: dict, registries: list[tuple]) -> None:

@@ -4,7 +4,7 @@ A parent that runs ``F.linear(x, self.proj.weight)`` does not run ``self.proj``,
 either. No list of such classes is ever complete, so their source is read: every function that a forward of the model
 can reach by the names it uses, for ``self.<path>.weight``. Reads of metadata (``.dtype``, ``.shape``, ``isinstance``)
 are none. What has no source, or reaches the weight in another way (a helper function that is given the module,
-``getattr``), is not found here, but by :func:`dorac.find_idle`.
+``getattr``, a loop over ``enumerate``, ``zip`` or ``.items()``), is not found here, but by :func:`dorac.find_idle`.
 """
 
 import ast
@@ -19,9 +19,32 @@ from torch import nn
 _METADATA = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "layout", "stride", "is_contiguous"}
 _METADATA |= {"is_cuda", "is_meta", "is_floating_point", "is_quantized", "element_size", "itemsize", "nbytes"}
 _METADATA |= {"requires_grad", "grad", "data_ptr", "names", "__class__", "__dict__", "quant_state", "SCB", "CB"}
+_METADATA |= {
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "new_tensor",
+    "type",
+    "get_device",
+    "is_cpu",
+    "is_sparse",
+}
+_METADATA |= {"nelement", "ndimension", "storage_offset", "_version"}
 # Functions and methods that take no more than metadata of a tensor they are given.
 _ASKING = {"isinstance", "type", "id", "hasattr", "is_tensor", "to", "type_as", "view_as", "expand_as", "reshape_as"}
-_ASKING |= {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "is_floating_point"}
+_ASKING |= {
+    "len",
+    "numel",
+    "result_type",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "is_floating_point",
+}
 
 _EACH = "*"  # in a path: every child, of a container that is indexed or iterated over
 Path = tuple[str, ...]

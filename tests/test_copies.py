@@ -82,7 +82,10 @@ def test_a_copy_is_a_layer_of_its_own(kind, merged, cached, compiled, clone):
     layer, args = build(kind, cached=cached, merged=merged, compiled=compiled)
     y = layer(*args).detach().clone()
     twin = clone(layer)
-    assert torch.equal(twin(*args), y)
+    if compiled:  # which the copy is not: a convolution takes its bias elsewhere
+        torch.testing.assert_close(twin(*args), y)
+    else:
+        assert torch.equal(twin(*args), y)
     assert (twin.merged, twin.scaling, twin.training) == (layer.merged, layer.scaling, layer.training)
     assert [(n, p.requires_grad) for n, p in twin.named_parameters()] == [
         (n, p.requires_grad) for n, p in layer.named_parameters()

@@ -492,7 +492,7 @@ class Tied2(nn.Module):
 def test_merging_warns_of_weights_read_past_their_forward():
     model, _ = adapted(Direct)
     before = model(X)
-    with pytest.warns(RuntimeWarning, match=r"merging changes what that code computes.*\n  proj \(in Direct") as caught:
+    with pytest.warns(RuntimeWarning, match=r"merging changes what it computes.*\n  proj \(in Direct") as caught:
         dorac.merge(model)
     assert [warning.filename for warning in caught] == [__file__]
     assert not torch.allclose(model(X), before)

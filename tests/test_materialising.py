@@ -446,3 +446,105 @@ def test_from_pretrained_into_a_class_that_wraps(tmp_path):
     dorac.save_adapter(saved, tmp_path / "adapter")  # over values that were drawn
     dorac.load_adapter(model, tmp_path / "adapter")
     torch.testing.assert_close(model(tokens).logits, saved(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_base_weights_loaded_after_a_cast(kind, dtype):
+    """A cast rounds the weight that the magnitude was taken of; nobody has trained it for that."""
+    build, names, state = kind
+    model = build()
+    dorac.apply_dora(model, names, r=2)
+    model.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(model, state)
+    for layer in dora_layers(model).values():
+        norm = layer._norm()
+        magnitudes = torch.cat([m.flatten() for m in layer._magnitudes()])
+        assert torch.equal(magnitudes.sort().values, norm.flatten().to(magnitudes.dtype).sort().values)
+
+
+@pytest.mark.parametrize("how", ["plain", "vmap", "compiled"])
+def test_a_skeleton_on_meta_runs_with_the_tensors_it_is_given(how):
+    """torch's recipe for ensembles; the layer itself goes on waiting."""
+    with torch.device("meta"):
+        skeleton = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    dorac.apply_dora(skeleton, ["0", "1"], r=2)
+    models = [nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)) for _ in range(2)]
+    for model in models:
+        dorac.apply_dora(model, ["0", "1"], r=2, init_lora_weights=False)
+    x = torch.randn(3, 6)
+    stacked, _ = torch.func.stack_module_state(models)
+
+    def run(parameters):
+        return torch.func.functional_call(skeleton, parameters, (x,))
+
+    expected = torch.stack([model(x) for model in models])
+    if how == "vmap":
+        actual = torch.vmap(run)(stacked)
+    else:
+        one = torch.compile(run, fullgraph=True, backend="aot_eager") if how == "compiled" else run
+        actual = torch.stack([one({name: t[i] for name, t in stacked.items()}) for i in range(2)])
+    torch.testing.assert_close(actual, expected)
+    assert all(layer.waiting is not None for layer in dora_layers(skeleton).values())
+
+
+def test_a_cast_of_a_waiting_layer_keeps_the_magnitude_wide(kind):
+    build, names, _ = kind
+    model, plain = wrapped_on_meta(build, names), build()
+    for name, layer in dora_layers(model).items():
+        layer.base_layer.load_state_dict(plain.get_submodule(name).state_dict(), assign=True)
+        layer.to(torch.bfloat16)
+        assert all(m.dtype.itemsize >= 4 for m in layer._magnitudes())
+
+
+def test_a_refused_load_leaves_a_waiting_layer_waiting():
+    model = wrapped_on_meta(Net, ["linear"]).to_empty(device="cpu")
+    model.register_load_state_dict_pre_hook(lambda *_: None)  # then torch finds what does not fit by itself
+    whole = Net()
+    dorac.apply_dora(whole, ["linear"], r=2)
+    state = whole.state_dict()
+    wrong = state | {"linear.lora_A": torch.randn(9, 6)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for linear\.lora_A"):
+        model.load_state_dict(wrong)
+    assert model(TOKENS).isfinite().all()  # the base weights came, and the adapter starts from them
+    torch.testing.assert_close(model(TOKENS), whole(TOKENS))
+
+
+def test_values_given_in_inference_mode_can_be_trained(kind):
+    build, names, state = kind
+    model = wrapped_on_meta(build, names)
+    with torch.inference_mode():
+        load(model, {key: tensor.clone() for key, tensor in state.items()}, assign=True)
+        model.eval()
+    assert not any(p.is_inference() for m in dora_layers(model).values() for p in m.parameters(recurse=False))
+
+
+@pytest.mark.parametrize("call", [dorac.merge, lambda model: model.linear.merge(), dorac.cache_norms])
+def test_waiting_layers_have_values_for_what_needs_them(call):
+    model, plain = wrapped_on_meta(Net, ["linear"]), Net()
+    model.linear.base_layer.load_state_dict(plain.linear.state_dict(), assign=True)
+    call(model)
+    assert model.linear.waiting is None
+    torch.testing.assert_close(model.linear(torch.ones(6)), plain.linear(torch.ones(6)))
+
+
+def test_from_pretrained_initialises_a_head_that_is_in_no_checkpoint(tmp_path):
+    """transformers initialises the base layer, and leaves the adapter in whatever the memory held."""
+    transformers = pytest.importorskip("transformers")
+
+    class Wrapped(transformers.LlamaForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            dorac.apply_dora(self, ["q_proj", "score"], r=2)
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    saved = Wrapped(transformers.LlamaConfig(vocab_size=11, num_labels=3, pad_token_id=0, **sizes))
+    state = {key: t for key, t in saved.state_dict().items() if not key.startswith("score")}
+    saved.save_pretrained(tmp_path, state_dict=state)
+    model = Wrapped.from_pretrained(tmp_path).eval()
+    assert model(TOKENS).logits.isfinite().all()
+    assert torch.equal(model.score.lora_magnitude_vector, model.score.base_layer.weight.norm(dim=1))
+    assert model.score.lora_A.any()
+    assert not model.score.lora_B.any()
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.lora_A, saved.model.layers[0].self_attn.q_proj.lora_A)

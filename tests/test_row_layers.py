@@ -9,7 +9,7 @@ from error_table import error_table, label, record  # noqa: F401
 from row_layers import LAYERS, OFFSETS, SCALING, budgets
 
 from dorac import functional, reference
-from dorac.testing import expert_inputs
+from dorac.testing import expert_inputs, linear_inputs
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -272,3 +272,22 @@ def test_no_recompile_over_rows_and_scaling(name):
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows, scaling in ((17, 0.25), (8, -1.0), (40, 3.0)):
             step(rows, scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_is_added_after_g_under_autocast(dtype, device):
+    """In half precision it would be rounded with the product, and again with y: by a large g, or to infinity."""
+    inputs = linear_inputs("odd", dtype=torch.float32, device=device)
+    x, weight, lora_A, lora_B, magnitude, _ = inputs.tensors()
+    magnitude, bias = (
+        8 * magnitude,
+        torch.full((len(magnitude),), 4096.0, device=device) + torch.arange(len(magnitude), device=device),
+    )
+    index = torch.zeros(len(x), dtype=torch.int64, device=device)
+    with torch.autocast(device, dtype=dtype):
+        stacked = (t.unsqueeze(0) for t in (lora_A, lora_B, magnitude))
+        mixed = functional.dora_linear_mixed(x.unsqueeze(1), weight, *stacked, bias, adapter_index=index, scaling=0.7)
+        one = functional.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=0.7)
+    assert mixed.dtype is dtype
+    step = torch.finfo(dtype).eps * one.abs().max()
+    assert (mixed.squeeze(1).float() - one.float()).abs().max() <= step

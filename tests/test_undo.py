@@ -148,3 +148,31 @@ def test_copies_leave_half_of_the_free_memory(monkeypatch):
             weight.zero_()
     assert devices == ["cuda", "cuda", "cpu"]
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_a_step_that_fails_keeps_no_other_from_being_taken_back():
+    layer = nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+
+    def fail():
+        with Undo() as log:
+            log.keep(layer.weight)
+            log.add(lambda: 1 / 0)
+            with torch.no_grad():
+                layer.weight.zero_()
+            raise Cancelled
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(layer.weight, before)
+
+
+def test_tensors_that_nobody_can_write_are_no_hindrance():
+    with torch.inference_mode():
+        layer = nn.Linear(2, 2)
+    with cancelled() as log:
+        log.keep(layer.weight)
+        log.keep_requires_grad(layer.parameters())
+        with torch.inference_mode():
+            layer.requires_grad_(False)
+    assert all(p.requires_grad for p in layer.parameters())

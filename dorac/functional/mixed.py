@@ -9,6 +9,7 @@ from torch import Tensor
 from dorac import checks
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
+from dorac.ops import front
 from dorac.ops.compose import compose_aten, finite_part, takes_bias
 from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -72,7 +73,7 @@ def dora_linear_mixed(
     lora = rows.to(lora_A.dtype) @ chosen(lora_A, 0.0).mT @ chosen(lora_B, 0.0).mT
     g = magnitude_scale(chosen(magnitude, 1.0), chosen(weight_norm, 1.0)).unsqueeze(1)
     s = torch.ops.dorac.take(s, index, REVISION).view(-1, 1, 1)
-    holds_bias = takes_bias(x, bias)
+    holds_bias = front.autocast_dtype(x) is None and takes_bias(x, bias)
     base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
     return compose_aten(base.reshape(lora.shape), lora, g, s, bias, False, holds_bias).view(base.shape)
 

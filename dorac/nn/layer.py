@@ -151,10 +151,11 @@ class DoraLayer(nn.Module):
         vars(self).update(norm_cache.NOTHING_KEPT)
         # Called with the layer where other tensors have taken the place of its parameters: hooks of theirs are lost.
         self.on_new_parameters: Callable[[DoraLayer], None] | None = None
-        # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, and what
-        # load_state_dict brings while it runs.
+        # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
+        # left it empty (and sharded), and what load_state_dict brings while it runs.
         self.waiting: RemovableHandle | None = None
         self.magnitude_loaded = False
+        self.emptied = self.emptied_sharded = False
         self.loading = starts.Loading()
         self.register_load_state_dict_post_hook(_after_load)
         self.reset_parameters()
@@ -328,6 +329,7 @@ class DoraLayer(nn.Module):
                 else is raised, the layer is what it was.
         """
         if not self.merged:
+            starts.settle(self)
             norms = merging.decide_merge(self)
             with Undo() as log:
                 merging.write_merged(self, norms, log)
@@ -354,6 +356,7 @@ class DoraLayer(nn.Module):
 
         A cached norm is taken anew, of the parameters as they are then.
         """
+        values = starts.before_move(self)
         wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
 
         def move(tensor: Tensor) -> Tensor:
@@ -361,7 +364,6 @@ class DoraLayer(nn.Module):
             keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
             return tensor.to(moved.device) if keep else moved
 
-        values = starts.before_move(self)
         norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
         super()._apply(move, recurse)
         starts.after_move(self, values)
@@ -410,6 +412,7 @@ class DoraLayer(nn.Module):
             if len(error_msgs) > errors:
                 log.roll_back()
                 norm_cache.suspend([self])
+                self.loading.all, self.loading.magnitude = False, self.magnitude_loaded  # nothing was loaded
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""

@@ -40,6 +40,7 @@ def wait(layer: "DoraLayer") -> None:
 def has_values(layer: "DoraLayer", *, loaded: bool) -> None:
     """All of the adapter's values are there; loaded ones belong to a base weight that may still come."""
     layer.magnitude_loaded = loaded
+    layer.emptied = False
     if layer.waiting is not None:
         layer.waiting.remove()
         layer.waiting = None
@@ -62,13 +63,33 @@ def _lacks_weight(layer: "DoraLayer") -> bool:
 
 
 def _before_forward(layer: "DoraLayer", args: tuple) -> None:
-    if any(weight.is_meta for weight in layer.base_weights()):
+    if any(weight.is_meta for weight in layer.base_weights()) or not _may_lack(layer):
         return
     if torch.compiler.is_compiling():  # breaks the graph, or says why where that is not allowed
         raise RuntimeError(
             f"{type(layer).__name__} was made on meta and has no values yet: call train() or eval() first"
         )
+    if layer.emptied and layer.emptied_sharded and not sharded.any_sharded(*layer.base_weights()):
+        raise RuntimeError(  # what is written to FSDP's gathered copies is lost
+            f"{type(layer).__name__} was made on meta and has no values yet: call train() or eval() before the forward"
+        )
     settle(layer)
+
+
+def _may_lack(layer: "DoraLayer") -> bool:
+    """Whether the tensors in the layer can lack values; not where ``functional_call`` has put others there."""
+    if layer.emptied or any(p.is_meta for p in layer.parameters(recurse=False)):
+        return True
+    return _came_with_transformers(layer)
+
+
+def _came_with_transformers(layer: "DoraLayer") -> bool:
+    """Whether its ``from_pretrained`` has loaded the base weight, or initialised it where it is in no checkpoint.
+
+    What else is in no checkpoint it leaves in whatever the memory held, without its mark.
+    """
+    loaded = any(getattr(weight, "_is_hf_initialized", False) for weight in layer.base_weights())
+    return loaded or vars(layer).get("_is_hf_initialized", False)
 
 
 @torch.no_grad()
@@ -76,8 +97,7 @@ def settle(layer: "DoraLayer") -> None:
     """Gives a waiting adapter the values that it lacks, if its base weight has its own."""
     if layer.waiting is None or _lacks_weight(layer):
         return
-    # transformers' from_pretrained leaves what is in no checkpoint in whatever the memory held, without its mark.
-    marked = any(getattr(weight, "_is_hf_initialized", False) for weight in layer.base_weights())
+    marked = _came_with_transformers(layer)
     adapter = dict(layer.named_parameters(recurse=False))
     lacking = {
         name
@@ -107,7 +127,8 @@ def materialise(layer: "DoraLayer") -> None:
     replaced = [name for name, p in layer.named_parameters(recurse=False) if p.is_meta and device.type != "meta"]
     for name in replaced:
         p = getattr(layer, name)
-        setattr(layer, name, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
+        with torch.inference_mode(False):  # what is made in inference mode could never be trained
+            setattr(layer, name, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
     if replaced:
         layer.follow_parameters()
 
@@ -136,6 +157,8 @@ def after_move(layer: "DoraLayer", before: dict[str, Tensor] | None) -> None:
         tensor.fill_(torch.nan)
     _restore(layer, before)
     wait(layer)
+    layer.emptied = True
+    layer.emptied_sharded = sharded.any_sharded(*weights)
 
 
 def _norm(layer: "DoraLayer") -> Tensor:
@@ -145,7 +168,20 @@ def _norm(layer: "DoraLayer") -> Tensor:
 def _is_at_norm(layer: "DoraLayer", norm: Tensor) -> bool:
     magnitudes = [sharded.whole(m.detach()) for m in layer._magnitudes()]
     magnitude = magnitudes[0] if len(magnitudes) == 1 else torch.cat(magnitudes, dim=1)
-    return _same(magnitude.reshape(norm.shape), norm)
+    magnitude = magnitude.reshape(norm.shape)
+    if _same(magnitude, norm):
+        return True
+    # A cast since it was taken has rounded the weight, and another device adds up in another order.
+    close = torch.allclose(magnitude, norm.to(magnitude.dtype), rtol=2**-8, atol=0, equal_nan=True)
+    return close and has_no_delta(layer)
+
+
+@torch.no_grad()
+def has_no_delta(layer: "DoraLayer") -> bool:
+    """Whether ``lora_B @ lora_A`` is zero, in every matrix of the layer, because a factor is: nobody has trained it."""
+    parameters = [getattr(layer, name) for name in layer.PEFT_KEYS]
+    pairs = zip(parameters[0::3], parameters[1::3], strict=True)  # the third is the magnitude
+    return all(any(not factor.is_meta and not sharded.whole(factor).any() for factor in pair) for pair in pairs)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
