@@ -39,9 +39,8 @@ class Undo:
             if tensor is not None:
                 with torch.no_grad():
                     memory = tensor.to_local() if sharded.any_sharded(tensor) else tensor
-                    if memory.is_inference() and not torch.is_inference_mode_enabled():
-                        continue  # which torch lets nobody write
-                    self._steps.append(partial(memory.copy_, self._copy(memory)))
+                    if not _is_read_only(memory):
+                        self._steps.append(partial(memory.copy_, self._copy(memory)))
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if tensor.device.type != "cuda":
@@ -92,6 +91,13 @@ class Undo:
                 self._steps.pop()
         if failed is not None:
             raise failed
+
+
+def _is_read_only(tensor: Tensor) -> bool:
+    """Whether the tensor was made in inference mode, outside which torch lets nobody write it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return tensor.is_inference()
 
 
 def _set_requires_grad(tensor: Tensor, value: bool) -> None:
