@@ -303,11 +303,13 @@ def test_merge_of_layers_that_were_put_in_by_hand():
 def test_layers_by_themselves(layer):
     original = adapted()
     merged = dorac.merge(copy.deepcopy(original))
+    new = {key: tensor * 1.25 for key, tensor in getattr(original.body, layer).state_dict().items()}
     every_fault(cached_copies_of(original), lambda m: getattr(m.body, layer).merge(), floor=2)
     every_fault(cached_copies_of(merged), lambda m: getattr(m.body, layer).unmerge(), floor=2)
     for call in (
         lambda m: getattr(m.body, layer).reset_parameters(),
         lambda m: DoraLayer.scaling.fset(getattr(m.body, layer), 3.0),
+        lambda m: getattr(m.body, layer).load_state_dict(new),
     ):
         every_fault(cached_copies_of(original), call, floor=2)
 
@@ -337,32 +339,16 @@ def test_cache_norms():
     every_fault(copies_of(adapted()), cached, floor=5)
 
 
-def test_load_state_dict():
-    """torch's walk calls nobody back when it is left: what was loaded before stays. No layer is left in half.
-
-    Each layer has its own tensors all old or all new, and computes what they say, whatever its cache was taken of.
-    """
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("part", ["", "lora_"], ids=["all", "adapter"])
+def test_load_state_dict(assign, part):
     original = adapted()
-    other = copy.deepcopy(original)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.25)
-    new = copy.deepcopy(other.state_dict())
-
-    def check(state):
-        model = state.model
-        held = state._held()
-        assert [name for name, _ in held] == [name for name, _ in state.held]
-        for name, layer in dora_layers(model).items():
-            own = dict(layer.named_parameters(recurse=False))
-            old = [torch.equal(p, dict(original.named_parameters())[f"{name}.{key}"]) for key, p in own.items()]
-            loaded = [torch.equal(p, new[f"{name}.{key}"]) for key, p in own.items()]
-            assert all(old) or all(loaded)
-        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in original.parameters()]
-        with torch.no_grad():
-            assert torch.equal(model(TOKENS), copy.deepcopy(model)(TOKENS))  # a copy takes its own norms
-
-    every_fault(cached_copies_of(original), lambda m: m.load_state_dict(new), floor=20, check=check)
+    new = {key: tensor * 1.25 for key, tensor in original.state_dict().items() if part in key}
+    every_fault(
+        cached_copies_of(original),
+        lambda m: m.load_state_dict(new, strict=not part, assign=assign),
+        floor=9 if part else 20,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """``load_state_dict`` of models with adapted layers: what is refused, is refused before anything is written."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 import dorac
 from dorac.nn import DoraLinear
+from dorac.undo import Undo
 
 
 def adapted(r=2):
@@ -123,3 +127,76 @@ def test_unloading_takes_the_guard_away():
     dorac.merge(model, unload=True)
     assert vars(model).keys() == stock
     assert not model._load_state_dict_pre_hooks
+
+
+class Interrupted(nn.Module):
+    """A module whose loading is interrupted, the last in its model."""
+
+    def _load_from_state_dict(self, *_):
+        raise KeyboardInterrupt
+
+
+def assert_interrupted_loading_changes_nothing(model):
+    state, before = doubled(model), bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_state_dict(state)
+    assert_same(model, before)
+
+
+def with_an_end():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 6), Interrupted())
+    dorac.apply_dora(model, ["2"], r=2, init_lora_weights=False)
+    return model
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_loads_itself_all_or_nothing(copied):
+    assert_interrupted_loading_changes_nothing(copied(with_an_end()))
+    original = adapted()
+    before = bits(original)
+    twin = copied(original)
+    state = doubled(twin)
+    twin.load_state_dict(state)
+    assert_same(twin, state)
+    assert_same(original, before)
+
+
+def test_a_dropped_model_is_freed_at_once():
+    model = adapted()
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_an_unloaded_model_loads_as_torch_does():
+    model = dorac.merge(adapted(), unload=True)
+    assert "load_state_dict" not in vars(model)
+    model.load_state_dict(doubled(model))
+
+
+def test_a_loading_of_the_model_s_own_is_left_to_it():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.load_state_dict = mine = lambda *args, **kwargs: "mine"
+    dorac.apply_dora(model, ["0"], r=2)
+    assert model.load_state_dict is mine
+    dorac.merge(model, unload=True)
+    assert model.load_state_dict is mine
+
+
+def test_what_does_not_change_is_not_copied(monkeypatch):
+    """Of a checkpoint of the whole model the frozen weights are as they were; a zero of another sign is a change."""
+    model, copies = adapted(), []
+    with torch.no_grad():
+        model[0].bias.zero_()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state["3.base_layer.bias"][0] = 1
+    state["0.bias"].neg_()
+    monkeypatch.setattr(Undo, "keep", lambda log, *tensors: copies.extend(t for t in tensors if t is not None))
+    model.load_state_dict(state)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(t)] for t in copies if "lora" not in names[id(t)]} == {"0.bias", "3.base_layer.bias"}

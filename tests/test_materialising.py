@@ -507,7 +507,9 @@ def test_a_refused_load_leaves_a_waiting_layer_waiting():
     wrong = state | {"linear.lora_A": torch.randn(9, 6)}
     with pytest.raises(RuntimeError, match=r"size mismatch for linear\.lora_A"):
         model.load_state_dict(wrong)
-    assert model(TOKENS).isfinite().all()  # the base weights came, and the adapter starts from them
+    assert model.linear.waiting is not None
+    base = {key: tensor for key, tensor in state.items() if "lora" not in key}
+    model.load_state_dict(base, strict=False)  # the adapter starts from them
     torch.testing.assert_close(model(TOKENS), whole(TOKENS))
 
 
