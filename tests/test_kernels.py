@@ -1,6 +1,5 @@
 """The Triton kernels against float64: on the GPU as they are, on the CPU through Triton's interpreter."""
 
-import collections
 import contextlib
 import dataclasses
 import types
@@ -13,12 +12,14 @@ from dorac.testing import LinearInputs, linear_inputs, max_error
 
 pytest.importorskip("triton")
 
+import triton
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
 from dorac.kernels.compose import compose
-from dorac.kernels.launch import Launcher
+from dorac.kernels.launch import Launch, LaunchError
 from dorac.kernels.norm import row_norm, row_norms
 
 HALF = (torch.bfloat16, torch.float16)
@@ -446,6 +447,8 @@ def test_more_than_2_31_elements():
 class Compiler:
     """Stands for a kernel, and counts how often it is compiled; what it was compiled to records its launches."""
 
+    __name__ = "compiler"
+
     def __init__(self) -> None:
         self.arg_names = ["left", "right", "size", "stride", "BLOCK"]
         self.compilations = 0
@@ -454,40 +457,54 @@ class Compiler:
     def __getitem__(self, grid):
         def compile_and_launch(*arguments, num_warps, BLOCK):
             self.compilations += 1
-            return collections.defaultdict(lambda: lambda *launch: self.launches.append(launch))
+            return self.compiled()
 
         return compile_and_launch
 
+    def compiled(self):
+        def run(*arguments):
+            self.launches.append(arguments)
 
-def test_compiled_once_for_what_triton_specialises_on():
+        return types.SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """A stream for launches without a GPU."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream of {device}", raising=False)
+
+
+def test_compiled_once_for_what_triton_specialises_on(stream):
     compiler = Compiler()
-    launcher = Launcher(compiler)
+    launch = Launch(compiler, (1, 2, 3), (24, 32), 4, BLOCK=64)
     tensor, half = torch.empty(64), torch.empty(64, dtype=torch.bfloat16)
     described = [TensorDescriptor.from_tensor(tensor.view(4, 16), block) for block in ([2, 16], [4, 16])]
     kinds = [
-        (tensor, tensor, 24, 32, 64),
-        (tensor, None, 24, 32, 64),
-        (tensor, half, 24, 32, 64),
-        (tensor, tensor[1:], 24, 32, 64),  # 4 bytes on
-        (tensor, described[0], 24, 32, 64),
-        (tensor, described[1], 24, 32, 64),
-        (tensor, tensor, 1, 32, 64),
-        (tensor, tensor, 24, 24, 64),
-        (tensor, tensor, 2**31 + 24, 32, 64),
-        (tensor, tensor, 24, 32, 128),
+        (tensor, tensor),
+        (tensor, None),
+        (tensor, half),
+        (half, tensor),
+        (tensor, tensor[1:]),  # 4 bytes on
+        (tensor[1:], tensor),
+        (tensor, described[0]),
+        (tensor, described[1]),
+        (tensor, 0.5),
     ]
-    for count, (*arguments, block) in enumerate(kinds, 1):
-        launcher((1, 1, 1), *arguments, warps=4, BLOCK=block)
+    for count, arguments in enumerate(kinds, 1):
+        launch(*arguments)
         assert compiler.compilations == count, arguments
-    launcher((1, 1, 1), *kinds[0][:4], warps=8, BLOCK=64)
-    assert compiler.compilations == len(kinds) + 1
-    again = (tensor[4:], tensor[8:], 40, 48)  # other addresses and sizes of the first's kinds
-    launcher((1, 1, 1), *again, warps=4, BLOCK=64)
-    assert compiler.compilations == len(kinds) + 1
-    assert compiler.launches == [(*again, 64)]
+    launch(tensor[4:], tensor[8:])  # other addresses
+    launch(tensor, 2.0)
+    assert compiler.compilations == len(kinds)
+    settled = "stream of None", "function", "metadata", None, None, None
+    pointer = tensor.data_ptr()
+    assert compiler.launches == [
+        (1, 2, 3, *settled, pointer + 16, pointer + 32, 24, 32, 64),
+        (1, 2, 3, *settled, pointer, 2.0, 24, 32, 64),
+    ]
 
 
-def test_compiled_for_each_device(monkeypatch):
+def test_compiled_for_each_device(monkeypatch, stream):
     """A compiled kernel is loaded on one device, and launched on the one where its arguments are."""
     current = [0]
 
@@ -500,25 +517,49 @@ def test_compiled_for_each_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", on_device)
 
-    class Loaded(Compiler):
-        def __getitem__(self, grid):
-            def compile_and_launch(*arguments, num_warps, BLOCK):
-                self.compilations += 1
-                loaded_on = current[0]
-                return collections.defaultdict(lambda: lambda *launch: self.launches.append((loaded_on, current[0])))
+    class OnCard(torch.Tensor):
+        device = None
 
-            return compile_and_launch
+    class Loaded(Compiler):
+        def compiled(self):
+            loaded_on = current[0]
+
+            def run(*arguments):
+                self.launches.append((loaded_on, current[0], arguments[3]))
+
+            return types.SimpleNamespace(run=run, function=None, packed_metadata=None)
 
     compiler = Loaded()
-    launcher = Launcher(compiler)
+    launch = Launch(compiler, (1, 1, 1), (24, 32), 4, BLOCK=64)
     for index in (0, 1, 0, 1, 2):
-        tensor = types.SimpleNamespace(
-            device=torch.device("cuda", index), dtype=torch.float32, data_ptr=lambda: 64 * 1024
-        )
-        launcher((1, 1, 1), tensor, tensor, 24, 32, warps=4, BLOCK=64)
+        tensor = torch.empty(64).as_subclass(OnCard)
+        tensor.device = torch.device("cuda", index)
+        launch(tensor, tensor)
     assert compiler.compilations == 3
-    assert compiler.launches == [(0, 0), (1, 1)]  # the third and the fourth: the first of each compile
+    assert compiler.launches == [(0, 0, "stream of 0"), (1, 1, "stream of 1")]  # the third and the fourth
     assert current == [0]
+
+
+def test_a_tool_that_listens_gets_the_arguments_as_they_are(monkeypatch, stream):
+    compiler = Compiler()
+    launch = Launch(compiler, (1, 1, 1), (24, 32), 4, BLOCK=64)
+    tensor = torch.empty(64)
+    launch(tensor, tensor)
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    launch(tensor, tensor)
+    assert (compiler.compilations, len(compiler.launches)) == (2, 0)
+
+
+def test_a_launch_that_fails_names_kernel_card_and_shapes(stream):
+    class Refused(Compiler):
+        def __getitem__(self, grid):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    tensor = torch.empty(4, 16)
+    expected = r"^the kernel compiler cannot be launched on cpu over float32\[4, 16\], float32\[4, 16\] with the grid "
+    expected += r"\(1, 2, 3\), 4 warps and {'BLOCK': 64}: OutOfResources: out of resource: shared memory"
+    with pytest.raises(LaunchError, match=expected):
+        Launch(Refused(), (1, 2, 3), (24, 32), 4, BLOCK=64)(tensor, tensor)
 
 
 class TestConfigs:

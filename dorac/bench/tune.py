@@ -211,13 +211,13 @@ def _sweep(
     args: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """Every candidate that fits the GPU, the fastest first."""
-    from triton.runtime.errors import OutOfResources
+    from dorac.kernels.launch import LaunchError
 
     records = []
     for config in {chosen: None} | dict.fromkeys(candidates):
         try:
             record = _record(kernel, layer, str(config), call(config), args)
-        except OutOfResources:  # shared memory or registers
+        except LaunchError:  # shared memory or registers
             continue
         records.append(record | {"chosen": config == chosen})
     return sorted(records, key=lambda record: record["wall_us"])

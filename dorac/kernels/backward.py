@@ -10,6 +10,8 @@ before has written, its end is still in L2, and the next kernel, which begins wi
 Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,8 @@ from dorac.kernels.configs import (
     lora_b_config,
     low_rank_config,
 )
-from dorac.kernels.launch import Launcher, cdiv, contiguous
-from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile, strip_sum
+from dorac.kernels.launch import Launch, cdiv, contiguous
+from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def compose_backward_kernel(
     mask_O = cols_O < O
     g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, HAS_NORM)
     if WANT_LORA:
-        lora_scale_O = g_O * tl.load(scaling_ptr).to(tl.float32)
+        lora_scale_O = g_O * number(scaling_ptr)
     if DELTA:
         g_O -= 1
     acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
@@ -208,7 +210,7 @@ def lora_b_backward_kernel(
         d_m_O = _per_norm(d_m_O, norm_ptr, cols_O, mask_O)
     tl.store(d_m_ptr + strip.to(tl.int64) * O + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
     if SCALE_B:
-        g_O *= tl.load(scaling_ptr).to(tl.float32)
+        g_O *= number(scaling_ptr)
     d_b_ptr += strip.to(tl.int64) * O * R
     store_tile(d_b_ptr, g_O[:, None] * acc0_OR, start_o, 0, O, R, BLOCK_O, BLOCK_R, EVEN, False)
     if CHUNKS >= 2:
@@ -242,7 +244,7 @@ def _store_scaled(partial_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_SC
     mask = index < size
     total = strip_sum(partial_ptr, index, mask, size, strips)
     if HAS_SCALING:
-        total *= tl.load(scaling_ptr).to(tl.float32)
+        total *= number(scaling_ptr)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -284,11 +286,111 @@ def low_rank_strip_sum_kernel(
         _store_d_magnitude(partial_m_ptr, norm_ptr, d_m_ptr, block, size_m, strips_t, True, BLOCK)
 
 
-_launch_compose_backward = Launcher(compose_backward_kernel)
-_launch_low_rank_backward = Launcher(low_rank_backward_kernel)
-_launch_lora_b_backward = Launcher(lora_b_backward_kernel)
-_launch_strip_sum = Launcher(strip_sum_kernel)
-_launch_low_rank_strip_sum = Launcher(low_rank_strip_sum_kernel)
+@functools.lru_cache(maxsize=4096)
+def compose_backward_launches(
+    tokens: int,
+    out_features: int,
+    strides: tuple[tuple[int, int], ...],
+    config: ColumnConfig,
+    *,
+    has_norm: bool,
+    delta: bool,
+    want_lora: bool,
+) -> tuple[int, Launch, Launch]:
+    """How many strips there are, the launch for dy and inner of these strides, and the one that sums the strips."""
+    strips = cdiv(tokens, config.rows)
+    launch = Launch(
+        compose_backward_kernel,
+        (cdiv(out_features, config.block_o), strips, 1),
+        (tokens, out_features, config.rows, *strides[0], *strides[1]),
+        config.warps,
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o),
+        HAS_NORM=has_norm,
+        DELTA=delta,
+        WANT_LORA=want_lora,
+        STAGES=config.stages,
+    )
+    grid = cdiv(out_features, 64), 1, 1
+    return strips, launch, Launch(strip_sum_kernel, grid, (out_features, strips), 2, HAS_NORM=has_norm, BLOCK=64)
+
+
+@functools.lru_cache(maxsize=4096)
+def low_rank_backward_launches(
+    tokens: int,
+    out_features: int,
+    rank: int,
+    strides: tuple[tuple[int, int], ...],
+    config: LowRankConfig,
+    *,
+    scale_b: bool,
+) -> tuple[tuple[int, int], Launch, Launch]:
+    """How many strips of rows and of columns there are, the launch for dy, inner, h and lora_B, and the sums'."""
+    if rank > config.block_r:
+        raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
+    strips = cdiv(tokens, config.rows), cdiv(out_features, config.block_o)
+    launch = Launch(
+        low_rank_backward_kernel,
+        (strips[1], strips[0], 1),
+        (tokens, out_features, rank, config.rows, *(s for pair in strides for s in pair)),
+        config.warps,
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        BLOCK_R=config.block_r,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank % config.block_r),
+        STAGES=config.stages,
+    )
+    sizes = out_features, tokens * rank, out_features * rank
+    return strips, launch, _sums(sizes, strips, has_h=True, scale_b=scale_b, block=128)
+
+
+@functools.lru_cache(maxsize=4096)
+def lora_b_backward_launches(
+    tokens: int,
+    out_features: int,
+    rank: int,
+    strides: tuple[tuple[int, int], ...],
+    config: LoraBConfig,
+    *,
+    scale_b: bool,
+) -> tuple[int, Launch, Launch | None]:
+    """How many strips there are, the launch for dy, inner and h, and where there are several the one that sums them."""
+    if rank > config.block_r * config.chunks:
+        raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")
+    strips = cdiv(tokens, config.rows)
+    edges = tokens % config.block_t or out_features % config.block_o or rank != config.block_r * config.chunks
+    launch = Launch(
+        lora_b_backward_kernel,
+        (cdiv(out_features, config.block_o), strips, 1),
+        (tokens, out_features, rank, config.rows, *(s for pair in strides for s in pair)),
+        config.warps,
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        BLOCK_R=config.block_r,
+        CHUNKS=config.chunks,
+        EVEN=not edges,
+        FINISH=strips == 1,
+        SCALE_B=scale_b,
+        STAGES=config.stages,
+    )
+    if strips == 1:
+        return strips, launch, None
+    sizes = out_features, 0, out_features * rank
+    return strips, launch, _sums(sizes, (strips, 0), has_h=False, scale_b=False, block=512)  # few strips, long ones
+
+
+def _sums(sizes: tuple[int, int, int], strips: tuple[int, int], *, has_h: bool, scale_b: bool, block: int) -> Launch:
+    """Sums the strips of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``; then come norm, scaling, gradients."""
+    return Launch(
+        low_rank_strip_sum_kernel,
+        (sum(cdiv(size, block) for size in sizes), 1, 1),
+        (*sizes, *strips),
+        4,
+        HAS_H=has_h,
+        SCALE_B=scale_b,
+        BLOCK=block,
+    )
 
 
 def compose_backward(
@@ -296,7 +398,7 @@ def compose_backward(
     inner: Tensor,
     magnitude: Tensor,
     weight_norm: Tensor | None,
-    scaling: Tensor | None = None,
+    scaling: Tensor | float | None = None,
     *,
     delta: bool = False,
     lora_dtype: torch.dtype | None = None,
@@ -316,44 +418,18 @@ def compose_backward(
     if not dy.numel():
         return d_base, d_lora, d_magnitude.zero_()
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    config = config or column_config(tokens, out_features)
-    strips = cdiv(tokens, config.rows)
-    partial = magnitude.new_empty(strips, out_features, dtype=torch.float32)
-    _launch_compose_backward(
-        (cdiv(out_features, config.block_o), strips, 1),
-        dy,
-        inner,
-        magnitude,
-        weight_norm,
-        scaling,
-        d_base,
-        d_lora,
-        partial,
+    strips, launch, add = compose_backward_launches(
         tokens,
         out_features,
-        config.rows,
-        *dy.stride(),
-        *inner.stride(),
-        BLOCK_T=config.block_t,
-        BLOCK_O=config.block_o,
-        EVEN=not (tokens % config.block_t or out_features % config.block_o),
-        HAS_NORM=weight_norm is not None,
-        DELTA=delta,
-        WANT_LORA=d_lora is not None,
-        STAGES=config.stages,
-        warps=config.warps,
+        (dy.stride(), inner.stride()),
+        config or column_config(tokens, out_features),
+        has_norm=weight_norm is not None,
+        delta=delta,
+        want_lora=lora_dtype is not None,
     )
-    _launch_strip_sum(
-        (cdiv(out_features, 64), 1, 1),
-        partial,
-        weight_norm,
-        d_magnitude,
-        out_features,
-        strips,
-        warps=2,
-        HAS_NORM=weight_norm is not None,
-        BLOCK=64,
-    )
+    partial = magnitude.new_empty(strips, out_features, dtype=torch.float32)
+    launch(dy, inner, magnitude, weight_norm, scaling, d_base, d_lora, partial)
+    add(partial, weight_norm, d_magnitude)
     return d_base, d_lora, d_magnitude
 
 
@@ -364,7 +440,7 @@ def low_rank_backward(
     weight_norm: Tensor,
     h: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: Tensor | float,
     *,
     h_is_scaled: bool,
     config: LowRankConfig | None = None,
@@ -384,52 +460,17 @@ def low_rank_backward(
     d_h, d_b = h.new_empty(h.shape), lora_B.new_empty(lora_B.shape)
     if not dy.numel():
         return d_inner, d_magnitude.zero_(), d_h.zero_(), d_b.zero_()
-    config = config or low_rank_config(tokens, out_features, rank)
-    if rank > config.block_r:
-        raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strips_t, strips_o = cdiv(tokens, config.rows), cdiv(out_features, config.block_o)
+    strides = dy.stride(), inner.stride(), h.stride(), lora_B.stride()
+    config = config or low_rank_config(tokens, out_features, rank)
+    (strips_t, strips_o), launch, add = low_rank_backward_launches(
+        tokens, out_features, rank, strides, config, scale_b=not h_is_scaled
+    )
     partial_m = magnitude.new_empty(strips_t, out_features, dtype=torch.float32)
     partial_h = magnitude.new_empty(strips_o, tokens, rank, dtype=torch.float32)
     partial_b = magnitude.new_empty(strips_t, out_features, rank, dtype=torch.float32)
-    _launch_low_rank_backward(
-        (strips_o, strips_t, 1),
-        dy,
-        inner,
-        magnitude,
-        weight_norm,
-        h,
-        lora_B,
-        d_inner,
-        partial_m,
-        partial_h,
-        partial_b,
-        tokens,
-        out_features,
-        rank,
-        config.rows,
-        *dy.stride(),
-        *inner.stride(),
-        *h.stride(),
-        *lora_B.stride(),
-        BLOCK_T=config.block_t,
-        BLOCK_O=config.block_o,
-        BLOCK_R=config.block_r,
-        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank % config.block_r),
-        STAGES=config.stages,
-        warps=config.warps,
-    )
-    sizes = out_features, tokens * rank, out_features * rank
-    _sum_strips(
-        (partial_m, partial_h, partial_b),
-        weight_norm,
-        scaling,
-        (d_magnitude, d_h, d_b),
-        sizes,
-        (strips_t, strips_o),
-        scale_b=not h_is_scaled,
-        block=128,
-    )
+    launch(dy, inner, magnitude, weight_norm, h, lora_B, d_inner, partial_m, partial_h, partial_b)
+    add(partial_m, partial_h, partial_b, weight_norm, scaling, d_magnitude, d_h, d_b)
     return d_inner, d_magnitude, d_h, d_b
 
 
@@ -439,7 +480,7 @@ def lora_b_backward(
     magnitude: Tensor,
     weight_norm: Tensor,
     h: Tensor,
-    scaling: Tensor,
+    scaling: Tensor | float,
     *,
     h_is_scaled: bool,
     config: LoraBConfig | None = None,
@@ -459,72 +500,16 @@ def lora_b_backward(
     d_b = h.new_empty(out_features, rank)
     if not dy.numel():
         return d_inner, d_magnitude.zero_(), d_b.zero_()
-    config = config or lora_b_config(tokens, out_features, rank)
-    if rank > config.block_r * config.chunks:
-        raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strips = cdiv(tokens, config.rows)
-    if strips == 1:
+    strides = dy.stride(), inner.stride(), h.stride()
+    config = config or lora_b_config(tokens, out_features, rank)
+    strips, launch, add = lora_b_backward_launches(tokens, out_features, rank, strides, config, scale_b=not h_is_scaled)
+    if add is None:
         partial_m, partial_b = d_magnitude, d_b
     else:
         partial_m = magnitude.new_empty(strips, out_features, dtype=torch.float32)
         partial_b = magnitude.new_empty(strips, out_features, rank, dtype=torch.float32)
-    _launch_lora_b_backward(
-        (cdiv(out_features, config.block_o), strips, 1),
-        dy,
-        dy,
-        inner,
-        magnitude,
-        weight_norm,
-        h,
-        scaling,
-        d_inner,
-        partial_m,
-        partial_b,
-        tokens,
-        out_features,
-        rank,
-        config.rows,
-        *dy.stride(),
-        *inner.stride(),
-        *h.stride(),
-        BLOCK_T=config.block_t,
-        BLOCK_O=config.block_o,
-        BLOCK_R=config.block_r,
-        CHUNKS=config.chunks,
-        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank != config.block_r * config.chunks),
-        FINISH=strips == 1,
-        SCALE_B=not h_is_scaled,
-        STAGES=config.stages,
-        warps=config.warps,
-    )
-    if strips > 1:
-        sizes = out_features, 0, out_features * rank
-        _sum_strips(
-            (partial_m, None, partial_b),
-            weight_norm,
-            scaling,
-            (d_magnitude, None, d_b),
-            sizes,
-            (strips, 0),
-            scale_b=False,
-            block=512,  # few strips, many elements
-        )
+    launch(dy, dy, inner, magnitude, weight_norm, h, scaling, d_inner, partial_m, partial_b)
+    if add is not None:
+        add(partial_m, None, partial_b, weight_norm, scaling, d_magnitude, None, d_b)
     return d_inner, d_magnitude, d_b
-
-
-def _sum_strips(partials, weight_norm, scaling, gradients, sizes, strips, *, scale_b, block):
-    """Sums the strips ``partials`` of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``, into ``gradients``."""
-    _launch_low_rank_strip_sum(
-        (sum(cdiv(size, block) for size in sizes), 1, 1),
-        *partials,
-        weight_norm,
-        scaling,
-        *gradients,
-        *sizes,
-        *strips,
-        warps=4,
-        HAS_H=partials[1] is not None,
-        SCALE_B=scale_b,
-        BLOCK=block,
-    )

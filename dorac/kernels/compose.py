@@ -6,6 +6,8 @@ low-rank branch's output is never written.
 Legend: T tokens, O out_features, R rank.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels.configs import TileConfig, pointwise_config, tile_config
-from dorac.kernels.launch import Launcher, cdiv, contiguous
-from dorac.kernels.tiles import load_tile, magnitude_scale, product, store_tile
+from dorac.kernels.launch import Launch, cdiv, contiguous
+from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile
 
 GROUP = tl.constexpr(8)  # row blocks that run side by side share tiles of lora_B in L2
 
@@ -26,7 +28,7 @@ def compose_kernel(
     b_ptr,
     magnitude_ptr,
     norm_ptr,
-    scaling_ptr,
+    scaling_ptr,  # or a number
     bias_ptr,
     y_ptr,
     inner_ptr,
@@ -76,7 +78,7 @@ def compose_kernel(
             acc_TO = load_tile(
                 lora_ptr, start_t, start_o, T, O, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_O, EVEN, False
             ).to(tl.float32)
-        lora_TO = tl.load(scaling_ptr).to(tl.float32) * acc_TO
+        lora_TO = number(scaling_ptr) * acc_TO
         inner_TO = base_TO + lora_TO
     else:
         inner_TO = base_TO
@@ -93,9 +95,6 @@ def compose_kernel(
     store_tile(y_ptr, y_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
 
 
-_launch_compose = Launcher(compose_kernel)
-
-
 def _describable(*tensors: Tensor | None) -> bool:
     """Whether the tensor memory accelerator can address these: contiguous rows, 16-byte aligned."""
     return all(
@@ -107,13 +106,55 @@ def _describable(*tensors: Tensor | None) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def compose_launch(
+    tokens: int,
+    out_features: int,
+    strides: tuple[tuple[int, int] | None, ...],
+    rank: int | None,
+    config: TileConfig,
+    *,
+    has_norm: bool,
+    has_bias: bool,
+    delta: bool,
+    want_inner: bool,
+    split: bool,
+    descriptors: bool,
+) -> Launch:
+    """The launch for ``base``, ``lora`` and ``lora_B`` of these strides, None for those that there are not.
+
+    Its tensors: base, lora, lora_B, magnitude, weight_norm, scaling, bias, y, inner.
+    """
+    project = rank is not None
+    edges = tokens % config.block_t or out_features % config.block_o or (project and rank % config.block_r)
+    return Launch(
+        compose_kernel,
+        (cdiv(tokens, config.block_t) * cdiv(out_features, config.block_o), 1, 1),
+        (tokens, out_features, rank or 1, *(s for pair in strides for s in pair or (0, 0))),
+        config.warps,
+        BLOCK_T=config.block_t,
+        BLOCK_O=config.block_o,
+        BLOCK_R=config.block_r,
+        EVEN=not edges,
+        PROJECT=project,
+        HAS_LORA=strides[1] is not None,
+        HAS_NORM=has_norm,
+        HAS_BIAS=has_bias,
+        DELTA=delta,
+        WANT_INNER=want_inner,
+        SPLIT=split,
+        DESCRIPTORS=descriptors,
+        STAGES=config.stages,
+    )
+
+
 def compose(
     base: Tensor,
     lora: Tensor | None,
     lora_B: Tensor | None,
     magnitude: Tensor,
     weight_norm: Tensor | None,
-    scaling: Tensor | None,
+    scaling: Tensor | float | None,
     bias: Tensor | None,
     *,
     delta: bool = False,
@@ -127,7 +168,7 @@ def compose(
         lora: ``[T, O]``; ``h [T, R]`` if ``lora_B`` is given; None for ``inner = base``.
         lora_B: ``[O, R]``, the dtype of ``h``.
         magnitude: ``[O]``; g itself where ``weight_norm`` is None.
-        scaling: one element on the device.
+        scaling: a number, or one element on the device.
         config: how to launch; None chooses it.
     """
     tokens, out_features = base.shape
@@ -135,45 +176,32 @@ def compose(
     inner = torch.empty_like(base, memory_format=torch.contiguous_format) if want_inner else None
     if not base.numel():
         return y, inner
-    project = lora_B is not None
-    rank = lora_B.shape[1] if project else 1
+    rank = None if lora_B is None else lora_B.shape[1]
     if config is None:
         config = (
-            tile_config(tokens, out_features, rank, lora.dtype, base.dtype) if project else pointwise_config(tokens)
+            pointwise_config(tokens)
+            if rank is None
+            else tile_config(tokens, out_features, rank, lora.dtype, base.dtype)
         )
-    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
+    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, None if delta else bias)
     matrices = [base, lora, lora_B, y, inner]
-    if descriptors := config.descriptors and _describable(*matrices):
+    descriptors = config.descriptors and _describable(*matrices)
+    launch = compose_launch(
+        tokens,
+        out_features,
+        tuple(None if t is None else t.stride() for t in matrices[:3]),
+        rank,
+        config,
+        has_norm=weight_norm is not None,
+        has_bias=bias is not None,
+        delta=delta,
+        want_inner=want_inner,
+        split=rank is not None and lora.dtype is torch.float32 and base.dtype is not torch.float32,
+        descriptors=descriptors,
+    )
+    if descriptors:
         blocks = {id(lora): [config.block_t, config.block_r], id(lora_B): [config.block_o, config.block_r]}
         tile = [config.block_t, config.block_o]
         matrices = [t if t is None else TensorDescriptor.from_tensor(t, blocks.get(id(t), tile)) for t in matrices]
-    _launch_compose(
-        (cdiv(tokens, config.block_t) * cdiv(out_features, config.block_o), 1, 1),
-        *matrices[:3],
-        magnitude,
-        weight_norm,
-        scaling,
-        bias,
-        *matrices[3:],
-        tokens,
-        out_features,
-        rank,
-        *base.stride(),
-        *((0, 0) if lora is None else lora.stride()),
-        *((0, 0) if lora_B is None else lora_B.stride()),
-        BLOCK_T=config.block_t,
-        BLOCK_O=config.block_o,
-        BLOCK_R=config.block_r,
-        EVEN=not (tokens % config.block_t or out_features % config.block_o or (project and rank % config.block_r)),
-        PROJECT=project,
-        HAS_LORA=lora is not None,
-        HAS_NORM=weight_norm is not None,
-        HAS_BIAS=bias is not None and not delta,
-        DELTA=delta,
-        WANT_INNER=want_inner,
-        SPLIT=project and lora.dtype is torch.float32 and base.dtype is not torch.float32,
-        DESCRIPTORS=descriptors,
-        STAGES=config.stages,
-        warps=config.warps,
-    )
+    launch(*matrices[:3], magnitude, weight_norm, scaling, bias, *matrices[3:])
     return y, inner

@@ -12,6 +12,7 @@ The same launch takes the norms of many layers, each with tensors of its own.
 Legend: E experts or layers, O out_features, I in_features, R rank, S column splits.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
-from dorac.kernels.launch import Launcher, cdiv
-from dorac.kernels.tiles import load_tile, product
+from dorac.kernels.launch import Launch, cdiv
+from dorac.kernels.tiles import load_tile, number, product
 
 SHRINK = tl.constexpr(2.0**-64)  # exact; as in dorac/ops/norm.py
 
@@ -85,7 +86,7 @@ def row_norm_kernel(
     w_ptr,
     a_ptr,
     b_ptr,
-    scaling_ptr,
+    scaling_ptr,  # or a number, without offsets
     offsets_ptr,  # None, or int64 [E, 3]: where each layer's tensors begin, in elements from the first's, 16 by 16
     out_ptr,
     O,
@@ -115,7 +116,7 @@ def row_norm_kernel(
     split = tl.program_id(1)
     start_o = tl.program_id(0) * BLOCK_O
     if offsets_ptr is None:
-        scaling = tl.load(scaling_ptr).to(tl.float32)
+        scaling = number(scaling_ptr)
         w_ptr += expert * stride_we
         a_ptr += expert * stride_ae
         b_ptr += expert * stride_be
@@ -207,25 +208,21 @@ def finish_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
     tl.store(out_ptr + index, _length(square, shrunk_square), mask=mask)
 
 
-_launch_row_norm = Launcher(row_norm_kernel)
-_launch_finish = Launcher(finish_kernel)
-
-
 def row_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, config: NormConfig | None = None
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, config: NormConfig | None = None
 ) -> Tensor:
     """``||W + s * lora_B @ lora_A||`` per row.
 
     Args:
         weight: ``[out, in]`` or ``[E, out, in]``, any strides. lora_A: ``[(E,) r, in]``. lora_B: ``[(E,) out, r]``.
-        scaling: one element on the device.
+        scaling: a number, or one element on the device.
         config: how to launch; None takes :func:`norm_config`'s.
 
     Returns:
         ``[(E,) out]``, float32.
     """
     batch = weight.shape[:-2]
-    strides = [(t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B)]
+    strides = tuple((t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B))
     norm = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
     return _row_norm(weight, lora_A, lora_B, scaling, None, strides, batch.numel(), norm, config)
 
@@ -252,7 +249,7 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
     # Made on the CPU, whatever the default device, and copied in the stream's order: the CPU need not wait for the GPU.
     offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu").to(weight.device, non_blocking=True)
     scaling = torch.tensor(scalings, dtype=torch.float32, device="cpu").to(weight.device, non_blocking=True)
-    strides = [(0, *t.stride()) for t in first]
+    strides = tuple((0, *t.stride()) for t in first)
     norm = weight.new_empty(len(layers), weight.shape[0], dtype=torch.float32)
     config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype)  # one layer's: its bits
     return _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, len(layers), norm, config)
@@ -268,37 +265,45 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     rank = lora_A.shape[-2]
     if config is None:
         config = norm_config(experts, out_features, in_features, rank, weight.dtype, lora_A.dtype)
+    split = lora_A.dtype is torch.float32 and weight.dtype is not torch.float32
+    splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, split, config)
+    out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
+    launch(weight, lora_A, lora_B, scaling, offsets, out)
+    if splits > 1:
+        finish(out, norm)
+    return norm
+
+
+@functools.lru_cache(maxsize=4096)
+def norm_launches(
+    experts: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    strides: tuple[tuple[int, int, int], ...],
+    split: bool,
+    config: NormConfig,
+) -> tuple[int, Launch, Launch | None]:
+    """Over how many programs the columns are split, the launch, and the one that puts them together."""
     chunks = cdiv(rank, config.block_r)
     tiles = cdiv(in_features, config.block_i)
     tiles_per_split = cdiv(tiles, config.splits)
     splits = cdiv(tiles, tiles_per_split)
-    out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
-    _launch_row_norm(
+    launch = Launch(
+        row_norm_kernel,
         (cdiv(out_features, config.block_o), splits, experts),
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        offsets,
-        out,
-        out_features,
-        in_features,
-        rank,
-        *strides[0],
-        *strides[1],
-        *strides[2],
-        tiles_per_split * config.block_i,
+        (out_features, in_features, rank, *strides[0], *strides[1], *strides[2], tiles_per_split * config.block_i),
+        config.warps,
         BLOCK_O=config.block_o,
         BLOCK_I=config.block_i,
         BLOCK_R=config.block_r,
         CHUNKS=chunks if chunks <= 3 else 0,
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
-        SPLIT=lora_A.dtype is torch.float32 and weight.dtype is not torch.float32,
+        SPLIT=split,
         REGISTERS=config.registers,
         STAGES=config.stages,
-        warps=config.warps,
     )
-    if splits > 1:
-        size = experts * out_features
-        _launch_finish((cdiv(size, 256), 1, 1), out, norm, size, splits, warps=4, BLOCK=256)
-    return norm
+    if splits == 1:
+        return splits, launch, None
+    size = experts * out_features
+    return splits, launch, Launch(finish_kernel, (cdiv(size, 256), 1, 1), (size, splits), 4, BLOCK=256)

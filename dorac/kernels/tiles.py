@@ -7,6 +7,15 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def number(source):
+    """A float32, given as it is or as a pointer to it."""
+    if source.dtype.is_ptr():
+        return tl.load(source).to(tl.float32)
+    else:
+        return source.to(tl.float32)
+
+
+@triton.jit
 def load_tile(
     source,
     start_m,
