@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from dorac.ops import eager
 from dorac.testing.poison import poisoned_memory
 
 torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to the bounds of float32
@@ -31,8 +32,9 @@ def _poison():
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Each test starts from one seed and an empty compiler cache."""
+    """Each test starts from one seed, an empty compiler cache, and no plans, which know routes that a test may patch."""
     torch.manual_seed(0)
+    eager.forget_plans()
     yield
     torch._dynamo.reset()
 

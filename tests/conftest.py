@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from dorac.ops import eager
 from dorac.testing.poison import poisoned_memory
 
 if not torch.cuda.is_available():
@@ -34,7 +35,8 @@ def _poison():
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Each test starts from one seed and an empty compiler cache."""
+    """Each test starts from one seed, an empty compiler cache, and no plans, which know routes that a test may patch."""
     torch.manual_seed(0)
+    eager.forget_plans()
     yield
     torch._dynamo.reset()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dorac import functional
 from dorac.bench import against_lora, measure, model, options, peers, report
-from dorac.ops import linear
+from dorac.ops import eager, linear
 
 KERNELS = ("norm", "up", "backward", "low-rank-backward", "lora-b-backward", "form", "stack-form")
 DEFAULTS = {
@@ -188,9 +188,11 @@ def _forms(
     """Each form from an empty compiler cache: all of them are the same code."""
     chosen = linear.route(x.flatten(0, -2), lora_A, training=dy is not None, traced=compile_args is not None)
     for form in ("accumulate", "fused", "separate") if x.dtype is lora_A.dtype else ("fused", "separate"):
+        eager.forget_plans()
         with mock.patch.object(linear, "route", lambda *_, form=form, **__: form):
             (record,) = against_lora.measure_steps(case, {form: (build, compile_args)}, x, dy)
         yield record | {"chosen": form == chosen}
+    eager.forget_plans()
 
 
 def _activations(layer: peers.Layer, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, ops
 from dorac.functional.linear import compose
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
 from dorac.ops.compose import finite_part, takes_bias
-from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -211,7 +210,7 @@ def _dora_conv(
         y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
     else:
         s = s.to(accumulate_dtype(base, lora, g))
-        y = torch.ops.dorac.compose(base, lora, g, s, bias, False, 1, holds_bias, REVISION)
+        y = ops.compose.compose(base, lora, g, s, bias, False, 1, holds_bias)
     return y.squeeze(0) if unbatched else y
 
 

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, ops
 from dorac.functional.linear import compose
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops.library import REVISION
 
 # A table is tall: the buffers of its norm stay small beside it, and small chunks are the faster ones on the CPU.
 EMBEDDING_BUDGET = 16 * 2**20
@@ -90,7 +89,7 @@ def dora_embedding(
 
 def _sparse_lookup(x: Tensor, lora_A: Tensor, padding_idx: int | None) -> Tensor:
     """``F.embedding(x, lora_A.T, padding_idx, sparse=True)``, if autograd could transpose its gradient."""
-    h = torch.ops.dorac.sparse_columns(lora_A, x.reshape(-1), REVISION).reshape(*x.shape, lora_A.shape[0])
+    h = ops.embedding.sparse_columns(lora_A, x.reshape(-1)).reshape(*x.shape, lora_A.shape[0])
     if padding_idx is None:
         return h
     padding = (x == padding_idx % lora_A.shape[1])[..., None]

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, ops
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops.compose import compose_aten
-from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -63,10 +62,10 @@ def dora_linear_grouped(
     index = torch.searchsorted(offsets, row_numbers, right=True)  # the expert of each row
 
     def product(rows: Tensor, matrices: Tensor) -> Tensor:
-        return torch.ops.dorac.grouped_linear(rows, matrices, offsets, index, REVISION)
+        return ops.grouped.grouped_linear(rows, matrices, offsets, index)
 
-    g = torch.ops.dorac.take(magnitude_scale(magnitude, weight_norm), index, REVISION)
-    row_bias = None if bias is None else torch.ops.dorac.take(bias, index, REVISION)
+    g = ops.take.take(magnitude_scale(magnitude, weight_norm), index)
+    row_bias = None if bias is None else ops.take.take(bias, index)
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x
     lora = product(product(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     base = product(x, weight)

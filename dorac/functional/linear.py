@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, ops
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops.library import REVISION
+from dorac.ops import eager
 from dorac.ops.linear import experts_aten
 from dorac.ops.norm import DEFAULT_BUDGET
 
@@ -46,7 +46,7 @@ def compose(
     checks.check_compose(base, lora, mag_scale, bias, delta, dim)
     scaling = checks.check_scaling(scaling)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora, mag_scale))
-    return torch.ops.dorac.compose(base, lora, mag_scale, s, bias, delta, dim, False, REVISION)
+    return ops.compose.compose(base, lora, mag_scale, s, bias, delta, dim, False)
 
 
 def dora_linear(
@@ -98,6 +98,12 @@ def dora_linear(
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
             outside [0, 1), ``norm_grad`` together with ``weight_norm``.
     """
+    if not torch.compiler.is_compiling() and norm_grad is False and _is_zero(dropout_p) and budget == DEFAULT_BUDGET:
+        number = checks.check_scaling(scaling)
+        if not isinstance(number, Tensor):
+            y = eager.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, float(number))
+            if y is not None:
+                return y
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
@@ -108,10 +114,14 @@ def dora_linear(
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
     if not dropout_p:
         tensors = x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias
-        return torch.ops.dorac.dora_linear(*tensors, scaling_number(scaling), REVISION)
+        return ops.linear.dora_linear(*tensors, scaling_number(scaling))
     x_adapter = F.dropout(x, dropout_p)
     if weight.ndim == 3:
         return experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, x_adapter)
     lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     g = magnitude_scale(magnitude, weight_norm)
     return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)
+
+
+def _is_zero(number: object) -> bool:
+    return type(number) in (float, int) and number == 0

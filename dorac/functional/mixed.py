@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, ops
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.compose import compose_aten, finite_part, takes_bias
-from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -66,13 +65,13 @@ def dora_linear_mixed(
 
     def chosen(stack: Tensor, plain_value: float) -> Tensor:
         """An entry per row; a plain row sees no entry, whatever it holds, and sends it no gradient."""
-        entries = torch.ops.dorac.take(stack, index, REVISION)
+        entries = ops.take.take(stack, index)
         return torch.where(plain.view(-1, *[1] * (entries.ndim - 1)), plain_value, entries)
 
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     lora = rows.to(lora_A.dtype) @ chosen(lora_A, 0.0).mT @ chosen(lora_B, 0.0).mT
     g = magnitude_scale(chosen(magnitude, 1.0), chosen(weight_norm, 1.0)).unsqueeze(1)
-    s = torch.ops.dorac.take(s, index, REVISION).view(-1, 1, 1)
+    s = ops.take.take(s, index).view(-1, 1, 1)
     holds_bias = front.autocast_dtype(x) is None and takes_bias(x, bias)
     base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
     return compose_aten(base.reshape(lora.shape), lora, g, s, bias, False, holds_bias).view(base.shape)

@@ -6,7 +6,6 @@ from torch import Tensor
 from dorac import checks, ops
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import REVISION
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -85,7 +84,7 @@ def norm_factored(
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
-        return torch.ops.dorac.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad, REVISION)
+        return ops.norm.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Launching a Triton kernel at a few microseconds of Python."""
 
+import operator
 from typing import NoReturn
 
 import torch
@@ -45,8 +46,11 @@ class Launch:
         self.settled = *integers, *constants.values()
         self.compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
-    def __call__(self, first: Tensor | TensorDescriptor, *others: Argument) -> None:
-        """Launches on the device of the first, which has to be a matrix; a number is an argument by value."""
+    def __call__(self, first: Tensor | TensorDescriptor, *others: Argument) -> "triton.compiler.CompiledKernel | None":
+        """Launches on the device of the first, which has to be a matrix; a number is an argument by value.
+
+        Returns what was launched; the interpreter compiles nothing.
+        """
         device = (first.base if type(first) is TensorDescriptor else first).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # a kernel runs on the current device, whatever its pointers say
@@ -75,7 +79,8 @@ class Launch:
             else:
                 self._run(compiled, device.index, arguments)
         except Exception as error:
-            self._refuse(error, (first, *others))
+            self.refuse(error, (first, *others))
+        return compiled
 
     def _compile(self, *arguments: Argument) -> "triton.compiler.CompiledKernel | None":
         """Launches the ordinary way."""
@@ -88,7 +93,7 @@ class Launch:
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.settled
         )
 
-    def _refuse(self, error: Exception, arguments: tuple[Argument, ...]) -> NoReturn:
+    def refuse(self, error: Exception, arguments: tuple[Argument, ...]) -> NoReturn:
         """Says which kernel it was, of what, and where."""
         tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in arguments]
         shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors if isinstance(t, Tensor)]
@@ -100,10 +105,49 @@ class Launch:
         ) from error
 
 
+class Bound:
+    """A launch for tensors whose dtypes, device and alignment to 16 bytes are always those of its first call.
+
+    Then nothing is left to look at but where the tensors lie.
+    """
+
+    __slots__ = ("_after", "_before", "_between", "_device", "_run", "launch")
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._run = None
+
+    def __call__(self, first: Tensor, *others: Tensor | float | None) -> None:
+        if self._run is None or self._device != torch._C._cuda_getDevice() or _hooked():
+            self._bind(first, *others)
+            return
+        pointers = [a.data_ptr() if type(a) in _TENSORS else a for a in others]
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        try:
+            self._run(*self._before, stream, *self._between, first.data_ptr(), *pointers, *self._after)
+        except Exception as error:
+            self.launch.refuse(error, (first, *others))
+
+    def _bind(self, *arguments: Tensor | float | None) -> None:
+        compiled = self.launch(*arguments)
+        if compiled is not None:
+            self._device = arguments[0].device.index
+            self._before = self.launch.grid
+            self._between = compiled.function, compiled.packed_metadata, None, None, None
+            self._after = self.launch.settled
+            self._run = compiled.run
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
 def _hooked() -> bool:
     """Whether a tool (a profiler of Triton's) is told of every launch, with its arguments as they are."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    return bool(_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+
+
+_calls = operator.attrgetter("calls")
 
 
 def cdiv(numerator: int, denominator: int) -> int:

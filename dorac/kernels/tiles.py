@@ -9,7 +9,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def number(source):
     """A float32, given as it is or as a pointer to it."""
-    if source.dtype.is_ptr():
+    if INTERPRETED:  # which leaves a number as it is
+        return source if isinstance(source, float) else tl.load(source).to(tl.float32)
+    elif source.dtype.is_ptr():
         return tl.load(source).to(tl.float32)
     else:
         return source.to(tl.float32)

@@ -226,6 +226,11 @@ class DoraLayer(nn.Module):
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
 
+    def _adapter(self) -> list[Tensor]:
+        """The adapter's parameters, in the order of ``PEFT_KEYS``; each read of an attribute of a module takes long."""
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in self.PEFT_KEYS]
+
     def base_weights(self) -> list[nn.Parameter]:
         """The parameters of the base layer that merging changes."""
         return [self.base_layer.weight]

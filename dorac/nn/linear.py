@@ -95,17 +95,19 @@ class DoraLinear(DoraLayer):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base_layer(x)
+        base = self._modules["base_layer"]
+        if self.merged_norm is not None:
+            return base(x)
+        lora_A, lora_B, magnitude = self._adapter()
         return functional.dora_linear(
             x,
-            self._matrix(),
-            self.lora_A,
-            self.lora_B,
-            self.lora_magnitude_vector,
-            self.base_layer.bias,
-            scaling=self.scaling,
-            weight_norm=self._known_norm(),
+            base.weight.t() if self.fan_in_fan_out else base.weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            base.bias,
+            scaling=self._scaling,
+            weight_norm=self._known_norm() if self.caches_norm else None,
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
         )

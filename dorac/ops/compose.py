@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.library import lib, register_composite, register_leaf
 
 # Up to how many tokens a launch costs more than it saves: at 1 to 8 tokens compiled inference leaves the whole layer to
 # the compiler, which fuses its elementwise end into the next layer's beginning.
@@ -216,20 +216,22 @@ def _compose_backward_cuda(dy, inner, mag_scale, scaling, lora_dtype, delta):
     return compose_backward(dy, inner, mag_scale, None, scaling, delta=delta, lora_dtype=lora_dtype)
 
 
-for _name, _aten, _cuda in (
-    ("compose_value", _compose_value, _compose_value_cuda),
-    ("compose_forward", _compose_forward, _compose_forward_cuda),
-    ("compose_backward", _compose_backward, _compose_backward_cuda),
-):
-    register_leaf(_name, _aten, _rows_alone(_cuda, _aten))
+compose_value, compose_forward, compose_backward = (
+    register_leaf(name, in_aten, _rows_alone(cuda, in_aten))
+    for name, in_aten, cuda in (
+        ("compose_value", _compose_value, _compose_value_cuda),
+        ("compose_forward", _compose_forward, _compose_forward_cuda),
+        ("compose_backward", _compose_backward, _compose_backward_cuda),
+    )
+)
 
 
 def compose_parts(base, lora, mag_scale, scaling, bias, delta, holds_bias=False, *, eager, needs_inner):
     """``(y, inner)``, the second None unless needed: over the leaves in eager, in aten under the compiler."""
     if eager:
         if needs_inner:
-            return torch.ops.dorac.compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias)
-        return torch.ops.dorac.compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
+            return compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias)
+        return compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
     if base.is_cuda and not front.at_most(base.numel(), DECODE * mag_scale.numel()):
         mag_scale = buffer_of(mag_scale)
     mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
@@ -263,9 +265,7 @@ class _Compose(torch.autograd.Function):
         d_base = d_lora = d_mag = d_bias = None
         if dy is not None:
             if ctx.eager and needs_mag and not torch.is_grad_enabled():
-                d_base, d_lora, d_mag = torch.ops.dorac.compose_backward(
-                    dy, inner, mag_scale, scaling, lora_dtype, ctx.delta
-                )
+                d_base, d_lora, d_mag = compose_backward(dy, inner, mag_scale, scaling, lora_dtype, ctx.delta)
             else:  # traced, or differentiated again
                 d_base, d_lora = _grads(dy, _along_outputs(mag_scale, dy), scaling, ctx.delta, acc)
                 d_base, d_lora = d_base.to(base_dtype), d_lora.to(lora_dtype)
@@ -286,7 +286,7 @@ def _channels_last(activation: Tensor, dim: int) -> bool:
     return rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] and rows.is_contiguous()
 
 
-def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, holds_bias=False, revision=REVISION):
+def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, holds_bias=False):
     tensors = (base, lora, mag_scale, scaling, bias)
     dim %= base.ndim
     trailing = base.ndim - 1 - dim
@@ -311,8 +311,8 @@ def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, hol
     return y.view(shape)
 
 
-register_composite(
+compose = register_composite(
     "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False, "
-    f"int dim=-1, bool holds_bias=False, int revision={REVISION}) -> Tensor",
+    "int dim=-1, bool holds_bias=False) -> Tensor",
     _compose,
 )

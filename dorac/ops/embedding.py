@@ -14,7 +14,7 @@ Legend: R rows of the matrix, V its columns, T indices.
 import torch
 
 from dorac.ops import front
-from dorac.ops.library import REVISION, register_composite
+from dorac.ops.library import register_composite
 from dorac.ops.take import take_aten
 
 
@@ -35,7 +35,7 @@ class _SparseColumns(torch.autograd.Function):
         return torch.ops.aten._sparse_coo_tensor_unsafe(indices, d_TR.t().reshape(-1), ctx.shape), None
 
 
-def _sparse_columns(matrix, index, revision=REVISION):
+def _sparse_columns(matrix, index):
     tensors = (matrix, index)
     plain = front.under_transform() or front.exporting() or not front.all_plain(*tensors)
     if plain or not (torch.is_grad_enabled() and matrix.requires_grad):
@@ -43,4 +43,4 @@ def _sparse_columns(matrix, index, revision=REVISION):
     return _SparseColumns.apply(*tensors)
 
 
-register_composite(f"sparse_columns(Tensor matrix, Tensor index, int revision={REVISION}) -> Tensor", _sparse_columns)
+sparse_columns = register_composite("sparse_columns(Tensor matrix, Tensor index) -> Tensor", _sparse_columns)

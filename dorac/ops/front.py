@@ -15,9 +15,28 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 _EAGER = (Tensor, torch.nn.Parameter)
 _TRACED = (*_EAGER, FunctionalTensor, FakeTensor)
+
+
+def unobserved() -> bool:
+    """Whether nobody sees what is called now: no mode over torch's functions or ops, no transform, no tracer.
+
+    ``with torch.device(...)`` is a mode that only looks for functions without tensors.
+    """
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and (not torch._C._len_torch_function_stack() or _only_device_modes())
+    )
+
+
+def _only_device_modes() -> bool:
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def under_transform() -> bool:

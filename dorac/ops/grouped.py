@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.ops import front
-from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.library import lib, register_composite, register_leaf
 from dorac.ops.take import take_aten
 
 lib.define("grouped_product(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
@@ -105,8 +105,8 @@ def _grouped_outer_cuda(left, right, offsets):
     return outer(left, right, offsets)
 
 
-register_leaf("grouped_product", _grouped_product, _grouped_product_cuda)
-register_leaf("grouped_outer", _grouped_outer, _grouped_outer_cuda)
+grouped_product = register_leaf("grouped_product", _grouped_product, _grouped_product_cuda)
+grouped_outer = register_leaf("grouped_outer", _grouped_outer, _grouped_outer_cuda)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, offsets):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offsets)
-        return torch.ops.dorac.grouped_product(x, weight, offsets)
+        return grouped_product(x, weight, offsets)
 
     @staticmethod
     def backward(ctx, dy):
@@ -129,7 +129,7 @@ class _GroupedOuter(torch.autograd.Function):
     def forward(ctx, left, right, offsets):
         needs_left, needs_right = ctx.needs_input_grad[:2]
         ctx.save_for_backward(left if needs_right else None, right if needs_left else None, offsets)
-        return torch.ops.dorac.grouped_outer(left, right, offsets)
+        return grouped_outer(left, right, offsets)
 
     @staticmethod
     def backward(ctx, d_total):
@@ -139,7 +139,7 @@ class _GroupedOuter(torch.autograd.Function):
         return d_left, d_right, None
 
 
-def _grouped_linear(x, weight, offsets, index, revision=REVISION):
+def _grouped_linear(x, weight, offsets, index):
     if (dtype := front.autocast_dtype(x)) is not None:
         x, weight = (t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight))
     with front.autocast_off(x):
@@ -148,7 +148,7 @@ def _grouped_linear(x, weight, offsets, index, revision=REVISION):
         return _GroupedLinear.apply(x, weight, offsets)
 
 
-register_composite(
-    f"grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor index, int revision={REVISION}) -> Tensor",
+grouped_linear = register_composite(
+    "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor index) -> Tensor",
     _grouped_linear,
 )

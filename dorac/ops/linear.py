@@ -44,7 +44,7 @@ from dorac.ops.compose import (
     magnitude_scale,
     takes_bias,
 )
-from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.library import lib, register_composite, register_leaf
 
 # Up to which rank the backward pass takes both low-rank products along: faster than cuBLAS at 16, slower at 64; and up
 # to which rank that of lora_B's gradient, of which a program holds all columns.
@@ -235,16 +235,18 @@ def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, b
     return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta, want_inner=True)
 
 
-for _name, _aten, _cuda in (
-    ("low_rank_linear", _low_rank_linear, _low_rank_linear),
-    ("scale", _scale, _scale_cuda),
-    ("scale_backward", _scale_backward, _scale_backward_cuda),
-    ("lora_b_backward", _lora_b_backward, _lora_b_backward_cuda),
-    ("low_rank_backward", _low_rank_backward, _low_rank_backward_cuda),
-    ("up_compose", _up_compose, _up_compose_cuda),
-    ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
-):
-    register_leaf(_name, _aten, _cuda)
+low_rank_linear, scale, scale_backward, lora_b_backward, low_rank_backward, up_compose, up_compose_forward = (
+    register_leaf(name, in_aten, cuda)
+    for name, in_aten, cuda in (
+        ("low_rank_linear", _low_rank_linear, _low_rank_linear),
+        ("scale", _scale, _scale_cuda),
+        ("scale_backward", _scale_backward, _scale_backward_cuda),
+        ("lora_b_backward", _lora_b_backward, _lora_b_backward_cuda),
+        ("low_rank_backward", _low_rank_backward, _low_rank_backward_cuda),
+        ("up_compose", _up_compose, _up_compose_cuda),
+        ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
+    )
+)
 
 
 def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
@@ -308,15 +310,15 @@ def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, n
     x = _rows(x)
     if path == "accumulate":
         h = _scaled_product(x, lora_A.t(), scaling, number, eager)
-        inner = torch.ops.dorac.low_rank_linear(x, weight, h, lora_B)
-        scale = torch.ops.dorac.scale if eager else functools.partial(_scale, as_buffer=True)
-        return scale(inner, magnitude, weight_norm, bias), inner, h
+        inner = low_rank_linear(x, weight, h, lora_B)
+        times_g = scale if eager else functools.partial(_scale, as_buffer=True)
+        return times_g(inner, magnitude, weight_norm, bias), inner, h
     h = x.to(lora_A.dtype) @ lora_A.t()
     base = x @ weight.t()
     tensors = (base, h, lora_B, magnitude, weight_norm, scaling, bias, False)
     if needs_inner:
-        return *torch.ops.dorac.up_compose_forward(*tensors), h
-    return torch.ops.dorac.up_compose(*tensors), None, h
+        return *up_compose_forward(*tensors), h
+    return up_compose(*tensors), None, h
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -349,63 +351,80 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, d_inner_again, d_h_again):
-        """``d_inner_again``, ``d_h_again``: given when a first derivative that used inner or h is differentiated."""
-        x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner = ctx.saved_tensors
-        x = None if x is None else _rows(x)
-        needs_x, needs_weight, needs_a, needs_b, needs_m, _, _, needs_bias = ctx.needs_input_grad[:8]
-        needs_inner = needs_x or needs_weight or needs_a or needs_b or needs_m
-        x_dtype, lora_dtype, bias_dtype = ctx.dtypes
-        # Leaf ops can be neither differentiated again nor batched.
-        leaf_ops = ctx.path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
-        along = leaf_ops and x_dtype is lora_dtype and x_dtype.itemsize == 2 and needs_m and needs_b
-        along = along and d_inner_again is None and h.shape[1] <= LORA_B_RANK
-        number = ctx.number if leaf_ops else None
-        h_is_scaled = ctx.path == "accumulate"
-        d_inner = d_h = dx = d_weight = d_a = d_b = d_m = d_bias = None
-        with front.autocast_off(weight_norm):
-            if dy is not None and needs_bias:
-                d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
-            if dy is not None and along and (needs_x or needs_a) and h.shape[1] <= LOW_RANK:
-                d_inner, d_m, d_h, d_b = torch.ops.dorac.low_rank_backward(
-                    dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled
-                )
-            elif dy is not None and along:
-                d_inner, d_m, d_b = torch.ops.dorac.lora_b_backward(
-                    dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled
-                )
-            elif dy is not None and needs_m:
-                backward = torch.ops.dorac.scale_backward if leaf_ops else _scale_backward
-                d_inner, d_m = backward(dy, inner, magnitude, weight_norm)
-            elif dy is not None and needs_inner:  # under the compiler in aten, which fuses it into what made dy
-                scale = (
-                    torch.ops.dorac.scale if leaf_ops and ctx.eager else functools.partial(_scale, as_buffer=leaf_ops)
-                )
-                d_inner = scale(dy, magnitude, weight_norm, None)
-            d_lora = None
-            if d_inner is not None and lora_dtype.itemsize > x_dtype.itemsize:
-                # Not rounded to the activation's dtype on its way to wider factors.
-                d_lora = _scale(dy.to(lora_dtype), magnitude, weight_norm, None)
-            d_inner = _sum(d_inner, d_inner_again)
-            if d_inner is not None:
-                d_lora = d_inner.to(lora_dtype) if d_lora is None else _sum(d_lora, d_inner_again)
-                if needs_b and d_b is None:
-                    d_b = d_lora.t() @ h if h_is_scaled else _scaled_product(d_lora.t(), h, scaling, number, ctx.eager)
-                if d_h is None and (needs_x or needs_a):
-                    d_h = _scaled_product(d_lora, lora_B, scaling, number, ctx.eager)
-                if needs_weight:
-                    d_weight = d_inner.t() @ x
-            if d_h_again is not None and (needs_x or needs_a):
-                d_h = _sum(d_h, _scaled(scaling, d_h_again) if h_is_scaled else d_h_again)
-            if needs_a and d_h is not None:
-                d_a = d_h.t() @ x.to(lora_dtype)
-            if needs_x and d_h is not None:
-                if leaf_ops and d_inner is not None and x_dtype is lora_dtype:
-                    dx = torch.ops.dorac.low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
-                else:
-                    dx = (d_h @ lora_A).to(x_dtype)
-                    dx = dx if d_inner is None else d_inner @ weight + dx
-                dx = dx.view(ctx.x_shape)
-        return dx, d_weight, d_a, d_b, d_m, None, None, d_bias, None, None, None
+        grads = gradients(
+            ctx.saved_tensors,
+            ctx.needs_input_grad[:5] + ctx.needs_input_grad[7:8],
+            ctx.dtypes,
+            (dy, d_inner_again, d_h_again),
+            number=ctx.number,
+            path=ctx.path,
+            eager=ctx.eager,
+        )
+        dx, *others, d_bias = grads
+        return None if dx is None else dx.view(ctx.x_shape), *others, None, None, d_bias, None, None, None
+
+
+def gradients(saved, needs, dtypes, grads, *, number, path, eager):
+    """The gradients of x (its rows), weight, lora_A, lora_B, magnitude and bias, as far as ``needs`` asks for them.
+
+    Args:
+        saved: x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h and inner, each None where no gradient
+            needs it.
+        dtypes: of x, the factors and the bias.
+        grads: of y, and of inner and h, given when a first derivative that used these is differentiated.
+    """
+    x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner = saved
+    x = None if x is None else _rows(x)
+    needs_x, needs_weight, needs_a, needs_b, needs_m, needs_bias = needs
+    dy, d_inner_again, d_h_again = grads
+    needs_inner = needs_x or needs_weight or needs_a or needs_b or needs_m
+    x_dtype, lora_dtype, bias_dtype = dtypes
+    # Leaf ops can be neither differentiated again nor batched.
+    leaf_ops = path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
+    along = leaf_ops and x_dtype is lora_dtype and x_dtype.itemsize == 2 and needs_m and needs_b
+    along = along and d_inner_again is None and h.shape[1] <= LORA_B_RANK
+    number = number if leaf_ops else None
+    h_is_scaled = path == "accumulate"
+    d_inner = d_h = dx = d_weight = d_a = d_b = d_m = d_bias = None
+    with front.autocast_off(weight_norm):
+        if dy is not None and needs_bias:
+            d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
+        if dy is not None and along and (needs_x or needs_a) and h.shape[1] <= LOW_RANK:
+            d_inner, d_m, d_h, d_b = low_rank_backward(
+                dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled
+            )
+        elif dy is not None and along:
+            d_inner, d_m, d_b = lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
+        elif dy is not None and needs_m:
+            of_scale = scale_backward if leaf_ops else _scale_backward
+            d_inner, d_m = of_scale(dy, inner, magnitude, weight_norm)
+        elif dy is not None and needs_inner:  # under the compiler in aten, which fuses it into what made dy
+            times_g = scale if leaf_ops and eager else functools.partial(_scale, as_buffer=leaf_ops)
+            d_inner = times_g(dy, magnitude, weight_norm, None)
+        d_lora = None
+        if d_inner is not None and lora_dtype.itemsize > x_dtype.itemsize:
+            # Not rounded to the activation's dtype on its way to wider factors.
+            d_lora = _scale(dy.to(lora_dtype), magnitude, weight_norm, None)
+        d_inner = _sum(d_inner, d_inner_again)
+        if d_inner is not None:
+            d_lora = d_inner.to(lora_dtype) if d_lora is None else _sum(d_lora, d_inner_again)
+            if needs_b and d_b is None:
+                d_b = d_lora.t() @ h if h_is_scaled else _scaled_product(d_lora.t(), h, scaling, number, eager)
+            if d_h is None and (needs_x or needs_a):
+                d_h = _scaled_product(d_lora, lora_B, scaling, number, eager)
+            if needs_weight:
+                d_weight = d_inner.t() @ x
+        if d_h_again is not None and (needs_x or needs_a):
+            d_h = _sum(d_h, _scaled(scaling, d_h_again) if h_is_scaled else d_h_again)
+        if needs_a and d_h is not None:
+            d_a = d_h.t() @ x.to(lora_dtype)
+        if needs_x and d_h is not None:
+            if leaf_ops and d_inner is not None and x_dtype is lora_dtype:
+                dx = low_rank_linear(d_inner, weight.t(), d_h, lora_A.t())
+            else:
+                dx = (d_h @ lora_A).to(x_dtype)
+                dx = dx if d_inner is None else d_inner @ weight + dx
+    return dx, d_weight, d_a, d_b, d_m, d_bias
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -443,7 +462,7 @@ def _on_shards(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias,
     return y if added_once is None else y + added_once.to(y.dtype)
 
 
-def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, number=None, revision=REVISION):
+def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias=None, number=None):
     """``number``: the scaling again where it is known as one (not in a graph for every scaling)."""
     if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
         vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
@@ -476,8 +495,8 @@ def _dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
-register_composite(
+dora_linear = register_composite(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor weight_norm, "
-    f"Tensor scaling, Tensor? bias=None, float? number=None, int revision={REVISION}) -> Tensor",
+    "Tensor scaling, Tensor? bias=None, float? number=None) -> Tensor",
     _dora_linear,
 )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front, sharded
-from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.library import lib, register_composite, register_leaf
 
 DEFAULT_BUDGET = 256 * 2**20
 SHRINK = 2.0**-64  # the squares of what is at most float32's largest number, shrunk, can be added up in float32
@@ -172,8 +172,8 @@ def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget):
     return row_norm_aten(weight, lora_A, lora_B, scaling, weight_sq, budget, read=weight.device.type == "cpu")
 
 
-register_leaf("row_norm", _row_norm, _row_norm_cuda)
-register_leaf("row_norm_backward", row_norm_backward_aten, row_norm_backward_aten)
+row_norm = register_leaf("row_norm", _row_norm, _row_norm_cuda)
+row_norm_backward = register_leaf("row_norm_backward", row_norm_backward_aten, row_norm_backward_aten)
 
 
 @torch.library.register_fake("dorac::row_norm", lib=lib)
@@ -193,7 +193,7 @@ class _RowNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, lora_A, lora_B, scaling, weight_sq, budget):
-        norm = torch.ops.dorac.row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget)
+        norm = row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget)
         ctx.save_for_backward(weight, lora_A, lora_B, scaling, norm)
         ctx.budget = budget
         return norm
@@ -209,7 +209,7 @@ class _RowNorm(torch.autograd.Function):
             zero_row = norm <= ZERO_ROW_NORM
             row_scale = torch.where(zero_row, 0.0, d_norm / torch.where(zero_row, 1.0, norm))
             if needs_a or needs_b or needs_scaling:
-                backward = torch.ops.dorac.row_norm_backward if leaf_op else row_norm_backward_aten
+                backward = row_norm_backward if leaf_op else row_norm_backward_aten
                 d_a, unscaled_d_b = backward(row_scale, weight, lora_A, lora_B, scaling, ctx.budget)
                 d_a, d_b = d_a.to(lora_A.dtype), (scaling * unscaled_d_b).to(lora_B.dtype)
                 d_scaling = (lora_B * unscaled_d_b).sum() if needs_scaling else None
@@ -296,9 +296,7 @@ def _layout(tensors: Sequence[Tensor]) -> tuple:
     return tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 64) for t in tensors)
 
 
-def _norm_factored(
-    weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, norm_grad=False, revision=REVISION
-):
+def _norm_factored(weight, lora_A, lora_B, scaling, weight_sq=None, budget=DEFAULT_BUDGET, norm_grad=False):
     inputs = (weight, lora_A, lora_B, scaling)
     constants = [t if t is None else t.detach() for t in (*inputs, weight_sq)]
     transformed = front.under_transform()
@@ -310,12 +308,12 @@ def _norm_factored(
         if sharded.any_sharded(*constants):  # the norms of the shards make no use of the weight's square
             norm = sharded.row_norm(*constants[:4], budget)
         else:
-            norm = (torch.ops.dorac.row_norm if opaque else row_norm_aten)(*constants, budget)
+            norm = (row_norm if opaque else row_norm_aten)(*constants, budget)
         return differentiable_norm(norm, *inputs) if differentiable else norm
 
 
-register_composite(
+norm_factored = register_composite(
     "norm_factored(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq=None, "
-    f"int budget={DEFAULT_BUDGET}, bool norm_grad=False, int revision={REVISION}) -> Tensor",
+    f"int budget={DEFAULT_BUDGET}, bool norm_grad=False) -> Tensor",
     _norm_factored,
 )

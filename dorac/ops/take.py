@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.library import REVISION, lib, register_composite, register_leaf
+from dorac.ops.library import lib, register_composite, register_leaf
 
 
 def take_aten(stack: Tensor, index: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _sum_by_index(entries: Tensor, index: Tensor, length: int) -> Tensor:
     return total.to(entries.dtype)
 
 
-register_leaf("sum_by_index", _sum_by_index, _sum_by_index)
+sum_by_index = register_leaf("sum_by_index", _sum_by_index, _sum_by_index)
 
 
 class _Take(torch.autograd.Function):
@@ -60,17 +60,17 @@ class _SumByIndex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entries, index, length):
         ctx.save_for_backward(index)
-        return torch.ops.dorac.sum_by_index(entries, index, length)
+        return sum_by_index(entries, index, length)
 
     @staticmethod
     def backward(ctx, d_total):
         return _Take.apply(d_total, *ctx.saved_tensors), None, None
 
 
-def _take(stack, index, revision=REVISION):
+def _take(stack, index):
     if front.under_transform() or front.exporting() or not front.all_plain(stack, index):
         return take_aten(stack, index)
     return _Take.apply(stack, index)
 
 
-register_composite(f"take(Tensor stack, Tensor index, int revision={REVISION}) -> Tensor", _take)
+take = register_composite("take(Tensor stack, Tensor index) -> Tensor", _take)
