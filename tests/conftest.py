@@ -35,7 +35,7 @@ def _poison():
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Each test starts from one seed, an empty compiler cache, and no plans, which know routes that a test may patch."""
+    """Each test starts from one seed, an empty compiler cache, and no plans that know what a test patched."""
     torch.manual_seed(0)
     eager.forget_plans()
     yield

@@ -89,7 +89,6 @@ def leaf_arguments():
         "scale": (base, m, n, bias),
         "scale_backward": (dy, base, m, n),
         "lora_b_backward": (dy, base, m, n, h, S, False),
-        "low_rank_backward": (dy, base, m, n, h, lora_B, S, False),
         "up_compose": (base, h, lora_B, m, n, S, bias, False),
         "up_compose_forward": (base, h, lora_B, m, n, S, bias, False),
     }

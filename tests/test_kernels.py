@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels import configs
-from dorac.kernels.backward import compose_backward, lora_b_backward, low_rank_backward
+from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.launch import Launch, LaunchError
 from dorac.kernels.norm import row_norm, row_norms
@@ -310,52 +310,6 @@ class TestBackward:
         assert torch.equal(expanded[2], compose_backward(one.contiguous(), inner, inputs.magnitude, norm)[2])
 
 
-class TestLowRankBackward:
-    @pytest.mark.parametrize("regime", [r for r in REGIMES if r not in ("rank_over_128",)][:-1])
-    @pytest.mark.parametrize("dtype", HALF)
-    @pytest.mark.parametrize("h_is_scaled", [False, True])
-    def test_regimes(self, regime, dtype, h_is_scaled, device):
-        inputs = linear_inputs(regime, dtype=dtype, device=device)
-        inner, h, norm = activations(inputs)
-        dy = torch.randn(inner.shape, dtype=torch.float64).to(dtype).to(device)
-        arguments = dy, inner, inputs.magnitude, norm
-        d_inner, d_m, d_h, d_b = low_rank_backward(
-            *arguments, h, inputs.lora_B, scaling(device), h_is_scaled=h_is_scaled
-        )
-        plain, _, plain_m = compose_backward(*arguments)
-        assert torch.equal(d_inner, plain)
-        torch.testing.assert_close(d_m, plain_m, rtol=1e-5, atol=1e-5)
-        assert_rounded_once(d_h, S * d_inner.double() @ inputs.lora_B.double())
-        assert_rounded_once(d_b, (1 if h_is_scaled else S) * d_inner.double().T @ h.double())
-
-    def test_refuses_a_rank_beyond_its_block(self, device):
-        inputs = linear_inputs((4, 8, 8, 65), dtype=torch.bfloat16, device=device)
-        inner, h, norm = activations(inputs)
-        arguments = inner, inner, inputs.magnitude, norm, h, inputs.lora_B, scaling(device)
-        with pytest.raises(ValueError, match="rank must be at most 64 here, got 65"):
-            low_rank_backward(*arguments, h_is_scaled=True)
-
-    def test_strips_and_strides(self, device):
-        inputs = linear_inputs((150, 200, 32, 20), dtype=torch.bfloat16, device=device)
-        inner, h, norm = activations(inputs)
-        norm[7] = 0
-        dy = torch.randn(inner.shape, device=device).bfloat16()
-        config = configs.LowRankConfig(16, 32, 48, 4, 2, 32)
-        first = low_rank_backward(
-            dy, inner, inputs.magnitude, norm, h, inputs.lora_B, scaling(device), h_is_scaled=False, config=config
-        )
-        assert first[1][7] == 0
-        strided = [t.T.contiguous().T for t in (dy, inner, h, inputs.lora_B)]
-        second = low_rank_backward(
-            *strided[:2], inputs.magnitude, norm, *strided[2:], scaling(device), h_is_scaled=False, config=config
-        )
-        assert torch.equal(second[0], first[0])
-        torch.testing.assert_close(second[1], first[1])
-        for _, _, d_h, d_b in (first, second):  # whose products may run in another order
-            assert_rounded_once(d_h, S * first[0].double() @ inputs.lora_B.double())
-            assert_rounded_once(d_b, S * first[0].double().T @ h.double())
-
-
 class TestLoraBBackward:
     @pytest.mark.parametrize("regime", REGIMES[:-1])
     @pytest.mark.parametrize("dtype", HALF)
@@ -396,6 +350,45 @@ class TestLoraBBackward:
         assert d_m[3] != 0
         assert not d_b[3].any()
 
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("rows", [32, 96])
+    def test_from_y(self, dtype, rows, device):
+        """Of y in place of inner, with rows of no magnitude, of a faint one, and zero rows."""
+        inputs = linear_inputs((70, 40, 24, 20), dtype=dtype, device=device)
+        inner, h, norm = activations(inputs)
+        inner = (inputs.x.double() @ inputs.weight.double().T + S * h.double() @ inputs.lora_B.double().T).to(dtype)
+        norm[7] = 0
+        inputs.magnitude[3], inputs.magnitude[5], inputs.magnitude[39] = 0, 1e-6, -inputs.magnitude[39]
+        y = (functional.magnitude_scale(inputs.magnitude, norm)[None] * inner.float()).to(dtype)
+        dy = torch.randn(inner.shape, device=device).to(dtype)
+        config = dataclasses.replace(configs.lora_b_config(70, 40, 20), rows=rows)
+        arguments = inputs.magnitude, norm, h
+        for layout in (lambda t: t, lambda t: t.T.contiguous().T):
+            of_y = tuple(map(layout, (inputs.x, inputs.weight, inputs.lora_B)))
+            plain = lora_b_backward(layout(dy), inner, *arguments, S, h_is_scaled=False, config=config)
+            from_y = lora_b_backward(layout(dy), y, *arguments, S, h_is_scaled=False, of_y=of_y, config=config)
+            assert torch.equal(from_y[0], plain[0])
+            assert torch.equal(from_y[2], plain[2])
+            terms = (dy.double() * inner.double()).abs().sum(0) / norm.double().clamp_min(1e-12)
+            assert ((from_y[1] - plain[1]).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
+            assert from_y[1][7] == 0
+            assert from_y[1][3] != 0
+
+    def test_a_scaling_by_value(self, device):
+        inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+        base, h, norm = activations(inputs)
+        vectors = inputs.magnitude, norm
+        for s in (S, 2.0, -1.0, 0.0):
+            given = [
+                (
+                    row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, value),
+                    *compose(base, h, inputs.lora_B, *vectors, value, inputs.bias, want_inner=True),
+                    *lora_b_backward(base, base, *vectors, h, value, h_is_scaled=False),
+                )
+                for value in (s, torch.tensor(s, device=device))
+            ]
+            assert all(torch.equal(left, right) for left, right in zip(*given, strict=True))
+
     def test_refuses_a_rank_beyond_its_chunks(self, device):
         inputs = linear_inputs((4, 8, 8, 385), dtype=torch.bfloat16, device=device)
         inner, h, norm = activations(inputs)
@@ -416,9 +409,7 @@ def test_repeats_bitwise(dtype, device):
         y = compose(base, h, inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias, want_inner=True)
         d_base, _, d_m = compose_backward(dy, base, inputs.magnitude, norm)
         if dtype in HALF:
-            h_B = h, inputs.lora_B, scaling(device)
-            y = *y, *low_rank_backward(dy, base, inputs.magnitude, norm, *h_B, h_is_scaled=True)
-            y = *y, *lora_b_backward(dy, base, inputs.magnitude, norm, h, h_B[-1], h_is_scaled=True)
+            y = *y, *lora_b_backward(dy, base, inputs.magnitude, norm, h, scaling(device), h_is_scaled=True)
         return row_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling(device)), *y, d_base, d_m
 
     first = run()
@@ -615,5 +606,5 @@ class TestConfigs:
         assert (one.rows, one.block_o, one.chunks) == (4096, 128, 3)
         assert (several.rows, several.block_o) == (1024, 128)
         assert (narrow.rows, narrow.block_o) == (4096, 64)  # a program per processor without strips
-        for config in (configs.column_config(2**27, 64), configs.low_rank_config(2**27, 64, 8)):
+        for config in (configs.column_config(2**27, 64),):
             assert -(-(2**27) // config.rows) <= 65_535  # what a grid's second axis holds

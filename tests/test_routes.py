@@ -52,7 +52,7 @@ def test_values_and_gradients(route, dtype, regime, use_compile, device):
     check(inputs, y, dy)
 
 
-@pytest.mark.parametrize("leaf", ["scale_backward", "lora_b_backward", "low_rank_backward"])
+@pytest.mark.parametrize("leaf", ["scale_backward", "lora_b_backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
     """Half-precision products are summed as they are, in float32."""
@@ -61,7 +61,6 @@ def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
     norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
     dy, scaling = torch.randn_like(inner), torch.tensor(S, device=device)
     further = {"scale_backward": (), "lora_b_backward": (h, scaling, False)}
-    further["low_rank_backward"] = (h, inputs.lora_B, scaling, False)
     d_m = getattr(torch.ops.dorac, leaf)(dy, inner, inputs.magnitude, norm, *further[leaf])[1]
     terms = dy.double() * inner.double() / norm.double()
     bound = rounded(terms.abs().sum(0), torch.float32, 2, len(dy))
@@ -230,7 +229,7 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
         products = [n.meta["val"].shape for n in nodes if n.target is torch.ops.aten.mul.Tensor]
         assert (64, rank) not in products  # s is the alpha of a GEMM
         assert forward == ["dorac.row_norm", "dorac.low_rank_linear"]
-        along = "dorac.low_rank_backward" if rank <= linear.LOW_RANK else "dorac.lora_b_backward"
+        along = "dorac.lora_b_backward"
         assert leaves(backend.bw_graphs[0]) == [along, "dorac.low_rank_linear"]
     else:
         assert forward == ["dorac.row_norm", "dorac.up_compose"]
@@ -252,7 +251,7 @@ def test_the_table(monkeypatch):
     on_gpu(monkeypatch)
     assert linear.route(half, small, training=True, traced=True) == "accumulate"
     assert linear.route(half, small, training=True, traced=False) == "fused"
-    assert linear.route(half, large, training=True, traced=False) == "accumulate"
+    assert linear.route(half, large, training=True, traced=False) == "fused"
     assert linear.route(half[:1], large, training=False, traced=True) == "separate"
     assert linear.route(half[:1], large, training=False, traced=False) == "fused"
     assert linear.route(half[:17], large, training=False, traced=True) == "fused"
@@ -294,7 +293,7 @@ def test_compiled_graphs_on_disk_know_the_revision():
     torch.compile(layer, fullgraph=True, backend=backend)(linear_inputs("odd", dtype=torch.float32))
     nodes = [n for n in backend.graphs[0].graph.nodes if getattr(n.target, "__module__", "") == "torch._ops.dorac"]
     assert len(nodes) == 2
-    assert all(n.args[-1] == library.REVISION for n in nodes)
+    assert all(n.kwargs["revision"] == library.REVISION for n in nodes)
 
 
 def test_transforms_take_the_formula(monkeypatch):
@@ -351,14 +350,12 @@ def leaf_args(name, dtype, transposed, device):
     scaling = torch.tensor(S, dtype=wide, device=device)
     if name == "lora_b_backward":
         return base, base, inputs.magnitude, norm, h, scaling, True
-    if name == "low_rank_backward":
-        return base, base, inputs.magnitude, norm, h, inputs.lora_B, scaling, True
     return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
 
 
 LAYER_LEAVES = [
     *("low_rank_linear", "scale", "up_compose", "up_compose_forward"),
-    *("scale_backward", "lora_b_backward", "low_rank_backward"),
+    *("scale_backward", "lora_b_backward"),
 ]
 
 
@@ -366,7 +363,7 @@ LAYER_LEAVES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_leaves(name, dtype, transposed, device):
-    if name in ("lora_b_backward", "low_rank_backward") and dtype.itemsize > 2 and device == "cuda":
+    if name == "lora_b_backward" and dtype.itemsize > 2 and device == "cuda":
         pytest.skip("the layer takes this op for half precision alone, which its tiles are sized for")
     opcheck(getattr(torch.ops.dorac, name).default, leaf_args(name, dtype, transposed, device))
 

@@ -14,7 +14,7 @@ from dorac import functional
 from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import eager, linear
 
-KERNELS = ("norm", "up", "backward", "low-rank-backward", "lora-b-backward", "form", "stack-form")
+KERNELS = ("norm", "up", "backward", "lora-b-backward", "form", "stack-form")
 DEFAULTS = {
     "cuda": model.CUDA_STACK
     | {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         "norm": _norm,
         "up": _up,
         "backward": _backward,
-        "low-rank-backward": _low_rank_backward,
         "lora-b-backward": _lora_b_backward,
         "form": _form,
     }
@@ -108,29 +107,6 @@ def _with_products(chosen, rows: tuple[int, ...], stages: tuple[int, ...]) -> li
         dataclasses.replace(chosen, block_t=block_t, block_o=block_o, rows=rows, warps=warps, stages=stages)
         for block_t, block_o, rows, warps, stages in itertools.product((16, 32, 64), (64, 128), rows, (4, 8), stages)
     ]
-
-
-def _low_rank_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    """Also the pass without the products and the two products alone, which it has to beat."""
-    from dorac.kernels import backward, configs
-
-    if layer.rank > 64:
-        return []
-    inner, h, norm, scaling = _activations(layer, args)
-    dy = torch.randn_like(inner)
-    chosen = configs.low_rank_config(*inner.shape, layer.rank)
-    candidates = _with_products(chosen, rows=(256, 512, 1024), stages=(1, 2))
-
-    def call(config):
-        tensors = dy, inner, layer.magnitude, norm, h, layer.lora_B, scaling
-        return lambda: backward.low_rank_backward(*tensors, h_is_scaled=True, config=config)
-
-    def apart():
-        d_inner, _, _ = backward.compose_backward(dy, inner, layer.magnitude, norm)
-        return d_inner @ layer.lora_B, d_inner.T @ h
-
-    records = list(_sweep("low-rank-backward", layer, chosen, candidates, call, args))
-    return [*records, _record("low-rank-backward", layer, "three kernels", apart, args)]
 
 
 def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:

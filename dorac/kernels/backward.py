@@ -1,13 +1,12 @@
-"""The backward pass of ``y = g * inner + b`` on CUDA, together with the low-rank branch's products where that pays.
+"""The backward pass of ``y = g * inner + b`` on CUDA, together with lora_B's gradient where that pays.
 
-It goes once over dy and inner: up to rank 16 with both products of d_inner, by h and by lora_B, up to rank 384 with the
-first, which is lora_B's gradient. Sums over rows or columns are written per strip and added in a fixed order by a
-second kernel, so that two runs give the same bits.
+It goes once over dy and inner, up to rank 384 with the product of both with h. Sums over rows or columns are written
+per strip and added in a fixed order by a second kernel, so that two runs give the same bits.
 
 Strips of rows, or where there are few the rows of a strip, are taken from the last to the first: of what the kernel
 before has written, its end is still in L2, and the next kernel, which begins with the first rows, finds these there.
 
-Legend: T tokens, O out_features, R rank, S strips of rows (or of columns).
+Legend: T tokens, O out_features, R rank, S strips of rows.
 """
 
 import functools
@@ -20,10 +19,8 @@ from torch import Tensor
 from dorac.kernels.configs import (
     ColumnConfig,
     LoraBConfig,
-    LowRankConfig,
     column_config,
     lora_b_config,
-    low_rank_config,
 )
 from dorac.kernels.launch import Launch, cdiv, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum
@@ -77,82 +74,86 @@ def compose_backward_kernel(
     tl.store(partial_ptr + strip.to(tl.int64) * O + cols_O, tl.sum(acc_TO, axis=0), mask=mask_O)
 
 
+FAINT = tl.constexpr(2.0**-6)  # below such a g, y = g * inner may have fewer digits than inner: float16's smallest
+
+
 @triton.jit
-def low_rank_backward_kernel(
+def _of_y(
+    dot_O,
     dy_ptr,
-    inner_ptr,
     magnitude_ptr,
     norm_ptr,
     h_ptr,
+    scaling_ptr,
+    x_ptr,
+    w_ptr,
     b_ptr,
-    d_inner_ptr,
-    partial_m_ptr,
-    partial_h_ptr,
-    partial_b_ptr,
+    start_o,
     T,
     O,
     R,
-    rows_per_program,
+    I,
     stride_dt,
     stride_do,
-    stride_it,
-    stride_io,
     stride_ht,
     stride_hr,
+    stride_xt,
+    stride_xi,
+    stride_wo,
+    stride_wi,
     stride_bo,
     stride_br,
-    BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    strip_o, strip_t = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    start_o = strip_o * BLOCK_O
+    """The magnitude's gradient from ``dot = colsum(dy * y)``, ``y = g * inner``: ``dot / m``.
+
+    Rows whose g is too small for that, zero as a rule, have it from inner, which is computed again for them: slowly,
+    hardly ever, and in small tiles that leave the rest of the kernel its registers.
+    """
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
-    ranks_R = tl.arange(0, BLOCK_R)
-    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, True)
-    b_OR = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
-    acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-    acc_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
-    begin = strip_t * rows_per_program
-    rows = tl.minimum(rows_per_program, T - begin)
-    for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
-        start = begin + (tl.cdiv(rows - done, BLOCK_T) - 1) * BLOCK_T
-        dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
-        inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
-        h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
-        dy_TO = dy_TO.to(tl.float32)
-        acc_TO += dy_TO * inner_TO.to(tl.float32)
-        d_inner_TO = (g_O[None, :] * dy_TO).to(d_inner_ptr.dtype.element_ty)
-        store_tile(d_inner_ptr, d_inner_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
-        acc_OR = product(d_inner_TO.T, h_TR, acc_OR, False)
-        d_h_TR = product(d_inner_TO, b_OR, tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32), False)
-        rows_T = start + tl.arange(0, BLOCK_T)
-        target = (strip_o.to(tl.int64) * T + rows_T)[:, None] * R + ranks_R[None, :]
-        tl.store(partial_h_ptr + target, d_h_TR, mask=(rows_T < T)[:, None] & (ranks_R < R)[None, :])
-    target_O = strip_t.to(tl.int64) * O + cols_O
-    tl.store(partial_m_ptr + target_O, tl.sum(acc_TO, axis=0), mask=mask_O)
-    target_OR = target_O[:, None] * R + ranks_R[None, :]
-    tl.store(partial_b_ptr + target_OR, acc_OR, mask=mask_O[:, None] & (ranks_R < R)[None, :])
+    m_O = tl.load(magnitude_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+    norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+    faint_O = tl.abs(m_O) < FAINT * norm_O
+    d_m_O = dot_O / tl.where(faint_O, 1.0, m_O)
+    if tl.max(faint_O.to(tl.int32), axis=0) > 0:
+        total_O = tl.zeros([BLOCK_O], dtype=tl.float32)
+        for start in tl.range(0, T, 16, num_stages=1):
+            low_TO = tl.zeros([16, BLOCK_O], dtype=tl.float32)
+            for rank in tl.range(0, R, 16, num_stages=1):
+                h_TR = load_tile(h_ptr, start, rank, T, R, stride_ht, stride_hr, 16, 16, False, False)
+                b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, 16, False, False)
+                low_TO = product(h_TR, b_OR.T, low_TO, False)
+            inner_TO = low_TO * number(scaling_ptr)
+            for column in tl.range(0, I, 16, num_stages=1):
+                x_TI = load_tile(x_ptr, start, column, T, I, stride_xt, stride_xi, 16, 16, False, False)
+                w_OI = load_tile(w_ptr, start_o, column, O, I, stride_wo, stride_wi, BLOCK_O, 16, False, False)
+                inner_TO = product(x_TI, w_OI.T, inner_TO, False)
+            dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, 16, BLOCK_O, False, False)
+            total_O += tl.sum(dy_TO.to(tl.float32) * inner_TO, axis=0)
+        d_m_O = tl.where(faint_O, total_O / norm_O, d_m_O)
+    return tl.where(norm_O <= 1e-12, 0.0, d_m_O)
 
 
 @triton.jit
 def lora_b_backward_kernel(
     dy_ptr,
     again_ptr,  # dy once more: see below
-    inner_ptr,
+    kept_ptr,  # inner, or y
     magnitude_ptr,
     norm_ptr,
     h_ptr,
-    scaling_ptr,
+    scaling_ptr,  # or a number
+    x_ptr,  # these three with y
+    w_ptr,
+    b_ptr,
     d_inner_ptr,
     d_m_ptr,
     d_b_ptr,
     T,
     O,
     R,
+    I,
     rows_per_program,
     stride_dt,
     stride_do,
@@ -160,11 +161,19 @@ def lora_b_backward_kernel(
     stride_io,
     stride_ht,
     stride_hr,
+    stride_xt,
+    stride_xi,
+    stride_wo,
+    stride_wi,
+    stride_bo,
+    stride_br,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_R ranks, at most 3
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile of activations reaches over an edge
+    EVEN_R: tl.constexpr,  # nor one of h that is within its rows
+    OF_Y: tl.constexpr,
     FINISH: tl.constexpr,  # one strip: write the gradients themselves
     SCALE_B: tl.constexpr,
     STAGES: tl.constexpr,
@@ -192,31 +201,66 @@ def lora_b_backward_kernel(
     for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         start = begin + (tl.cdiv(rows - done, BLOCK_T) - 1) * BLOCK_T
         dy_OT = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False).T
-        h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+        h_TR = load_tile(h_ptr, start, 0, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
         acc0_OR = product(dy_OT, h_TR, acc0_OR, False)
         if CHUNKS >= 2:
-            h_TR = load_tile(h_ptr, start, BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+            h_TR = load_tile(
+                h_ptr, start, BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False
+            )
             acc1_OR = product(dy_OT, h_TR, acc1_OR, False)
         if CHUNKS >= 3:
-            h_TR = load_tile(h_ptr, start, 2 * BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN, False)
+            h_TR = load_tile(
+                h_ptr, start, 2 * BLOCK_R, T, R, stride_ht, stride_hr, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False
+            )
             acc2_OR = product(dy_OT, h_TR, acc2_OR, False)
         dy_TO = load_tile(again_ptr, start, start_o, T, O, stride_dt, stride_do, BLOCK_T, BLOCK_O, EVEN, False)
-        inner_TO = load_tile(inner_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
+        kept_TO = load_tile(kept_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
         dy_TO = dy_TO.to(tl.float32)
-        acc_TO += dy_TO * inner_TO.to(tl.float32)
+        acc_TO += dy_TO * kept_TO.to(tl.float32)
         store_tile(d_inner_ptr, g_O[None, :] * dy_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
     d_m_O = tl.sum(acc_TO, axis=0)
     if FINISH:
-        d_m_O = _per_norm(d_m_O, norm_ptr, cols_O, mask_O)
+        if OF_Y:
+            d_m_O = _of_y(
+                d_m_O,
+                dy_ptr,
+                magnitude_ptr,
+                norm_ptr,
+                h_ptr,
+                scaling_ptr,
+                x_ptr,
+                w_ptr,
+                b_ptr,
+                start_o,
+                T,
+                O,
+                R,
+                I,
+                stride_dt,
+                stride_do,
+                stride_ht,
+                stride_hr,
+                stride_xt,
+                stride_xi,
+                stride_wo,
+                stride_wi,
+                stride_bo,
+                stride_br,
+                BLOCK_O,
+            )
+        else:
+            d_m_O = _per_norm(d_m_O, norm_ptr, cols_O, mask_O)
     tl.store(d_m_ptr + strip.to(tl.int64) * O + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
     if SCALE_B:
         g_O *= number(scaling_ptr)
     d_b_ptr += strip.to(tl.int64) * O * R
-    store_tile(d_b_ptr, g_O[:, None] * acc0_OR, start_o, 0, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+    store_tile(d_b_ptr, g_O[:, None] * acc0_OR, start_o, 0, O, R, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False)
     if CHUNKS >= 2:
-        store_tile(d_b_ptr, g_O[:, None] * acc1_OR, start_o, BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+        store_tile(d_b_ptr, g_O[:, None] * acc1_OR, start_o, BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False)
     if CHUNKS >= 3:
-        store_tile(d_b_ptr, g_O[:, None] * acc2_OR, start_o, 2 * BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN, False)
+        store_tile(
+            d_b_ptr, g_O[:, None] * acc2_OR, start_o, 2 * BLOCK_R, O, R, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False
+        )
 
 
 @triton.jit
@@ -227,9 +271,9 @@ def _per_norm(d_g, norm_ptr, index, mask):
 
 
 @triton.jit
-def _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, block, size, strips, HAS_NORM, BLOCK):
+def strip_sum_kernel(partial_ptr, norm_ptr, out_ptr, size, strips, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
     """The summed strips: dg; per norm: dm."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = strip_sum(partial_ptr, index, mask, size, strips)
     if HAS_NORM:
@@ -238,52 +282,81 @@ def _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, block, size, strips, HAS_
 
 
 @triton.jit
-def _store_scaled(partial_ptr, scaling_ptr, out_ptr, block, size, strips, HAS_SCALING, BLOCK):
-    """The summed strips, times s."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    total = strip_sum(partial_ptr, index, mask, size, strips)
-    if HAS_SCALING:
-        total *= number(scaling_ptr)
-    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def strip_sum_kernel(partial_ptr, norm_ptr, out_ptr, size, strips, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr):
-    _store_d_magnitude(partial_ptr, norm_ptr, out_ptr, tl.program_id(0).to(tl.int64), size, strips, HAS_NORM, BLOCK)
-
-
-@triton.jit
-def low_rank_strip_sum_kernel(
+def lora_b_sum_kernel(
     partial_m_ptr,
-    partial_h_ptr,
     partial_b_ptr,
+    dy_ptr,
+    magnitude_ptr,
     norm_ptr,
+    h_ptr,
     scaling_ptr,
+    x_ptr,
+    w_ptr,
+    b_ptr,
     d_m_ptr,
-    d_h_ptr,
     d_b_ptr,
-    size_m,
-    size_h,
-    size_b,
-    strips_t,
-    strips_o,
-    HAS_H: tl.constexpr,
-    SCALE_B: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T,
+    O,
+    R,
+    I,
+    strips,
+    stride_dt,
+    stride_do,
+    stride_ht,
+    stride_hr,
+    stride_xt,
+    stride_xi,
+    stride_wo,
+    stride_wi,
+    stride_bo,
+    stride_br,
+    OF_Y: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """The sums of the kernels above in one launch: first the blocks of d_h, if there is one, then d_b's and d_m's."""
+    """Adds up the strips of the kernel above: first the blocks of d_magnitude, then those of d_lora_B."""
     block = tl.program_id(0).to(tl.int64)
-    blocks_h, blocks_b = tl.cdiv(size_h, BLOCK), tl.cdiv(size_b, BLOCK)
-    if block < blocks_h:
-        if HAS_H:
-            _store_scaled(partial_h_ptr, scaling_ptr, d_h_ptr, block, size_h, strips_o, True, BLOCK)
-    elif block < blocks_h + blocks_b:
-        block -= blocks_h
-        _store_scaled(partial_b_ptr, scaling_ptr, d_b_ptr, block, size_b, strips_t, SCALE_B, BLOCK)
+    blocks_m = tl.cdiv(O, BLOCK_O)
+    if block < blocks_m:
+        cols_O = (block * BLOCK_O).to(tl.int32) + tl.arange(0, BLOCK_O)
+        mask_O = cols_O < O
+        dot_O = strip_sum(partial_m_ptr, cols_O, mask_O, O, strips)
+        if OF_Y:
+            d_m_O = _of_y(
+                dot_O,
+                dy_ptr,
+                magnitude_ptr,
+                norm_ptr,
+                h_ptr,
+                scaling_ptr,
+                x_ptr,
+                w_ptr,
+                b_ptr,
+                (block * BLOCK_O).to(tl.int32),
+                T,
+                O,
+                R,
+                I,
+                stride_dt,
+                stride_do,
+                stride_ht,
+                stride_hr,
+                stride_xt,
+                stride_xi,
+                stride_wo,
+                stride_wi,
+                stride_bo,
+                stride_br,
+                BLOCK_O,
+            )
+        else:
+            d_m_O = _per_norm(dot_O, norm_ptr, cols_O, mask_O)
+        tl.store(d_m_ptr + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
     else:
-        block -= blocks_h + blocks_b
-        _store_d_magnitude(partial_m_ptr, norm_ptr, d_m_ptr, block, size_m, strips_t, True, BLOCK)
+        index = (block - blocks_m) * BLOCK_B + tl.arange(0, BLOCK_B)
+        size = tl.cast(O, tl.int64) * R
+        total = strip_sum(partial_b_ptr, index, index < size, size, strips)
+        tl.store(d_b_ptr + index, total.to(d_b_ptr.dtype.element_ty), mask=index < size)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,35 +390,6 @@ def compose_backward_launches(
 
 
 @functools.lru_cache(maxsize=4096)
-def low_rank_backward_launches(
-    tokens: int,
-    out_features: int,
-    rank: int,
-    strides: tuple[tuple[int, int], ...],
-    config: LowRankConfig,
-    *,
-    scale_b: bool,
-) -> tuple[tuple[int, int], Launch, Launch]:
-    """How many strips of rows and of columns there are, the launch for dy, inner, h and lora_B, and the sums'."""
-    if rank > config.block_r:
-        raise ValueError(f"rank must be at most {config.block_r} here, got {rank}")
-    strips = cdiv(tokens, config.rows), cdiv(out_features, config.block_o)
-    launch = Launch(
-        low_rank_backward_kernel,
-        (strips[1], strips[0], 1),
-        (tokens, out_features, rank, config.rows, *(s for pair in strides for s in pair)),
-        config.warps,
-        BLOCK_T=config.block_t,
-        BLOCK_O=config.block_o,
-        BLOCK_R=config.block_r,
-        EVEN=not (tokens % config.block_t or out_features % config.block_o or rank % config.block_r),
-        STAGES=config.stages,
-    )
-    sizes = out_features, tokens * rank, out_features * rank
-    return strips, launch, _sums(sizes, strips, has_h=True, scale_b=scale_b, block=128)
-
-
-@functools.lru_cache(maxsize=4096)
 def lora_b_backward_launches(
     tokens: int,
     out_features: int,
@@ -354,42 +398,48 @@ def lora_b_backward_launches(
     config: LoraBConfig,
     *,
     scale_b: bool,
+    in_features: int | None = None,
 ) -> tuple[int, Launch, Launch | None]:
-    """How many strips there are, the launch for dy, inner and h, and where there are several the one that sums them."""
+    """How many strips there are, the launch, and where there are several the one that sums them.
+
+    The strides are those of dy, inner and h; with ``in_features`` of dy, y, h, x, weight and lora_B.
+    """
     if rank > config.block_r * config.chunks:
         raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")
+    of_y = in_features is not None
+    dy, kept, h, *others = (*strides, *[(0, 0)] * (6 - len(strides)))
+    others = [stride for pair in others for stride in pair]
     strips = cdiv(tokens, config.rows)
-    edges = tokens % config.block_t or out_features % config.block_o or rank != config.block_r * config.chunks
     launch = Launch(
         lora_b_backward_kernel,
         (cdiv(out_features, config.block_o), strips, 1),
-        (tokens, out_features, rank, config.rows, *(s for pair in strides for s in pair)),
+        (tokens, out_features, rank, in_features or 0, config.rows, *dy, *kept, *h, *others),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
         BLOCK_R=config.block_r,
         CHUNKS=config.chunks,
-        EVEN=not edges,
+        EVEN=not (tokens % config.block_t or out_features % config.block_o),
+        EVEN_R=rank == config.block_r * config.chunks,
+        OF_Y=of_y,
         FINISH=strips == 1,
         SCALE_B=scale_b,
         STAGES=config.stages,
     )
     if strips == 1:
         return strips, launch, None
-    sizes = out_features, 0, out_features * rank
-    return strips, launch, _sums(sizes, (strips, 0), has_h=False, scale_b=False, block=512)  # few strips, long ones
-
-
-def _sums(sizes: tuple[int, int, int], strips: tuple[int, int], *, has_h: bool, scale_b: bool, block: int) -> Launch:
-    """Sums the strips of d_magnitude, d_h (or None) and d_lora_B, of ``sizes``; then come norm, scaling, gradients."""
-    return Launch(
-        low_rank_strip_sum_kernel,
-        (sum(cdiv(size, block) for size in sizes), 1, 1),
-        (*sizes, *strips),
-        4,
-        HAS_H=has_h,
-        SCALE_B=scale_b,
-        BLOCK=block,
+    return (
+        strips,
+        launch,
+        Launch(
+            lora_b_sum_kernel,
+            (cdiv(out_features, 64) + cdiv(out_features * rank, 512), 1, 1),
+            (tokens, out_features, rank, in_features or 0, strips, *dy, *h, *others),
+            4,
+            OF_Y=of_y,
+            BLOCK_O=64,
+            BLOCK_B=512,  # few strips, many elements
+        ),
     )
 
 
@@ -433,47 +483,6 @@ def compose_backward(
     return d_base, d_lora, d_magnitude
 
 
-def low_rank_backward(
-    dy: Tensor,
-    inner: Tensor,
-    magnitude: Tensor,
-    weight_norm: Tensor,
-    h: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | float,
-    *,
-    h_is_scaled: bool,
-    config: LowRankConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`compose_backward` with the two products of d_inner by low-rank matrices in the same pass.
-
-    Args:
-        dy, inner: ``[T, O]``, any strides. h: ``[T, R]``, or ``s * h`` with ``h_is_scaled``. lora_B: ``[O, R]``.
-
-    Returns:
-        ``d_inner = g * dy [T, O]``, ``d_magnitude [O]``, ``d_h = s * d_inner lora_B [T, R]`` (of h without its scaling)
-        and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take ``r / 64`` of the memory of dy meanwhile.
-    """
-    (tokens, out_features), rank = dy.shape, h.shape[1]
-    d_inner = torch.empty_like(inner, memory_format=torch.contiguous_format)
-    d_magnitude = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
-    d_h, d_b = h.new_empty(h.shape), lora_B.new_empty(lora_B.shape)
-    if not dy.numel():
-        return d_inner, d_magnitude.zero_(), d_h.zero_(), d_b.zero_()
-    magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strides = dy.stride(), inner.stride(), h.stride(), lora_B.stride()
-    config = config or low_rank_config(tokens, out_features, rank)
-    (strips_t, strips_o), launch, add = low_rank_backward_launches(
-        tokens, out_features, rank, strides, config, scale_b=not h_is_scaled
-    )
-    partial_m = magnitude.new_empty(strips_t, out_features, dtype=torch.float32)
-    partial_h = magnitude.new_empty(strips_o, tokens, rank, dtype=torch.float32)
-    partial_b = magnitude.new_empty(strips_t, out_features, rank, dtype=torch.float32)
-    launch(dy, inner, magnitude, weight_norm, h, lora_B, d_inner, partial_m, partial_h, partial_b)
-    add(partial_m, partial_h, partial_b, weight_norm, scaling, d_magnitude, d_h, d_b)
-    return d_inner, d_magnitude, d_h, d_b
-
-
 def lora_b_backward(
     dy: Tensor,
     inner: Tensor,
@@ -483,12 +492,15 @@ def lora_b_backward(
     scaling: Tensor | float,
     *,
     h_is_scaled: bool,
+    of_y: tuple[Tensor, Tensor, Tensor] | None = None,
     config: LoraBConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`compose_backward` with lora_B's gradient in the same pass.
 
     Args:
         dy, inner: ``[T, O]``, any strides. h: ``[T, R]``, or ``s * h`` with ``h_is_scaled``, of the same half dtype.
+        of_y: x ``[T, I]``, weight and lora_B where ``inner`` is not that but ``y = g * inner``, h not scaled: then
+            ``d_magnitude = colsum(dy * y) / m``, and for rows of a g below 2^-6 inner is computed again.
 
     Returns:
         ``d_inner = g * dy [T, O]``, ``d_magnitude [O]`` and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take at
@@ -501,15 +513,23 @@ def lora_b_backward(
     if not dy.numel():
         return d_inner, d_magnitude.zero_(), d_b.zero_()
     magnitude, weight_norm = contiguous(magnitude, weight_norm)
-    strides = dy.stride(), inner.stride(), h.stride()
-    config = config or lora_b_config(tokens, out_features, rank)
-    strips, launch, add = lora_b_backward_launches(tokens, out_features, rank, strides, config, scale_b=not h_is_scaled)
+    matrices = (dy, inner, h, *(of_y or ()))
+    strips, launch, add = lora_b_backward_launches(
+        tokens,
+        out_features,
+        rank,
+        tuple(t.stride() for t in matrices),
+        config or lora_b_config(tokens, out_features, rank),
+        scale_b=not h_is_scaled,
+        in_features=None if of_y is None else of_y[0].shape[1],
+    )
     if add is None:
-        partial_m, partial_b = d_magnitude, d_b
+        parts_m, parts_b = d_magnitude, d_b
     else:
-        partial_m = magnitude.new_empty(strips, out_features, dtype=torch.float32)
-        partial_b = magnitude.new_empty(strips, out_features, rank, dtype=torch.float32)
-    launch(dy, dy, inner, magnitude, weight_norm, h, scaling, d_inner, partial_m, partial_b)
+        parts_m = magnitude.new_empty(strips, out_features, dtype=torch.float32)
+        parts_b = magnitude.new_empty(strips, out_features, rank, dtype=torch.float32)
+    others = of_y or (None, None, None)
+    launch(dy, dy, inner, magnitude, weight_norm, h, scaling, *others, d_inner, parts_m, parts_b)
     if add is not None:
-        add(partial_m, None, partial_b, weight_norm, scaling, d_magnitude, None, d_b)
+        add(parts_m, parts_b, dy, magnitude, weight_norm, h, scaling, *others, d_magnitude, d_b)
     return d_inner, d_magnitude, d_b

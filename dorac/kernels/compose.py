@@ -7,6 +7,7 @@ Legend: T tokens, O out_features, R rank.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels.configs import TileConfig, pointwise_config, tile_config
-from dorac.kernels.launch import Launch, cdiv, contiguous
+from dorac.kernels.launch import Bound, Launch, cdiv, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile
 
 GROUP = tl.constexpr(8)  # row blocks that run side by side share tiles of lora_B in L2
@@ -148,6 +149,33 @@ def compose_launch(
     )
 
 
+def _descriptors(config: TileConfig, base, h, lora_B, y, inner) -> list[TensorDescriptor | None]:
+    tile = [config.block_t, config.block_o]
+    blocks = tile, [config.block_t, config.block_r], [config.block_o, config.block_r], tile, tile
+    matrices = base, h, lora_B, y, inner
+    return [t if t is None else TensorDescriptor.from_tensor(t, b) for t, b in zip(matrices, blocks, strict=True)]
+
+
+def composer(config: TileConfig, launch: Callable[..., Launch]) -> Callable[..., None]:
+    """The launch with descriptors, made of the tensors in every call; without them where they cannot be described.
+
+    Its tensors are those of :func:`compose_launch`, activations of any leading shape, contiguous.
+    """
+    with_descriptors, without = launch(descriptors=True), Bound(launch(descriptors=False))
+
+    def run(base, h, lora_B, magnitude, weight_norm, scaling, bias, y, inner):
+        rows = (t if t is None else t.view(-1, t.shape[-1]) for t in (base, h, y, inner))
+        base, h, y, inner = rows
+        vectors = magnitude, weight_norm, scaling, bias
+        if _describable(base, h, lora_B):
+            base, h, lora_B, y, inner = _descriptors(config, base, h, lora_B, y, inner)
+            with_descriptors(base, h, lora_B, *vectors, y, inner)
+        else:
+            without(base, h, lora_B, *vectors, y, inner)
+
+    return run
+
+
 def compose(
     base: Tensor,
     lora: Tensor | None,
@@ -200,8 +228,6 @@ def compose(
         descriptors=descriptors,
     )
     if descriptors:
-        blocks = {id(lora): [config.block_t, config.block_r], id(lora_B): [config.block_o, config.block_r]}
-        tile = [config.block_t, config.block_o]
-        matrices = [t if t is None else TensorDescriptor.from_tensor(t, blocks.get(id(t), tile)) for t in matrices]
+        matrices = _descriptors(config, *matrices)
     launch(*matrices[:3], magnitude, weight_norm, scaling, bias, *matrices[3:])
     return y, inner

@@ -50,13 +50,6 @@ class ColumnConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankConfig(ColumnConfig):
-    """The same with all ranks, padded to ``block_r``, beside them."""
-
-    block_r: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
 class LoraBConfig(ColumnConfig):
     """The same with all ranks beside them, in ``chunks`` of ``block_r``."""
 
@@ -137,15 +130,6 @@ def _launchable(tokens: int, rows: int) -> int:
     while -(-tokens // rows) > 65_535:
         rows *= 2
     return rows
-
-
-@functools.lru_cache(maxsize=1024)
-def low_rank_config(tokens: int, out_features: int, rank: int) -> LowRankConfig:
-    """The backward pass with its two low-rank products: long strips, since each writes a partial d_lora_B."""
-    rows = 1024
-    while rows > 64 and -(-tokens // rows) * -(-out_features // 128) < 256:
-        rows //= 2
-    return LowRankConfig(32, 128, _launchable(tokens, rows), 4, 2, _power(rank, 16, 64))
 
 
 @functools.lru_cache(maxsize=1024)

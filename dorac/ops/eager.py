@@ -1,11 +1,17 @@
 """The linear layer in eager on a GPU with kernels: one ``autograd.Function`` that launches, and no op of dorac's own.
 
 ``functional.dora_linear`` asks here first. Where tensors are plain, activations and factors (under autocast what it
-makes of them) half precision, and nobody looks on, the layer is computed here, in the forms and with the kernels of
-``ops/linear.py``, which has the formulas; anything else is left to that.
+makes of them) half precision, adapters trained whole or not at all, and nobody looks on, the layer is computed here, in
+the form "fused" of ``ops/linear.py``, which has the formulas; anything else is left to that.
 
-What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the form, the
-launches. A plan holds no tensors.
+- What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the launches.
+  A plan holds no tensors.
+- ``x W^T`` is where y is written, too. For backward y itself is kept where there is no bias, which costs nothing where
+  the layer's consumer keeps it: ``d_m = colsum(dy * y) / m``; the kernel sees to rows whose m is too small for that.
+  With a bias, which might cancel, ``inner = x W^T + s h lora_B^T`` is kept.
+- Autograd refuses a tensor that was kept and then written to in place, as ``relu(y, inplace=True)`` does, which is fine
+  after a linear layer. So y is kept through an alias with a version of its own, and a probe without memory tells
+  whether y's has changed; inner is then computed again.
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -16,6 +22,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
@@ -32,12 +39,9 @@ class Plan:
     dtype: torch.dtype  # of the products
     casts_factors: bool
     autocast: str | None  # the device type for which it is on
-    y_shape: torch.Size
-    accumulates: bool  # the large product onto the small one, then g; else up-projection and g in one kernel
-    norm: tuple | None  # splits, launch, finish; None where it is given
-    compose: object  # launch of the kernel that ends forward; None where it takes descriptors, made anew in each call
-    backward: Callable[[tuple[int, int]], tuple]  # of the strides of dy: strips, launch, sums
-    backward_makes_d_h: bool
+    norm: tuple | None  # splits, launch, finish; None where the norm is given
+    compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
+    backward: Callable[[tuple[int, int], bool], tuple]  # of dy's strides, of y or not: strips, launch, sums
 
 
 def dora_linear(
@@ -68,13 +72,14 @@ def dora_linear(
     if plan is None or _pointers(weight, lora_A, lora_B, magnitude, bias, weight_norm) % 16:
         return None
     if training:
-        usual = magnitude.requires_grad and lora_B.requires_grad and not weight.requires_grad
+        usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
+        usual = usual and not weight.requires_grad
         if not usual or (weight_norm is not None and weight_norm.requires_grad):
             return None
     if x.dtype is not plan.dtype:
         x = x.to(plan.dtype)
     if training:
-        return _Linear.apply(x, *tensors[1:], scaling, plan)[0]
+        return _Linear.apply(x, *tensors[1:], scaling, plan)
     return _without_autocast(plan, x, *tensors[1:], scaling)[0]
 
 
@@ -98,6 +103,12 @@ def _metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
         else (type(weight_norm), weight_norm.shape, weight_norm.dtype, weight_norm.device, weight_norm.stride()),
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
     )
+
+
+def _bound(launch):
+    from dorac.kernels.launch import Bound
+
+    return None if launch is None else Bound(launch)
 
 
 def _pointers(*tensors: Tensor | None) -> int:
@@ -127,56 +138,46 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
         return None
 
     from dorac.kernels import backward, configs
-    from dorac.kernels.compose import compose_launch
-    from dorac.kernels.launch import Bound
+    from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.norm import norm_launches
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), (rank, 1) if casts_factors else lora_B.stride()
-    form = linear.route(x.to(dtype), lora_A.to(dtype), training=training, traced=False)
-    accumulates = form == "accumulate"
-    if accumulates:
-        config, strides = configs.pointwise_config(tokens), (activation, None, None)
-    else:
-        config, strides = configs.tile_config(tokens, out_features, rank, dtype, dtype), (activation, h, b)
-    compose = None
-    if not config.descriptors:
-        flags = {"has_norm": True, "has_bias": bias is not None, "delta": False, "want_inner": training}
-        flags |= {"split": False, "descriptors": False}
-        compose = Bound(compose_launch(tokens, out_features, strides, None if accumulates else rank, config, **flags))
+    config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
+    flags = {"has_norm": True, "has_bias": bias is not None, "delta": False, "split": False}
+    flags |= {"want_inner": training and bias is not None}
+    launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
     norm = None
     if weight_norm is None:
-        strides = tuple((0, *t.stride()) for t in (weight, lora_A, lora_B))
         sizes = 1, out_features, in_features, rank
-        split = lora_A.dtype is torch.float32
-        config = configs.norm_config(*sizes, weight.dtype, lora_A.dtype)
-        splits, *launches = norm_launches(*sizes, strides, split, config)
-        norm = splits, *(None if launch is None else Bound(launch) for launch in launches)
-    sizes = tokens, out_features, rank
+        splits, *launches = norm_launches(
+            *sizes,
+            tuple((0, *t.stride()) for t in (weight, lora_A, lora_B)),
+            lora_A.dtype is torch.float32,
+            configs.norm_config(*sizes, weight.dtype, lora_A.dtype),
+        )
+        norm = splits, *map(_bound, launches)
 
     @functools.lru_cache(maxsize=16)
-    def backward_launches(strides: tuple[int, int]) -> tuple:
-        if rank <= linear.LOW_RANK:
-            config = configs.low_rank_config(*sizes)
-            all_strides = strides, activation, h, b
-            made = backward.low_rank_backward_launches(*sizes, all_strides, config, scale_b=not accumulates)
-        else:
-            config = configs.lora_b_config(*sizes)
-            all_strides = strides, activation, h
-            made = backward.lora_b_backward_launches(*sizes, all_strides, config, scale_b=not accumulates)
-        strips, *launches = made
-        return strips, *(None if launch is None else Bound(launch) for launch in launches)
+    def backward_launches(strides: tuple[int, int], of_y: bool) -> tuple:
+        strips, *launches = backward.lora_b_backward_launches(
+            tokens,
+            out_features,
+            rank,
+            (strides, activation, h, *(((in_features, 1), weight.stride(), b) if of_y else ())),
+            configs.lora_b_config(tokens, out_features, rank),
+            scale_b=True,
+            in_features=in_features if of_y else None,
+        )
+        return strips, *map(_bound, launches)
 
     return Plan(
         dtype=dtype,
         casts_factors=casts_factors,
         autocast=None if autocast is None else x.device.type,
-        y_shape=torch.Size((*x.shape[:-1], out_features)),
-        accumulates=accumulates,
         norm=norm,
-        compose=compose,
+        compose=composer(config, launch) if config.descriptors else _bound(launch(descriptors=False)),
         backward=backward_launches,
-        backward_makes_d_h=rank <= linear.LOW_RANK,
     )
 
 
@@ -191,8 +192,8 @@ def _without_autocast(plan, *arguments):
         torch.set_autocast_enabled(plan.autocast, True)
 
 
-def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, keeps=False):
-    """``(y, lora_A and lora_B for the products, norm, h, inner)``; no inner unless it is kept."""
+def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, training=False):
+    """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training with a bias alone."""
     if norm is None:
         splits, launch, finish = plan.norm
         norm = magnitude.new_empty(weight.shape[0], dtype=torch.float32)
@@ -202,31 +203,19 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, ke
             finish(parts, norm)
     if plan.casts_factors:
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    if plan.accumulates:
-        h = torch.addmm(x.new_empty(()), x, lora_A.t(), beta=0, alpha=scaling)
-        base = torch.mm(h, lora_B.t()).addmm_(x, weight.t())
-        low_rank = None, None
-    else:
-        h = torch.mm(x, lora_A.t())
-        base = torch.mm(x, weight.t())
-        low_rank = h, lora_B
-    # In the memory of the product: y, or inner beside y.
-    y = x.new_empty(plan.y_shape) if keeps else base
-    inner = base if keeps else None
-    if plan.compose is not None:
-        plan.compose(base, *low_rank, magnitude, norm, scaling, bias, y, inner)
-    else:
-        from dorac.kernels.compose import compose
+    h, base = F.linear(x, lora_A), F.linear(x, weight)
+    inner = base if training and bias is not None else None
+    y = base if inner is None else torch.empty_like(base)
+    plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
+    return y, lora_A, lora_B, norm, h, inner
 
-        y, inner = compose(base, *low_rank, magnitude, norm, scaling, bias, want_inner=keeps)
-    return y if keeps else y.view(plan.y_shape), lora_A, lora_B, norm, h, inner
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class _Linear(torch.autograd.Function):
-    """Returns (y, inner, h), as ``ops/linear.py``'s does, whose gradients are taken where these here are not enough."""
-
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan):
         y, a, b, norm, h, inner = _without_autocast(
@@ -234,78 +223,83 @@ class _Linear(torch.autograd.Function):
         )
         if not plan.casts_factors:
             a = b = None
-        rows = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(rows, weight, lora_A, lora_B, a, b, magnitude, norm, h, inner)
+        ctx.of_y = inner is None
+        if ctx.of_y:
+            inner = y.data
+            probe = y.detach()
+            probe.data = _nothing(y.dtype, y.device)
+            ctx.probe, ctx.version = probe, probe._version
+        ctx.save_for_backward(x, weight, lora_A, lora_B, a, b, magnitude, norm, h, inner)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan, ctx.x_shape = scaling, plan, x.shape
+        ctx.scaling, ctx.plan = scaling, plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y, inner, h
+        return y
 
     @staticmethod
-    def backward(ctx, dy, d_inner_again, d_h_again):
-        if dy is None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
-            return _general(ctx, dy, d_inner_again, d_h_again)
-        x, weight, lora_A, lora_B, a, b, magnitude, norm, h, inner = ctx.saved_tensors
-        plan, scaling = ctx.plan, ctx.scaling
-        needs_x, _, needs_a, _, _, needs_bias = ctx.needs_input_grad[:6]
-        dy = dy if dy.dim() == 2 else dy.reshape(inner.shape)
-        if dy.data_ptr() % 16:
-            dy = dy.clone(memory_format=torch.contiguous_format)
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 9
+        if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
+            return _seen_gradients(ctx, dy)
+        x, weight, lora_A, lora_B, a, b, magnitude, norm, h, kept = ctx.saved_tensors
+        plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.of_y
+        needs_x, _, _, _, _, needs_bias, _, _, _ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
-        dx = d_a = d_h = d_bias = None
-        d_inner = torch.empty_like(inner)
+        rows = x
+        if dy.dim() != 2:
+            dy, h, rows = dy.reshape(-1, dy.shape[-1]), h.view(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
+        if dy.data_ptr() % 16:
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        if of_y and ctx.probe._version != ctx.version:  # y is not y any more
+            kept, of_y = torch.addmm(torch.mm(rows, weight.t()), h, b.t(), alpha=scaling), False
+        if of_y and (rows.data_ptr() % 16 or not rows.is_contiguous()):
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        strips, launch, add = plan.backward(dy.stride(), of_y)
+        d_inner = dy.new_empty(dy.shape)
         d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
-        strips, launch, add = plan.backward(dy.stride())
-        if plan.backward_makes_d_h:
-            (tokens, rank), out_features = h.shape, inner.shape[1]
-            d_h = torch.empty_like(h)
-            parts_m = norm.new_empty(strips[0], out_features, dtype=torch.float32)
-            parts_h = norm.new_empty(strips[1], tokens, rank, dtype=torch.float32)
-            parts_b = norm.new_empty(strips[0], out_features, rank, dtype=torch.float32)
-            launch(dy, inner, magnitude, norm, h, b, d_inner, parts_m, parts_h, parts_b)
-            add(parts_m, parts_h, parts_b, norm, scaling, d_m, d_h, d_b)
-        elif add is None:
-            launch(dy, dy, inner, magnitude, norm, h, scaling, d_inner, d_m, d_b)
+        others = (rows, weight, b) if of_y else (None, None, None)
+        if add is None:
+            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_inner, d_m, d_b)
         else:
-            parts_m = norm.new_empty(strips, inner.shape[1], dtype=torch.float32)
+            parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
             parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
-            launch(dy, dy, inner, magnitude, norm, h, scaling, d_inner, parts_m, parts_b)
-            add(parts_m, None, parts_b, norm, scaling, d_m, None, d_b)
-        if d_h is None and (needs_x or needs_a):
-            d_h = torch.addmm(d_inner.new_empty(()), d_inner, b, beta=0, alpha=scaling)
-        if needs_a:
-            d_a = _wide_mm(d_h.t(), x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), lora_A.dtype)
-        if needs_x:
-            dx = torch.mm(d_h, a).addmm_(d_inner, weight).view(ctx.x_shape)
-        if needs_bias:
-            d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_inner, parts_m, parts_b)
+            add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
+        d_h = torch.addmm(d_inner.new_empty(()), d_inner, b, beta=0, alpha=scaling)
+        d_a = _wide_mm(d_h.t(), rows, lora_A.dtype)
+        dx = torch.mm(d_h, a).addmm_(d_inner, weight).view(x.shape) if needs_x else None
+        d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         return dx, None, d_a, d_b, d_m, d_bias, None, None, None
 
 
 def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``, which may be float32."""
-    if dtype is left.dtype or not left.is_cuda:
-        return torch.mm(left, right).to(dtype)
-    return torch.mm(left, right, out_dtype=dtype)
+    if dtype is left.dtype:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else torch.mm(left, right).to(dtype)
 
 
-def _general(ctx, dy, d_inner_again, d_h_again):
-    """The gradients where they are to be differentiated again, or seen."""
-    x, weight, lora_A, lora_B, _, _, magnitude, norm, h, inner = ctx.saved_tensors
-    plan = ctx.plan
-    a, b = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
-    scaling = torch.full((), ctx.scaling, dtype=torch.float32, device=inner.device)
-    needs_x, _, needs_a, _, _, needs_bias = ctx.needs_input_grad[:6]
+def _seen_gradients(ctx, dy):
+    """The gradients where they are differentiated again, or a mode looks on: h and inner are computed again, in aten.
+
+    Then every tensor is connected to what it was computed of.
+    """
+    x, weight, lora_A, lora_B, _, _, magnitude, norm, _, _ = ctx.saved_tensors
+    dtype, acc = ctx.plan.dtype, torch.float32
+    rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(dtype), lora_B.to(dtype)
+    scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
+    h = rows @ a.t()
+    inner = ((rows @ weight.t()).to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
+    needs_x, _, _, _, _, needs_bias, _, _, _ = ctx.needs_input_grad
     dx, _, d_a, d_b, d_m, d_bias = linear.gradients(
-        (x, weight, a, b, magnitude, norm, scaling, h, inner),
-        (needs_x, False, needs_a, True, True, needs_bias),
-        (plan.dtype, plan.dtype, ctx.bias_dtype),
-        (None if dy is None else dy.reshape(inner.shape), d_inner_again, d_h_again),
+        (rows, weight, a, b, magnitude, norm, scaling, h, inner),
+        (needs_x, False, True, True, True, needs_bias),
+        (dtype, dtype, ctx.bias_dtype),
+        (dy.reshape(inner.shape), None, None),
         number=ctx.scaling,
-        path="accumulate" if plan.accumulates else "fused",
+        path="fused",
         eager=True,
     )
-    dx = None if dx is None else dx.view(ctx.x_shape)
-    d_a, d_b = (d if d is None else d.to(lora_A.dtype) for d in (d_a, d_b))
-    return dx, None, d_a, d_b, d_m, d_bias, None, None, None
+    dx = None if dx is None else dx.view(x.shape)
+    return dx, None, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, d_bias, None, None, None

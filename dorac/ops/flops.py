@@ -51,10 +51,6 @@ def _lora_b_backward(dy, inner, magnitude, weight_norm, h, *_, **__):
     return _product((dy[1], dy[0]), h)
 
 
-def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, *_, **__):
-    return _product((dy[1], dy[0]), h) + _product(dy, lora_B)
-
-
 def _grouped_product(x, weight, offsets, **_):
     return _product(x, (x[1], weight[1]))
 
@@ -74,7 +70,6 @@ FORMULAS = {
     "up_compose": _up_compose,
     "up_compose_forward": _up_compose,
     "lora_b_backward": _lora_b_backward,
-    "low_rank_backward": _low_rank_backward,
     "grouped_product": _grouped_product,
     "grouped_outer": _grouped_outer,
     **dict.fromkeys(

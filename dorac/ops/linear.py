@@ -10,8 +10,7 @@ tensor subclasses. The whole layer is one Function, because its cheapest form cr
 - g is applied in aten under the compiler, which fuses it into the consumer of y, keeps ``inner`` alone for backward
   and recomputes y; in eager it is one kernel (``scale``);
 - backward makes ``d_inner = g * dy`` and the magnitude's gradient in one pass (``scale_backward``), together with
-  lora_B's gradient (``lora_b_backward``) and for small ranks also h's (``low_rank_backward``); d_inner serves base and
-  low-rank branch both.
+  lora_B's gradient (``lora_b_backward``); d_inner serves base and low-rank branch both.
 
 The first form rounds to the activation's dtype three times (the low-rank product, inner, y) where the others round
 inner for backward alone; the mean error of the layer stays at two thirds to nine tenths of stock PEFT's.
@@ -46,9 +45,7 @@ from dorac.ops.compose import (
 )
 from dorac.ops.library import lib, register_composite, register_leaf
 
-# Up to which rank the backward pass takes both low-rank products along: faster than cuBLAS at 16, slower at 64; and up
-# to which rank that of lora_B's gradient, of which a program holds all columns.
-LOW_RANK = 16
+# Up to which rank the backward pass takes lora_B's gradient along, of which a program holds all columns.
 LORA_B_RANK = 384
 
 
@@ -98,10 +95,6 @@ lib.define(
     "bool h_is_scaled) -> (Tensor, Tensor, Tensor)"
 )
 lib.define(
-    "low_rank_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor h, Tensor lora_B, "
-    "Tensor scaling, bool h_is_scaled) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-lib.define(
     "up_compose(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
     "Tensor? bias, bool delta) -> Tensor"
 )
@@ -132,16 +125,6 @@ def _lora_b_backward_fake(dy, inner, magnitude, weight_norm, h, scaling, h_is_sc
         inner.new_empty(inner.shape),
         magnitude.new_empty(magnitude.shape),
         h.new_empty(inner.shape[1], h.shape[1]),
-    )
-
-
-@torch.library.register_fake("dorac::low_rank_backward", lib=lib)
-def _low_rank_backward_fake(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
-    return (
-        inner.new_empty(inner.shape),
-        magnitude.new_empty(magnitude.shape),
-        h.new_empty(h.shape),
-        lora_B.new_empty(lora_B.shape),
     )
 
 
@@ -183,12 +166,6 @@ def _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
     return d_inner, d_magnitude, d_b if h_is_scaled else _scaled(scaling, d_b)
 
 
-def _low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
-    """:func:`_lora_b_backward` with ``d_h = s * d_inner lora_B`` (of h without its scaling)."""
-    d_inner, d_magnitude, d_b = _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
-    return d_inner, d_magnitude, _scaled(scaling, d_inner.to(lora_B.dtype) @ lora_B), d_b
-
-
 def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
     return compose_aten(base, F.linear(h, lora_B), magnitude_scale(magnitude, weight_norm), scaling, bias, delta)
 
@@ -217,12 +194,6 @@ def _lora_b_backward_cuda(dy, inner, magnitude, weight_norm, h, scaling, h_is_sc
     return lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled=h_is_scaled)
 
 
-def _low_rank_backward_cuda(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled):
-    from dorac.kernels.backward import low_rank_backward
-
-    return low_rank_backward(dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled=h_is_scaled)
-
-
 def _up_compose_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
     from dorac.kernels.compose import compose
 
@@ -235,14 +206,13 @@ def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, b
     return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta, want_inner=True)
 
 
-low_rank_linear, scale, scale_backward, lora_b_backward, low_rank_backward, up_compose, up_compose_forward = (
+low_rank_linear, scale, scale_backward, lora_b_backward, up_compose, up_compose_forward = (
     register_leaf(name, in_aten, cuda)
     for name, in_aten, cuda in (
         ("low_rank_linear", _low_rank_linear, _low_rank_linear),
         ("scale", _scale, _scale_cuda),
         ("scale_backward", _scale_backward, _scale_backward_cuda),
         ("lora_b_backward", _lora_b_backward, _lora_b_backward_cuda),
-        ("low_rank_backward", _low_rank_backward, _low_rank_backward_cuda),
         ("up_compose", _up_compose, _up_compose_cuda),
         ("up_compose_forward", _up_compose_forward, _up_compose_forward_cuda),
     )
@@ -256,8 +226,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     - "fused": the large product first, then up-projection and g in one kernel;
     - "separate": three products and compose: where there are no kernels, or none for these dtypes, and at decode.
 
-    Under the compiler the consumer of y applies g, which makes "accumulate" the cheapest in a stack (ranks 16, 64 and
-    384); a layer by itself, whose y nobody consumes, pays up to 7 percent for it at rank 16, beside "fused".
+    In eager, and in a compiled layer by itself, "fused" is the cheapest, 1 to 7 percent below "accumulate" (ranks 8 to
+    384, 256 and 4096 tokens). In a compiled stack the consumer of y applies g, and "accumulate" is (ranks 16 to 384).
     """
     if not front.has_kernels(x, lora_A):
         return "separate"
@@ -272,7 +242,7 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"
     if traced and front.at_most(tokens, DECODE):
         return "separate"
-    return "accumulate" if training and lora_A.shape[0] > 64 and not few else "fused"
+    return "fused"
 
 
 def _scaled(scaling, product):
@@ -389,11 +359,7 @@ def gradients(saved, needs, dtypes, grads, *, number, path, eager):
     with front.autocast_off(weight_norm):
         if dy is not None and needs_bias:
             d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
-        if dy is not None and along and (needs_x or needs_a) and h.shape[1] <= LOW_RANK:
-            d_inner, d_m, d_h, d_b = low_rank_backward(
-                dy, inner, magnitude, weight_norm, h, lora_B, scaling, h_is_scaled
-            )
-        elif dy is not None and along:
+        if dy is not None and along:
             d_inner, d_m, d_b = lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
         elif dy is not None and needs_m:
             of_scale = scale_backward if leaf_ops else _scale_backward
