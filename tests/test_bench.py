@@ -11,9 +11,23 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import reference
-from dorac.bench import against_lora, compose, measure, memory, model, options, peers, report, surgery, timeline, tune
+from dorac.bench import (
+    against_lora,
+    compose,
+    host,
+    measure,
+    memory,
+    model,
+    options,
+    peers,
+    report,
+    stub,
+    surgery,
+    timeline,
+    tune,
+)
 from dorac.bench.__main__ import SUBCOMMANDS, main
-from dorac.ops import linear
+from dorac.ops import front, linear
 
 pytest.importorskip("peft")
 
@@ -309,6 +323,170 @@ def test_exponent_of_growth():
     assert surgery.exponent([(10, 1.0)]) is None
 
 
+HOST = ("lora-eager", "peft-lora-eager", "dorac-once-eager", "dorac-cached-eager", "dorac-every-eager")
+SMALL = ("--layers", "2", "--features", "16", "--rank", "4", "--tokens", "8", "--turns", "3")
+
+
+def test_host(bench, device):
+    result = bench("host", *SMALL, "--variants", *HOST)
+    stubbed = " (stub)" if device == "cpu" else ""
+    cases = [f"{factors} {phase}{stubbed}" for factors in ("bf16", "autocast") for phase in ("train", "inference")]
+    assert names(result) == [(case, variant) for case in cases for variant in HOST]
+    for lora, peft, once, cached, every in zip(*(result["records"][i::5] for i in range(5)), strict=True):
+        for record in (lora, peft, once, cached, every):
+            assert record["wall_us"] > 0
+            assert record["lora_p10_p90"][0] <= record["lora_ratio"] <= record["lora_p10_p90"][1]
+            for key in ("allocations", "ops", "all_ops", "calls", *(["launches"] if device == "cuda" else [])):
+                assert len(record[key]) == (2 if record["phase"] == "train" else 1)
+                assert min(record[key]) > 0
+            assert min(all_ops - ops for all_ops, ops in zip(record["all_ops"], record["ops"], strict=True)) > 0
+        assert [lora["lora_ratio"], *lora["lora_p10_p90"]] == [1, 1, 1]
+        assert [peft["peft_ratio"], *peft["peft_p10_p90"]] == [1, 1, 1]
+        assert peft["calls"][0] > lora["calls"][0]
+        assert once["all_ops"] == cached["all_ops"]
+        assert every["all_ops"][0] > cached["all_ops"][0]  # the norm
+        assert every["all_ops"][1:] == cached["all_ops"][1:]
+        if device == "cuda":
+            assert every["launches"][0] > cached["launches"][0]
+    lora = {(record["factors"], record["phase"]): record for record in result["records"][::5]}
+    assert lora["bf16", "inference"]["ops"] == [5]  # three products, the scaling, the sum
+    assert lora["autocast", "inference"]["all_ops"] > lora["bf16", "inference"]["all_ops"]  # the casts
+
+
+def test_host_compiled(bench, device):
+    variants = ["lora-compiled", "dorac-every-compiled", *(["dorac-every-graphs"] if device == "cuda" else [])]
+    given = ("--no-stub-kernels", "--factors", "autocast", "--phases", "inference", "--variants", *variants)
+    result = bench("host", *SMALL, *given)
+    assert names(result) == [("autocast inference", variant) for variant in variants]
+    lora, dorac, *graphs = result["records"]
+    assert lora["lora_ratio"] == 1
+    assert dorac["lora_ratio"] > 0
+    assert lora["peft_ratio"] is None
+    assert lora["graph_breaks"] == dorac["graph_breaks"] == 0
+    for record in graphs:
+        assert record["lora_ratio"] is None
+        assert record["launches"] == [0.5]  # one graph, two layers
+
+
+def test_ratios_are_those_of_the_turns():
+    turns = {"lora-eager": [10.0, 20, 10], "lora-graphs": [1.0, 1, 1], "peft-lora-eager": [20.0, 20, 20]}
+    turns |= {"x-eager": [20.0, 60, 50], "x-graphs": [2.0, 3, 4], "x-compiled": [1.0, 2, 3]}
+    assert host.related_to_lora("x-eager", turns, 2) == {
+        "wall_us": 25,
+        "lora_ratio": 3,
+        "lora_p10_p90": pytest.approx([2.2, 4.6]),
+        "peft_ratio": 2.5,
+        "peft_p10_p90": pytest.approx([1.3, 2.9]),
+    }
+    assert host.related_to_lora("x-graphs", turns, 1)["lora_ratio"] == 3
+    assert host.related_to_lora("x-compiled", turns, 1)["lora_ratio"] is None
+
+
+def test_turns_go_there_and_back(monkeypatch):
+    monkeypatch.setattr(host, "TURN_SECONDS", 0)
+    called = []
+    steps = {name: functools.partial(called.append, name) for name in "abc"}
+    times = host.in_turns(steps, 3)
+    assert {name: len(own) for name, own in times.items()} == dict.fromkeys("abc", 3)
+    assert "".join(called) == "aaabbbccc" + "aabbcc" + "ccbbaa" + "aabbcc"  # a step to begin with, then those timed
+
+
+def test_what_a_step_does_is_counted_by_direction(device):
+    class Sine(torch.nn.Module):
+        def forward(self, x):
+            return x.sin()
+
+    module = Sine()
+    x = torch.randn(8, 16, device=device)
+    inference = host.counts(host.Step(module, module, x, None, autocast=False))
+    assert (inference["allocations"], inference["ops"], inference["all_ops"]) == ([1], [1], [1])
+    train = host.counts(host.Step(module, module, x, torch.randn_like(x), autocast=False))
+    assert train["ops"][0] == 1
+    assert train["allocations"] == [1, 2]  # cosine and product
+    if device == "cuda":
+        assert inference["launches"] == [1]
+        assert train["launches"] == [1, 2]
+    loop = host.counts(host.Step(module, lambda x: [module(x) for _ in range(3)], x, None, autocast=False))
+    assert loop["ops"] == [3]
+    assert loop["calls"][0] > inference["calls"][0]
+
+
+def test_events_are_counted_within_the_marks():
+    def at(category, name, start, duration, thread=1):
+        return event(category, name, start, duration) | {"tid": thread}
+
+    def memory_of(time, size):
+        return {"name": "[memory]", "ts": time, "args": {"Bytes": size}}
+
+    events = [
+        at("user_annotation", host.DIRECTION, 100, 50),
+        at("user_annotation", host.DIRECTION, 10, 50),
+        at("cpu_op", "aten::before", 1, 2),
+        at("cpu_op", "profiler::_record_function_exit", 11, 1),
+        at("cpu_op", "aten::linear", 20, 10),
+        at("cpu_op", "aten::mm", 20, 9),
+        at("cpu_op", "_DoraLinear", 31, 9),
+        at("cpu_op", "dorac::scale", 32, 5),
+        at("cuda_runtime", "cudaLaunchKernelExC", 24, 2),
+        at("cuda_driver", "cuLaunchKernelEx", 24, 1),  # what the other calls
+        at("cuda_driver", "cuLaunchKernel", 33, 2),
+        at("cuda_runtime", "cudaDeviceSynchronize", 40, 2),
+        memory_of(21, 64),
+        memory_of(22, -64),
+        memory_of(70, 64),
+        at("cpu_op", "autograd::engine::evaluate_function: MmBackward0", 110, 10, 2),
+        at("cpu_op", "aten::mm", 112, 3, 2),
+        at("cpu_op", "aten::mul", 113, 3, 1),
+        at("cuda_runtime", "cudaGraphLaunch", 114, 1, 2),
+        memory_of(113, 64),
+        memory_of(114, 64),
+    ]
+    assert host.count_events(events) == [
+        {"launches": 2, "allocations": 1, "ops": 2, "all_ops": 3},
+        {"launches": 1, "allocations": 2, "ops": 2, "all_ops": 2},
+    ]
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_lora_by_hand_computes_its_formula(adapter_dtype, device):
+    args = arguments(device, dtype=torch.bfloat16, adapter_dtype=adapter_dtype)
+    layer = peers.draw_layer(peers.draw_weight(24, 16, args), 4, args)
+    x = torch.randn(5, 16, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = peers.LoraAlone(layer)(x)
+    expected = (
+        x.double() @ reference.adapted_weight(*(t.double() for t in (layer.weight, layer.lora_A, layer.lora_B)), 2).T
+    )
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("rank", [4, 80])
+def test_stubbed_kernels_are_launched_and_do_nothing(rank):
+    args = arguments(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+    layer = peers.draw_layer(peers.draw_weight(24, 16, args), rank, args)
+    x, dy = (torch.randn(128, size, dtype=torch.bfloat16) for size in (16, 24))
+    x.requires_grad_()
+    module = peers.DoracOnce(layer)
+    expected = module(x)
+    launchers = stub.launchers()
+    before = [(launcher.kernel, launcher.compiled) for launcher in launchers]
+    with stub.stubbed_kernels():
+        assert front.has_kernels(x)
+        y = module(x)
+        forward = sum(len(launcher.compiled) for launcher in launchers)
+        y.backward(dy)
+        both = sum(len(launcher.compiled) for launcher in launchers)
+        assert peers.dorac_every(layer)(x).isnan().all()
+        every = sum(len(launcher.compiled) for launcher in launchers)
+    assert y.isnan().all()  # the memory is as the tests fill it, see conftest.py
+    assert module.lora_B.grad.isnan().all()
+    assert 0 < forward < both < every
+    assert not front.has_kernels(x)
+    assert [(launcher.kernel, launcher.compiled) for launcher in launchers] == before
+    assert torch.equal(module(x), expected)
+
+
 def test_what_is_saved_for_backward():
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
 
@@ -523,6 +701,9 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
         (["norm", "--ranks", "0"], "argument --ranks: must be at least 1, got 0"),
         (["norm", "--variants", "magic"], "argument --variants: invalid choice: 'magic'"),
         (["norm", "--device", "cpu", "--seed", "-1"], "--seed must be at least 0"),
+        (["host", "--device", "cpu", "--dtype", "float32"], "host measures bfloat16 layers"),
+        (["host", "--device", "cpu", "--adapter-dtype", "float32"], "has --factors for the dtypes of the adapters"),
+        (["host", "--device", "cpu", "--factors", "fp8"], "argument --factors: invalid choice: 'fp8'"),
         (["layer", "--tokens", "many"], "argument --tokens: invalid positive value: 'many'"),
         (["layer", "--phases", "sleep"], "argument --phases: invalid choice: 'sleep'"),
         (["norm", "--device", "cpu", "--json", "/no/such/place.json"], "--json /no/such/place.json cannot be written"),

@@ -4,6 +4,7 @@ A subcommand is a module with
 
 - ``DEFAULTS``: per device type that it runs on, a value for each of its options that the user leaves out;
 - ``add_arguments(parser)``: its own options, each with the default None;
+- where it needs one, ``check(args)``: raises ``BadInput`` for options that do not go together;
 - ``run(args)``: yields (or returns a list of) records, one dict per measurement, with at least ``case`` (what was
   measured, such as "8192x8192 r16") and ``variant`` (who was measured). The other keys become columns.
 """
@@ -13,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import compose, decode, layer, measure, memory, model, norm, options, report, surgery, tune
+from dorac.bench import compose, decode, host, layer, measure, memory, model, norm, options, report, surgery, tune
 from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
@@ -23,6 +24,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "model": model,
     "decode": decode,
     "memory": memory,
+    "host": host,
     "surgery": surgery,
     "tune": tune,
 }

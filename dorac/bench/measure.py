@@ -92,7 +92,7 @@ def in_turns(fns: Sequence[Callback], device: torch.device) -> list[dict[str, ob
 def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[str, object]:
     """:func:`measure` of what ``make`` builds, from an empty compiler cache; see :func:`attempt_alone`."""
     release()
-    return _guarded(lambda: measure(make(), device, **how))
+    return guarded(lambda: measure(make(), device, **how))
 
 
 def attempt_alone(
@@ -109,7 +109,7 @@ def attempt_alone(
         built.append(make())
         return _alone(built[0], device, flush=flush, calls=calls)
 
-    record = _guarded(build_and_measure)
+    record = guarded(build_and_measure)
     if "failed" not in record:
         return built[0], record
     built.clear()
@@ -117,7 +117,8 @@ def attempt_alone(
     return None, record
 
 
-def _guarded(run: Callable[[], dict[str, object]]) -> dict[str, object]:
+def guarded(run: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """What ``run`` returns; a record of Nones and the reason in ``failed`` as in :func:`attempt_alone`."""
     try:
         return run()
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
@@ -158,7 +159,7 @@ def wall_us(fn: Callback, device: torch.device, *, flush: bool, calls: int) -> f
     """Median time of a call. On CUDA all iterations are queued at once, as ``triton.testing.do_bench`` does."""
     start = time.perf_counter()
     fn()
-    _synchronize(device)
+    synchronize(device)
     estimate = max((time.perf_counter() - start) * calls, 1e-6)
     repeats = min(max(int(WALL_SECONDS[device.type] / estimate), WALL_REPEATS[0]), WALL_REPEATS[1])
     if device.type == "cpu":
@@ -227,6 +228,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(copy * 1e-9, max(read, copy) * 1e-9, gemm * 1e-12)  # torch's row sum can be slower than its copy
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -56,6 +56,8 @@ def parse(argv: list[str], subcommands: Mapping[str, ModuleType]) -> argparse.Na
         raise BadInput(f"--seed must be at least 0 and below 2**63, got {args.seed}")
     if args.profile and args.device.type != "cuda":
         raise BadInput("--profile shows the kernels of a GPU, so it needs --device cuda")
+    if hasattr(subcommands[args.command], "check"):
+        subcommands[args.command].check(args)
     _check_packages(args)
     _check_files(args)
     return args
@@ -95,7 +97,7 @@ def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
         "transformers": args.command in ("model", "decode", "memory") or "stack-form" in getattr(args, "kernels", ()),
-        "triton": args.command == "tune",
+        "triton": args.command == "tune" or getattr(args, "stub_kernels", False),
         "matplotlib": args.plot is not None,
     }
     cli.require_packages("this", [name for name, needed in wanted.items() if needed], "bench")

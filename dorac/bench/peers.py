@@ -63,6 +63,13 @@ class LoraSum(_Adapted):
         return (F.linear(x, self.weight) + SCALING * self.low_rank(x)).to(x.dtype)
 
 
+class LoraAlone(_Adapted):
+    """:class:`LoraSum` without a cast of its own: for factors of the activation's dtype, or under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + SCALING * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
 class LoraAddmm(_Adapted):
     """Plain LoRA with the second product added in place of the sum: ``addmm(x W^T, s * x lora_A^T, lora_B^T)``.
 

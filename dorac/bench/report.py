@@ -18,7 +18,10 @@ Record = dict[str, object]
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
 # Kept in the JSON; the table shows what they lead to.
-HIDDEN = ("out", "in", "rank", "tokens", "phase", "layers", "hidden", "batch", "bytes", "flops", "kernels", "saved")
+HIDDEN = (
+    *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch"),
+    *("bytes", "flops", "kernels", "saved"),
+)
 # Lists of records within a record, each printed as a table of its own under this heading.
 DETAILS = {"kernels": "kernels of one iteration", "saved": "saved for backward, beyond parameters and input"}
 WIDEST = 80  # characters of a cell; names of GPU kernels run to hundreds
@@ -122,6 +125,8 @@ def _format(key: str, value: object) -> str:
             if key.endswith(("us", "mib", "_s"))
             else f"{value:.3f}"
         )
+    if isinstance(value, list):
+        return " / ".join(f"{item:.4g}" for item in value)
     text = str(value)
     return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
 

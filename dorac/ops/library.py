@@ -14,6 +14,8 @@ from dorac.ops import front
 
 lib = torch.library.Library("dorac", "DEF")
 
+CUDA_BODIES: dict[str, Callable] = {}  # what each leaf op runs on CUDA tensors
+
 
 def _digest() -> int:
     """Of all code that an op's body may decompose to."""
@@ -56,6 +58,10 @@ def register_composite(schema: str, body: Callable) -> Callable:
     return call
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def register_leaf(name: str, aten: Callable, cuda: Callable) -> Callable:
     """Implements a leaf op: ``cuda`` on CUDA tensors for which there are kernels, ``aten`` everywhere else.
 
@@ -70,13 +76,14 @@ def register_leaf(name: str, aten: Callable, cuda: Callable) -> Callable:
         tensors = (a for a in args if isinstance(a, torch.Tensor))
         return (cuda if front.has_kernels(*tensors) else in_aten)(*args)
 
+    CUDA_BODIES[name] = on_cuda
     lib.impl(name, in_aten, "CompositeExplicitAutograd")
     lib.impl(name, on_cuda, "CUDA")
     op = getattr(torch.ops.dorac, name)
 
     def call(*args):
         if front.unobserved():
-            return (on_cuda if args[0].is_cuda else in_aten)(*args)
+            return (on_cuda if on_gpu(args[0]) else in_aten)(*args)
         return op(*args)
 
     return call
