@@ -59,14 +59,21 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         state = super().__getstate__()
         return {**state, "_dora_cache": {}}  # what a copy's norms would be taken of are other tensors
 
+    def keeps_norms(self) -> bool:
+        """Whether norms are kept now; forgets those there are if not. Compiled code neither keeps nor forgets."""
+        if torch.compiler.is_compiling():
+            return False
+        if dora.ENABLE_DORA_CACHING and not self.training:
+            return True
+        if self._dora_cache:
+            self._cache_clear()
+        return False
+
     def _kept(
         self, adapter_name: str | None, origin: Callable[[], Origin | None], norm: Callable[[], Tensor]
     ) -> Tensor:
         """The norm, or the one that is kept of the same origin."""
-        if torch.compiler.is_compiling():
-            return norm()
-        if not dora.ENABLE_DORA_CACHING or self.training or adapter_name is None:
-            self._cache_clear()
+        if not self.keeps_norms() or adapter_name is None:
             return norm()
         now, (then, kept) = origin(), self._dora_cache.get(f"weight-norm-{adapter_name}", (None, None))
         if now is None or now != then:

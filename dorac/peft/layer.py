@@ -5,6 +5,7 @@ needs lies there as plain tensors, these classes compute base and adapter togeth
 quantised or sharded weights, hooks) they do what PEFT does, with the layers of :mod:`dorac.peft.dora`.
 """
 
+import torch
 from peft.tuners.lora import layer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -13,130 +14,182 @@ from transformers.pytorch_utils import Conv1D
 from dorac import functional
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
-from dorac.peft import variants
+from dorac.peft import dora, variants
 from dorac.peft.merging import Merging
-from dorac.peft.weights import is_fsdp_unit, is_plain
+from dorac.peft.weights import is_fsdp_unit, is_plain, whole
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
 
-def lone_adapter(module: layer.LoraLayer, factors, args: tuple, kwargs: dict) -> str | None:
+def lone_adapter(module: layer.LoraLayer, args: tuple, kwargs: dict) -> str | None:
     """The active adapter, if there is one alone, it is DoRA's, and it is not merged or switched off."""
-    if args or kwargs or module.disable_adapters or module.merged:
+    if args or kwargs or module._disable_adapters or module.merged_adapters:
         return None
-    active = [name for name in module.active_adapters if name in factors]
-    if len(active) != 1 or not isinstance(module.lora_variant.get(active[0]), variants.OnDorac):
-        return None
-    return active[0]
+    active = module._active_adapter
+    if not isinstance(active, str):
+        if len(active) != 1:
+            active = [name for name in active if name in module.scaling]  # others have no part in this layer
+        if len(active) != 1:
+            return None
+        active = active[0]
+    return active if isinstance(module.lora_variant.get(active), variants.OnDorac) else None
 
 
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether nothing but their own forwards would run if these modules were called."""
-    return not _has_any_global_hook() and not any(
-        m._forward_pre_hooks
-        or m._forward_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__  # accelerate's hooks
-        or is_fsdp_unit(m)
-        for m in modules
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing but its own forward would run if this module was called, hooks of all modules aside."""
+    attributes = module.__dict__
+    return not (
+        attributes["_forward_pre_hooks"]
+        or attributes["_forward_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes  # accelerate's hooks
     )
 
 
-def fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether dtypes and devices are such that the base layer alone would run on x, and the factors beside it."""
-    return (
-        (x.dtype == weight.dtype or (x.dtype in FLOAT_DTYPES and autocast_dtype(x) is not None))
-        and lora_A.dtype == lora_B.dtype
-        and x.device == weight.device == lora_A.device == lora_B.device
-        and is_plain(lora_A)
-        and is_plain(lora_B)
-    )
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)`` without the call of ``nn.Module.__getattr__``; FSDP1 puts tensors into ``__dict__``."""
+    attributes = module.__dict__
+    return attributes[name] if name in attributes else attributes["_parameters"].get(name)
 
 
-def dropout_p(module: layer.LoraLayer, adapter: str) -> float | None:
+def plain_weight(module: nn.Module | None, kind: type[nn.Module]) -> Tensor | None:
+    """The weight of an unhooked module of this very class, if it can be used as it lies there.
+
+    Raises:
+        RuntimeError: FSDP1 holds it in parts now.
+    """
+    if type(module) is not kind or not unhooked(module):  # an FSDP unit has a class of its own
+        return None
+    weight = parameter(module, "weight")
+    return whole(weight) if is_plain(weight) else None
+
+
+def dropout_p(dropout: nn.Module, training: bool) -> float | None:
     """The probability with which PEFT drops elements of the adapter's input now; None for a dropout of another kind."""
-    dropout = module.lora_dropout[adapter]
-    if type(dropout) is nn.Identity or not module.training or not dropout.training:
+    kind = type(dropout)
+    if not unhooked(dropout):
+        return None
+    if kind is nn.Identity:
         return 0.0
-    return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 else None
+    if not training or not dropout.training:
+        return 0.0 if kind is nn.Dropout or not is_fsdp_unit(dropout) else None
+    return dropout.p if kind is nn.Dropout and dropout.p < 1 else None
 
 
 class _Layer(Merging, variants.TakesVariants):
-    """What the layers have in common: how they merge, and which variants they take."""
+    """What the layers have in common: how they merge, which variants they take, and when they compute as one.
+
+    What the answer rests on may change between any two calls and is asked in every one, of the modules' dictionaries:
+    so nothing is prepared that could go stale, and nothing has to be told of a change.
+    """
+
+    MAGNITUDE: type[nn.Module]  # the class of its magnitude vectors
+
+    def _magnitude(self, adapter: str, device: torch.device) -> tuple[dora.DoraLinearLayer, Tensor] | None:
+        """The module and its weight on this device; None if it has another class or hooks."""
+        module = self._modules["lora_magnitude_vector"]._modules.get(adapter)
+        if type(module) is not self.MAGNITUDE or not unhooked(module):
+            return None
+        weight = parameter(module, "weight")
+        return module, weight if weight.device == device else weight.to(device)
+
+    def _parts(self, x: Tensor, adapter: str, base_kind: type[nn.Module], kind: type[nn.Module]) -> tuple | None:
+        """``base layer, magnitude's module, (weight, lora_A, lora_B), magnitude, dropout's probability``.
+
+        None if one of the modules has another class or hooks, or a tensor is not plain: PEFT's way takes them all.
+        """
+        modules = self._modules
+        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules.get(adapter)
+        weight = plain_weight(base, base_kind)
+        lora_A = plain_weight(modules["lora_A"]._modules.get(adapter), kind)
+        lora_B = plain_weight(modules["lora_B"]._modules.get(adapter), kind)
+        if weight is None or lora_A is None or lora_B is None or _has_any_global_hook():
+            return None
+        device, p = x.device, dropout_p(dropout, self.training)
+        if p is None or not (device == weight.device == lora_A.device == lora_B.device) or lora_A.dtype != lora_B.dtype:
+            return None
+        if x.dtype != weight.dtype and (x.dtype not in FLOAT_DTYPES or autocast_dtype(x) is None):
+            return None  # the base layer alone would not run on x
+        magnitude = self._magnitude(adapter, device)
+        return None if magnitude is None else (base, magnitude[0], (weight, lora_A, lora_B), magnitude[1], p)
 
 
 class Linear(_Layer, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
+    MAGNITUDE = dora.DoraLinearLayer
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter = lone_adapter(self, self.lora_A, args, kwargs)
-        if adapter is None or not self._is_direct(x, adapter):
+        adapter = lone_adapter(self, args, kwargs)
+        transposed = self.fan_in_fan_out
+        parts = None if adapter is None else self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
+        if parts is None:
             return super().forward(x, *args, **kwargs)
-        base, magnitude = self.base_layer, self.lora_magnitude_vector[adapter]
-        factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        scaling = self.scaling[adapter]
-        norm = magnitude.factored_norm(base.weight, *factors, scaling, adapter_name=adapter)
+        base, module, (weight, lora_A, lora_B), magnitude, p = parts
+        scaling, norm = self.scaling[adapter], None  # the function takes it
+        if module.keeps_norms():
+            norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         return functional.dora_linear(
             x,
-            base.weight.t() if self.fan_in_fan_out else base.weight,
-            *factors,
-            magnitude.weight.to(x.device),
-            base.bias,
+            weight.t() if transposed else weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            parameter(base, "bias"),
             scaling=scaling,
             weight_norm=norm,
-            dropout_p=dropout_p(self, adapter),
-        )
-
-    def _is_direct(self, x: Tensor, adapter: str) -> bool:
-        base, lora_A, lora_B = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        return (
-            type(base) is (Conv1D if self.fan_in_fan_out else nn.Linear)
-            and type(lora_A) is nn.Linear
-            and type(lora_B) is nn.Linear
-            and unhooked(base, lora_A, lora_B, self.lora_dropout[adapter], self.lora_magnitude_vector[adapter])
-            and is_plain(base.weight)
-            and fit(x, base.weight, lora_A.weight, lora_B.weight)
-            and dropout_p(self, adapter) is not None
+            dropout_p=p,
+            budget=module.norm_budget,
         )
 
 
 class Embedding(_Layer, layer.Embedding):
     """``y = g * (weight[x] + s * lora_A^T[x] lora_B^T)`` over an ``nn.Embedding``."""
 
+    MAGNITUDE = dora.DoraEmbeddingLayer
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter = lone_adapter(self, self.lora_embedding_A, args, kwargs)
-        if adapter is None or not self._is_direct(x, adapter):
+        adapter = lone_adapter(self, args, kwargs)
+        parts = None if adapter is None else self._parts(x, adapter)
+        if parts is None:
             return super().forward(x, *args, **kwargs)
-        base, magnitude = self.base_layer, self.lora_magnitude_vector[adapter]
-        factors = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-        scaling = self.scaling[adapter]
+        base, module, (weight, lora_A, lora_B), magnitude = parts
+        scaling, norm = self.scaling[adapter], None  # the function takes it
+        if module.keeps_norms():
+            norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         return functional.dora_embedding(
             x,
-            base.weight,
-            *factors,
-            magnitude.weight.to(x.device),
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
             scaling=scaling,
-            weight_norm=magnitude.factored_norm(base.weight, *factors, scaling, adapter_name=adapter),
+            weight_norm=norm,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
+            budget=module.norm_budget,
         )
 
-    def _is_direct(self, x: Tensor, adapter: str) -> bool:
-        base, lora_A, lora_B = self.base_layer, self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-        return (
-            type(base) is nn.Embedding
-            and base.max_norm is None
+    def _parts(self, x: Tensor, adapter: str) -> tuple | None:
+        base = self._modules["base_layer"]
+        weight = plain_weight(base, nn.Embedding)
+        if weight is None or adapter in self.input_fns or _has_any_global_hook():  # input_fns: tensor parallelism
+            return None
+        lora_A = parameter(self._modules["lora_embedding_A"], adapter)
+        lora_B = parameter(self._modules["lora_embedding_B"], adapter)
+        if not (
+            base.max_norm is None
             and not (base.sparse and base.scale_grad_by_freq)
-            and adapter not in self.input_fns  # tensor parallelism
-            and unhooked(base, self.lora_magnitude_vector[adapter])
-            and is_plain(base.weight)
             and is_plain(lora_A)
             and is_plain(lora_B)
             and lora_A.dtype == lora_B.dtype
-            and x.device == base.weight.device == lora_A.device == lora_B.device
-        )
+            and x.device == weight.device == lora_A.device == lora_B.device
+        ):
+            return None
+        magnitude = self._magnitude(adapter, x.device)
+        return None if magnitude is None else (base, magnitude[0], (weight, whole(lora_A), whole(lora_B)), magnitude[1])
 
 
 class _ConvNd(_Layer):
@@ -146,49 +199,39 @@ class _ConvNd(_Layer):
     FUNCTION: str
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter = lone_adapter(self, self.lora_A, args, kwargs)
-        if adapter is None or not self._is_direct(x, adapter):
+        adapter = lone_adapter(self, args, kwargs)
+        parts = None if adapter is None else self._parts(x, adapter, self.STOCK, self.STOCK)
+        if parts is None:
             return super().forward(x, *args, **kwargs)
-        base, magnitude = self.base_layer, self.lora_magnitude_vector[adapter]
-        factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        scaling = self.scaling[adapter]
-        norm = magnitude.factored_norm(base.weight, *factors, scaling, groups=base.groups, adapter_name=adapter)
+        base, module, (weight, lora_A, lora_B), magnitude, p = parts
+        scaling, groups, norm = self.scaling[adapter], base.groups, None
+        if module.keeps_norms():
+            norm = module.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter).flatten()
         return getattr(functional, self.FUNCTION)(
             x,
-            base.weight,
-            *factors,
-            magnitude.weight.flatten().to(x.device),
-            base.bias,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude.flatten(),
+            parameter(base, "bias"),
             scaling=scaling,
             stride=base.stride,
             padding=base.padding,
             dilation=base.dilation,
-            groups=base.groups,
+            groups=groups,
             padding_mode=base.padding_mode,
-            weight_norm=norm.flatten(),
-            dropout_p=dropout_p(self, adapter),
-        )
-
-    def _is_direct(self, x: Tensor, adapter: str) -> bool:
-        base, lora_A, lora_B = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        return (
-            type(base) is self.STOCK
-            and type(lora_A) is self.STOCK
-            and type(lora_B) is self.STOCK
-            and unhooked(base, lora_A, lora_B, self.lora_dropout[adapter], self.lora_magnitude_vector[adapter])
-            and is_plain(base.weight)
-            and fit(x, base.weight, lora_A.weight, lora_B.weight)
-            and dropout_p(self, adapter) is not None
+            weight_norm=norm,
+            dropout_p=p,
         )
 
 
 class Conv1d(_ConvNd, layer.Conv1d):
-    STOCK, FUNCTION = nn.Conv1d, "dora_conv1d"
+    STOCK, MAGNITUDE, FUNCTION = nn.Conv1d, dora.DoraConv1dLayer, "dora_conv1d"
 
 
 class Conv2d(_ConvNd, layer.Conv2d):
-    STOCK, FUNCTION = nn.Conv2d, "dora_conv2d"
+    STOCK, MAGNITUDE, FUNCTION = nn.Conv2d, dora.DoraConv2dLayer, "dora_conv2d"
 
 
 class Conv3d(_ConvNd, layer.Conv3d):
-    STOCK, FUNCTION = nn.Conv3d, "dora_conv3d"
+    STOCK, MAGNITUDE, FUNCTION = nn.Conv3d, dora.DoraConv3dLayer, "dora_conv3d"

@@ -22,8 +22,8 @@ def is_partitioned(tensor: Tensor | None) -> bool:
 
 def is_plain(weight: Tensor | None) -> bool:
     """Whether ``weight`` can be used as it lies there: dense, float, whole."""
-    plain = type(weight) is nn.Parameter or type(weight) is Tensor
-    return plain and weight.dtype in FLOAT_DTYPES and not is_partitioned(weight)
+    kind = type(weight)
+    return (kind is nn.Parameter or kind is Tensor) and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "ds_id")
 
 
 def is_fsdp_unit(module: nn.Module) -> bool:
@@ -38,14 +38,15 @@ def whole(tensor: Tensor, numel: int | None = None) -> Tensor:
     Raises:
         RuntimeError: FSDP1 holds it in parts now.
     """
+    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False, which does not compile
+    # at any rate, it keeps its shape, but is a view of a storage that is empty, and reading it crashes.
+    flattened = tensor.ndim < 2 if numel is None else tensor.numel() != numel
+    if not flattened and (torch.compiler.is_compiling() or tensor._base is None):
+        return tensor
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or is_partitioned(tensor):
         return tensor
-    # A parameter in parts is what this process has of it, flattened. With use_orig_params=False, which does not compile
-    # at any rate, it keeps its shape, but its storage is empty, and reading it crashes.
-    in_parts = tensor.ndim < 2 if numel is None else tensor.numel() != numel
-    if not in_parts and not torch.compiler.is_compiling() and isinstance(tensor._base, fsdp.FlatParameter):
-        in_parts = tensor.untyped_storage().size() == 0
+    in_parts = flattened or (isinstance(tensor._base, fsdp.FlatParameter) and tensor.untyped_storage().size() == 0)
     if in_parts:
         raise RuntimeError(
             "FSDP holds a parameter of this DoRA layer in parts here. Inside forward: give base_layer no FSDP unit of "
