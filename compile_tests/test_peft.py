@@ -12,6 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBac
 peft = pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import test_peft_direct as direct  # noqa: E402
 from peft_models import KINDS, gradients, off_init, target, twins  # noqa: E402
 
 import dorac.peft  # noqa: E402
@@ -173,3 +174,56 @@ def test_caching_and_switching_under_compile():
     with ours.disable_adapter():
         torch.testing.assert_close(compiled(x), target(ours).base_layer(x))
     torch.testing.assert_close(compiled(x), expected)
+
+
+# Of hooks and of a ``forward`` in the instance's dictionary torch lets compiled code ask once, when it is compiled.
+CHANGES = [change for change in [*direct.DIRECT, *direct.AS_PEFT] if change is not direct.own_forward]
+CI_CHANGES = [
+    direct.other_base,
+    direct.other_lora_A,
+    direct.other_weight,
+    direct.shadowed_weight,
+    direct.other_adapter,
+    direct.set_scale,
+    direct.no_dropout_in_eval,
+    direct.dropout_of_another_kind,
+    direct.parametrized,
+    direct.merged,
+]
+
+NO_OTHER_NUMBERS = [
+    direct.frozen,
+    direct.base_is_trained,
+    direct.one_of_two_elsewhere,
+    direct.other_class_of_magnitude,
+    direct.parametrized,
+    direct.subclass_of_tensor,
+]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter other was active")
+@pytest.mark.parametrize(
+    "change",
+    [c if c in CI_CHANGES else pytest.param(c, marks=pytest.mark.full) for c in CHANGES],
+    ids=lambda c: c.__name__,
+)
+def test_compiled_code_follows(change):
+    """What may change between two calls of a layer; the numbers of eager, with one seed for dropout."""
+    _, ours = twins("linear", adapters=("default", "other"), lora_dropout=0.4)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    x = KINDS["linear"].input(3, torch.float64)
+
+    def check():
+        outputs = []
+        for model in (ours, compiled):
+            torch.manual_seed(1)
+            with torch.no_grad():
+                outputs.append(model(x))
+        torch.testing.assert_close(*outputs)
+        return outputs[0]
+
+    before = check()
+    with change(target(ours), ours):
+        changed = check()
+    check()
+    assert torch.equal(changed, before) == (change in NO_OTHER_NUMBERS)

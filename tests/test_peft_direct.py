@@ -192,6 +192,11 @@ def parametrized(layer, model):
     return context()
 
 
+def other_class_of_magnitude(layer, model):
+    module = layer.lora_magnitude_vector["default"]
+    return replaced(module, "__class__", type("OfAUser", (type(module),), {}))
+
+
 def other_lora_A(layer, model):
     if "default" in layer.lora_A:
         other = copy.deepcopy(layer.lora_A["default"])
@@ -339,6 +344,10 @@ def dropout_in_eval(layer, model):
     layer.lora_dropout.train()
 
 
+def layer_alone_in_eval(layer, model):
+    return replaced(layer, "training", False)
+
+
 @contextlib.contextmanager
 def set_scale(layer, model):
     layer.set_scale("default", 3)
@@ -399,6 +408,7 @@ DIRECT = [
     identity,
     no_dropout_in_eval,
     dropout_in_eval,
+    layer_alone_in_eval,
     set_scale,
     scale_layer,
     scaling_in_the_dictionary,
@@ -410,6 +420,7 @@ AS_PEFT = [
     own_forward,
     wrapped_base,
     other_class,
+    other_class_of_magnitude,
     parametrized,
     subclass_of_tensor,
     disabled,
@@ -539,18 +550,68 @@ def test_mixed_batches_are_refused_in_pefts_words(calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("kind", ["linear", "gpt2_conv1d", "conv2d"])
+@pytest.mark.parametrize("kind", ["linear", "gpt2_conv1d"])
 def test_another_device(kind, calls):
-    """Parameters that are elsewhere than x: PEFT's way, which refuses them; and directly again with both there."""
+    """Parameters that are elsewhere than x are refused in the base layer's words; directly again with x there, too."""
     stock, ours = twins(kind)
     x = input_of(kind)
     ours(x)
+    errors = []
     for model in (stock, ours):
         model.to("meta")
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError) as refused:
             model(x)
+        errors.append(str(refused.value))
+    assert errors[0] == errors[1]
     assert len(calls) == 1
     assert ours(x.to("meta")).device.type == "meta"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_factors_of_two_dtypes(kind, calls):
+    """They are refused, and not by the function of the whole layer."""
+    _, ours = twins(kind)
+    x = input_of(kind)
+    ours(x)
+    factor = factors(target(ours), "default")[1]
+    with replaced(factor, "data", factor.data.float()), pytest.raises(TypeError, match="must share a dtype"):
+        ours(x)
+    assert len(calls) == 1
+    ours(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 1.0}, {"sparse": True, "scale_grad_by_freq": True}], ids=["max_norm", "sparse_by_freq"]
+)
+def test_options_of_an_embedding(options, calls):
+    """What the function does not compute."""
+    _, ours = twins("embedding")
+    base, x = target(ours).base_layer, input_of("embedding")
+    with torch.no_grad():
+        ours(x)
+        with contextlib.ExitStack() as changes:
+            for name, value in options.items():
+                changes.enter_context(replaced(base, name, value))
+            ours(x)
+            assert len(calls) == 1
+        ours(x)
+    assert len(calls) == 2
+
+
+def test_tensor_parallel_embeddings(calls):
+    """Where PEFT has functions of its own around the look-up."""
+    _, ours = twins("embedding")
+    layer, x = target(ours), input_of("embedding")
+    ours(x)
+    layer.input_fns["default"] = layer.output_fns["default"] = lambda module, tensor: tensor
+    with contextlib.suppress(Exception):  # they are not what is tested
+        ours(x)
+    assert len(calls) == 1
+    layer.input_fns.clear()
+    layer.output_fns.clear()
+    ours(x)
     assert len(calls) == 2
 
 
