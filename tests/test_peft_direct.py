@@ -569,6 +569,17 @@ def test_another_device(kind, calls):
 
 
 @pytest.mark.parametrize("kind", SOME)
+def test_a_magnitude_on_another_device(kind, calls):
+    """It is brought to x, as stock PEFT does for its ephemeral offload."""
+    _, ours = twins(kind)
+    module, x = target(ours).lora_magnitude_vector["default"], input_of(kind)
+    ours.to("meta")
+    module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.float64, device="cpu"))
+    assert ours(x.to("meta")).device.type == "meta"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", SOME)
 def test_factors_of_two_dtypes(kind, calls):
     """They are refused, and not by the function of the whole layer."""
     _, ours = twins(kind)

@@ -73,7 +73,10 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         self, adapter_name: str | None, origin: Callable[[], Origin | None], norm: Callable[[], Tensor]
     ) -> Tensor:
         """The norm, or the one that is kept of the same origin."""
-        if not self.keeps_norms() or adapter_name is None:
+        if not self.keeps_norms():
+            return norm()
+        if adapter_name is None:
+            self._cache_clear()
             return norm()
         now, (then, kept) = origin(), self._dora_cache.get(f"weight-norm-{adapter_name}", (None, None))
         if now is None or now != then:

@@ -66,7 +66,7 @@ def plain_weight(module: nn.Module | None, kind: type[nn.Module]) -> Tensor | No
 
 
 def dropout_p(dropout: nn.Module, training: bool) -> float | None:
-    """The probability with which PEFT drops elements of the adapter's input now; None for a dropout of another kind."""
+    """The probability with which PEFT drops elements of the adapter's input now; None if it must be called for that."""
     kind = type(dropout)
     if not unhooked(dropout):
         return None
@@ -173,6 +173,7 @@ class Embedding(_Layer, layer.Embedding):
         )
 
     def _parts(self, x: Tensor, adapter: str) -> tuple | None:
+        """As of the other layers, without a dropout: PEFT has none on an embedding."""
         base = self._modules["base_layer"]
         weight = plain_weight(base, nn.Embedding)
         if weight is None or adapter in self.input_fns or _has_any_global_hook():  # input_fns: tensor parallelism
