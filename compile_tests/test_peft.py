@@ -192,6 +192,7 @@ CI_CHANGES = [
 ]
 
 NO_OTHER_NUMBERS = [
+    direct.another_variant,
     direct.frozen,
     direct.base_is_trained,
     direct.one_of_two_elsewhere,

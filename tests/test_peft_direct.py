@@ -27,6 +27,7 @@ from test_peft_dropin import FUNCTIONS, assert_same, run  # noqa: E402
 
 import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
+from dorac.peft.switch import ours_by_stock  # noqa: E402
 from dorac.peft.variants import factors  # noqa: E402
 
 SOME = ["linear", "gpt2_conv1d", "embedding", "conv2d"]
@@ -195,6 +196,13 @@ def parametrized(layer, model):
 def other_class_of_magnitude(layer, model):
     module = layer.lora_magnitude_vector["default"]
     return replaced(module, "__class__", type("OfAUser", (type(module),), {}))
+
+
+def another_variant(layer, model):
+    """Of the adapter, whose magnitude stays: it decides what forward is."""
+    variants = {ours: stock for stock, ours in ours_by_stock().items()}
+    kind = type(layer.lora_variant["default"])
+    return entry_replaced(layer.lora_variant, "default", variants.get(kind, kind)())
 
 
 def other_lora_A(layer, model):
@@ -417,6 +425,7 @@ DIRECT = [
     cast_and_back,
 ]
 AS_PEFT = [
+    another_variant,
     own_forward,
     wrapped_base,
     other_class,
