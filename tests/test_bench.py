@@ -462,28 +462,28 @@ def test_lora_by_hand_computes_its_formula(adapter_dtype, device):
 
 
 @pytest.mark.parametrize("rank", [4, 80])
-def test_stubbed_kernels_are_launched_and_do_nothing(rank):
-    args = arguments(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["plan", "leaves"])
+def test_stubbed_kernels_are_launched_and_do_nothing(rank, dtype, monkeypatch):
+    args = arguments(dtype=dtype, adapter_dtype=dtype)
     layer = peers.draw_layer(peers.draw_weight(24, 16, args), rank, args)
-    x, dy = (torch.randn(128, size, dtype=torch.bfloat16) for size in (16, 24))
+    x, dy = (torch.randn(128, size, dtype=dtype) for size in (16, 24))
     x.requires_grad_()
     module = peers.DoracOnce(layer)
     expected = module(x)
-    launchers = stub.launchers()
-    before = [(launcher.kernel, launcher.compiled) for launcher in launchers]
+    launched = []
+    monkeypatch.setattr(stub._NOTHING, "run", lambda *arguments: launched.append(arguments))
     with stub.stubbed_kernels():
         assert front.has_kernels(x)
-        y = module(x)
-        forward = sum(len(launcher.compiled) for launcher in launchers)
-        y.backward(dy)
-        both = sum(len(launcher.compiled) for launcher in launchers)
-        assert peers.dorac_every(layer)(x).isnan().all()
-        every = sum(len(launcher.compiled) for launcher in launchers)
-    assert y.isnan().all()  # the memory is as the tests fill it, see conftest.py
-    assert module.lora_B.grad.isnan().all()
-    assert 0 < forward < both < every
+        for _ in range(2):  # the first compiles
+            launched.clear()
+            y = module(x)
+            forward = len(launched)
+            y.backward(dy)
+            both = len(launched)
+            peers.dorac_every(layer)(x)
+            every = len(launched)
+        assert 0 < forward < both < every
     assert not front.has_kernels(x)
-    assert [(launcher.kernel, launcher.compiled) for launcher in launchers] == before
     assert torch.equal(module(x), expected)
 
 
