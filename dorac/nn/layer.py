@@ -252,8 +252,7 @@ class DoraLayer(nn.Module):
 
     def norm_inputs(self) -> tuple[Tensor, ...]:
         """The parameters that the norm depends on."""
-        factors = (getattr(self, name) for name in self.PEFT_KEYS if not name.endswith("lora_magnitude_vector"))
-        return *self.base_weights(), *factors
+        return *self.base_weights(), *self._adapter()[:2]
 
     def _known_norm(self) -> Tensor | None:
         """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""

@@ -291,12 +291,16 @@ def _usable(layer: "DoraLayer") -> bool:
     nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
     its own norm, since nobody would refresh it there.
     """
-    if layer.cached_of is None or layer.norm_grad or isinstance(layer.scaling, Tensor):
+    of = layer.cached_of
+    if of is None or layer.norm_grad or isinstance(layer._scaling, Tensor) or front.exporting_module():
         return False
-    if front.exporting_module() or any(weight.requires_grad for weight in layer.base_weights()):
-        return False
-    present = *layer.norm_inputs(), layer.cached_norm
-    return all(mine is known for mine, known in zip(present, layer.cached_of, strict=True))
+    for weight in layer.base_weights():
+        if weight.requires_grad:
+            return False
+    for mine, known in zip((*layer.norm_inputs(), layer.cached_norm), of, strict=True):
+        if mine is not known:
+            return False
+    return True
 
 
 def _check(layer: "DoraLayer") -> None:
