@@ -108,10 +108,10 @@ dora_linear: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(), self.x)),
             """\
-input: bfloat16[32, 24]
 input: bfloat16[4, 24]
 input: bfloat16[32, 4]
 input: float32[32]
+input: bfloat16[32, 24]
 row_norm: float32[32]
 view: bfloat16[6, 24]
 detach: bfloat16[6, 4]
@@ -123,10 +123,10 @@ detach: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(lora_dropout=0.5), self.x)),
             """\
-input: bfloat16[32, 24]
 input: bfloat16[4, 24]
 input: bfloat16[32, 4]
 input: float32[32]
+input: bfloat16[32, 24]
 row_norm: float32[32]
 getitem: bfloat16[6, 24]
 getitem: bool[6, 24]
@@ -140,10 +140,10 @@ detach: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(adapter_dtype=torch.float32), self.x)),
             """\
-input: bfloat16[32, 24]
 input: float32[4, 24]
 input: float32[32, 4]
 input: float32[32]
+input: bfloat16[32, 24]
 row_norm: float32[32]
 _to_copy: float32[6, 24]
 detach: float32[6, 4]
@@ -488,10 +488,8 @@ view.default: float32[1, 8, 1, 1]""",
             """\
 ones: float32[]
 mul: float32[]
+to: float32[]
 norm_factored: float32[32]
-to: float32[32]
-ones: float32[]
-mul: float32[]
 dora_linear: bfloat16[6, 32]""",
         )
 

@@ -6,6 +6,7 @@ from typing import NoReturn
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -49,8 +50,12 @@ class Launch:
     def __call__(self, first: Tensor | TensorDescriptor, *others: Argument) -> "triton.compiler.CompiledKernel | None":
         """Launches on the device of the first, which has to be a matrix; a number is an argument by value.
 
-        Returns what was launched; the interpreter compiles nothing.
+        Returns what was launched. The interpreter compiles nothing; nor does this while the compiler traces the launch.
         """
+        if traced(first):
+            wrapped = torch.library.wrap_triton(self.kernel)
+            wrapped[self.grid](first, *others, *self.integers, **self.constants, num_warps=self.warps)
+            return None
         device = (first.base if type(first) is TensorDescriptor else first).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # a kernel runs on the current device, whatever its pointers say
@@ -139,6 +144,11 @@ class Bound:
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def traced(tensor: Tensor | TensorDescriptor) -> bool:
+    """Whether the compiler traces the launch (``ops/inductor.py``) and makes it itself."""
+    return isinstance(tensor, FakeTensor)
 
 
 def _hooked() -> bool:

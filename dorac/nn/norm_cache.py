@@ -14,6 +14,7 @@ of activation checkpointing would refuse) and has a second graph, which takes it
 ``cached_norm`` is no buffer: DDP would broadcast it in every forward, FSDP cast it, an average of weights average it.
 """
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -297,10 +298,7 @@ def _usable(layer: "DoraLayer") -> bool:
     for weight in layer.base_weights():
         if weight.requires_grad:
             return False
-    for mine, known in zip((*layer.norm_inputs(), layer.cached_norm), of, strict=True):
-        if mine is not known:
-            return False
-    return True
+    return all(map(operator.is_, (*layer.norm_inputs(), layer.cached_norm), of))
 
 
 def _check(layer: "DoraLayer") -> None:

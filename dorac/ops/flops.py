@@ -8,12 +8,11 @@ zero. Grouped products count every row, wherever the offsets end: no formula see
 Importing torch's module takes half a second, and imports Triton. So its registry is filled when somebody imports it.
 """
 
-import importlib.abc
-import importlib.machinery
 import math
-import sys
 
 import torch
+
+from dorac.ops.on_import import on_import
 
 MODULE = "torch.utils.flop_counter"
 
@@ -93,26 +92,6 @@ def _register(flop_counter) -> None:
             flop_counter.register_flop_formula(op)(formula)
 
 
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds torch's module as Python does, and registers the formulas once it has run."""
-
-    def find_spec(self, fullname, path, target=None):
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == MODULE else None
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def run_and_register(module):
-            run(module)
-            _register(module)
-
-        spec.loader.exec_module = run_and_register
-        return spec
-
-
 def register() -> None:
     """Registers the formulas, now and whenever ``torch.utils.flop_counter`` is imported."""
-    if MODULE in sys.modules:
-        _register(sys.modules[MODULE])
-    if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
+    on_import(MODULE, _register)

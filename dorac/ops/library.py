@@ -17,43 +17,43 @@ lib = torch.library.Library("dorac", "DEF")
 CUDA_BODIES: dict[str, Callable] = {}  # what each leaf op runs on CUDA tensors
 
 
-def _digest() -> int:
-    """Of all code that an op's body may decompose to."""
-    digest = hashlib.blake2s(digest_size=4)
+# What the compiler generates code from instead of a call of the leaf op, see ``ops/inductor.py``.
+inlined: dict[torch._ops.OpOverload, Callable] = {}
+
+
+def key_caches() -> None:
+    """Keys the compiler's caches on disk by the sources that ops and kernels are compiled from.
+
+    They know a graph by its ops' names, which stay the same when what is generated for the ops changes. A tag that
+    somebody sets later takes this one's place.
+    """
+    digest = hashlib.sha256()
     package = resources.files("dorac")
     for folder in (package / "ops", package / "kernels"):
         for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
             if file.is_file():
                 digest.update(file.read_bytes())
     digest.update((package / "numerics.py").read_bytes())
-    return int.from_bytes(digest.digest(), "big")
-
-
-# An argument of every public op. The compiler's caches on disk know a graph by its ops and their arguments, and would
-# go on running an old decomposition.
-REVISION = _digest()
+    config, tag = torch.compiler.config, f"dorac:{digest.hexdigest()}"
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag += tag
 
 
 def register_composite(schema: str, body: Callable) -> Callable:
     """Defines a public op whose Python ``body`` is its implementation for autograd, every backend and vmap.
 
-    The op has an argument more than the ``schema``, :data:`REVISION`. Returns what to call it by.
+    Returns what to call it by.
     """
-    name, _, arguments = schema.partition("(")
-    arguments, _, results = arguments.partition(")")
-    lib.define(f"{name}({arguments}, *, int revision=0){results}", tags=(torch.Tag.pt2_compliant_tag,))
-
-    def implementation(*args, revision=0):
-        return body(*args)
-
-    lib.impl(name, implementation, "CompositeImplicitAutograd")
-    lib.impl(name, implementation, "FuncTorchBatchedDecomposition")
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    lib.impl(name, body, "CompositeImplicitAutograd")
+    lib.impl(name, body, "FuncTorchBatchedDecomposition")
     op = getattr(torch.ops.dorac, name)
 
     def call(*args):
         if not torch.compiler.is_compiling() and front.unobserved():
             return body(*args)
-        return op(*args, revision=REVISION)
+        return op(*args)
 
     return call
 
@@ -62,10 +62,12 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def register_leaf(name: str, aten: Callable, cuda: Callable) -> Callable:
+def register_leaf(name: str, aten: Callable, cuda: Callable, *, inline: bool = False) -> Callable:
     """Implements a leaf op: ``cuda`` on CUDA tensors for which there are kernels, ``aten`` everywhere else.
 
-    Results are contiguous whatever the strides of the arguments, as the op's fake says. Returns what to call it by.
+    Results are contiguous whatever the strides of the arguments, as the op's fake says. ``inline``: ``cuda`` is
+    allocations and launches of Triton kernels, which the compiler takes over into its own code. Returns what to call
+    the op by.
     """
 
     def in_aten(*args):
@@ -77,6 +79,8 @@ def register_leaf(name: str, aten: Callable, cuda: Callable) -> Callable:
         return (cuda if front.has_kernels(*tensors) else in_aten)(*args)
 
     CUDA_BODIES[name] = on_cuda
+    if inline:
+        inlined[getattr(torch.ops.dorac, name).default] = cuda
     lib.impl(name, in_aten, "CompositeExplicitAutograd")
     lib.impl(name, on_cuda, "CUDA")
     op = getattr(torch.ops.dorac, name)

@@ -207,7 +207,7 @@ def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, b
 
 
 low_rank_linear, scale, scale_backward, lora_b_backward, up_compose, up_compose_forward = (
-    register_leaf(name, in_aten, cuda)
+    register_leaf(name, in_aten, cuda, inline=cuda is not in_aten)
     for name, in_aten, cuda in (
         ("low_rank_linear", _low_rank_linear, _low_rank_linear),
         ("scale", _scale, _scale_cuda),
@@ -360,7 +360,8 @@ def gradients(saved, needs, dtypes, grads, *, number, path, eager):
         if dy is not None and needs_bias:
             d_bias = dy.sum(0, dtype=accumulate_dtype(dy)).to(bias_dtype)
         if dy is not None and along:
-            d_inner, d_m, d_b = lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled)
+            unread = weight_norm if h_is_scaled else scaling  # saves compiled code a tensor
+            d_inner, d_m, d_b = lora_b_backward(dy, inner, magnitude, weight_norm, h, unread, h_is_scaled)
         elif dy is not None and needs_m:
             of_scale = scale_backward if leaf_ops else _scale_backward
             d_inner, d_m = of_scale(dy, inner, magnitude, weight_norm)

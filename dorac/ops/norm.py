@@ -172,7 +172,7 @@ def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget):
     return row_norm_aten(weight, lora_A, lora_B, scaling, weight_sq, budget, read=weight.device.type == "cpu")
 
 
-row_norm = register_leaf("row_norm", _row_norm, _row_norm_cuda)
+row_norm = register_leaf("row_norm", _row_norm, _row_norm_cuda, inline=True)
 row_norm_backward = register_leaf("row_norm_backward", row_norm_backward_aten, row_norm_backward_aten)
 
 

@@ -1,0 +1,120 @@
+"""What Inductor generates for the leaf ops on CUDA: their buffers and the launches of their kernels, no op in Python.
+
+Until Inductor lowers it, a graph holds the leaf op itself. So the partitioner, selective checkpointing, FLOP counters
+and the other backends see one op, whatever it launches, and every decision of theirs is the same as for an opaque op.
+(Decomposed earlier, by ``triton_op``, each kernel is a higher-order op of its own: a checkpoint policy cannot name it,
+symbolic sizes are guarded on, and ``low_rank_linear`` becomes an ``addmm`` that copies what it adds to.)
+
+The lowering traces the function that launches the kernels in eager, with ``wrap_triton`` in the place of the launch
+(``kernels/launch.py``), and inlines that graph, as torch does for the ops of its ``custom_op`` autotuning. The PTX is
+the same for both ways of launching.
+
+Symbolic sizes keep the op: its function chooses tiles, and whether they reach over an edge, from the sizes of the call.
+So does what has no kernels: other devices and dtypes, no elements.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from dorac.ops import front
+from dorac.ops.library import inlined
+from dorac.ops.on_import import on_import
+
+
+def register() -> None:
+    """Registers the lowerings once Inductor is imported, which takes seconds."""
+    on_import("torch._inductor.lowering", _register)
+
+
+def _register(lowering) -> None:
+    from torch._library.utils import get_layout_constraint_tag
+
+    for op, function in inlined.items():
+        # Its arguments have the strides that any custom op's have.
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+        lowering.add_layout_constraint(op, constraint)
+        lowering.register_lowering(op, type_promotion_kind=None)(_launches(lowering, op, function))
+    lowering.register_lowering(torch.ops.dorac.low_rank_linear.default, type_promotion_kind=None)(
+        _low_rank_linear(lowering)
+    )
+
+
+def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
+    """The lowering of ``op`` to what ``function`` does."""
+    call_op = lowering.fallback_handler(op, add_to_fallback_set=False)
+
+    def lower(*args):
+        from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.ir import ExternKernel, IRNode, ir_node_to_tensor
+        from torch._inductor.virtualized import V
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        places = [i for i, a in enumerate(args) if isinstance(a, IRNode)]
+        with V.fake_mode:
+            fakes = [ir_node_to_tensor(ExternKernel.realize_input(args[i])) for i in places]
+            sizes = [n for t in fakes for n in (*t.shape, *t.stride())]
+            static = all(isinstance(n, int) for n in sizes) and all(t.numel() for t in fakes)
+            if not (static and fakes[0].is_cuda and front.has_kernels(*fakes)):
+                return call_op(*args)
+
+            def on_tensors(*tensors):
+                given = dict(zip(places, tensors, strict=True))
+                return function(*(given.get(i, a) for i, a in enumerate(args)))
+
+            graph = make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes)
+        return inline_subgraph_to_ir_nodes(graph, [args[i] for i in places], op.name())
+
+    return lower
+
+
+def _low_rank_linear(lowering) -> Callable:
+    """``h lora_B^T``, and ``x W^T`` added to it in place: the products of the op, and no pass between them.
+
+    The compiler's own ``addmm`` writes to a buffer of its own, into which cuBLAS first copies what is added.
+    """
+    aten = torch.ops.aten
+    call_op = lowering.fallback_handler(torch.ops.dorac.low_rank_linear.default, add_to_fallback_set=False)
+
+    def lower(x, weight, h, lora_B):
+        from torch._inductor.virtualized import V
+
+        if V.graph.cpp_wrapper:
+            return call_op(x, weight, h, lora_B)
+        mm, transpose = lowering.lowerings[aten.mm.default], lowering.lowerings[aten.permute.default]
+        inner = mm(h, transpose(lora_B, [1, 0]))
+        inner.realize()
+        _add_product()(inner, x, transpose(weight, [1, 0]))
+        return inner
+
+    return lower
+
+
+@functools.cache
+def _add_product() -> type:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    class AddProduct(ir.ExternKernel):
+        """``target += left @ right``, a node of generated code."""
+
+        def __init__(self, target, left, right):
+            inputs = [self.realize_input(t) for t in (target, left, right)]
+            super().__init__(None, ir.NoneLayout(device=target.get_device()), self.unwrap_storage(inputs))
+            V.graph.mark_buffer_mutated(target.get_name())
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def codegen(self, wrapper):
+            target, left, right = (t.codegen_reference() for t in self.inputs)
+            wrapper.writeline(f"extern_kernels.addmm({target}, {left}, {right}, out={target})")
+
+        def should_allocate(self):
+            return False
+
+        def get_mutation_names(self):
+            return [self.input_name(0)]
+
+    return AddProduct
