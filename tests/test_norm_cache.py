@@ -53,11 +53,11 @@ def assert_fresh(model) -> None:
         assert (layer.cached_norm.dtype, layer.cached_norm.device) == (present.dtype, present.device)
 
 
-def computed_norms(run, op="dorac::row_norm") -> int:
-    """How often the op that computes a norm runs."""
+def computed_norms(run) -> int:
+    """How many norms are computed; on the CPU, where each is one of torch's."""
     with torch.profiler.profile() as profile:
         run()
-    return sum(event.name == op for event in profile.events())
+    return sum(event.name == "aten::linalg_vector_norm" for event in profile.events())
 
 
 def train(model, forward, optimizer, steps=4, micro_batches=3) -> list[float]:
@@ -191,7 +191,7 @@ def test_forward_computes_no_norm():
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     with dorac.cache_norms(model):
         assert computed_norms(lambda: model(x).sum().backward()) == 0
-        assert computed_norms(optimizer.step, "aten::linalg_vector_norm") == 2
+        assert computed_norms(optimizer.step) == 2
         assert computed_norms(lambda: model(x).sum().backward()) == 0
         with torch.inference_mode():
             assert computed_norms(lambda: model(x)) == 0

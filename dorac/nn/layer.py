@@ -226,7 +226,7 @@ class DoraLayer(nn.Module):
         """The factors of the matrix, ``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return self.lora_A, self.lora_B
 
-    def _adapter(self) -> list[Tensor]:
+    def _own_parameters(self) -> list[Tensor]:
         """The adapter's parameters, in the order of ``PEFT_KEYS``; each read of an attribute of a module takes long."""
         own = self._parameters
         return [own[name] if name in own else getattr(self, name) for name in self.PEFT_KEYS]
@@ -252,7 +252,9 @@ class DoraLayer(nn.Module):
 
     def norm_inputs(self) -> tuple[Tensor, ...]:
         """The parameters that the norm depends on."""
-        return *self.base_weights(), *self._adapter()[:2]
+        factors = self._own_parameters()
+        del factors[2::3]  # magnitudes
+        return *self.base_weights(), *factors
 
     def _known_norm(self) -> Tensor | None:
         """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""

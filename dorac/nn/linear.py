@@ -98,7 +98,7 @@ class DoraLinear(DoraLayer):
         base = self._modules["base_layer"]
         if self.merged_norm is not None:
             return base(x)
-        lora_A, lora_B, magnitude = self._adapter()
+        lora_A, lora_B, magnitude = self._own_parameters()
         return functional.dora_linear(
             x,
             base.weight.t() if self.fan_in_fan_out else base.weight,

@@ -57,30 +57,42 @@ def dora_linear(
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s."""
     if not front.unobserved():
         return None
-    tensors = (x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     try:
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        key = training, *_metadata(*tensors)
+        training = torch.is_grad_enabled() and (
+            lora_B.requires_grad
+            or magnitude.requires_grad
+            or lora_A.requires_grad
+            or x.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (weight_norm is not None and weight_norm.requires_grad)
+        )
+        key = training, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     except (AttributeError, RuntimeError):  # no tensor, or one without strides: the checks have words for it
         return None
     plan = _plans.get(key, False)
     if plan is False:
-        checks.check_linear(*tensors)
+        checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         if len(_plans) >= _PLANS:
             _plans.clear()
-        plan = _plans[key] = make_plan(*tensors, training=training)
-    if plan is None or _pointers(weight, lora_A, lora_B, magnitude, bias, weight_norm) % 16:
+        plan = _plans[key] = make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, training=training)
+    if plan is None:
         return None
-    if training:
-        usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
-        usual = usual and not weight.requires_grad
-        if not usual or (weight_norm is not None and weight_norm.requires_grad):
-            return None
+    bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
+    if bias is not None:
+        bits |= bias.data_ptr()
+    if weight_norm is not None:
+        bits |= weight_norm.data_ptr()
+    if bits & 15:  # plans are for tensors aligned to 16 bytes
+        return None
     if x.dtype is not plan.dtype:
         x = x.to(plan.dtype)
-    if training:
-        return _Linear.apply(x, *tensors[1:], scaling, plan)
-    return _without_autocast(plan, x, *tensors[1:], scaling)[0]
+    if not training:
+        return _without_autocast(plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
+    usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad and not weight.requires_grad
+    if not usual or (weight_norm is not None and weight_norm.requires_grad):
+        return None
+    return _Linear.apply(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan)
 
 
 def forget_plans() -> None:
@@ -109,15 +121,6 @@ def _bound(launch):
     from dorac.kernels.launch import Bound
 
     return None if launch is None else Bound(launch)
-
-
-def _pointers(*tensors: Tensor | None) -> int:
-    """The bits that are set in any of the addresses."""
-    bits = 0
-    for tensor in tensors:
-        if tensor is not None:
-            bits |= tensor.data_ptr()
-    return bits
 
 
 def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, training: bool) -> Plan | None:
@@ -192,7 +195,7 @@ def _without_autocast(plan, *arguments):
         torch.set_autocast_enabled(plan.autocast, True)
 
 
-def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, training=False):
+def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, training):
     """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training with a bias alone."""
     if norm is None:
         splits, launch, finish = plan.norm
@@ -229,7 +232,13 @@ class _Linear(torch.autograd.Function):
             probe = y.detach()
             probe.data = _nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
-        ctx.save_for_backward(x, weight, lora_A, lora_B, a, b, magnitude, norm, h, inner)
+        ctx.trained = trained = lora_A, lora_B, magnitude
+        if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
+            ctx.versions = [t._version for t in trained]
+            trained = ()
+        else:
+            ctx.trained = None
+        ctx.save_for_backward(x, weight, a, b, norm, h, inner, *trained)
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.plan = scaling, plan
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -241,7 +250,8 @@ class _Linear(torch.autograd.Function):
             return (None,) * 9
         if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy)
-        x, weight, lora_A, lora_B, a, b, magnitude, norm, h, kept = ctx.saved_tensors
+        x, weight, a, b, norm, h, kept, *trained = ctx.saved_tensors
+        lora_A, lora_B, magnitude = trained or _unchanged(ctx)
         plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.of_y
         needs_x, _, _, _, _, needs_bias, _, _, _ = ctx.needs_input_grad
         if a is None:
@@ -273,6 +283,17 @@ class _Linear(torch.autograd.Function):
         return dx, None, d_a, d_b, d_m, d_bias, None, None, None
 
 
+def _unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
+    """The trained parameters, which are not saved: each saved tensor costs time, most of all under a checkpoint."""
+    for tensor, version in zip(ctx.trained, ctx.versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
+            )
+    return ctx.trained
+
+
 def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``, which may be float32."""
     if dtype is left.dtype:
@@ -285,7 +306,8 @@ def _seen_gradients(ctx, dy):
 
     Then every tensor is connected to what it was computed of.
     """
-    x, weight, lora_A, lora_B, _, _, magnitude, norm, _, _ = ctx.saved_tensors
+    x, weight, _, _, norm, _, _, *trained = ctx.saved_tensors
+    lora_A, lora_B, magnitude = trained or _unchanged(ctx)
     dtype, acc = ctx.plan.dtype, torch.float32
     rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(dtype), lora_B.to(dtype)
     scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
