@@ -194,6 +194,7 @@ def test_forward_computes_no_norm():
         assert computed_norms(optimizer.step) == 2
         assert computed_norms(lambda: model(x).sum().backward()) == 0
         with torch.inference_mode():
+            assert computed_norms(lambda: model(x)) == 2  # another grad mode: they are taken anew, once
             assert computed_norms(lambda: model(x)) == 0
     assert computed_norms(lambda: model(x)) == 2
     assert all(layer.cached_norm is None for layer in layers(model))
