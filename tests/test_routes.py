@@ -250,6 +250,9 @@ def test_the_table(monkeypatch):
     assert linear.route(half, small, training=True, traced=True) == "separate"
     on_gpu(monkeypatch)
     assert linear.route(half, small, training=True, traced=True) == "accumulate"
+    assert linear.route(half[:65], small, training=True, traced=True) == "accumulate"
+    assert linear.route(half[:64], small, training=True, traced=True) == "fused"
+    assert linear.route(half[:1], small, training=True, traced=True) == "fused"
     assert linear.route(half, small, training=True, traced=False) == "fused"
     assert linear.route(half, large, training=True, traced=False) == "fused"
     assert linear.route(half[:1], large, training=False, traced=True) == "separate"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.nn.layer import DoraLayer, not_stock
+from dorac.nn.layer import DoraLayer, not_stock, parameter
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -98,14 +98,12 @@ class DoraLinear(DoraLayer):
         base = self._modules["base_layer"]
         if self.merged_norm is not None:
             return base(x)
-        lora_A, lora_B, magnitude = self._own_parameters()
+        weight = parameter(base, "weight")
         return functional.dora_linear(
             x,
-            base.weight.t() if self.fan_in_fan_out else base.weight,
-            lora_A,
-            lora_B,
-            magnitude,
-            base.bias,
+            weight.t() if self.fan_in_fan_out else weight,
+            *self._own_parameters(),
+            parameter(base, "bias"),
             scaling=self._scaling,
             weight_norm=self._known_norm() if self.caches_norm else None,
             norm_grad=self.norm_grad,

@@ -62,16 +62,14 @@ class Moment:
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors have been written to since, or another grad mode tells of another phase."""
-        for tensor, state in zip(tensors, self.states, strict=True):
+        """Whether the tensors have been written to since."""
+        for tensor, state in zip(tensors, self.states, strict=False):  # tensors may go on
             if state is not None:
                 storage, address, strides, version = state
+                if tensor.data_ptr() != address or (version is not None and tensor._version != version):
+                    return True
                 # A storage may lie where another one was; a reference to the old one tells them apart.
-                if storage() is not tensor.untyped_storage():
-                    return True
-                if tensor.data_ptr() != address or tensor.stride() != strides:  # another part of it
-                    return True
-                if version is not None and tensor._version != version:
+                if storage() is not tensor.untyped_storage() or tensor.stride() != strides:
                     return True
         return False
 
@@ -243,7 +241,7 @@ def known_norm(layer: "DoraLayer") -> Tensor | None:
 def _verified(layer: "DoraLayer") -> bool:
     """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
     moment = layer.cached_at
-    if moment is not None and not moment.passed(layer.cached_of[:-1]) and not moment.in_other_grad_mode():
+    if moment is not None and not moment.passed(layer.cached_of) and not moment.in_other_grad_mode():
         return True
     if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
         return False
@@ -270,7 +268,7 @@ def _verify_while_tracing(norm: Tensor) -> None:
 def written_since(layer: "DoraLayer") -> bool:
     """Whether the host sees that the tensors were written to after the norm was taken of them."""
     moment, of = layer.cached_at, layer.cached_of
-    return of is not None and moment is not None and moment.passed(of[:-1])
+    return of is not None and moment is not None and moment.passed(of)
 
 
 def is_stale(layer: "DoraLayer") -> bool:

@@ -227,7 +227,8 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
     - "separate": three products and compose: where there are no kernels, or none for these dtypes, and at decode.
 
     In eager, and in a compiled layer by itself, "fused" is the cheapest, 1 to 7 percent below "accumulate" (ranks 8 to
-    384, 256 and 4096 tokens). In a compiled stack the consumer of y applies g, and "accumulate" is (ranks 16 to 384).
+    384, 256 and 4096 tokens). In a compiled stack the consumer of y applies g, and "accumulate" is (ranks 16 to 384);
+    of few tokens launches are the price, of which "fused" has two less.
     """
     if not front.has_kernels(x, lora_A):
         return "separate"
@@ -238,9 +239,9 @@ def route(x: Tensor, lora_A: Tensor, *, training: bool, traced: bool) -> str:
         return "accumulate"  # without tensor cores the kernel's product is no match for cuBLAS
     tokens = math.prod(x.shape[:-1])
     few = front.at_most(tokens, 64)
-    if traced and (training or not few):
+    if traced and not few:
         return "accumulate"
-    if traced and front.at_most(tokens, DECODE):
+    if traced and not training and front.at_most(tokens, DECODE):
         return "separate"
     return "fused"
 
