@@ -19,6 +19,7 @@ from torch.utils._device import DeviceContext
 
 _EAGER = (Tensor, torch.nn.Parameter)
 _TRACED = (*_EAGER, FunctionalTensor, FakeTensor)
+_BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd, whose vmap is not torch.func's
 
 
 def unobserved() -> bool:
@@ -30,6 +31,7 @@ def unobserved() -> bool:
         not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
         and torch._C._get_tracing_state() is None
         and (not torch._C._len_torch_function_stack() or _only_device_modes())
     )
