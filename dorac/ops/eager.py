@@ -41,7 +41,7 @@ class Plan:
     autocast: str | None  # the device type for which it is on
     norm: tuple | None  # splits, launch, finish; None where the norm is given
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
-    backward: Callable[[tuple[int, int], bool], tuple]  # of dy's strides, of y or not: strips, launch, sums
+    backward: Callable  # of the strides of dy, and of weight and lora_B where y was kept: strips, launch, sums
 
 
 def dora_linear(
@@ -68,9 +68,9 @@ def dora_linear(
             or (weight_norm is not None and weight_norm.requires_grad)
         )
         key = training, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides: the checks have words for it
+        plan = _plans.get(key, False)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides or of symbolic sizes
         return None
-    plan = _plans.get(key, False)
     if plan is False:
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         if len(_plans) >= _PLANS:
@@ -145,7 +145,7 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
     from dorac.kernels.norm import norm_launches
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
-    activation, h, b = (out_features, 1), (rank, 1), (rank, 1) if casts_factors else lora_B.stride()
+    activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     flags = {"has_norm": True, "has_bias": bias is not None, "delta": False, "split": False}
     flags |= {"want_inner": training and bias is not None}
@@ -162,15 +162,15 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
         norm = splits, *map(_bound, launches)
 
     @functools.lru_cache(maxsize=16)
-    def backward_launches(strides: tuple[int, int], of_y: bool) -> tuple:
+    def backward_launches(dy: tuple[int, int], others: tuple[tuple[int, int], ...]) -> tuple:
         strips, *launches = backward.lora_b_backward_launches(
             tokens,
             out_features,
             rank,
-            (strides, activation, h, *(((in_features, 1), weight.stride(), b) if of_y else ())),
+            (dy, activation, h, *(((in_features, 1), *others) if others else ())),
             configs.lora_b_config(tokens, out_features, rank),
             scale_b=True,
-            in_features=in_features if of_y else None,
+            in_features=in_features if others else None,
         )
         return strips, *map(_bound, launches)
 
@@ -250,6 +250,9 @@ class _Linear(torch.autograd.Function):
             return (None,) * 9
         if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy)
+        if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
+            with front.autocast_off(dy):
+                return _Linear.backward(ctx, dy)
         x, weight, a, b, norm, h, kept, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or _unchanged(ctx)
         plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.of_y
@@ -261,11 +264,12 @@ class _Linear(torch.autograd.Function):
             dy, h, rows = dy.reshape(-1, dy.shape[-1]), h.view(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        if of_y and ctx.probe._version != ctx.version:  # y is not y any more
+        if of_y and (ctx.probe._version != ctx.version or _share_memory(dy, kept)):  # y is not y any more
             kept, of_y = torch.addmm(torch.mm(rows, weight.t()), h, b.t(), alpha=scaling), False
         if of_y and (rows.data_ptr() % 16 or not rows.is_contiguous()):
             rows = rows.clone(memory_format=torch.contiguous_format)
-        strips, launch, add = plan.backward(dy.stride(), of_y)
+        # A hook on saved tensors may give back other strides.
+        strips, launch, add = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
         d_inner = dy.new_empty(dy.shape)
         d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
         others = (rows, weight, b) if of_y else (None, None, None)
@@ -294,6 +298,10 @@ def _unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
     return ctx.trained
 
 
+def _share_memory(left: Tensor, right: Tensor) -> bool:
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+
+
 def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``, which may be float32."""
     if dtype is left.dtype:
@@ -306,6 +314,9 @@ def _seen_gradients(ctx, dy):
 
     Then every tensor is connected to what it was computed of.
     """
+    if front.autocast_dtype(dy) is not None:
+        with front.autocast_off(dy):
+            return _seen_gradients(ctx, dy)
     x, weight, _, _, norm, _, _, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or _unchanged(ctx)
     dtype, acc = ctx.plan.dtype, torch.float32
