@@ -60,6 +60,17 @@ def test_transforms():
     seen()
 
 
+def test_batched_gradients():
+    """The vmap of torch.autograd's own, under which a gradient has no memory."""
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda dy: seen.append(front.unobserved()))
+    torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert seen == [False, True]
+
+
 def test_dual_numbers():
     with forward_ad.dual_level():
         probe(forward_ad.make_dual(torch.ones(3), torch.ones(3)))
