@@ -114,7 +114,7 @@ def _of_y(
     mask_O = cols_O < O
     m_O = tl.load(magnitude_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
     norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
-    faint_O = tl.abs(m_O) < FAINT * norm_O
+    faint_O = tl.abs(m_O) < norm_O * FAINT
     d_m_O = dot_O / tl.where(faint_O, 1.0, m_O)
     if tl.max(faint_O.to(tl.int32), axis=0) > 0:
         total_O = tl.zeros([BLOCK_O], dtype=tl.float32)
