@@ -20,7 +20,7 @@ FLOORS = {
     "weight_reads": 0,
     "kernels": 1,
     "ops": 2,
-    "checks": 2,
+    "checks": 1,
     "functional": 3,
     "undo": 3,
     "nn": 4,
