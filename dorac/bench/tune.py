@@ -51,7 +51,9 @@ def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, ob
 
     scaling = torch.full((), peers.SCALING, device=args.device)
     factors = layer.lora_A, layer.lora_B, scaling
-    chosen = configs.norm_config(1, *layer.weight.shape, layer.rank, layer.weight.dtype, layer.lora_A.dtype)
+    split = norm.needs_split(layer.weight.dtype, layer.lora_A.dtype)
+    rank = 3 * layer.rank if split else layer.rank
+    chosen = configs.norm_config(1, *layer.weight.shape, rank, layer.weight.dtype)
     candidates = [
         dataclasses.replace(
             chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages, registers=registers

@@ -63,15 +63,11 @@ def _power(value: int, low: int, high: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def norm_config(
-    experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, factor_dtype: torch.dtype
-) -> NormConfig:
+def norm_config(experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype) -> NormConfig:
     """Wide tiles where the weight's bytes are the limit, factors in registers where the product is."""
     block_r = _power(rank, 16, 128)
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         config = NormConfig(32, 32, min(block_r, 32), 1, 4, 2)
-    elif factor_dtype is torch.float32:  # a factor's tile takes twice the bytes, and its two halves registers
-        config = NormConfig(64, 128, block_r, 1, 8, 3) if rank <= 16 else NormConfig(64, 64, 32, 1, 4, 2)
     elif rank <= 64:
         config = NormConfig(64, 128, block_r, 1, 8 if rank <= 16 else 4, 3)
     elif rank <= 384:

@@ -58,7 +58,6 @@ def _shrunk_squares(
     BLOCK_O: tl.constexpr,
     BLOCK: tl.constexpr,  # of columns and of ranks: small, so that the kernel needs no more registers for this
     EVEN: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """The sums of squares of a program's rows times 2^-64."""
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
@@ -67,7 +66,7 @@ def _shrunk_squares(
         for rank in tl.range(0, R, BLOCK, num_stages=1):
             b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK, EVEN, False)
             a_RI = load_tile(a_ptr, rank, start, R, I, stride_ar, stride_ai, BLOCK, BLOCK, EVEN, False)
-            acc_OI = product(b_OR, a_RI, acc_OI, SPLIT)
+            acc_OI = product(b_OR, a_RI, acc_OI, False)
         w_OI = load_tile(w_ptr, start_o, start, O, I, stride_wo, stride_wi, BLOCK_O, BLOCK, EVEN, False)
         v_OI = (w_OI.to(tl.float32) + scaling * acc_OI) * SHRINK
         square_O += tl.sum(v_OI * v_OI, axis=1)
@@ -107,7 +106,6 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,  # of lora_B kept resident; 0: more than 3 are loaded anew for every tile
     EVEN: tl.constexpr,  # no tile reaches over an edge
-    SPLIT: tl.constexpr,  # float32 factors of a half-precision weight
     REGISTERS: tl.constexpr,  # the resident chunks wait in registers, not in shared memory
     STAGES: tl.constexpr,
 ):
@@ -148,18 +146,18 @@ def row_norm_kernel(
         acc_OI = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
         if CHUNKS >= 1:
             a_RI = load_tile(a_ptr, 0, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc_OI = product(b0, a_RI, acc_OI, SPLIT)
+            acc_OI = product(b0, a_RI, acc_OI, False)
         if CHUNKS >= 2:
             a_RI = load_tile(a_ptr, BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc_OI = product(b1, a_RI, acc_OI, SPLIT)
+            acc_OI = product(b1, a_RI, acc_OI, False)
         if CHUNKS >= 3:
             a_RI = load_tile(a_ptr, 2 * BLOCK_R, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-            acc_OI = product(b2, a_RI, acc_OI, SPLIT)
+            acc_OI = product(b2, a_RI, acc_OI, False)
         if CHUNKS == 0:
             for rank in tl.range(0, R, BLOCK_R):
                 b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
                 a_RI = load_tile(a_ptr, rank, start, R, I, stride_ar, stride_ai, BLOCK_R, BLOCK_I, EVEN, False)
-                acc_OI = product(b_OR, a_RI, acc_OI, SPLIT)
+                acc_OI = product(b_OR, a_RI, acc_OI, False)
         v_OI = w_OI.to(tl.float32) + scaling * acc_OI
         square_O += tl.sum(v_OI * v_OI, axis=1)
 
@@ -185,7 +183,6 @@ def row_norm_kernel(
             BLOCK_O,
             16,
             EVEN,
-            SPLIT,
         )
     rows_O = start_o + tl.arange(0, BLOCK_O)
     target = (split.to(tl.int64) * tl.num_programs(2) + expert) * O + rows_O
@@ -208,6 +205,77 @@ def finish_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
     tl.store(out_ptr + index, _length(square, shrunk_square), mask=mask)
 
 
+@triton.jit
+def split_kernel(
+    a_ptr,
+    b_ptr,
+    a3_ptr,
+    b3_ptr,
+    R,
+    I,
+    O,
+    stride_ae,
+    stride_ar,
+    stride_ai,
+    stride_be,
+    stride_bo,
+    stride_br,
+    BLOCK: tl.constexpr,
+):
+    """``[high; high; low]`` of lora_A's rows and ``[high, low, high]`` of lora_B's columns, contiguous."""
+    expert = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0).to(tl.int64)
+    blocks_a = tl.cdiv(R * I, BLOCK)
+    if block < blocks_a:
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        mask = index < R * I
+        rows, columns = index // I, index % I
+        value = tl.load(a_ptr + expert * stride_ae + rows * stride_ar + columns * stride_ai, mask=mask)
+        high = value.to(tl.bfloat16)
+        target = a3_ptr + expert * 3 * R * I + index
+        tl.store(target, high, mask=mask)
+        tl.store(target + R * I, high, mask=mask)
+        tl.store(target + 2 * R * I, (value - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        index = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < O * R
+        rows, columns = index // R, index % R
+        value = tl.load(b_ptr + expert * stride_be + rows * stride_bo + columns * stride_br, mask=mask)
+        high = value.to(tl.bfloat16)
+        target = b3_ptr + expert * 3 * O * R + rows * 3 * R + columns
+        tl.store(target, high, mask=mask)
+        tl.store(target + R, (value - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+        tl.store(target + 2 * R, high, mask=mask)
+
+
+def needs_split(weight_dtype: torch.dtype, factor_dtype: torch.dtype) -> bool:
+    """Whether the norm is that of :func:`split_factors`: the tensor cores take no float32."""
+    return factor_dtype is torch.float32 and weight_dtype is not torch.float32
+
+
+def split_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 factors of three times the rank, whose product is that of float32 factors to 16 bits of each.
+
+    ``B A = [B_high, B_low, B_high] [A_high; A_high; A_low]``: of a number, high is its rounding and low that of the
+    rest; low times low is less than the rest of that. The first r rows and columns are the rounded factors.
+    """
+    batch, rank, in_features = lora_A.shape[:-2], lora_A.shape[-2], lora_A.shape[-1]
+    out_features, half = lora_B.shape[-2], {"dtype": torch.bfloat16}
+    a3, b3 = (
+        lora_A.new_empty(*batch, 3 * rank, in_features, **half),
+        lora_B.new_empty(*batch, out_features, 3 * rank, **half),
+    )
+    strides = tuple(s for t in (lora_A, lora_B) for s in (t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)))
+    split_launch(batch.numel(), rank, in_features, out_features, strides)(lora_A, lora_B, a3, b3)
+    return a3, b3
+
+
+@functools.lru_cache(maxsize=4096)
+def split_launch(experts: int, rank: int, in_features: int, out_features: int, strides: tuple[int, ...]) -> Launch:
+    blocks = cdiv(rank * in_features, 1024) + cdiv(out_features * rank, 1024)
+    return Launch(split_kernel, (blocks, experts, 1), (rank, in_features, out_features, *strides), 4, BLOCK=1024)
+
+
 def row_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, config: NormConfig | None = None
 ) -> Tensor:
@@ -222,6 +290,8 @@ def row_norm(
         ``[(E,) out]``, float32.
     """
     batch = weight.shape[:-2]
+    if needs_split(weight.dtype, lora_A.dtype):
+        lora_A, lora_B = split_factors(lora_A, lora_B)
     strides = tuple((t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)) for t in (weight, lora_A, lora_B))
     norm = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
     return _row_norm(weight, lora_A, lora_B, scaling, None, strides, batch.numel(), norm, config)
@@ -232,7 +302,8 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
 
     Args:
         layers: ``weight [out, in]``, ``lora_A [r, in]`` and ``lora_B [out, r]`` of each, all with the shapes, dtypes,
-            strides and device of the first's, and that many bytes apart from them which 64 divides.
+            strides and device of the first's, and that many bytes apart from them which 64 divides. No factors that
+            are split first (:func:`needs_split`).
         scalings: of each.
 
     Returns:
@@ -251,7 +322,7 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
     scaling = torch.tensor(scalings, dtype=torch.float32, device="cpu").to(weight.device, non_blocking=True)
     strides = tuple((0, *t.stride()) for t in first)
     norm = weight.new_empty(len(layers), weight.shape[0], dtype=torch.float32)
-    config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype, lora_A.dtype)  # one layer's: its bits
+    config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype)  # one layer's: its bits
     return _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, len(layers), norm, config)
 
 
@@ -264,9 +335,8 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
         return norm.zero_()
     rank = lora_A.shape[-2]
     if config is None:
-        config = norm_config(experts, out_features, in_features, rank, weight.dtype, lora_A.dtype)
-    split = lora_A.dtype is torch.float32 and weight.dtype is not torch.float32
-    splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, split, config)
+        config = norm_config(experts, out_features, in_features, rank, weight.dtype)
+    splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, config)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     launch(weight, lora_A, lora_B, scaling, offsets, out)
     if splits > 1:
@@ -281,7 +351,6 @@ def norm_launches(
     in_features: int,
     rank: int,
     strides: tuple[tuple[int, int, int], ...],
-    split: bool,
     config: NormConfig,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many programs the columns are split, the launch, and the one that puts them together."""
@@ -299,7 +368,6 @@ def norm_launches(
         BLOCK_R=config.block_r,
         CHUNKS=chunks if chunks <= 3 else 0,
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
-        SPLIT=split,
         REGISTERS=config.registers,
         STAGES=config.stages,
     )

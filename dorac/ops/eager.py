@@ -39,7 +39,7 @@ class Plan:
     dtype: torch.dtype  # of the products
     casts_factors: bool
     autocast: str | None  # the device type for which it is on
-    norm: tuple | None  # splits, launch, finish; None where the norm is given
+    norm: tuple | None  # what splits the factors, column splits, launch, finish; None where the norm is given
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable  # of the strides of dy, and of weight and lora_B where y was kept: strips, launch, sums
 
@@ -142,7 +142,7 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
-    from dorac.kernels.norm import norm_launches
+    from dorac.kernels.norm import needs_split, norm_launches, split_factors
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
@@ -152,14 +152,12 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
     norm = None
     if weight_norm is None:
-        sizes = 1, out_features, in_features, rank
-        splits, *launches = norm_launches(
-            *sizes,
-            tuple((0, *t.stride()) for t in (weight, lora_A, lora_B)),
-            lora_A.dtype is torch.float32,
-            configs.norm_config(*sizes, weight.dtype, lora_A.dtype),
-        )
-        norm = splits, *map(_bound, launches)
+        split = split_factors if needs_split(weight.dtype, lora_A.dtype) else None
+        factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
+        sizes = 1, out_features, in_features, factors[0].shape[0]
+        strides = tuple((0, *t.stride()) for t in (weight, *factors))
+        splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype))
+        norm = split, splits, *map(_bound, launches)
 
     @functools.lru_cache(maxsize=16)
     def backward_launches(dy: tuple[int, int], others: tuple[tuple[int, int], ...]) -> tuple:
@@ -198,10 +196,11 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, training):
     """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training with a bias alone."""
     if norm is None:
-        splits, launch, finish = plan.norm
+        split, splits, launch, finish = plan.norm
+        factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
         norm = magnitude.new_empty(weight.shape[0], dtype=torch.float32)
         parts = norm if splits == 1 else norm.new_empty(splits, weight.shape[0])
-        launch(weight, lora_A, lora_B, scaling, None, parts)
+        launch(weight, *factors, scaling, None, parts)
         if splits > 1:
             finish(parts, norm)
     if plan.casts_factors:
