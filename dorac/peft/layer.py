@@ -140,6 +140,7 @@ class Linear(_Layer, layer.Linear):
             scaling=scaling,
             weight_norm=norm,
             dropout_p=p,
+            dropout_on=self.lora_variant[adapter].dropout_on,
             budget=module.norm_budget,
         )
 
@@ -223,6 +224,7 @@ class _ConvNd(_Layer):
             padding_mode=base.padding_mode,
             weight_norm=norm,
             dropout_p=p,
+            dropout_on=self.lora_variant[adapter].dropout_on,
         )
 
 
