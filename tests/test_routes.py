@@ -341,11 +341,14 @@ def leaf_args(name, dtype, transposed, device):
     scaling = torch.tensor(S, dtype=wide, device=device)
     if name == "lora_b_backward":
         return base, base, inputs.magnitude, norm, h, scaling, True
+    if name == "delta_linear":
+        x = inputs.x
+        return x, 2 * x, inputs.weight, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias
     return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
 
 
 LAYER_LEAVES = [
-    *("low_rank_linear", "scale", "up_compose", "up_compose_forward"),
+    *("low_rank_linear", "scale", "up_compose", "up_compose_forward", "delta_linear"),
     *("scale_backward", "lora_b_backward"),
 ]
 
@@ -376,3 +379,6 @@ def test_opcheck_of_the_layer(dtype, grads, transposed, device):
     tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 and device == "cuda" else {}
     for number in (None, S):
         opcheck(torch.ops.dorac.dora_linear.default, (*tensors, number), **tolerance)
+    for low_rank in (True, False):
+        x_adapter = (2 * inputs.x).detach().requires_grad_(grads != "none")
+        opcheck(torch.ops.dorac.dora_linear.default, (*tensors, S, x_adapter, low_rank), **tolerance)
