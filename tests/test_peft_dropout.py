@@ -42,7 +42,7 @@ def expected(model, x):
 @pytest.mark.parametrize("how", ["whole", "hooked", "two adapters"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_low_rank_branch_alone(kind, how):
-    """In one call, and on PEFT's own way, which layers take whose base layer has hooks or that have several adapters."""
+    """In one call, and on PEFT's own way, which a layer takes with hooks on its base layer or several adapters."""
     model = stock_model(kind, lora_dropout=P)
     dorac.peft.enable(model, dropout_on="low_rank")
     x = KINDS[kind].input(3, torch.float64)
