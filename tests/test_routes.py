@@ -60,7 +60,7 @@ def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
     inner, h = inputs.x @ inputs.weight.T, inputs.x @ inputs.lora_A.T
     norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
     dy, scaling = torch.randn_like(inner), torch.tensor(S, device=device)
-    further = {"scale_backward": (), "lora_b_backward": (h, scaling, False)}
+    further = {"scale_backward": (), "lora_b_backward": (h, scaling, False, False)}
     d_m = getattr(torch.ops.dorac, leaf)(dy, inner, inputs.magnitude, norm, *further[leaf])[1]
     terms = dy.double() * inner.double() / norm.double()
     bound = rounded(terms.abs().sum(0), torch.float32, 2, len(dy))
@@ -340,7 +340,7 @@ def leaf_args(name, dtype, transposed, device):
         return base, base, inputs.magnitude, norm
     scaling = torch.tensor(S, dtype=wide, device=device)
     if name == "lora_b_backward":
-        return base, base, inputs.magnitude, norm, h, scaling, True
+        return base, base, inputs.magnitude, norm, h, scaling, True, False
     if name == "delta_linear":
         x = inputs.x
         return x, 2 * x, inputs.weight, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias

@@ -100,7 +100,7 @@ lib.define("scale(Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor? bi
 lib.define("scale_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm) -> (Tensor, Tensor)")
 lib.define(
     "lora_b_backward(Tensor dy, Tensor inner, Tensor magnitude, Tensor weight_norm, Tensor h, Tensor scaling, "
-    "bool h_is_scaled, bool delta=False) -> (Tensor, Tensor, Tensor)"
+    "bool h_is_scaled, bool delta) -> (Tensor, Tensor, Tensor)"
 )
 lib.define(
     "delta_linear(Tensor x, Tensor x_adapter, Tensor weight, Tensor h, Tensor lora_B, Tensor magnitude, "
@@ -132,7 +132,7 @@ def _scale_backward_fake(dy, inner, magnitude, weight_norm):
 
 
 @torch.library.register_fake("dorac::lora_b_backward", lib=lib)
-def _lora_b_backward_fake(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta=False):
+def _lora_b_backward_fake(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta):
     return (
         inner.new_empty(inner.shape),
         magnitude.new_empty(magnitude.shape),
@@ -182,7 +182,7 @@ def _scale_delta(dy, magnitude, weight_norm):
     return ((magnitude_scale(magnitude, weight_norm).to(acc) - 1) * dy.to(acc)).to(dy.dtype)
 
 
-def _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta=False):
+def _lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta):
     """:func:`_scale_backward` with d_lora_B; with delta, d_base in place of d_inner."""
     d_inner, d_magnitude = _scale_backward(dy, inner, magnitude, weight_norm)
     d_b = d_inner.to(h.dtype).t() @ h
@@ -220,7 +220,7 @@ def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
     return d_inner, d_magnitude
 
 
-def _lora_b_backward_cuda(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta=False):
+def _lora_b_backward_cuda(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta):
     from dorac.kernels.backward import lora_b_backward
 
     return lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled=h_is_scaled, delta=delta)
