@@ -106,7 +106,8 @@ def dora_linear(
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
         return _without_autocast(plan, *tensors, scaling, False)[0]
-    return _Linear.apply(*tensors, scaling, plan)[0]
+    y = _Linear.apply(*tensors, scaling, plan)
+    return y[0] if dropped == "low_rank" else y
 
 
 def forget_plans() -> None:
@@ -250,7 +251,7 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Returns y, and inner where a second derivative has nothing to compute it of, else None."""
+    """Returns y, and with dropout on the low-rank branch inner, of which a second derivative may know no other way."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, plan):
@@ -277,10 +278,10 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.plan = scaling, plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y, inner if plan.dropout_on == "low_rank" else None
+        return (y, inner) if plan.dropout_on == "low_rank" else y
 
     @staticmethod
-    def backward(ctx, dy, d_inner):
+    def backward(ctx, dy, d_inner=None):
         if dy is None and d_inner is None:
             return (None,) * 10
         if torch.is_grad_enabled() or d_inner is not None or type(dy) is not Tensor or not front.unobserved():
