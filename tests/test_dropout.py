@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import dorac
 from dorac import functional, reference
@@ -286,3 +288,39 @@ def test_modules(meaning):
         y = model(x)
     options = {"scaling": adapted.scaling, "dropped": mask_of(x), "dropout_on": meaning}
     torch.testing.assert_close(y, reference.dora_linear(x, *tensors, **options))
+
+
+# --- who looks on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_draws_the_same_mask(meaning, bias, on_gpu, device):
+    grads = []
+    for checkpointed in (False, True):
+        inputs = frozen_weight(linear_inputs((16, 96, 32, 8), dtype=torch.bfloat16, bias=bias, device=device).leaves())
+
+        def run(x, inputs=inputs):
+            options = {"scaling": S, "dropout_p": P, "dropout_on": meaning}
+            return functional.dora_linear(x, *inputs.tensors()[1:], **options)
+
+        torch.manual_seed(3)
+        y = checkpoint(run, inputs.x, use_reentrant=False) if checkpointed else run(inputs.x)
+        torch.manual_seed(9)
+        y.sin().sum().backward()
+        grads.append([t.grad for t in inputs.tensors() if t is not None and t.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_flops_are_counted(meaning, on_gpu, device):
+    """PEFT's meaning has a second product with W in each direction."""
+    tokens, out_features, in_features, rank = sizes = 16, 48, 32, 8
+    inputs = frozen_weight(linear_inputs(sizes, dtype=torch.bfloat16, device=device).leaves())
+    norm = functional.norm_factored(*inputs.tensors()[1:4], S).detach()
+    with FlopCounterMode(display=False) as forward:
+        y = layer(inputs, meaning, weight_norm=norm)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    base, low_rank = 2 * tokens * in_features * out_features, 2 * tokens * rank * (in_features + out_features)
+    products = 2 if meaning == "adapter" else 1
+    assert forward.get_total_flops() == products * base + low_rank
+    assert backward.get_total_flops() == products * base + 2 * low_rank
