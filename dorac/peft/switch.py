@@ -158,13 +158,13 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
     with state.lock, Undo() as log:
         before, known = _on_dorac([model]), model in state.models
         switch(model, log)
-        undo_dropout = set_dropout_on(model.modules(), dropout_on, log)
+        values = set_dropout_on(model.modules(), dropout_on, log)
         _remember(state.models, model, log)
         _report(model, log)
 
         def undo() -> None:
             with state.lock, Undo() as log:
-                undo_dropout()
+                _write(values, log)
                 _restore([model], log, keep=before)
                 if not known:
                     _forget(state.models, model, log)
@@ -216,32 +216,40 @@ def switch(root: nn.Module, log: Undo) -> None:
     _remember(state.roots, root, log)
 
 
-def set_dropout_on(
-    modules: Iterable[nn.Module], dropout_on: str, log: Undo, adapter: str | None = None
-) -> Callable[[], None]:
-    """Says what the dropout of the adapters of these modules is on, or of one of them, and returns what takes it back.
+_Values = list[tuple[dict[str, object], str, str | None]]  # attributes, a name among them, and its value or None
+
+
+def set_dropout_on(modules: Iterable[nn.Module], dropout_on: str, log: Undo, adapter: str | None = None) -> _Values:
+    """Says what the dropout of the adapters of these modules is on, or of one of them, and returns what it was.
 
     A model of PEFT's has it for the adapters that are added later.
     """
     from dorac.peft.model import LoraModel
     from dorac.peft.variants import OnDorac
 
-    before = []
+    values: _Values = []
     for module in modules:
         for name, variant in getattr(module, "lora_variant", {}).items():
             if isinstance(variant, OnDorac) and adapter in (None, name):
-                before.append((vars(variant), "dropout_on", vars(variant).get("dropout_on")))
+                values.append((vars(variant), "dropout_on", dropout_on))
         if type(module) is LoraModel:
-            before.append((vars(module), DROPOUT_ON, vars(module).get(DROPOUT_ON)))
+            values.append((vars(module), DROPOUT_ON, dropout_on))
+    return _write(values, log)
 
-    def undo() -> None:
-        for attributes, name, value in before:
-            attributes.pop(name, None) if value is None else attributes.update({name: value})
 
-    log.add(undo)
-    for attributes, name, _ in before:
-        attributes[name] = dropout_on
-    return undo
+def _write(values: _Values, log: Undo) -> _Values:
+    before = [(attributes, name, attributes.get(name)) for attributes, name, _ in values]
+    log.add(partial(_assign, before))
+    _assign(values)
+    return before
+
+
+def _assign(values: _Values) -> None:
+    for attributes, name, value in values:
+        if value is None:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value
 
 
 def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = ()) -> None:
@@ -269,7 +277,7 @@ def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
         log.keep_attribute(module, "__class__")
         module.__class__ = classes[type(module)]
         if DROPOUT_ON in vars(module):
-            log.add(partial(setattr, module, DROPOUT_ON, vars(module).pop(DROPOUT_ON)))
+            _write([(vars(module), DROPOUT_ON, None)], log)
         # What one class keeps the other would not check.
         if getattr(module, "_dora_cache", None):
             log.add(partial(module._dora_cache.update, dict(module._dora_cache)))
