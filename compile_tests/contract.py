@@ -197,7 +197,9 @@ def experts(scaling: float, rank: int) -> nn.Module:
     return off_norm(dorac.nn.DoraExperts(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False))
 
 
-def peft_layer(base: Callable[[], nn.Module], **options) -> Callable[[float, int], nn.Module]:
+def peft_layer(
+    base: Callable[[], nn.Module], dropout_on: str = "adapter", **options
+) -> Callable[[float, int], nn.Module]:
     """A PEFT model of one layer on the drop-in."""
 
     def build(scaling: float, rank: int) -> nn.Module:
@@ -213,7 +215,7 @@ def peft_layer(base: Callable[[], nn.Module], **options) -> Callable[[float, int
             **options,
         )
         model = peft.get_peft_model(nn.Sequential(base()), config)
-        dorac.peft.enable(model)
+        dorac.peft.enable(model, dropout_on=dropout_on)
         return off_norm(model)
 
     return build
@@ -275,12 +277,18 @@ ROWS = {
     "dora_linear_mixed": Row(mixed, indexed_rows),
     "DoraLinear": Row(linear, features),
     "DoraLinear, dropout": Row(lambda s, r: linear(s, r, lora_dropout=0.3), features, drops=True),
+    "DoraLinear, dropout on the low rank": Row(
+        lambda s, r: linear(s, r, lora_dropout=0.3, dropout_on="low_rank"), features, drops=True
+    ),
     "DoraLinear, norm cached": Row(cached, features),
     "DoraEmbedding": Row(embedding, indices),
     "DoraExperts": Row(experts, routed),
     **{f"DoraConv{n}d": Row(conv(n), images(n)) for n in (1, 2, 3)},
     "PEFT Linear": Row(peft_layer(lambda: nn.Linear(IN, OUT)), features),
     "PEFT Linear, dropout": Row(peft_layer(lambda: nn.Linear(IN, OUT), lora_dropout=0.3), features, drops=True),
+    "PEFT Linear, dropout on the low rank": Row(
+        peft_layer(lambda: nn.Linear(IN, OUT), "low_rank", lora_dropout=0.3), features, drops=True
+    ),
     "PEFT Conv1D": Row(peft_layer(gpt2_conv1d, fan_in_fan_out=True), features),
     "PEFT Embedding": Row(peft_layer(lambda: nn.Embedding(VOCAB, OUT)), indices),
     **{

@@ -119,7 +119,7 @@ detach: bfloat16[6, 32]""",
         )
 
     def test_saved_with_dropout(self):
-        """The mask and the dropped x more; the delta form still keeps one activation."""
+        """The mask more, and the dropped x in place of x; the delta form still keeps one activation."""
         self.assertExpectedInline(
             saved_for_backward(captured(layer(lora_dropout=0.5), self.x)),
             """\
@@ -128,10 +128,25 @@ input: bfloat16[32, 4]
 input: float32[32]
 input: bfloat16[32, 24]
 row_norm: float32[32]
-getitem: bfloat16[6, 24]
 getitem: bool[6, 24]
-mm: bfloat16[6, 4]
-mul: float32[32]
+view: bfloat16[6, 24]
+detach: bfloat16[6, 4]
+detach: bfloat16[6, 32]""",
+        )
+
+    def test_saved_with_dropout_on_the_low_rank(self):
+        """As the other meaning of dropout."""
+        self.assertExpectedInline(
+            saved_for_backward(captured(layer(lora_dropout=0.5, dropout_on="low_rank"), self.x)),
+            """\
+input: bfloat16[4, 24]
+input: bfloat16[32, 4]
+input: float32[32]
+input: bfloat16[32, 24]
+row_norm: float32[32]
+getitem: bool[6, 24]
+view: bfloat16[6, 24]
+detach: bfloat16[6, 4]
 detach: bfloat16[6, 32]""",
         )
 

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dorac import functional
+from dorac.ops import front
 from dorac.ops.library import inlined
-from dorac.testing import rms_error
+from dorac.testing import linear_inputs, rms_error
 
 TOKENS, OUT, IN = 4096, 4096, 2048
 BUFFERS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
@@ -114,6 +115,28 @@ def test_no_op_in_generated_code(tokens, rank, dtype):
         y, (code,) = run_and_get_code(compiled, *inputs)
     assert "= torch.ops.dorac" not in code
     assert relative_error(y, results[0]) <= 2e-2
+
+
+def test_the_second_product_of_dropout_is_added_in_place(monkeypatch):
+    """In the form that a GPU takes; on the CPU the kernel between the products stays an op."""
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    inputs = linear_inputs((64, 48, 32, 8), dtype=torch.bfloat16).leaves()
+    inputs.weight.requires_grad_(False)
+    leaves = [t for t in inputs.tensors() if t.requires_grad]
+
+    def dropped(*tensors):
+        return functional.dora_linear(*tensors, scaling=0.7, dropout_p=1e-9)  # nothing
+
+    def train(function):
+        y = function(*inputs.tensors())
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    results, (code, *_) = run_and_get_code(train, torch.compile(dropped, fullgraph=True))
+    assert "= torch.ops.dorac.delta_linear" not in code
+    assert re.search(r"extern_kernels\.addmm\((\w+), .*, out=\1\)", code)
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: False)
+    for got, exact in zip(results, train(dropped), strict=True):
+        assert relative_error(got, exact) <= 1e-2
 
 
 def test_caches_are_keyed_by_the_sources():

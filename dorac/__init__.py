@@ -5,6 +5,7 @@ from dorac.apply import apply_dora, merge, unmerge
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.idle import find_idle
+from dorac.outputs import save_outputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "nn",
     "ops",
     "save_adapter",
+    "save_outputs",
     "unmerge",
 ]

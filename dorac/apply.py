@@ -28,6 +28,7 @@ def apply_dora(
     lora_alpha: float = 8,
     *,
     lora_dropout: float = 0.0,
+    dropout_on: str = "adapter",
     use_rslora: bool = False,
     init_lora_weights: bool | str = True,
     adapter_dtype: torch.dtype | None = None,
@@ -49,8 +50,8 @@ def apply_dora(
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
             linear layer but the language-model head).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
-            :class:`dorac.nn.DoraLayer`.
+        r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
+            :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad.
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -101,6 +102,7 @@ def apply_dora(
             saved,
             log,
             lora_dropout=lora_dropout,
+            dropout_on=dropout_on,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, notices
+from dorac import adapter_config, checks, notices
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
@@ -41,7 +41,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     writes.
 
     PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
-    ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them.
+    ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them. What a dropout is on
+    (``dropout_on``) is not in the file, PEFT's config having no word for it: training may go on with
+    ``load_adapter(..., dropout_on=...)``, and nothing else depends on it.
 
     A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
 
@@ -136,7 +138,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
+def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: str = "adapter") -> list[str]:
     """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
@@ -147,6 +149,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     A file may come from anybody: its regexes are matched in a bounded number of steps and may be plain ones only
     (groups, alternatives, classes, repeats, look-ahead).
 
+    Args:
+        dropout_on: for a plain model, what the config's dropout is on (the file does not say: PEFT's config has no word
+            for it); a wrapped model keeps its own. See :func:`dorac.functional.dora_linear`.
+
     Returns:
         The names of the modules that the adapter went to.
 
@@ -156,6 +162,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
             them listed. The path is in the sentence. Then, and whatever else is raised, the model is what it was.
     """
+    checks.check_dropout_on(dropout_on)
     root, model = model, bare(model)
     reshard(model)
     directory = Path(directory)
@@ -208,6 +215,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
                 saved,
                 log,
                 lora_dropout=config.get("lora_dropout") or 0.0,
+                dropout_on=dropout_on,
                 use_rslora=bool(config.get("use_rslora")),
             )
             layers = dora_layers(model)

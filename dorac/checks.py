@@ -159,6 +159,12 @@ def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     return dropout_p
 
 
+def check_dropout_on(dropout_on: str) -> None:
+    """One of the two meanings of dropout."""
+    if not isinstance(dropout_on, str) or dropout_on not in ("adapter", "low_rank"):
+        raise ValueError(f"dropout_on must be 'adapter' or 'low_rank', got {dropout_on!r}")
+
+
 def check_compose(
     base: Tensor, lora: Tensor, mag_scale: Tensor, bias: Tensor | None, delta: bool, dim: int = -1
 ) -> None:

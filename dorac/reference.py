@@ -47,12 +47,26 @@ def dora_linear(
     scaling: float,
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
+    dropped: Tensor | None = None,
+    dropout_on: str = "adapter",
 ) -> Tensor:
-    """``y = x (g V)^T + b``, n constant in backprop unless ``norm_grad``; with experts, x is ``[E, tokens, in]``."""
+    """``y = x (g V)^T + b``, n constant in backprop unless ``norm_grad``; with experts, x is ``[E, tokens, in]``.
+
+    With dropout, ``x' = dropped * x`` is what the change to the frozen layer sees, ``(g - 1) x' W^T + g s x' (BA)^T``,
+    or with ``dropout_on="low_rank"`` the low-rank branch alone, ``g * (x W^T + s x' (BA)^T)``.
+    """
     if weight_norm is None:
         norm = row_norm(weight, lora_A, lora_B, scaling)
         weight_norm = norm if norm_grad else norm.detach()
-    y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).mT
+    if dropped is None:
+        y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).mT
+    else:
+        g, x_adapter = magnitude_scale(magnitude, weight_norm)[..., None, :], dropped.to(x.dtype) * x
+        lora = x_adapter @ (lora_B @ lora_A).mT
+        if dropout_on == "adapter":
+            y = x @ weight.mT + compose_delta(x_adapter @ weight.mT, lora, g, scaling)
+        else:
+            y = compose(x @ weight.mT, lora, g, scaling)
     if bias is not None and weight.ndim == 3:
         bias = bias.unsqueeze(1)
     return y if bias is None else y + bias

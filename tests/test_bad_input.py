@@ -93,6 +93,18 @@ CASES = {
     "scaling_string": (good(), {"scaling": "2"}, TypeError, "scaling must be a number or a 0-d float tensor, got str"),
     "scaling_vector": (good(), {"scaling": torch.ones(2)}, TypeError, "scaling must be a number or a 0-d float tensor"),
     "dropout_one": (good(), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    "dropout_on": (
+        good(),
+        {"dropout_on": "base"},
+        ValueError,
+        "dropout_on must be 'adapter' or 'low_rank', got 'base'",
+    ),
+    "dropout_on_bool": (
+        good(),
+        {"dropout_on": True, "dropout_p": 0.5},
+        ValueError,
+        "dropout_on must be 'adapter' or 'low_rank', got True",
+    ),
     "budget_zero": (good(), {"budget": 0}, ValueError, "budget must be at least one byte, got 0"),
 }
 

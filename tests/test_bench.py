@@ -218,6 +218,37 @@ def test_layer(bench, device):
     assert [r["graph_breaks"] for r in result["records"] if r["variant"] == "dorac-once-compiled"] == [0, 0]
 
 
+DROPPED = ("lora-addmm-compiled", "lora-sum-eager", "dorac-once-eager", "dorac-every-low-rank-eager")
+
+
+@pytest.mark.parametrize("command", ["layer", "model"])
+def test_dropout(bench, command):
+    """Beside LoRA with dropout, and where PEFT's meaning has a second product, the time of these."""
+    small = STACK if command == "model" else ("--shapes", "32x24")
+    result = bench(command, *small, "--ranks", "4", "--tokens", "8", "--dropout", "0.5", "--variants", *DROPPED)
+    train, inference = ([r for r in result["records"] if r["phase"] == p] for p in ("train", "inference"))
+    assert [r["variant"] for r in train] == [*DROPPED, against_lora.SECOND_PRODUCTS]
+    assert [r["variant"] for r in inference] == [*DROPPED]
+    compiled, eager, *_, products = (r["wall_us"] for r in train)
+    for record in train:
+        lora = eager if record["variant"].endswith("-eager") else compiled
+        assert record["wall_ratio_second"] == pytest.approx(record["wall_us"] / (lora + products))
+
+
+def test_peers_drop():
+    """In training alone; the meanings differ, as do two masks."""
+    args = arguments(dtype=torch.float32, adapter_dtype=torch.float32, dropout=0.5)
+    layer = peers.draw_layer(peers.draw_weight(24, 16, args), 4, args)
+    x = torch.randn(5, 16)
+    for name, variant in peers.VARIANTS.items():
+        if name.endswith("eager"):
+            module = variant.build(layer).train()
+            assert not torch.equal(module(x), module(x)), name
+            assert torch.equal(module.eval()(x), module(x)), name
+    pefts, low_rank = (peers.VARIANTS[f"dorac-every{meaning}-eager"].build(layer) for meaning in ("", "-low-rank"))
+    assert (pefts.dropout_on, low_rank.dropout_on) == ("adapter", "low_rank")
+
+
 def test_layer_without_a_reference_has_no_ratio(bench):
     given = ("--shapes", "16x8", "--ranks", "2", "--tokens", "4", "--phases", "inference")
     (record,) = bench("layer", *given, "--variants", "dorac-every-eager")["records"]
@@ -705,6 +736,7 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
         (["host", "--device", "cpu", "--adapter-dtype", "float32"], "has --factors for the dtypes of the adapters"),
         (["host", "--device", "cpu", "--factors", "fp8"], "argument --factors: invalid choice: 'fp8'"),
         (["layer", "--tokens", "many"], "argument --tokens: invalid positive value: 'many'"),
+        (["layer", "--dropout", "1"], "argument --dropout: must be in [0, 1), got 1"),
         (["layer", "--phases", "sleep"], "argument --phases: invalid choice: 'sleep'"),
         (["norm", "--device", "cpu", "--json", "/no/such/place.json"], "--json /no/such/place.json cannot be written"),
         (["norm", "--device", "cpu", "--json", "{tmp}"], "cannot be written: Is a directory"),

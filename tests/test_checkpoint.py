@@ -420,6 +420,21 @@ def test_round_trip(wrapped, as_path, tmp_path):
     assert torch.equal(output(other), output(model))
     for layer in dora_layers(other).values():
         assert (layer.lora_dropout, layer.use_rslora, layer.training) == (0.5, True, False)
+        assert layer.dropout_on == "adapter"
+
+
+def test_what_dropout_is_on_is_in_no_file(tmp_path):
+    """A plain model takes the argument's; a wrapped one keeps its own."""
+    plain = Model()
+    model = adapted(copy.deepcopy(plain), ["up"], lora_dropout=0.5, dropout_on="low_rank")
+    dorac.save_adapter(model, tmp_path)
+    assert "dropout_on" not in (tmp_path / CONFIG).read_text()
+    dorac.load_adapter(plain, tmp_path, dropout_on="low_rank")
+    dorac.load_adapter(model, tmp_path)
+    for layer in (*dora_layers(plain).values(), *dora_layers(model).values()):
+        assert (layer.lora_dropout, layer.dropout_on) == (0.5, "low_rank")
+    with pytest.raises(ValueError, match="dropout_on must be 'adapter' or 'low_rank', got 'x'"):
+        dorac.load_adapter(Model(), tmp_path, dropout_on="x")
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, *HALF])

@@ -55,6 +55,8 @@ def path(device, monkeypatch) -> list[str]:
         return without_autocast(*arguments)
 
     monkeypatch.setattr(eager, "_without_autocast", spy)
+    # Of layers without a bias y is saved; what those with one save, inner, is what any layer saves by default.
+    monkeypatch.setattr(functional, "dora_linear", functools.partial(functional.dora_linear, save_output=True))
     return taken
 
 
@@ -469,13 +471,12 @@ def test_consumers_in_place(consumer, keeping, bias, path, monkeypatch, device):
     both(monkeypatch, path, run)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a kernel writes over y by its pointer, Liger's rope")
 def test_a_consumer_that_writes_behind_autograds_back(path, monkeypatch, device):
-    """Plain LoRA does not mind, nor does the general path, which keeps inner."""
+    """A kernel that writes over y by its pointer, as Liger's rope does: no layer minds that saves inner."""
 
     def run():
         inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, bias=False, device=device))
-        y = Unsaid.apply(functional.dora_linear(*inputs.tensors(), scaling=S))
+        y = Unsaid.apply(functional.dora_linear(*inputs.tensors(), scaling=S, save_output=False))
         y.backward(torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(y.dtype))
         return gradients_of(inputs)
 
@@ -500,7 +501,7 @@ def test_what_is_kept_goes_with_the_graph(bias, path, device):
     try:
         for backward in (True, False):
             y = functional.dora_linear(*inputs.tensors(), scaling=S)
-            kept = [StorageWeakRef(t.untyped_storage()) for t in (y, y.grad_fn.saved_tensors[-1])]
+            kept = [StorageWeakRef(t.untyped_storage()) for t in (y, y.grad_fn.saved_tensors[6])]
             assert kept[0].cdata != kept[1].cdata or not bias
             loss = y.float().sum()
             del y

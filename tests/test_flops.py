@@ -88,7 +88,8 @@ def leaf_arguments():
         "low_rank_linear": (x, weight, h, lora_B),
         "scale": (base, m, n, bias),
         "scale_backward": (dy, base, m, n),
-        "lora_b_backward": (dy, base, m, n, h, S, False),
+        "lora_b_backward": (dy, base, m, n, h, S, False, False),
+        "delta_linear": (x, x, weight, h, lora_B, m, n, S, bias),
         "up_compose": (base, h, lora_B, m, n, S, bias, False),
         "up_compose_forward": (base, h, lora_B, m, n, S, bias, False),
     }

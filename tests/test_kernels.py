@@ -205,6 +205,22 @@ class TestCompose:
         else:
             assert_rounded_once(y, g * truth + inputs.bias.double())
 
+    @pytest.mark.parametrize("regime", ["odd", "aligned"])
+    def test_a_change_with_a_bias_and_inner_over_base(self, regime, device):
+        """As PEFT's meaning of dropout has them."""
+        inputs = linear_inputs(regime, dtype=torch.bfloat16, device=device)
+        base, h, norm = activations(inputs)
+        tensors = h, inputs.lora_B, inputs.magnitude, norm, scaling(device)
+        change, inner = compose(base, *tensors, None, delta=True, want_inner=True)
+        over = base.clone()
+        y, inner_over = compose(over, *tensors, inputs.bias, delta=True, want_inner=True, over_base=True)
+        assert inner_over is over
+        assert torch.equal(over, inner)
+        lora = h.double() @ inputs.lora_B.double().T
+        exact = reference.compose_delta(base.double(), lora, g_of(inputs, norm), S)
+        assert_rounded_once(y, exact + inputs.bias.double(), 1e-6)
+        assert_rounded_once(change, exact, 1e-5)
+
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("regime", ["odd", "rank_over_128"])
     def test_float32_factors(self, dtype, regime, device):
@@ -314,13 +330,14 @@ class TestLoraBBackward:
     @pytest.mark.parametrize("regime", REGIMES[:-1])
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("h_is_scaled", [False, True])
-    def test_regimes(self, regime, dtype, h_is_scaled, device):
+    @pytest.mark.parametrize("delta", [False, True])
+    def test_regimes(self, regime, dtype, h_is_scaled, delta, device):
         inputs = linear_inputs(regime, dtype=dtype, device=device)
         inner, h, norm = activations(inputs)
         dy = torch.randn(inner.shape, dtype=torch.float64).to(dtype).to(device)
         arguments = dy, inner, inputs.magnitude, norm
-        d_inner, d_m, d_b = lora_b_backward(*arguments, h, scaling(device), h_is_scaled=h_is_scaled)
-        plain, _, plain_m = compose_backward(*arguments)
+        d_inner, d_m, d_b = lora_b_backward(*arguments, h, scaling(device), h_is_scaled=h_is_scaled, delta=delta)
+        plain, _, plain_m = compose_backward(*arguments, delta=delta)
         assert torch.equal(d_inner, plain)
         torch.testing.assert_close(d_m, plain_m, rtol=1e-5, atol=1e-5)
         g = functional.magnitude_scale(inputs.magnitude, norm).double()

@@ -225,6 +225,7 @@ BAD_OPTIONS = {
     "scaling": [float("nan"), float("inf"), float("-inf"), "2", None, [1.0], 1j, torch.ones(9), torch.tensor(1)],
     "budget": [0, -1, 1.5, "1", None, float("nan")],
     "dropout_p": [1.0, -0.1, 2, float("nan"), "0.5", None],
+    "dropout_on": ["", "LOW_RANK", None, True, 0, ["adapter"]],
     "norm_grad": [1, "yes", None],
     "weight_norm": [1.0, torch.ones(99), torch.ones(()), torch.ones(3, dtype=torch.int64), "norm"],
 }
@@ -261,7 +262,7 @@ def broken_cases(draw, layer: str) -> tuple[Case, set[str]]:
         case.options[option] = draw(bad_indices(option, index, case.tensors[0].shape[0]))
         return case, {option}
     if draw(st.booleans()):
-        option = draw(st.sampled_from([o for o in BAD_OPTIONS if o != "dropout_p" or layer not in NO_DROPOUT]))
+        option = draw(st.sampled_from([o for o in BAD_OPTIONS if "dropout" not in o or layer not in NO_DROPOUT]))
         if option == "weight_norm":
             case.options["norm_grad"] = False
         case.options[option] = draw(st.sampled_from(BAD_OPTIONS[option]))

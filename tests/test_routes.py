@@ -60,7 +60,7 @@ def test_the_magnitudes_gradient_is_float32s(leaf, dtype, device):
     inner, h = inputs.x @ inputs.weight.T, inputs.x @ inputs.lora_A.T
     norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
     dy, scaling = torch.randn_like(inner), torch.tensor(S, device=device)
-    further = {"scale_backward": (), "lora_b_backward": (h, scaling, False)}
+    further = {"scale_backward": (), "lora_b_backward": (h, scaling, False, False)}
     d_m = getattr(torch.ops.dorac, leaf)(dy, inner, inputs.magnitude, norm, *further[leaf])[1]
     terms = dy.double() * inner.double() / norm.double()
     bound = rounded(terms.abs().sum(0), torch.float32, 2, len(dy))
@@ -343,12 +343,15 @@ def leaf_args(name, dtype, transposed, device):
         return base, base, inputs.magnitude, norm
     scaling = torch.tensor(S, dtype=wide, device=device)
     if name == "lora_b_backward":
-        return base, base, inputs.magnitude, norm, h, scaling, True
+        return base, base, inputs.magnitude, norm, h, scaling, True, False
+    if name == "delta_linear":
+        x = inputs.x
+        return x, 2 * x, inputs.weight, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias
     return base, h, inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias, False
 
 
 LAYER_LEAVES = [
-    *("low_rank_linear", "scale", "up_compose", "up_compose_forward"),
+    *("low_rank_linear", "scale", "up_compose", "up_compose_forward", "delta_linear"),
     *("scale_backward", "lora_b_backward"),
 ]
 
@@ -379,3 +382,6 @@ def test_opcheck_of_the_layer(dtype, grads, transposed, device):
     tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 and device == "cuda" else {}
     for number in (None, S):
         opcheck(torch.ops.dorac.dora_linear.default, (*tensors, number), **tolerance)
+    for low_rank in (True, False):
+        x_adapter = (2 * inputs.x).detach().requires_grad_(grads != "none")
+        opcheck(torch.ops.dorac.dora_linear.default, (*tensors, S, x_adapter, low_rank), **tolerance)

@@ -49,6 +49,7 @@ CASES = {
         "offsets_device": ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets must be on cpu like weight, got meta"),
         "bias": ({"bias": torch.ones(5)}, ValueError, r"bias must be \[E, out\] = \[4, 5\]"),
         "dropout": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        "dropout_on": ({"dropout_on": None}, ValueError, "dropout_on must be 'adapter' or 'low_rank', got None"),
     },
     "mixed": {
         "A_list": ({"lora_A": [torch.ones(3, 6)] * 3}, TypeError, "lora_A must be one stack .* padded with zeros"),

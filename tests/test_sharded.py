@@ -142,6 +142,29 @@ def functions(mesh, _folder):
             assert_gradients(tensors, reference.tensors())
 
 
+def dropped(mesh, _folder):
+    """Dropout in both meanings, of one mask: what the layer computes on shards."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    inputs = linear_inputs((5, 33, 7, 3), device=mesh.device_type)
+    mask = (torch.arange(35).view(5, 7) % 3 > 0).double() / 0.6
+    dy = torch.randn(5, 33, dtype=torch.float64)
+    for layout in ("columns", "rows"):
+        out = Shard(-1) if layout == "columns" else Replicate()
+        for meaning in ("adapter", "low_rank"):
+            reference, tensors = inputs.leaves(), distributed(inputs, mesh, layout)
+            options = {"scaling": 0.7, "dropout_p": 0.4, "dropout_on": meaning}
+            with mock.patch.object(nn.functional, "dropout", lambda x, p: x * mask):
+                expected = functional.dora_linear(*reference.tensors(), **options)
+            expected.backward(dy)
+            of_x = distribute_tensor(mask, mesh, tensors[0].placements)
+            with mock.patch.object(nn.functional, "dropout", lambda x, p, of_x=of_x: x * of_x), on_shards():
+                y = functional.dora_linear(*tensors, **options).redistribute(placements=[out])
+            y.backward(distribute_tensor(dy, mesh, [out]))
+            assert_same(y, expected, torch.float64)
+            assert_gradients(tensors, reference.tensors())
+
+
 def layouts(mesh, _folder):
     """What the layer computes on shards beyond those two layouts, and where it leaves them to aten on DTensors."""
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -639,7 +662,7 @@ def compiled(mesh, _folder):
 
 @pytest.mark.parametrize(
     "workers",
-    [(functions, layouts, forms, experts, tensor_parallel, fsdp, two_dimensional), (recipes, compiled)],
+    [(functions, dropped, layouts, forms, experts, tensor_parallel, fsdp, two_dimensional), (recipes, compiled)],
     ids=["eager", "compiled"],
 )
 def test_two_processes_give_the_numbers_of_one(workers, device, tmp_path):

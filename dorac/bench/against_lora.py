@@ -1,14 +1,17 @@
 """Steps of training and inference, and their ratios to plain LoRA."""
 
+import argparse
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dorac.bench import measure, report
 
 PLAIN_LORA = ("lora-sum", "lora-addmm")
+SECOND_PRODUCTS = "second-products"
 _RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
 
 
@@ -21,6 +24,7 @@ def measure_steps(
     micro_batches: int | None = None,
     calls: int = 1,
     kernels: Collection[str] = (),
+    beside: Mapping[str, Callable[[], measure.Callback]] | None = None,
 ) -> list[dict[str, object]]:
     """Measures a step of each variant: forward, and backward from ``dy`` unless that is None (inference).
 
@@ -32,6 +36,7 @@ def measure_steps(
         micro_batches: a training step is so many forward and backward passes and a step of SGD, the cheapest there is
             (of length zero: the values stay). None: one forward and backward pass alone.
         calls: see :func:`measure.measure`. kernels: names of variants whose GPU kernels to list.
+        beside: what makes further steps, by name, measured as the variants are.
 
     Returns:
         A record of ``case``, ``variant``, what :func:`measure.measure` returns and, if the module was compiled,
@@ -42,12 +47,12 @@ def measure_steps(
     steps, records = {}, {}
     # They share code, and each needs graphs of its own.
     with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-        for name, (build, compile_args) in variants.items():
-            make = functools.partial(_step, build, compile_args, x, dy, micro_batches)
+        makers = {name: functools.partial(_step, *how, x, dy, micro_batches) for name, how in variants.items()}
+        for name, make in (makers | dict(beside or {})).items():
             breaks.clear()
             steps[name], measured = measure.attempt_alone(make, x.device, calls=calls)
             records[name] = {"case": case, "variant": name} | measured
-            if compile_args is not None:
+            if name in variants and variants[name][1] is not None:
                 records[name]["graph_breaks"] = sum(breaks.values())
             report.progress(records[name])
         alive = {name: step for name, step in steps.items() if step is not None}
@@ -59,6 +64,30 @@ def measure_steps(
         if measured:
             report.progress(records[name])
     return [*records.values()]
+
+
+def second_products(weights: Iterable[Tensor], x: Tensor) -> measure.Callback:
+    """The least that PEFT's meaning of dropout takes beside LoRA: a product with every weight in either direction."""
+    weights, tokens = [*weights], x.numel() // x.shape[-1]
+    rows = {features: x.new_empty(tokens, features).normal_() for w in weights for features in w.shape}
+    operands = [(w, *(rows[features] for features in w.shape)) for w in weights]
+
+    @torch.no_grad()
+    def step() -> None:
+        for weight, dy, rows in operands:
+            F.linear(rows, weight)
+            torch.mm(dy, weight)
+
+    return step
+
+
+def beside(
+    weights: Iterable[Tensor], x: Tensor, args: argparse.Namespace, phase: str
+) -> dict[str, Callable[[], measure.Callback]]:
+    """:func:`second_products` where there is dropout."""
+    if not args.dropout or phase != "train":
+        return {}
+    return {SECOND_PRODUCTS: functools.partial(second_products, weights, x)}
 
 
 def _step(build, compile_args, x, dy, micro_batches) -> measure.Callback:
@@ -99,13 +128,21 @@ def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]
 
     ``gpu_ratio``, ``wall_ratio`` and ``peak_ratio`` divide by the compiled plain LoRA that takes the least GPU time (on
     the CPU the least wall time), ``gpu_ratio_eager`` and ``wall_ratio_eager`` of an eager variant by the eager one.
+    With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and ``wall_ratio_second`` divide by the time of the
+    plain LoRA in the same mode and theirs.
     """
+    products = next((record for record in records if record["variant"] == SECOND_PRODUCTS), {})
     compiled, eager = (_fastest(records, mode) for mode in ("compiled", "eager"))
     related = []
     for record in records:
         ratios = {f"{what}_ratio": _ratio(record, compiled, key) for what, key in _RATIOS.items()}
         if record["variant"].endswith("-eager"):
             ratios |= {f"{what}_ratio_eager": _ratio(record, eager, _RATIOS[what]) for what in ("gpu", "wall")}
+        if products:
+            lora = eager if record["variant"].endswith("-eager") else compiled
+            ratios |= {
+                f"{what}_ratio_second": _ratio_second(record, lora, products, _RATIOS[what]) for what in ("gpu", "wall")
+            }
         related.append(record | ratios)
     return related
 
@@ -114,6 +151,12 @@ def _fastest(records: list[dict[str, object]], mode: str) -> dict[str, object] |
     names = [f"{formulation}-{mode}" for formulation in PLAIN_LORA]
     measured = [record for record in records if record["variant"] in names and measure.work_us(record) is not None]
     return min(measured, key=measure.work_us, default=None)
+
+
+def _ratio_second(record, lora, products, key: str) -> float | None:
+    if lora is None or any(r.get(key) is None for r in (record, lora, products)):
+        return None
+    return record[key] / (lora[key] + products[key])
 
 
 def _ratio(record: dict[str, object], reference: dict[str, object] | None, key: str) -> float | None:

@@ -31,7 +31,10 @@ TURN_SECONDS = 0.02
 MODES = {"eager": None, "compiled": model.COMPILE, "graphs": model.COMPILE | {"mode": "reduce-overhead"}}
 BUILDERS: dict[str, Callable[[peers.Layer], nn.Module]] = {"lora": peers.LoraAlone} | {
     name: model.VARIANTS[f"{name}-compiled"].build
-    for name in ("peft-lora", "peft-dora", "dorac-once", "dorac-cached", "dorac-every", "dorac-peft")
+    for name in (
+        *("peft-lora", "peft-dora", "dorac-once", "dorac-cached", "dorac-every", "dorac-peft"),
+        *("dorac-every-low-rank", "dorac-peft-low-rank"),
+    )
 }
 LORA, PEFT_LORA = "lora", "peft-lora-eager"  # what the others are related to, LoRA by hand in the same mode
 VARIANTS = [f"{name}-{mode}" for mode, name in itertools.product(MODES, BUILDERS)]
@@ -43,7 +46,9 @@ DEFAULTS = {
     | {
         "features": 256,
         "stub_kernels": False,
-        "variants": [name for name in VARIANTS if name not in ("peft-lora-graphs", "peft-dora-graphs")],
+        "variants": [
+            name for name in VARIANTS if name not in ("peft-lora-graphs", "peft-dora-graphs") and "low-rank" not in name
+        ],
     },
     "cpu": _SIZES
     | _ALL
@@ -51,7 +56,7 @@ DEFAULTS = {
         "features": 32,  # aten's products take their time here
         "stub_kernels": True,
         "variants": [
-            *(f"{name}-eager" for name in BUILDERS),
+            *(f"{name}-eager" for name in BUILDERS if "low-rank" not in name),
             *(f"{name}-compiled" for name in ("lora", "dorac-once", "dorac-cached", "dorac-every", "dorac-peft")),
         ],
     },
@@ -78,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="on the CPU: take the routes of a GPU, with kernels that do nothing (default: yes)",
     )
+    options.add_dropout(parser)
     options.add_variants(parser, VARIANTS)
 
 

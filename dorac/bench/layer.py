@@ -15,7 +15,7 @@ DEFAULTS = {
         "ranks": [16, 384],
         "tokens": 4096,
         "phases": list(options.PHASES),
-        "variants": [name for name in peers.VARIANTS if not name.startswith("peft-lora")],
+        "variants": [name for name in peers.VARIANTS if not (name.startswith("peft-lora") or "low-rank" in name)],
     },
     "cpu": {
         "shapes": [(256, 128)],
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument("--tokens", type=options.positive, metavar="T", help="rows of the activation")
     parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
+    options.add_dropout(parser)
     options.add_variants(parser, peers.VARIANTS)
 
 
@@ -51,7 +52,14 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         variants = {name: peers.VARIANTS[name] for name in args.variants}
         compiled = [name for name, variant in variants.items() if variant.compile_args is not None]
         steps = {name: (functools.partial(v.build, layer), v.compile_args) for name, v in variants.items()}
-        records = against_lora.measure_steps(case, steps, x, dy, kernels=compiled if args.profile else ())
+        records = against_lora.measure_steps(
+            case,
+            steps,
+            x,
+            dy,
+            kernels=compiled if args.profile else (),
+            beside=against_lora.beside([layer.weight], x, args, phase),
+        )
         size |= {"bytes": moved, "flops": flops}
         records = [record | size | measure.against_limit(record, limit) for record in records]
         yield from against_lora.related_to_lora(records)

@@ -29,7 +29,7 @@ DEFAULTS = {
         "batch": 1,
         "phases": list(options.PHASES),
         "micro_batches": 1,
-        "variants": [name for name in VARIANTS if not name.startswith("dense")],
+        "variants": [name for name in VARIANTS if not (name.startswith("dense") or "low-rank" in name)],
     },
     "cpu": _CPU_STACK
     | {
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batches", type=options.positive, metavar="N", help="forward and backward passes per training step"
     )
+    options.add_dropout(parser)
     options.add_variants(parser, VARIANTS)
 
 
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         }
         compiled = [name for name in args.variants if compile_args(name) is not None]
         how = {"kernels": compiled if args.profile else (), "micro_batches": args.micro_batches}
+        how["beside"] = against_lora.beside([*weights.values()], x, args, phase)
         records = against_lora.measure_steps(f"r{rank} {phase}", steps, x, dy, **how)
         yield from against_lora.related_to_lora([record | size | {"phase": phase} for record in records])
 

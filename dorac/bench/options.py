@@ -30,6 +30,20 @@ def pair(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def probability(text: str) -> float:
+    """A number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def add_dropout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dropout", type=probability, default=0.0, metavar="P", help="on the adapters' input in training (default: 0)"
+    )
+
+
 def add_variants(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     parser.add_argument("--variants", nargs="+", choices=list(names), metavar="NAME", help=f"of: {', '.join(names)}")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,12 +17,16 @@ SCALING = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The tensors of one adapted linear layer: weight ``[out, in]``, factors, float32 magnitude ``[out]``."""
+    """The tensors of one adapted linear layer: weight ``[out, in]``, factors, float32 magnitude ``[out]``.
+
+    ``dropout``: with what probability the adapter's input is dropped in training, by everyone but dense DoRA.
+    """
 
     weight: Tensor
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
+    dropout: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -40,7 +45,8 @@ def draw_layer(weight: Tensor, rank: int, args: argparse.Namespace) -> Layer:
     lora_A = torch.randn(rank, in_features, **options) * in_features**-0.5
     lora_B = torch.randn(out_features, rank, **options) * 0.1 * rank**-0.5
     norm = functional.norm_factored(weight, lora_A, lora_B, SCALING)
-    return Layer(weight, lora_A, lora_B, norm * (0.97 + 0.06 * torch.rand_like(norm)))
+    magnitude = norm * (0.97 + 0.06 * torch.rand_like(norm))
+    return Layer(weight, lora_A, lora_B, magnitude, getattr(args, "dropout", 0.0))
 
 
 class _Adapted(nn.Module):
@@ -51,9 +57,10 @@ class _Adapted(nn.Module):
         self.weight = nn.Parameter(layer.weight, requires_grad=False)
         self.lora_A = nn.Parameter(layer.lora_A)
         self.lora_B = nn.Parameter(layer.lora_B)
+        self.dropout = nn.Dropout(layer.dropout) if layer.dropout else nn.Identity()
 
     def low_rank(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
 
 
 class LoraSum(_Adapted):
@@ -67,7 +74,7 @@ class LoraAlone(_Adapted):
     """:class:`LoraSum` without a cast of its own: for factors of the activation's dtype, or under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + SCALING * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(x, self.weight) + SCALING * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
 
 
 class LoraAddmm(_Adapted):
@@ -78,7 +85,7 @@ class LoraAddmm(_Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        down = (SCALING * F.linear(rows.to(self.lora_A.dtype), self.lora_A)).to(x.dtype)
+        down = (SCALING * F.linear(self.dropout(rows).to(self.lora_A.dtype), self.lora_A)).to(x.dtype)
         y = torch.addmm(F.linear(rows, self.weight), down, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
 
@@ -112,10 +119,19 @@ class DoracOnce(_AdaptedWithMagnitude):
         super().__init__(layer)
         norm = functional.norm_factored(layer.weight, layer.lora_A, layer.lora_B, SCALING)
         self.register_buffer("weight_norm", norm)
+        self.dropout_p = layer.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.lora_A, self.lora_B, self.magnitude
-        return functional.dora_linear(x, self.weight, *factors, scaling=SCALING, weight_norm=self.weight_norm)
+        return functional.dora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude,
+            scaling=SCALING,
+            weight_norm=self.weight_norm,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )
 
 
 def dense_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -133,10 +149,15 @@ def _base_linear(layer: Layer) -> nn.Linear:
     return linear
 
 
-def dorac_every(layer: Layer) -> nn.Module:
+def dorac_every(layer: Layer, dropout_on: str = "adapter") -> nn.Module:
     """``dorac.nn.DoraLinear``: ``functional.dora_linear`` with the norm computed in every forward."""
     adapted = dorac.nn.DoraLinear(
-        _base_linear(layer), layer.rank, SCALING * layer.rank, adapter_dtype=layer.lora_A.dtype
+        _base_linear(layer),
+        layer.rank,
+        SCALING * layer.rank,
+        lora_dropout=layer.dropout,
+        dropout_on=dropout_on,
+        adapter_dtype=layer.lora_A.dtype,
     )
     adapted.lora_A = nn.Parameter(layer.lora_A)
     adapted.lora_B = nn.Parameter(layer.lora_B)
@@ -154,7 +175,11 @@ def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
     holder = nn.Module()
     holder.linear = _base_linear(layer)
     config = peft.LoraConfig(
-        r=layer.rank, lora_alpha=SCALING * layer.rank, target_modules=["linear"], use_dora=use_dora
+        r=layer.rank,
+        lora_alpha=SCALING * layer.rank,
+        lora_dropout=layer.dropout,
+        target_modules=["linear"],
+        use_dora=use_dora,
     )
     peft.get_peft_model(holder, config, autocast_adapter_dtype=layer.lora_A.dtype != layer.weight.dtype)
     adapted = holder.linear
@@ -168,12 +193,12 @@ def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
     return adapted
 
 
-def dorac_peft(layer: Layer) -> nn.Module:
+def dorac_peft(layer: Layer, dropout_on: str = "adapter") -> nn.Module:
     """Stock PEFT's layer with ``dorac.peft.enable`` on it, and the magnitude in full precision."""
     import dorac.peft
 
     adapted = peft_linear(layer, use_dora=True)
-    dorac.peft.enable(adapted)
+    dorac.peft.enable(adapted, dropout_on=dropout_on)
     adapted.lora_magnitude_vector["default"].weight = nn.Parameter(layer.magnitude)
     return adapted
 
@@ -227,4 +252,10 @@ VARIANTS = {
     "dorac-every-eager": Variant(dorac_every, None),
     "dorac-once-eager": Variant(DoracOnce, None),
     "dorac-peft-eager": Variant(dorac_peft, None),
+}
+# With dropout on the low-rank branch alone; without dropout they are the same as the others.
+VARIANTS |= {
+    f"dorac-{name}-low-rank-{mode}": Variant(functools.partial(build, dropout_on="low_rank"), compile_args)
+    for mode, compile_args in (("compiled", _WHOLE), ("eager", None))
+    for name, build in (("every", dorac_every), ("peft", dorac_peft))
 }

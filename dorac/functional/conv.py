@@ -165,6 +165,7 @@ def _dora_conv(
     weight_norm: Tensor | None,
     norm_grad: bool,
     dropout_p: float,
+    dropout_on: str,
     budget: int,
 ) -> Tensor:
     checks.check_conv(dimensions, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, groups)
@@ -174,6 +175,7 @@ def _dora_conv(
     checks.check_extent(x, weight, border, dilation, padding_mode)
     scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
+    checks.check_dropout_on(dropout_on)
     budget = checks.check_budget(budget)
     checks.check_norm_grad(norm_grad, weight_norm)
 
@@ -202,11 +204,12 @@ def _dora_conv(
         return conv(input, filters, bias, stride, padding, dilation, groups)
 
     # Not for the compiler: torch 2.11's convolution takes no bias whose tangent is an expanded zero.
-    holds_bias = not (dropout_p or torch.compiler.is_compiling()) and takes_bias(x, bias)
-    base = filtered(x_adapter, weight, groups, finite_part(bias) if holds_bias else None)
+    delta = dropout_p and dropout_on == "adapter"
+    holds_bias = not (delta or torch.compiler.is_compiling()) and takes_bias(x, bias)
+    base = filtered(x_adapter if delta else x, weight, groups, finite_part(bias) if holds_bias else None)
     h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
     lora = conv(h, lora_B, groups=groups)
-    if dropout_p:
+    if delta:
         y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
     else:
         s = s.to(accumulate_dtype(base, lora, g))
@@ -231,12 +234,13 @@ def dora_conv1d(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
     dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """:func:`dora_conv2d` in one dimension: x ``[N, in, L]`` or ``[in, L]``, weight ``[out, in/G, k]``."""
     adapter = (lora_A, lora_B, magnitude, bias, scaling)
     geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(1, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, budget)
+    return _dora_conv(1, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)
 
 
 def dora_conv2d(
@@ -256,6 +260,7 @@ def dora_conv2d(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
     dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """A convolution with DoRA: ``y = g * (conv(x, W) + s * conv_1x1(conv(x, lora_A), lora_B)) + b``.
@@ -277,7 +282,7 @@ def dora_conv2d(
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``; ``padding`` also "same" or "valid",
             ``padding_mode`` "zeros", "reflect", "replicate" or "circular".
         weight_norm: n, ``[out]``, if it is known.
-        norm_grad, dropout_p, budget: as in :func:`dora_linear`; x' is ``dropout(x)`` before any padding.
+        norm_grad, dropout_p, dropout_on, budget: as in :func:`dora_linear`; x' is ``dropout(x)`` before any padding.
 
     Returns:
         ``[N, out, H', W']`` (``[out, H', W']``) in the dtype and the memory format of ``conv(x, W)``. Gradients flow to
@@ -286,11 +291,11 @@ def dora_conv2d(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; channels or a rank that ``groups`` does not
             divide; a kernel larger than the padded x; padding "same" with a stride; an unknown padding mode; a scaling
-            that is not finite; a dropout outside [0, 1).
+            that is not finite; a dropout outside [0, 1), another ``dropout_on``.
     """
     adapter = (lora_A, lora_B, magnitude, bias, scaling)
     geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(2, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, budget)
+    return _dora_conv(2, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)
 
 
 def dora_conv3d(
@@ -310,9 +315,10 @@ def dora_conv3d(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
     dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """:func:`dora_conv2d` in three dimensions: x ``[N, in, D, H, W]``, weight ``[out, in/G, kD, kH, kW]``."""
     adapter = (lora_A, lora_B, magnitude, bias, scaling)
     geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(3, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, budget)
+    return _dora_conv(3, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)

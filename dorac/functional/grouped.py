@@ -24,6 +24,7 @@ def dora_linear_grouped(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
     dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """:func:`dora_linear` with one of E layers per row: rows ``offsets[e - 1] : offsets[e]`` of x go through expert e.
@@ -36,7 +37,7 @@ def dora_linear_grouped(
         weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied).
         lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
         offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last is S.
-        scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, budget, dtypes: as in :func:`dora_linear`.
+        scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
 
     Returns:
         ``[S, out]``. Gradients as in :func:`dora_linear`; those of an expert without rows are zero.
@@ -53,6 +54,7 @@ def dora_linear_grouped(
     checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
     scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
+    checks.check_dropout_on(dropout_on)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
@@ -69,7 +71,7 @@ def dora_linear_grouped(
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x
     lora = product(product(x_adapter.to(lora_A.dtype), lora_A), lora_B)
     base = product(x, weight)
-    if not dropout_p:
+    if not dropout_p or dropout_on == "low_rank":
         return compose_aten(base, lora, g, s, row_bias, False)
     base = base if row_bias is None else base + row_bias
     return base + compose_aten(product(x_adapter, weight), lora, g, s, None, True)

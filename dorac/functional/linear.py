@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks, ops
-from dorac.functional.norm import magnitude_scale, norm_factored, scaling_number, scaling_tensor
+from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager
-from dorac.ops.linear import experts_aten
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -61,6 +60,8 @@ def dora_linear(
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
     dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
+    save_output: bool = False,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """A linear layer with DoRA: ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b``, ``g = m / ||W + s BA||_row``.
@@ -78,10 +79,16 @@ def dora_linear(
         weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
         norm_grad: whether gradient flows through the norm too, see :func:`norm_factored`; not with ``weight_norm``,
             which carries its own or none.
-        dropout_p: probability with which elements of x are zeroed on the adapter's side, as PEFT does: the frozen layer
-            sees x, the change that DoRA makes to it sees ``x' = dropout(x)``, so that
-            ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``. Always applied when positive; a module
-            passes 0 in eval mode.
+        dropout_p: probability with which elements of x are zeroed on the adapter's side, ``x' = dropout(x)``. Always
+            applied when positive; a module passes 0 in eval mode.
+        dropout_on: what sees x'. "adapter", as in PEFT: the whole change that DoRA makes to the frozen layer,
+            ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``, which takes a second product with W in
+            forward and in backward. "low_rank": the low-rank branch alone,
+            ``y = g * (x W^T + s x' lora_A^T lora_B^T) + b``, at the price of LoRA with dropout.
+        save_output: saves y for backward, not ``x W^T + s x lora_A^T lora_B^T``, where the layer has no bias and runs
+            in eager on a GPU with kernels: no memory where whatever consumes y saves it, too (an activation, a
+            product). Consumers that write to y in place are seen as long as autograd sees them; a kernel that writes
+            to it behind autograd's back (Liger's rotary embedding) makes the magnitude's gradient wrong.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:
@@ -96,31 +103,31 @@ def dora_linear(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
-            outside [0, 1), ``norm_grad`` together with ``weight_norm``.
+            outside [0, 1), another ``dropout_on``, ``norm_grad`` together with ``weight_norm``.
     """
-    if not torch.compiler.is_compiling() and norm_grad is False and _is_zero(dropout_p) and budget == DEFAULT_BUDGET:
+    if not torch.compiler.is_compiling() and norm_grad is False and budget == DEFAULT_BUDGET:
         number = checks.check_scaling(scaling)
+        if not _is_zero(dropout_p):
+            dropout_p = checks.check_dropout(dropout_p)
+        checks.check_dropout_on(dropout_on)
         if not isinstance(number, Tensor):
-            y = eager.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, float(number))
+            tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
+            y = eager.dora_linear(*tensors, float(number), dropout_p, dropout_on, bool(save_output))
             if y is not None:
                 return y
     checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
+    checks.check_dropout_on(dropout_on)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
+    tensors = x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias
     if not dropout_p:
-        tensors = x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias
         return ops.linear.dora_linear(*tensors, scaling_number(scaling))
-    x_adapter = F.dropout(x, dropout_p)
-    if weight.ndim == 3:
-        return experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, x_adapter)
-    lora = F.linear(F.linear(x_adapter.to(lora_A.dtype), lora_A), lora_B)
-    g = magnitude_scale(magnitude, weight_norm)
-    return F.linear(x, weight, bias) + compose(F.linear(x_adapter, weight), lora, g, s, delta=True)
+    return ops.linear.dora_linear(*tensors, scaling_number(scaling), F.dropout(x, dropout_p), dropout_on == "low_rank")
 
 
 def _is_zero(number: object) -> bool:

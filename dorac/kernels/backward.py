@@ -174,11 +174,12 @@ def lora_b_backward_kernel(
     EVEN: tl.constexpr,  # no tile of activations reaches over an edge
     EVEN_R: tl.constexpr,  # nor one of h that is within its rows
     OF_Y: tl.constexpr,
+    DELTA: tl.constexpr,
     FINISH: tl.constexpr,  # one strip: write the gradients themselves
     SCALE_B: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """d_inner, and d_magnitude ``[O]`` and d_lora_B ``[O, R]`` or without FINISH their strips.
+    """d_inner, with DELTA d_base, and d_magnitude ``[O]`` and d_lora_B ``[O, R]`` or without FINISH their strips.
 
     lora_B's gradient is ``diag(g) dy^T h``: dy goes to the tensor cores as it is in shared memory, and g waits for the
     end. They may still read a tile when the next iteration begins, for which Triton gives what a product alone reads
@@ -190,6 +191,7 @@ def lora_b_backward_kernel(
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
     g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, True)
+    base_O = g_O - 1 if DELTA else g_O
     acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     acc0_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     if CHUNKS >= 2:
@@ -217,7 +219,7 @@ def lora_b_backward_kernel(
         kept_TO = load_tile(kept_ptr, start, start_o, T, O, stride_it, stride_io, BLOCK_T, BLOCK_O, EVEN, False)
         dy_TO = dy_TO.to(tl.float32)
         acc_TO += dy_TO * kept_TO.to(tl.float32)
-        store_tile(d_inner_ptr, g_O[None, :] * dy_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+        store_tile(d_inner_ptr, base_O[None, :] * dy_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
     d_m_O = tl.sum(acc_TO, axis=0)
     if FINISH:
         if OF_Y:
@@ -398,6 +400,7 @@ def lora_b_backward_launches(
     config: LoraBConfig,
     *,
     scale_b: bool,
+    delta: bool = False,
     in_features: int | None = None,
 ) -> tuple[int, Launch, Launch | None]:
     """How many strips there are, the launch, and where there are several the one that sums them.
@@ -422,6 +425,7 @@ def lora_b_backward_launches(
         EVEN=not (tokens % config.block_t or out_features % config.block_o),
         EVEN_R=rank == config.block_r * config.chunks,
         OF_Y=of_y,
+        DELTA=delta,
         FINISH=strips == 1,
         SCALE_B=scale_b,
         STAGES=config.stages,
@@ -492,6 +496,7 @@ def lora_b_backward(
     scaling: Tensor | float,
     *,
     h_is_scaled: bool,
+    delta: bool = False,
     of_y: tuple[Tensor, Tensor, Tensor] | None = None,
     config: LoraBConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -499,6 +504,7 @@ def lora_b_backward(
 
     Args:
         dy, inner: ``[T, O]``, any strides. h: ``[T, R]``, or ``s * h`` with ``h_is_scaled``, of the same half dtype.
+        delta: return ``d_base = (g - 1) * dy`` in place of d_inner.
         of_y: x ``[T, I]``, weight and lora_B where ``inner`` is not that but ``y = g * inner``, h not scaled: then
             ``d_magnitude = colsum(dy * y) / m``, and for rows of a g below 2^-6 inner is computed again.
 
@@ -521,6 +527,7 @@ def lora_b_backward(
         tuple(t.stride() for t in matrices),
         config or lora_b_config(tokens, out_features, rank),
         scale_b=not h_is_scaled,
+        delta=delta,
         in_features=None if of_y is None else of_y[0].shape[1],
     )
     if add is None:

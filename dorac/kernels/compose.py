@@ -187,6 +187,7 @@ def compose(
     *,
     delta: bool = False,
     want_inner: bool = False,
+    over_base: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``inner = base + s * lora`` and ``y = g * inner + b`` (or its delta form), both in the dtype of ``base``.
@@ -197,11 +198,14 @@ def compose(
         lora_B: ``[O, R]``, the dtype of ``h``.
         magnitude: ``[O]``; g itself where ``weight_norm`` is None.
         scaling: a number, or one element on the device.
+        over_base: write inner where ``base`` is, which has to be contiguous.
         config: how to launch; None chooses it.
     """
     tokens, out_features = base.shape
     y = torch.empty_like(base, memory_format=torch.contiguous_format)
-    inner = torch.empty_like(base, memory_format=torch.contiguous_format) if want_inner else None
+    inner = None
+    if want_inner:
+        inner = base if over_base else torch.empty_like(base, memory_format=torch.contiguous_format)
     if not base.numel():
         return y, inner
     rank = None if lora_B is None else lora_B.shape[1]
@@ -211,7 +215,7 @@ def compose(
             if rank is None
             else tile_config(tokens, out_features, rank, lora.dtype, base.dtype)
         )
-    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, None if delta else bias)
+    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
     matrices = [base, lora, lora_B, y, inner]
     # Torch cannot trace the making of descriptors, which traced code would use from 33 to 64 tokens alone.
     descriptors = config.descriptors and not traced(base) and _describable(*matrices)

@@ -124,6 +124,7 @@ class _DoraConvNd(DoraLayer):
             groups=base.groups,
             padding_mode=base.padding_mode,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_on=self.dropout_on,
         )
 
     def extra_repr(self) -> str:
@@ -151,7 +152,7 @@ class DoraConv2d(_DoraConvNd):
     layer does not have. So does one for a layer with a dilation or a padding mode, which PEFT's lora_A ignores.
 
     Args:
-        base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see
+        base_layer, r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype: see
             :class:`dorac.nn.DoraLayer`; ``r`` must be divisible by the groups.
         grouped_lora_A: apply lora_A with groups too, ``[r, in/groups, kH, kW]``: fewer parameters, and the layer can be
             merged. PEFT has no such layout, and cannot merge a grouped convolution.

@@ -47,8 +47,8 @@ class DoraEmbedding(DoraLayer):
 
     Args:
         base_layer, r, lora_alpha, use_rslora, adapter_dtype, norm_grad: see :class:`dorac.nn.DoraLayer`.
-        lora_dropout: kept for the adapter's config, without effect: an index cannot be dropped, and PEFT does not
-            drop it either.
+        lora_dropout, dropout_on: kept, the first for the adapter's config, without effect: an index cannot be dropped,
+            and PEFT does not drop it either.
         init_lora_weights: True or "gaussian": lora_embedding_A zero, lora_embedding_B standard normal, as PEFT; False:
             both standard normal.
 

@@ -58,8 +58,8 @@ class DoraExperts(DoraLayer):
     adapter's keys ``P.lora_A``, ``P.lora_B``, ``P.lora_magnitude_vector`` are dorac's own.
 
     Args:
-        base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
-            :class:`dorac.nn.DoraLayer`. Dropout is drawn for each projection and each pair of token and expert.
+        base_layer, r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad:
+            see :class:`dorac.nn.DoraLayer`. Dropout is drawn for each projection and each pair of token and expert.
 
     Raises:
         TypeError, ValueError: see :class:`dorac.nn.DoraLayer`.
@@ -180,6 +180,7 @@ class DoraExperts(DoraLayer):
             weight_norm=None if norms is None else self.parted_norms(norms)[self.projections.index(projection)],
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_on=self.dropout_on,
             **offsets,
         )
 

@@ -64,8 +64,9 @@ class DoraLayer(nn.Module):
         base_layer: the layer to adapt; kept, not copied.
         r: rank, at least 1.
         lora_alpha: the scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
-        lora_dropout: probability in [0, 1); in training mode the frozen layer sees x and the adapter ``dropout(x)``, as
-            in PEFT.
+        lora_dropout: probability in [0, 1) with which elements of x are zeroed in training mode, for the adapter alone.
+        dropout_on: what that is, "adapter" as in PEFT or "low_rank" at LoRA's price: see
+            :func:`dorac.functional.dora_linear`. PEFT's config has no word for it: no adapter file says it.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init_lora_weights: True: as PEFT; "gaussian": the factor that is not zero is normal; False: neither factor is
             zero, so that the adapter does something from the start.
@@ -77,7 +78,7 @@ class DoraLayer(nn.Module):
     Raises:
         TypeError: a layer that cannot be wrapped, with the reason; an adapter dtype that is not float16, bfloat16,
             float32 or float64; a ``norm_grad`` that is not a bool.
-        ValueError: a rank below 1, a scaling that is not finite, a dropout outside [0, 1).
+        ValueError: a rank below 1, a scaling that is not finite, a dropout outside [0, 1), another ``dropout_on``.
 
     Source: arXiv 2402.09353, section 4.1; the norm is a constant in backprop (section 4.3).
     """
@@ -116,6 +117,7 @@ class DoraLayer(nn.Module):
         lora_alpha: float = 8,
         *,
         lora_dropout: float = 0.0,
+        dropout_on: str = "adapter",
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
@@ -128,6 +130,7 @@ class DoraLayer(nn.Module):
         r, lora_alpha, lora_dropout = check_hyperparameters(
             r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype
         )
+        checks.check_dropout_on(dropout_on)
         checks.check_norm_grad(norm_grad)
         if reason := self.unfit_rank(base_layer, r):
             raise ValueError(reason)
@@ -140,6 +143,7 @@ class DoraLayer(nn.Module):
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
         self.lora_dropout = float(lora_dropout)
+        self.dropout_on = dropout_on
         self.init_lora_weights = init_lora_weights
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
@@ -442,7 +446,10 @@ class DoraLayer(nn.Module):
         self.follow_parameters()
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+        dropout = f"lora_dropout={self.lora_dropout:g}"
+        if self.dropout_on != "adapter":
+            dropout += f", dropout_on={self.dropout_on}"
+        return f"r={self.r}, scaling={self.scaling:g}, {dropout}, merged={self.merged}"
 
 
 def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:

@@ -25,7 +25,8 @@ class DoraLinear(DoraLayer):
     PEFT's. They do not tell whether the adapter is merged: save the state of an unmerged layer, or unload it.
 
     Args:
-        base_layer, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, norm_grad: see :class:`dorac.nn.DoraLayer`.
+        base_layer, r, lora_alpha, lora_dropout, dropout_on, use_rslora, adapter_dtype, norm_grad: see
+            :class:`dorac.nn.DoraLayer`.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero, as PEFT; "gaussian": lora_A normal with deviation
             1/r, lora_B zero; False: both Kaiming-uniform, so that the adapter does something from the start.
         fan_in_fan_out: whether the base weight is stored ``[in, out]``; None reads it off the layer.
@@ -41,6 +42,8 @@ class DoraLinear(DoraLayer):
         "lora_B": "lora_B.weight",
         "lora_magnitude_vector": "lora_magnitude_vector",
     }
+
+    save_output = False  # see dorac.save_outputs
 
     def __init__(
         self,
@@ -108,6 +111,8 @@ class DoraLinear(DoraLayer):
             weight_norm=self._known_norm() if self.caches_norm else None,
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_on=self.dropout_on,
+            save_output=self.save_output,
         )
 
     def extra_repr(self) -> str:

@@ -70,7 +70,8 @@ def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, holds_bias,
     """The result in the accumulate dtype, before its one rounding."""
     g_O = g_O.to(acc)
     if delta:
-        return (g_O - 1) * base_TO.to(acc) + (g_O * scaling.to(acc)) * lora_TO.to(acc)
+        change_TO = (g_O - 1) * base_TO.to(acc) + (g_O * scaling.to(acc)) * lora_TO.to(acc)
+        return change_TO if bias_O is None else change_TO + bias_O.to(acc)
     y_TO = g_O * inner_TO
     if lora_TO.dtype.itemsize > base_TO.dtype.itemsize:
         # Under wider adapters (bfloat16 under float32, PEFT's default) the bits of stock PEFT, which adds up in this

@@ -6,12 +6,16 @@ the form "fused" of ``ops/linear.py``, which has the formulas; anything else is 
 
 - What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the launches.
   A plan holds no tensors.
-- ``x W^T`` is where y is written, too. For backward y itself is kept where there is no bias, which costs nothing where
-  the layer's consumer keeps it: ``d_m = colsum(dy * y) / m``; the kernel sees to rows whose m is too small for that.
-  With a bias, which might cancel, ``inner = x W^T + s h lora_B^T`` is kept.
-- Autograd refuses a tensor that was kept and then written to in place, as ``relu(y, inplace=True)`` does, which is fine
-  after a linear layer. So y is kept through an alias with a version of its own, and a probe without memory tells
-  whether y's has changed; inner is then computed again.
+- ``x W^T`` turns into ``inner = x W^T + s h lora_B^T`` where it lies, which is kept for backward.
+- With ``save_output`` and no bias, which might cancel, y is kept in its place, at no cost where the layer's consumer
+  keeps it: ``d_m = colsum(dy * y) / m``; the kernel sees to rows whose m is too small for that. Autograd refuses a
+  tensor that was kept and then written to in place, as ``relu(y, inplace=True)`` does, which is fine after a linear
+  layer. So y is kept through an alias with a version of its own, and a probe without memory tells whether y's has
+  changed; inner is then computed again. What a kernel writes behind autograd's back nothing tells: the caller has to.
+- With dropout, x' is made here and kept, as LoRA keeps it, in place of x. In PEFT's meaning ``x' W^T`` turns into inner
+  where it lies, and ``x W^T`` is accumulated onto the change in y. Where the low-rank branch alone sees x', y is kept
+  only if it is wider than x, which then has to be kept, too; else inner is, as an output, because a second derivative
+  finds no x to compute it of.
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -38,10 +42,13 @@ class Plan:
 
     dtype: torch.dtype  # of the products
     casts_factors: bool
+    dropout_on: str | None  # None without dropout
+    keeps_y: bool  # for backward, in place of inner
     autocast: str | None  # the device type for which it is on
     norm: tuple | None  # what splits the factors, column splits, launch, finish; None where the norm is given
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
-    backward: Callable  # of the strides of dy, and of weight and lora_B where y was kept: strips, launch, sums
+    backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
+    scale_b: Callable | None  # (g lora_B)^T of its arguments as compose's; for PEFT's meaning of dropout
 
 
 def dora_linear(
@@ -53,6 +60,9 @@ def dora_linear(
     bias: Tensor | None,
     weight_norm: Tensor | None,
     scaling: float,
+    dropout_p: float = 0.0,
+    dropout_on: str = "adapter",
+    save_output: bool = False,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s."""
     if not front.unobserved():
@@ -67,7 +77,8 @@ def dora_linear(
             or (bias is not None and bias.requires_grad)
             or (weight_norm is not None and weight_norm.requires_grad)
         )
-        key = training, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
+        dropped = dropout_on if dropout_p else None
+        key = training, dropped, save_output, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         plan = _plans.get(key, False)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides or of symbolic sizes
         return None
@@ -75,7 +86,8 @@ def dora_linear(
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         if len(_plans) >= _PLANS:
             _plans.clear()
-        plan = _plans[key] = make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, training=training)
+        tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
+        plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
     if plan is None:
         return None
     bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
@@ -85,14 +97,18 @@ def dora_linear(
         bits |= weight_norm.data_ptr()
     if bits & 15:  # plans are for tensors aligned to 16 bytes
         return None
+    if training:
+        usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad and not weight.requires_grad
+        if not usual or (weight_norm is not None and weight_norm.requires_grad):
+            return None
+    x_adapter = F.dropout(x, dropout_p) if dropped else None  # autograd's, and of x as PEFT drops it
     if x.dtype is not plan.dtype:
-        x = x.to(plan.dtype)
+        x, x_adapter = x.to(plan.dtype), x_adapter if x_adapter is None else x_adapter.to(plan.dtype)
+    tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
-        return _without_autocast(plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
-    usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad and not weight.requires_grad
-    if not usual or (weight_norm is not None and weight_norm.requires_grad):
-        return None
-    return _Linear.apply(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan)
+        return _without_autocast(plan, *tensors, scaling, False)[0]
+    y = _Linear.apply(*tensors, scaling, plan)
+    return y[0] if dropped == "low_rank" else y
 
 
 def forget_plans() -> None:
@@ -123,7 +139,9 @@ def _bound(launch):
     return None if launch is None else Bound(launch)
 
 
-def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, training: bool) -> Plan | None:
+def make_plan(
+    x, weight, lora_A, lora_B, magnitude, bias, weight_norm, training: bool, dropout_on: str | None, save_output: bool
+) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if weight.ndim != 2 or not x.numel() or not weight.numel():
@@ -147,8 +165,11 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
-    flags = {"has_norm": True, "has_bias": bias is not None, "delta": False, "split": False}
-    flags |= {"want_inner": training and bias is not None}
+    delta = dropout_on == "adapter"
+    keeps_y = training and save_output and bias is None
+    keeps_y = keeps_y and (dropout_on is None or (not delta and out_features > in_features))
+    flags = {"has_norm": True, "has_bias": bias is not None, "delta": delta, "split": False}
+    flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
     norm = None
     if weight_norm is None:
@@ -160,25 +181,35 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, *, traini
         norm = split, splits, *map(_bound, launches)
 
     @functools.lru_cache(maxsize=16)
-    def backward_launches(dy: tuple[int, int], others: tuple[tuple[int, int], ...]) -> tuple:
+    def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...]) -> tuple:
         strips, *launches = backward.lora_b_backward_launches(
             tokens,
             out_features,
             rank,
-            (dy, activation, h, *(((in_features, 1), *others) if others else ())),
+            (strides, activation, h, *(((in_features, 1), *of_y) if of_y else ())),
             configs.lora_b_config(tokens, out_features, rank),
             scale_b=True,
-            in_features=in_features if others else None,
+            delta=delta,
+            in_features=in_features if of_y else None,
         )
         return strips, *map(_bound, launches)
+
+    scale_b = None
+    if delta and training:
+        strides, config_b = (b[::-1], None, None), configs.pointwise_config(rank)
+        flags_b = {"has_norm": True, "has_bias": False, "delta": False, "split": False, "want_inner": False}
+        scale_b = _bound(compose_launch(rank, out_features, strides, None, config_b, **flags_b, descriptors=False))
 
     return Plan(
         dtype=dtype,
         casts_factors=casts_factors,
+        dropout_on=dropout_on,
+        keeps_y=keeps_y,
         autocast=None if autocast is None else x.device.type,
         norm=norm,
         compose=composer(config, launch) if config.descriptors else _bound(launch(descriptors=False)),
         backward=backward_launches,
+        scale_b=scale_b,
     )
 
 
@@ -193,8 +224,8 @@ def _without_autocast(plan, *arguments):
         torch.set_autocast_enabled(plan.autocast, True)
 
 
-def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, training):
-    """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training with a bias alone."""
+def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
+    """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training alone, unless y is kept."""
     if norm is None:
         split, splits, launch, finish = plan.norm
         factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
@@ -205,10 +236,13 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, scaling, tr
             finish(parts, norm)
     if plan.casts_factors:
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
-    h, base = F.linear(x, lora_A), F.linear(x, weight)
-    inner = base if training and bias is not None else None
+    delta = plan.dropout_on == "adapter"
+    h, base = F.linear(x if x_adapter is None else x_adapter, lora_A), F.linear(x_adapter if delta else x, weight)
+    inner = base if training and not plan.keeps_y else None
     y = base if inner is None else torch.empty_like(base)
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
+    if delta:
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return y, lora_A, lora_B, norm, h, inner
 
 
@@ -218,49 +252,55 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """Returns y, and with dropout on the low-rank branch inner, of which a second derivative may know no other way."""
+
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan):
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, plan):
         y, a, b, norm, h, inner = _without_autocast(
-            plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, scaling, True
+            plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, True
         )
         if not plan.casts_factors:
             a = b = None
-        ctx.of_y = inner is None
-        if ctx.of_y:
-            inner = y.data
+        kept, ctx.shape = inner, x.shape
+        if plan.keeps_y:
+            kept = y.data
             probe = y.detach()
             probe.data = _nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
+        elif x_adapter is not None:
+            x = None
         ctx.trained = trained = lora_A, lora_B, magnitude
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.versions = [t._version for t in trained]
             trained = ()
         else:
             ctx.trained = None
-        ctx.save_for_backward(x, weight, a, b, norm, h, inner, *trained)
+        ctx.save_for_backward(x, weight, a, b, norm, h, kept, x_adapter, *trained)
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.plan = scaling, plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return (y, inner) if plan.dropout_on == "low_rank" else y
 
     @staticmethod
-    def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 9
-        if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
-            return _seen_gradients(ctx, dy)
+    def backward(ctx, dy, d_inner=None):
+        if dy is None and d_inner is None:
+            return (None,) * 10
+        if torch.is_grad_enabled() or d_inner is not None or type(dy) is not Tensor or not front.unobserved():
+            return _seen_gradients(ctx, dy, d_inner)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return _Linear.backward(ctx, dy)
-        x, weight, a, b, norm, h, kept, *trained = ctx.saved_tensors
+        x, weight, a, b, norm, h, kept, x_adapter, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or _unchanged(ctx)
-        plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.of_y
-        needs_x, _, _, _, _, needs_bias, _, _, _ = ctx.needs_input_grad
+        plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.plan.keeps_y
+        delta = plan.dropout_on == "adapter"
+        needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
-        rows = x
+        rows, seen = x, x if x_adapter is None else x_adapter
         if dy.dim() != 2:
-            dy, h, rows = dy.reshape(-1, dy.shape[-1]), h.view(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
+            dy, h, seen = dy.reshape(-1, dy.shape[-1]), h.view(-1, h.shape[-1]), seen.reshape(-1, seen.shape[-1])
+            rows = None if x is None else x.reshape(-1, x.shape[-1])
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
         if of_y and (ctx.probe._version != ctx.version or _share_memory(dy, kept)):  # y is not y any more
@@ -269,21 +309,35 @@ class _Linear(torch.autograd.Function):
             rows = rows.clone(memory_format=torch.contiguous_format)
         # A hook on saved tensors may give back other strides.
         strips, launch, add = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
-        d_inner = dy.new_empty(dy.shape)
+        d_base = dy.new_empty(dy.shape)  # g * dy, of a change (g - 1) * dy
         d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
         others = (rows, weight, b) if of_y else (None, None, None)
         if add is None:
-            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_inner, d_m, d_b)
+            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
         else:
             parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
             parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
-            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_inner, parts_m, parts_b)
+            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
             add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
-        d_h = torch.addmm(d_inner.new_empty(()), d_inner, b, beta=0, alpha=scaling)
-        d_a = _wide_mm(d_h.t(), rows, lora_A.dtype)
-        dx = torch.mm(d_h, a).addmm_(d_inner, weight).view(x.shape) if needs_x else None
+        if delta:
+            g_b = b.new_empty(b.shape[1], b.shape[0])
+            plan.scale_b(b.t(), None, None, magnitude, norm, None, None, g_b, None)
+            d_h = torch.addmm(d_base.new_empty(()), dy, g_b.t(), beta=0, alpha=scaling)
+        else:
+            d_h = torch.addmm(d_base.new_empty(()), d_base, b, beta=0, alpha=scaling)
+        d_a = _wide_mm(d_h.t(), seen, lora_A.dtype)
+        dx = dx_adapter = None
+        if needs_x if x_adapter is None else needs_x_adapter:
+            dx_adapter = torch.mm(d_h, a)
+            if plan.dropout_on != "low_rank":
+                dx_adapter.addmm_(d_base, weight)
+            dx_adapter = dx_adapter.view(ctx.shape)
+        if x_adapter is None:
+            dx, dx_adapter = dx_adapter, None
+        elif needs_x:
+            dx = torch.mm(dy if delta else d_base, weight).view(ctx.shape)
         d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
-        return dx, None, d_a, d_b, d_m, d_bias, None, None, None
+        return dx, None, d_a, d_b, d_m, d_bias, None, dx_adapter, None, None
 
 
 def _unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,30 +362,39 @@ def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else torch.mm(left, right).to(dtype)
 
 
-def _seen_gradients(ctx, dy):
+def _seen_gradients(ctx, dy, d_inner_again):
     """The gradients where they are differentiated again, or a mode looks on: h and inner are computed again, in aten.
 
-    Then every tensor is connected to what it was computed of.
+    Then every tensor is connected to what it was computed of; inner as an output of the layer's if there is no x.
     """
-    if front.autocast_dtype(dy) is not None:
-        with front.autocast_off(dy):
-            return _seen_gradients(ctx, dy)
-    x, weight, _, _, norm, _, _, *trained = ctx.saved_tensors
+    given = d_inner_again if dy is None else dy
+    if front.autocast_dtype(given) is not None:
+        with front.autocast_off(given):
+            return _seen_gradients(ctx, dy, d_inner_again)
+    x, weight, _, _, norm, _, inner, x_adapter, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or _unchanged(ctx)
-    dtype, acc = ctx.plan.dtype, torch.float32
-    rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(dtype), lora_B.to(dtype)
-    scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
-    h = rows @ a.t()
-    inner = ((rows @ weight.t()).to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
-    needs_x, _, _, _, _, needs_bias, _, _, _ = ctx.needs_input_grad
-    dx, _, d_a, d_b, d_m, d_bias = linear.gradients(
-        (rows, weight, a, b, magnitude, norm, scaling, h, inner),
-        (needs_x, False, True, True, True, needs_bias),
+    dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
+    x, x_adapter = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_adapter))
+    seen = x if x_adapter is None else x_adapter
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    scaling = torch.full((), ctx.scaling, dtype=acc, device=seen.device)
+    h = seen @ a.t()
+    if delta or x is not None:
+        base = (seen if delta else x) @ weight.t()
+        inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
+    d_inner_again = None if d_inner_again is None else d_inner_again.reshape(-1, weight.shape[0])
+    needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
+    dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
+        (x, weight, a, b, magnitude, norm, scaling, h, inner.view(-1, weight.shape[0]), x_adapter),
+        (needs_x, False, True, True, True, needs_bias, needs_x_adapter),
         (dtype, dtype, ctx.bias_dtype),
-        (dy.reshape(inner.shape), None, None),
+        (None if dy is None else dy.reshape(-1, weight.shape[0]), d_inner_again, None),
         number=ctx.scaling,
         path="fused",
         eager=True,
+        dropped=x_adapter is not None,
+        delta=delta,
     )
-    dx = None if dx is None else dx.view(x.shape)
-    return dx, None, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, d_bias, None, None, None
+    dx, dx_adapter = (None if t is None else t.view(ctx.shape) for t in (dx, dx_adapter))
+    d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
+    return dx, None, d_a, d_b, d_m, d_bias, None, dx_adapter, None, None

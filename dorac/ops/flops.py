@@ -42,6 +42,10 @@ def _low_rank_linear(x, weight, h, lora_B, **_):
     return _product(x, (x[1], weight[0])) + _product(h, (h[1], lora_B[0]))
 
 
+def _delta_linear(x, x_adapter, weight, h, lora_B, *_, **__):
+    return 2 * _product(x, (x[1], weight[0])) + _product(h, (h[1], lora_B[0]))
+
+
 def _up_compose(base, h, lora_B, *_, **__):
     return _product(h, (h[1], lora_B[0]))
 
@@ -66,6 +70,7 @@ FORMULAS = {
     "row_norm": _row_norm,
     "row_norm_backward": _row_norm_backward,
     "low_rank_linear": _low_rank_linear,
+    "delta_linear": _delta_linear,
     "up_compose": _up_compose,
     "up_compose_forward": _up_compose,
     "lora_b_backward": _lora_b_backward,

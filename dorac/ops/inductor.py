@@ -36,9 +36,11 @@ def _register(lowering) -> None:
         constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
         lowering.add_layout_constraint(op, constraint)
         lowering.register_lowering(op, type_promotion_kind=None)(_launches(lowering, op, function))
-    lowering.register_lowering(torch.ops.dorac.low_rank_linear.default, type_promotion_kind=None)(
-        _low_rank_linear(lowering)
-    )
+    for op, lower in (
+        (torch.ops.dorac.low_rank_linear, _low_rank_linear),
+        (torch.ops.dorac.delta_linear, _delta_linear),
+    ):
+        lowering.register_lowering(op.default, type_promotion_kind=None)(lower(lowering, op.default))
 
 
 def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
@@ -70,13 +72,13 @@ def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callab
     return lower
 
 
-def _low_rank_linear(lowering) -> Callable:
+def _low_rank_linear(lowering, op: torch._ops.OpOverload) -> Callable:
     """``h lora_B^T``, and ``x W^T`` added to it in place: the products of the op, and no pass between them.
 
     The compiler's own ``addmm`` writes to a buffer of its own, into which cuBLAS first copies what is added.
     """
     aten = torch.ops.aten
-    call_op = lowering.fallback_handler(torch.ops.dorac.low_rank_linear.default, add_to_fallback_set=False)
+    call_op = lowering.fallback_handler(op, add_to_fallback_set=False)
 
     def lower(x, weight, h, lora_B):
         from torch._inductor.virtualized import V
@@ -88,6 +90,27 @@ def _low_rank_linear(lowering) -> Callable:
         inner.realize()
         _add_product()(inner, x, transpose(weight, [1, 0]))
         return inner
+
+    return lower
+
+
+def _delta_linear(lowering, op: torch._ops.OpOverload) -> Callable:
+    """``x_adapter W^T``, the kernel that makes the change to the layer of it, and ``x W^T`` added to that in place."""
+    aten = torch.ops.aten
+    call_op = lowering.fallback_handler(op, add_to_fallback_set=False)
+
+    def lower(x, x_adapter, weight, *others):
+        from torch._inductor.virtualized import V
+
+        if V.graph.cpp_wrapper:
+            return call_op(x, x_adapter, weight, *others)
+        mm, transpose = lowering.lowerings[aten.mm.default], lowering.lowerings[aten.permute.default]
+        columns = transpose(weight, [1, 0])
+        compose = lowering.lowerings[torch.ops.dorac.up_compose_forward.default]
+        y, inner = compose(mm(x_adapter, columns), *others, True)
+        y.realize()
+        _add_product()(y, x, columns)
+        return y, inner
 
     return lower
 

@@ -119,6 +119,7 @@ class Linear(_Layer, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
     MAGNITUDE = dora.DoraLinearLayer
+    save_output = False  # see dorac.save_outputs
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter = lone_adapter(self, args, kwargs)
@@ -140,6 +141,8 @@ class Linear(_Layer, layer.Linear):
             scaling=scaling,
             weight_norm=norm,
             dropout_p=p,
+            dropout_on=self.lora_variant[adapter].dropout_on,
+            save_output=self.save_output,
             budget=module.norm_budget,
         )
 
@@ -223,6 +226,7 @@ class _ConvNd(_Layer):
             padding_mode=base.padding_mode,
             weight_norm=norm,
             dropout_p=p,
+            dropout_on=self.lora_variant[adapter].dropout_on,
         )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
 from dorac.peft.state import state
-from dorac.peft.switch import switch
+from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
 from dorac.peft.variants import OnDorac, factors
 from dorac.peft.weighted import add_weighted_adapter
@@ -33,7 +33,9 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
             target.__class__ = building_class(type(target))
         _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         target.__class__ = built_class(type(target))
-        switch(getattr(parent, target_name), log)
+        layer = getattr(parent, target_name)
+        switch(layer, log)
+        set_dropout_on([layer], vars(self).get(DROPOUT_ON, state.dropout_on), log, adapter_name)
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:

@@ -14,6 +14,7 @@ class State:
         self.lock = threading.RLock()  # held by whoever writes to what follows, or to PEFT's classes
         # methods of PEFT's LoraModel, by name, while PEFT builds on dorac; None for one that it inherits
         self.stock: dict[str, Callable | None] = {}
+        self.dropout_on = "adapter"  # of adapters that PEFT builds meanwhile
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were switched
         self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that enable() was called with
         self.reported: set[str] = set()  # what a warning was given of

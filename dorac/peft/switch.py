@@ -8,11 +8,13 @@ from functools import partial
 
 from torch import nn
 
+from dorac import checks
 from dorac.peft.state import state
 from dorac.undo import Undo
 
 SUPPORTED = ">=0.21,<0.22"
 _INSTALL = f'pip install "peft{SUPPORTED}"'
+DROPOUT_ON = "dora_dropout_on"  # where an enabled LoraModel has what the dropout of later adapters is on
 
 
 def require_peft() -> None:
@@ -39,11 +41,16 @@ class Enabled(contextlib.AbstractContextManager):
         self._undo()
 
 
-def enable(model: nn.Module | None = None) -> Enabled:
+def enable(model: nn.Module | None = None, *, dropout_on: str = "adapter") -> Enabled:
     """Runs PEFT's DoRA on dorac.
 
     Without a model: whatever PEFT builds or adds from now on. With one: its DoRA adapters, and those added to it later.
-    A second call changes nothing. Modules, parameters, checkpoints and configs stay PEFT's.
+    A second call changes nothing but ``dropout_on``. Modules, parameters, checkpoints and configs stay PEFT's.
+
+    Args:
+        dropout_on: what the ``lora_dropout`` of these adapters is on. "adapter" is PEFT's meaning, "low_rank" another
+            function in training, at the price of LoRA's dropout: see :func:`dorac.functional.dora_linear`. No config
+            and no checkpoint says it.
 
     Returns:
         A context manager: leaving it undoes this call, so that ``with dorac.peft.enable(): ...`` is on for the block.
@@ -53,13 +60,14 @@ def enable(model: nn.Module | None = None) -> Enabled:
     Raises:
         ImportError: PEFT is missing or its version is not supported.
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` holds no LoRA layer of PEFT's.
+        ValueError: ``model`` holds no LoRA layer of PEFT's; another ``dropout_on``.
 
     Warns:
         UserWarning: names, once for each kind, DoRA layers that dorac does not cover; they stay stock.
     """
     require_peft()
-    return _enable_everywhere() if model is None else _enable_model(model)
+    checks.check_dropout_on(dropout_on)
+    return _enable_everywhere(dropout_on) if model is None else _enable_model(model, dropout_on)
 
 
 def disable(model: nn.Module | None = None) -> None:
@@ -86,6 +94,8 @@ def disable(model: nn.Module | None = None) -> None:
 
 
 def _stop_building(log: Undo) -> None:
+    log.keep_attribute(state, "dropout_on")
+    state.dropout_on = "adapter"
     stock = dict(state.stock)
     log.add(partial(state.stock.update, stock))
     for name, function in stock.items():
@@ -119,14 +129,16 @@ def _forget(modules: "weakref.WeakSet[nn.Module]", module: nn.Module, log: Undo)
         modules.discard(module)
 
 
-def _enable_everywhere() -> Enabled:
+def _enable_everywhere(dropout_on: str) -> Enabled:
     from peft.tuners.lora.model import LoraModel
 
     from dorac.peft import model as ours
 
     with state.lock, Undo() as log:
+        log.keep_attribute(state, "dropout_on")
+        before_on, state.dropout_on = state.dropout_on, dropout_on
         if state.stock:
-            return Enabled(lambda: None)
+            return Enabled(partial(setattr, state, "dropout_on", before_on))
         log.add(state.stock.clear)
         state.stock.update({name: vars(LoraModel).get(name) for name in ours.METHODS})
         for name, function in ours.METHODS.items():
@@ -141,16 +153,18 @@ def _enable_everywhere() -> Enabled:
         return Enabled(undo)
 
 
-def _enable_model(model: nn.Module) -> Enabled:
+def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
     _check_model(model)
     with state.lock, Undo() as log:
         before, known = _on_dorac([model]), model in state.models
         switch(model, log)
+        values = set_dropout_on(model.modules(), dropout_on, log)
         _remember(state.models, model, log)
         _report(model, log)
 
         def undo() -> None:
             with state.lock, Undo() as log:
+                _write(values, log)
                 _restore([model], log, keep=before)
                 if not known:
                     _forget(state.models, model, log)
@@ -202,6 +216,42 @@ def switch(root: nn.Module, log: Undo) -> None:
     _remember(state.roots, root, log)
 
 
+_Values = list[tuple[dict[str, object], str, str | None]]  # attributes, a name among them, and its value or None
+
+
+def set_dropout_on(modules: Iterable[nn.Module], dropout_on: str, log: Undo, adapter: str | None = None) -> _Values:
+    """Says what the dropout of the adapters of these modules is on, or of one of them, and returns what it was.
+
+    A model of PEFT's has it for the adapters that are added later.
+    """
+    from dorac.peft.model import LoraModel
+    from dorac.peft.variants import OnDorac
+
+    values: _Values = []
+    for module in modules:
+        for name, variant in getattr(module, "lora_variant", {}).items():
+            if isinstance(variant, OnDorac) and adapter in (None, name):
+                values.append((vars(variant), "dropout_on", dropout_on))
+        if type(module) is LoraModel:
+            values.append((vars(module), DROPOUT_ON, dropout_on))
+    return _write(values, log)
+
+
+def _write(values: _Values, log: Undo) -> _Values:
+    before = [(attributes, name, attributes.get(name)) for attributes, name, _ in values]
+    log.add(partial(_assign, before))
+    _assign(values)
+    return before
+
+
+def _assign(values: _Values) -> None:
+    for attributes, name, value in values:
+        if value is None:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value
+
+
 def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = ()) -> None:
     """Gives the modules below ``roots`` their stock classes back, those in ``keep`` excepted.
 
@@ -226,6 +276,8 @@ def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
     if type(module) in classes:
         log.keep_attribute(module, "__class__")
         module.__class__ = classes[type(module)]
+        if DROPOUT_ON in vars(module):
+            _write([(vars(module), DROPOUT_ON, None)], log)
         # What one class keeps the other would not check.
         if getattr(module, "_dora_cache", None):
             log.add(partial(module._dora_cache.update, dict(module._dora_cache)))

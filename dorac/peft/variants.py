@@ -1,6 +1,7 @@
 """PEFT's DoRA variants (``peft.tuners.lora.variants``): how an adapter is written into the base weight and taken out.
 
-Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.peft.dora`.
+Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.peft.dora`, but where dropout is on the
+low-rank branch alone, of which PEFT knows nothing.
 """
 
 from types import FunctionType
@@ -119,7 +120,9 @@ def overflows(merged_weight: Tensor, *origins: Tensor) -> bool:
 
 
 class OnDorac:
-    """The three ways in which PEFT asks a variant for weights."""
+    """One adapter of a layer: what its dropout is on, and the three ways in which PEFT asks for weights."""
+
+    dropout_on = "adapter"  # what ``enable()`` says
 
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -140,10 +143,30 @@ class OnDorac:
         return unmerged(module, active_adapter, orig_weight.detach())
 
 
+def _of_dropped(variant: type) -> staticmethod:
+    """PEFT's ``forward`` of a variant, or with dropout on the low-rank branch the change to the output there is."""
+
+    def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if module.lora_variant[active_adapter].dropout_on == "adapter":
+            return variant.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+        return result + module.lora_magnitude_vector[active_adapter](
+            module.lora_dropout[active_adapter](x),
+            lora_A=module.lora_A[active_adapter],
+            lora_B=module.lora_B[active_adapter],
+            scaling=module.scaling[active_adapter],
+            base_layer=module.get_base_layer(),
+            base_result=result,
+            adapter_name=active_adapter,
+        )
+
+    return staticmethod(forward)
+
+
 class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
     """Linear layers."""
 
     init = _with_layers(variants.DoraLinearVariant, "init")
+    forward = _of_dropped(variants.DoraLinearVariant)
 
 
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
@@ -164,18 +187,21 @@ class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):
     """Convolutions of one dimension."""
 
     init = _with_layers(variants.DoraConv1dVariant, "init")
+    forward = _of_dropped(variants.DoraConv1dVariant)
 
 
 class DoraConv2dVariant(OnDorac, variants.DoraConv2dVariant):
     """Convolutions of two dimensions."""
 
     init = _with_layers(variants.DoraConv2dVariant, "init")
+    forward = _of_dropped(variants.DoraConv2dVariant)
 
 
 class DoraConv3dVariant(OnDorac, variants.DoraConv3dVariant):
     """Convolutions of three dimensions."""
 
     init = _with_layers(variants.DoraConv3dVariant, "init")
+    forward = _of_dropped(variants.DoraConv3dVariant)
 
 
 _BY_STOCK = {getattr(variants, name): globals()[name] for name in __all__}

@@ -1,0 +1,98 @@
+"""``save_outputs``: which layers it reaches, and what they save then."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dorac
+from dorac.ops import front
+
+
+def adapted(bias=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 24, bias=bias), nn.SiLU(), nn.Linear(24, 16, bias=bias))
+    dorac.apply_dora(model.bfloat16(), ["0", "1", "3"], r=2, init_lora_weights=False, adapter_dtype=torch.bfloat16)
+    return model
+
+
+def saved(model, tokens) -> list[int]:
+    """Where the saved tensors of a forward lie."""
+    places = []
+
+    def pack(tensor):
+        places.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    outputs = []
+    handles = [m.register_forward_hook(lambda m, a, y: outputs.append(y)) for m in (model[1], model[3])]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return [y.untyped_storage().data_ptr() in places for y in outputs]
+
+
+@pytest.fixture
+def kernels(device, monkeypatch):
+    if device == "cpu":  # in the interpreter
+        monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    return device
+
+
+def test_what_is_saved(kernels):
+    tokens = torch.arange(9, device=kernels)
+    model = adapted().to(kernels)
+    assert saved(model, tokens) == [True, False]  # SiLU saves what it is of
+    dorac.save_outputs(model)
+    assert saved(model, tokens) == [True, True]
+    assert saved(copy.deepcopy(model), tokens) == [True, True]
+    dorac.save_outputs(model, False)
+    assert saved(model, tokens) == [True, False]
+    with_bias = adapted(bias=True).to(kernels)
+    dorac.save_outputs(with_bias)
+    assert saved(with_bias, tokens) == [True, False]
+
+
+def test_the_gradients_stay(kernels):
+    tokens = torch.arange(9, device=kernels)
+    gradients = []
+    for mode in (False, True):
+        model = adapted().to(kernels)
+        dorac.save_outputs(model, mode)
+        model(tokens).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, rtol=2e-2, atol=2e-2 * grad.abs().max().item(), msg=name)
+
+
+def test_a_part_of_a_model_and_a_layer():
+    model = adapted()
+    dorac.save_outputs(model[3])
+    assert (model[1].save_output, model[3].save_output) == (False, True)
+    assert not hasattr(model[0], "save_output")
+
+
+def test_layers_of_peft():
+    peft = pytest.importorskip("peft")
+    import dorac.peft
+
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    )
+    with pytest.raises(ValueError, match="holds no linear DoRA layer of dorac's"):
+        dorac.save_outputs(model)
+    dorac.peft.enable(model)
+    dorac.save_outputs(model)
+    assert model.base_model.model[0].save_output is True
+    dorac.peft.disable(model)
+    assert model(torch.randn(2, 8)).isfinite().all()
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="mode must be a bool, got int"):
+        dorac.save_outputs(adapted(), 1)
+    with pytest.raises(ValueError, match="Sequential holds no linear DoRA layer of dorac's"):
+        dorac.save_outputs(nn.Sequential(nn.Linear(4, 4)))
