@@ -1,10 +1,13 @@
 """Dropout in both meanings: values and gradients for a mask that is known, on every way that the layer can take."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -222,6 +225,40 @@ def test_what_is_kept_for_backward(meaning, on_gpu, device):
         wide = [t for t in kept if t.dtype is y.dtype and t.shape == y.shape]
         assert [t.data_ptr() == y.data_ptr() for t in wide] == [of_y]
         assert any(t.data_ptr() == inputs.x.data_ptr() for t in kept) == of_y
+
+
+@pytest.mark.parametrize("save_output", [True, False])
+def test_what_is_kept_goes_with_the_graph(meaning, save_output, on_gpu, device, monkeypatch):
+    """Without waiting for the collector of cycles: inner may be an output of the layer's own node."""
+    pytest.importorskip("triton")
+    from dorac.kernels.launch import Launch
+
+    monkeypatch.setattr(Launch, "_compile", lambda *args: None)  # what interprets kernels keeps tensors
+    for sizes in ((16, 48, 32, 8), (16, 32, 48, 8)):
+        inputs = frozen_weight(linear_inputs(sizes, dtype=torch.bfloat16, bias=False, device=device).leaves())
+        gc.disable()
+        try:
+            y = layer(inputs, meaning, save_output=save_output)
+            saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == y.shape]
+            assert len(saved) == 1
+            kept = [StorageWeakRef(t.untyped_storage()) for t in (y, *saved)]
+            del y, saved
+            assert all(ref.expired() for ref in kept)
+        finally:
+            gc.enable()
+
+
+def test_hooks_may_change_the_strides_of_lora_B(meaning, on_gpu, device):
+    """As those that move what is saved to the host do."""
+    grads = []
+    for unpack in (lambda t: t, lambda t: t.t().contiguous().t() if t.shape == (48, 8) else t):
+        inputs = frozen_weight(linear_inputs((16, 48, 32, 8), dtype=torch.bfloat16, device=device).leaves())
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            views = inputs.map(lambda t: t.view_as(t))  # no leaves: all of them are saved
+            y = layer(views, meaning)
+        y.sin().sum().backward()
+        grads.append([t.grad for t in inputs.tensors() if t.requires_grad])
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_the_frozen_layer_at_the_start():

@@ -48,7 +48,7 @@ class Plan:
     norm: tuple | None  # what splits the factors, column splits, launch, finish; None where the norm is given
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
-    scale_b: Callable | None  # (g lora_B)^T of its arguments as compose's; for PEFT's meaning of dropout
+    scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
 
 
 def dora_linear(
@@ -194,11 +194,11 @@ def make_plan(
         )
         return strips, *map(_bound, launches)
 
-    scale_b = None
-    if delta and training:
-        strides, config_b = (b[::-1], None, None), configs.pointwise_config(rank)
-        flags_b = {"has_norm": True, "has_bias": False, "delta": False, "split": False, "want_inner": False}
-        scale_b = _bound(compose_launch(rank, out_features, strides, None, config_b, **flags_b, descriptors=False))
+    @functools.lru_cache(maxsize=16)
+    def scale_b_launch(strides: tuple[int, int]) -> Callable:
+        flags = {"has_norm": True, "has_bias": False, "delta": False, "split": False, "want_inner": False}
+        strides, config = (strides[::-1], None, None), configs.pointwise_config(rank)
+        return _bound(compose_launch(rank, out_features, strides, None, config, **flags, descriptors=False))
 
     return Plan(
         dtype=dtype,
@@ -209,7 +209,7 @@ def make_plan(
         norm=norm,
         compose=composer(config, launch) if config.descriptors else _bound(launch(descriptors=False)),
         backward=backward_launches,
-        scale_b=scale_b,
+        scale_b=scale_b_launch,
     )
 
 
@@ -321,7 +321,7 @@ class _Linear(torch.autograd.Function):
             add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
         if delta:
             g_b = b.new_empty(b.shape[1], b.shape[0])
-            plan.scale_b(b.t(), None, None, magnitude, norm, None, None, g_b, None)
+            plan.scale_b(b.stride())(b.t(), None, None, magnitude, norm, None, None, g_b, None)
             d_h = torch.addmm(d_base.new_empty(()), dy, g_b.t(), beta=0, alpha=scaling)
         else:
             d_h = torch.addmm(d_base.new_empty(()), d_base, b, beta=0, alpha=scaling)
