@@ -108,10 +108,10 @@ dora_linear: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(), self.x)),
             """\
+input: bfloat16[32, 24]
 input: bfloat16[4, 24]
 input: bfloat16[32, 4]
 input: float32[32]
-input: bfloat16[32, 24]
 row_norm: float32[32]
 view: bfloat16[6, 24]
 detach: bfloat16[6, 4]
@@ -123,10 +123,10 @@ detach: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(lora_dropout=0.5), self.x)),
             """\
+input: bfloat16[32, 24]
 input: bfloat16[4, 24]
 input: bfloat16[32, 4]
 input: float32[32]
-input: bfloat16[32, 24]
 row_norm: float32[32]
 getitem: bool[6, 24]
 view: bfloat16[6, 24]
@@ -139,10 +139,10 @@ detach: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(lora_dropout=0.5, dropout_on="low_rank"), self.x)),
             """\
+input: bfloat16[32, 24]
 input: bfloat16[4, 24]
 input: bfloat16[32, 4]
 input: float32[32]
-input: bfloat16[32, 24]
 row_norm: float32[32]
 getitem: bool[6, 24]
 view: bfloat16[6, 24]
@@ -155,10 +155,10 @@ detach: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(captured(layer(adapter_dtype=torch.float32), self.x)),
             """\
+input: bfloat16[32, 24]
 input: float32[4, 24]
 input: float32[32, 4]
 input: float32[32]
-input: bfloat16[32, 24]
 row_norm: float32[32]
 _to_copy: float32[6, 24]
 detach: float32[6, 4]
