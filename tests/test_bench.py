@@ -396,7 +396,7 @@ def test_host_compiled(bench, device):
     assert lora["graph_breaks"] == dorac["graph_breaks"] == 0
     for record in graphs:
         assert record["lora_ratio"] is None
-        assert record["launches"] == [0.5]  # one graph, two layers
+        assert record["launches"] == [1]  # two layers: one graph, and the copy of what it is given
 
 
 def test_ratios_are_those_of_the_turns():
