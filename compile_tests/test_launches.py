@@ -50,6 +50,20 @@ def test_every_leaf_with_kernels_is_inlined():
     assert {op.name() for op in inlined} == {f"dorac::{name}" for name, _ in LAUNCHES}
 
 
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="this is for Triton's interpreter")
+compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter traces nothing")
+
+
+@interpreted
+def test_what_is_traced_beside_tests_of_kernels():
+    """Whoever runs those in the same process has the interpreter on: the tests below in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_what_is_traced"]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert f"{len(LAUNCHES)} passed" in result.stdout or "." * len(LAUNCHES) in result.stdout
+
+
+@compiled
 @pytest.mark.parametrize(("name", "rank"), LAUNCHES)
 def test_what_is_traced(name, rank):
     """Buffers and the op's launches, and nothing else: no copy, no fill."""
