@@ -33,6 +33,7 @@ FLOORS = {
     "caching": 7,
     "checkpoint": 8,
     "idle": 7,
+    "outputs": 0,
     "testing": 8,
     "cli": 8,
     "demo": 9,

@@ -615,7 +615,7 @@ class TestConfigs:
         large = configs.tile_config(4096, 8192, 384, torch.bfloat16, torch.bfloat16)
         assert large.descriptors
         assert not configs.tile_config(4096, 8192, 64, torch.bfloat16, torch.bfloat16).descriptors
-        assert configs.tile_config(1, 8192, 16, torch.bfloat16).block_t == 16
+        assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16).block_t == 16
         assert configs.column_config(8192, 8192).rows == 256
         assert configs.column_config(64, 128).rows == 32
         one, several, narrow = (configs.lora_b_config(4096, out, 384) for out in (14336, 4096, 8192))

@@ -39,7 +39,7 @@ BUILDERS: dict[str, Callable[[peers.Layer], nn.Module]] = {"lora": peers.LoraAlo
 LORA, PEFT_LORA = "lora", "peft-lora-eager"  # what the others are related to, LoRA by hand in the same mode
 VARIANTS = [f"{name}-{mode}" for mode, name in itertools.product(MODES, BUILDERS)]
 _SIZES = {"layers": 8, "rank": 16, "tokens": 64, "turns": 20}
-_ALL = {"factors": list(FACTORS), "phases": list(options.PHASES)}
+_ALL = {"dropout": 0.0, "factors": list(FACTORS), "phases": list(options.PHASES)}
 DEFAULTS = {
     "cuda": _SIZES
     | _ALL

@@ -15,6 +15,7 @@ DEFAULTS = {
         "ranks": [16, 384],
         "tokens": 4096,
         "phases": list(options.PHASES),
+        "dropout": 0.0,
         "variants": [name for name in peers.VARIANTS if not (name.startswith("peft-lora") or "low-rank" in name)],
     },
     "cpu": {
@@ -22,6 +23,7 @@ DEFAULTS = {
         "ranks": [8],
         "tokens": 64,
         "phases": list(options.PHASES),
+        "dropout": 0.0,
         "variants": [
             *("lora-sum-compiled", "lora-addmm-compiled", "lora-addmm-eager", "peft-dora-eager"),
             *("dorac-every-compiled", "dorac-once-compiled", "dorac-every-eager", "dorac-once-eager"),

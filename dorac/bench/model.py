@@ -29,6 +29,7 @@ DEFAULTS = {
         "batch": 1,
         "phases": list(options.PHASES),
         "micro_batches": 1,
+        "dropout": 0.0,
         "variants": [name for name in VARIANTS if not (name.startswith("dense") or "low-rank" in name)],
     },
     "cpu": _CPU_STACK
@@ -38,6 +39,7 @@ DEFAULTS = {
         "batch": 1,
         "phases": list(options.PHASES),
         "micro_batches": 1,
+        "dropout": 0.0,
         "variants": [
             *("lora-addmm-compiled", "lora-addmm-eager", "peft-dora-eager"),
             *("dorac-every-compiled", "dorac-cached-compiled", "dorac-every-eager", "dorac-cached-eager"),

@@ -40,7 +40,7 @@ def probability(text: str) -> float:
 
 def add_dropout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dropout", type=probability, default=0.0, metavar="P", help="on the adapters' input in training (default: 0)"
+        "--dropout", type=probability, metavar="P", help="on the adapters' input in training (default: 0)"
     )
 
 

@@ -25,10 +25,13 @@ _BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # of torch.autogr
 def unobserved() -> bool:
     """Whether nobody sees what is called now: no mode over torch's functions or ops, no transform, no tracer.
 
+    Tensors may look on, too: subclasses.
+
     ``with torch.device(...)`` is a mode that only looks for functions without tensors.
     """
     return (
-        not torch._C._len_torch_dispatch_stack()
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)

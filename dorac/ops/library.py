@@ -10,6 +10,7 @@ from importlib import resources
 
 import torch
 
+from dorac.dense import PLAIN
 from dorac.ops import front
 
 lib = torch.library.Library("dorac", "DEF")
@@ -51,11 +52,16 @@ def register_composite(schema: str, body: Callable) -> Callable:
     op = getattr(torch.ops.dorac, name)
 
     def call(*args):
-        if not torch.compiler.is_compiling() and front.unobserved():
+        if front.unobserved() and _all_plain(args):
             return body(*args)
         return op(*args)
 
     return call
+
+
+def _all_plain(args: tuple) -> bool:
+    """Whether no argument is of a subclass of tensors, which sees ops."""
+    return all(type(a) in PLAIN or not isinstance(a, torch.Tensor) for a in args)
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -86,7 +92,7 @@ def register_leaf(name: str, aten: Callable, cuda: Callable, *, inline: bool = F
     op = getattr(torch.ops.dorac, name)
 
     def call(*args):
-        if front.unobserved():
+        if front.unobserved() and _all_plain(args):
             return (on_cuda if on_gpu(args[0]) else in_aten)(*args)
         return op(*args)
 
