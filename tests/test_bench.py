@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import statistics
 import weakref
 
 import pytest
@@ -186,6 +187,13 @@ def test_compose(bench, device):
     assert result["records"][-1]["bytes"] == 2 * 3 * 24 * 32
 
 
+def wall_ratio(record: dict, *others: dict) -> float:
+    """To the sum of the others; the median of the turns' ratios, where there are turns."""
+    turns = [one.get("turns_us", [one["wall_us"]]) for one in (record, *others)]
+    assert record["wall_us"] == pytest.approx(statistics.median(turns[0]))
+    return pytest.approx(statistics.median(own / sum(rest) for own, *rest in zip(*turns, strict=True)))
+
+
 def check_ratios(result: dict, device: str) -> None:
     """Every ratio is the quotient of the times beside it, to the fastest plain LoRA of the same case."""
     key = "wall_us" if device == "cpu" else "gpu_us"
@@ -199,7 +207,7 @@ def check_ratios(result: dict, device: str) -> None:
                 assert record[f"wall_ratio{suffix}"] is None
             else:
                 fastest = min(loras, key=lambda o: o[key])
-                assert record[f"wall_ratio{suffix}"] == pytest.approx(record["wall_us"] / fastest["wall_us"])
+                assert record[f"wall_ratio{suffix}"] == wall_ratio(record, fastest)
                 if device == "cuda":
                     assert record[f"gpu_ratio{suffix}"] == pytest.approx(record["gpu_us"] / fastest["gpu_us"])
 
@@ -229,10 +237,10 @@ def test_dropout(bench, command):
     train, inference = ([r for r in result["records"] if r["phase"] == p] for p in ("train", "inference"))
     assert [r["variant"] for r in train] == [*DROPPED, against_lora.SECOND_PRODUCTS]
     assert [r["variant"] for r in inference] == [*DROPPED]
-    compiled, eager, *_, products = (r["wall_us"] for r in train)
+    compiled, eager, *_, products = train
     for record in train:
         lora = eager if record["variant"].endswith("-eager") else compiled
-        assert record["wall_ratio_second"] == pytest.approx(record["wall_us"] / (lora + products))
+        assert record["wall_ratio_second"] == wall_ratio(record, lora, products)
 
 
 def test_peers_drop():
@@ -268,6 +276,97 @@ def test_model(bench, device):
     trained = bench("model", *STACK, *given, "--phases", "train", "--variants", *MODEL[1:])
     assert names(trained) == [("r2 train", variant) for variant in MODEL[1:]]
     check_ratios(trained, device)
+
+
+PEFTS = ("lora-sum-eager", "lora-addmm-eager", "peft-lora-eager", "dorac-once-eager", "dorac-peft-eager")
+QUICK = ("--ranks", "2", "--tokens", "8", "--turns", "3")
+
+
+def test_model_with_pefts_defaults(bench, device, monkeypatch):
+    """Float32 adapters and bfloat16 products, related to PEFT's LoRA; no LoRA casts to float32 on its way."""
+    linears, called = [], torch.nn.functional.linear
+    spy = argparse.Namespace(linear=lambda x, w: (linears.append((x, w)), called(x, w))[1])
+    monkeypatch.setattr(peers, "F", spy)  # PEFT's own keep theirs
+    result = bench("model", *STACK, *QUICK, "--autocast", "--variants", *PEFTS)
+    cases = ("r2 train, autocast", "r2 inference, autocast")
+    assert names(result) == [(case, variant) for case in cases for variant in PEFTS]
+    assert {w.dtype for _, w in linears} == {torch.bfloat16, torch.float32}
+    assert {x.dtype for x, _ in linears} == {torch.bfloat16}
+    check_times(result, device)
+    check_ratios(result, device)
+    for record in result["records"]:
+        peft = next(o for o in result["records"] if (o["case"], o["variant"]) == (record["case"], "peft-lora-eager"))
+        assert len(record["turns_us"]) == 3
+        assert record["queued_us"] > 0
+        assert record["wall_peft"] == wall_ratio(record, peft)
+        for what, key in (("gpu", "gpu_us"), ("peak", "peak_mib")):
+            on_gpu = device == "cuda"
+            assert record[f"{what}_peft"] == (pytest.approx(record[key] / peft[key]) if on_gpu else None)
+
+
+def test_peft_is_related_to_in_the_same_mode():
+    def record(variant, us):
+        turns = {"wall_us": 2 * us, "turns_us": [us, 2 * us, 9 * us]}
+        return {"variant": variant, "gpu_us": us, "peak_mib": us / 2} | turns
+
+    given = {"peft-lora-compiled": 2.0, "peft-lora-eager": 4.0, "x-compiled": 3.0, "x-eager": 3.0}
+    related = against_lora.related_to_lora([record(*one) for one in given.items()])
+    for key in ("gpu_peft", "wall_peft", "peak_peft"):
+        assert [r[key] for r in related] == [1, 1, 1.5, 0.75], key
+    turns = {"turns_us": [3.0, 9.0, 30.0], "wall_us": 9.0}
+    (_, ratio) = against_lora.related_to_lora([record("peft-lora-eager", 1.0), record("x-eager", 1.0) | turns])
+    assert ratio["wall_peft"] == pytest.approx(30 / 9)  # of 3, 4.5 and 3.33; the medians' would be 4.5
+
+
+def test_model_with_checkpointing(bench, monkeypatch):
+    """Each decoder layer's forward runs again in backward."""
+    forwards, nothing = [], {"gpu_us": None, "wall_us": None}
+    monkeypatch.setattr(peers.LoraSum, "forward", count_calls(peers.LoraSum.forward, forwards))
+    monkeypatch.setattr(measure, "attempt_alone", lambda make, device, **how: (None, make()() or nothing))
+    given = (*STACK, *QUICK, "--variants", "lora-sum-eager")
+    for given_too, times in (((), 7), (("--checkpointing",), 2 * 7)):
+        forwards.clear()
+        (record,) = bench("model", *given, "--phases", "train", *given_too)["records"]
+        assert len(forwards) == times
+        assert record["case"] == ("r2 train, checkpointing" if given_too else "r2 train")
+    forwards.clear()
+    bench("model", *given, "--phases", "inference", "--checkpointing")
+    assert len(forwards) == 7
+
+
+def count_calls(fn, calls):
+    return lambda *args: (calls.append(1), fn(*args))[1]
+
+
+def test_model_with_saved_outputs(bench, monkeypatch):
+    """Of dorac's variants every layer, of the others none."""
+    stacks, build = {}, model.build_variant
+
+    def built(stack, layers, name, **how):
+        stacks[name] = build(stack, layers, name, **how)
+        return stacks[name]
+
+    monkeypatch.setattr(model, "build_variant", built)
+    variants = ("lora-sum-eager", "peft-dora-eager", *(f"dorac-{n}-eager" for n in ("every", "cached", "once", "peft")))
+    result = bench("model", *STACK, *QUICK, "--phases", "train", "--save-outputs", "--variants", *variants)
+    assert names(result) == [("r2 train, save-outputs", variant) for variant in variants]
+    for name, stack in stacks.items():
+        saving = [m for m in stack.modules() if getattr(m, "save_output", False)]
+        assert len(saving) == (7 if name.startswith("dorac") else 0), name
+
+
+def test_model_without_the_optimizers_step(bench):
+    """Which leaves cached norms as they are."""
+    stepped = []
+    hook = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
+    given = ("--phases", "train", "--variants", "dorac-cached-eager")
+    try:
+        for micro_batches, steps in ((0, False), (1, True)):
+            stepped.clear()
+            bench("model", *STACK, *QUICK, "--micro-batches", str(micro_batches), *given)
+            assert bool(stepped) == steps
+    finally:
+        hook.remove()
 
 
 def test_model_with_norms_once_per_step(bench, device):
@@ -414,10 +513,10 @@ def test_ratios_are_those_of_the_turns():
 
 
 def test_turns_go_there_and_back(monkeypatch):
-    monkeypatch.setattr(host, "TURN_SECONDS", 0)
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0)
     called = []
     steps = {name: functools.partial(called.append, name) for name in "abc"}
-    times = host.in_turns(steps, 3)
+    times = measure.wall_in_turns(steps, 3)
     assert {name: len(own) for name, own in times.items()} == dict.fromkeys("abc", 3)
     assert "".join(called) == "aaabbbccc" + "aabbcc" + "ccbbaa" + "aabbcc"  # a step to begin with, then those timed
 
@@ -478,13 +577,17 @@ def test_events_are_counted_within_the_marks():
     ]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("build", [peers.LoraAlone, peers.LoraSum, peers.LoraAddmm])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-def test_lora_by_hand_computes_its_formula(adapter_dtype, device):
+def test_lora_by_hand_computes_its_formula(adapter_dtype, build, compiled, device):
     args = arguments(device, dtype=torch.bfloat16, adapter_dtype=adapter_dtype)
     layer = peers.draw_layer(peers.draw_weight(24, 16, args), 4, args)
     x = torch.randn(5, 16, dtype=torch.bfloat16, device=device)
+    module = build(layer)
+    forward = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
     with torch.autocast(device, torch.bfloat16):
-        y = peers.LoraAlone(layer)(x)
+        y = forward(x)
     expected = (
         x.double() @ reference.adapted_weight(*(t.double() for t in (layer.weight, layer.lora_A, layer.lora_B)), 2).T
     )
@@ -735,6 +838,10 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
         (["host", "--device", "cpu", "--dtype", "float32"], "host measures bfloat16 layers"),
         (["host", "--device", "cpu", "--adapter-dtype", "float32"], "has --factors for the dtypes of the adapters"),
         (["host", "--device", "cpu", "--factors", "fp8"], "argument --factors: invalid choice: 'fp8'"),
+        (["model", "--device", "cpu", "--autocast", "--dtype", "float32"], "so --dtype must be bfloat16"),
+        (["model", "--device", "cpu", "--checkpointing"], "--variants must name eager ones only"),
+        (["model", "--device", "cpu", "--save-outputs", "--variants", "lora-sum-eager"], "--variants names none"),
+        (["model", "--micro-batches", "-1"], "argument --micro-batches: must be at least 0, got -1"),
         (["layer", "--tokens", "many"], "argument --tokens: invalid positive value: 'many'"),
         (["layer", "--dropout", "1"], "argument --dropout: must be in [0, 1), got 1"),
         (["layer", "--phases", "sleep"], "argument --phases: invalid choice: 'sleep'"),
@@ -779,7 +886,6 @@ def test_every_subcommand_has_defaults_for_what_it_leaves_to_the_device():
     for name, module in SUBCOMMANDS.items():
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
-        own = {action.dest for action in parser._actions} - {"help"}
-        assert all(parser.get_default(dest) is None for dest in own), name
+        own = {action.dest for action in parser._actions if action.default is None}
         for defaults in module.DEFAULTS.values():
             assert set(defaults) == own, name

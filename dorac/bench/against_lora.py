@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dorac.bench import measure, report
 
 PLAIN_LORA = ("lora-sum", "lora-addmm")
+PEFT_LORA = "peft-lora"
 SECOND_PRODUCTS = "second-products"
 _RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
 
@@ -23,12 +25,15 @@ def measure_steps(
     *,
     micro_batches: int | None = None,
     calls: int = 1,
+    turns: int | None = None,
+    autocast: bool = False,
     kernels: Collection[str] = (),
     beside: Mapping[str, Callable[[], measure.Callback]] | None = None,
 ) -> list[dict[str, object]]:
     """Measures a step of each variant: forward, and backward from ``dy`` unless that is None (inference).
 
-    Wall time and memory are measured one variant after the other, GPU time in turns, so all of them are alive at once.
+    Memory, and without ``turns`` wall time, are measured one variant after the other, GPU time in turns, so all of them
+    are alive at once.
 
     Args:
         case: what the records are called.
@@ -36,6 +41,9 @@ def measure_steps(
         micro_batches: a training step is so many forward and backward passes and a step of SGD, the cheapest there is
             (of length zero: the values stay). None: one forward and backward pass alone.
         calls: see :func:`measure.measure`. kernels: names of variants whose GPU kernels to list.
+        turns: ``wall_us`` is of synchronised steps in so many of :func:`measure.wall_in_turns`, which ``turns_us``
+            lists; what it is otherwise, of steps queued one after the other, is ``queued_us``.
+        autocast: forward runs under bfloat16 autocast.
         beside: what makes further steps, by name, measured as the variants are.
 
     Returns:
@@ -47,17 +55,21 @@ def measure_steps(
     steps, records = {}, {}
     # They share code, and each needs graphs of its own.
     with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-        makers = {name: functools.partial(_step, *how, x, dy, micro_batches) for name, how in variants.items()}
+        makers = {
+            name: functools.partial(_step, *how, x, dy, micro_batches, autocast) for name, how in variants.items()
+        }
         for name, make in (makers | dict(beside or {})).items():
             breaks.clear()
             steps[name], measured = measure.attempt_alone(make, x.device, calls=calls)
+            if turns:
+                measured |= {"queued_us": measured["wall_us"], "wall_us": None}
             records[name] = {"case": case, "variant": name} | measured
             if name in variants and variants[name][1] is not None:
                 records[name]["graph_breaks"] = sum(breaks.values())
             report.progress(records[name])
         alive = {name: step for name, step in steps.items() if step is not None}
-        on_the_gpu = measure.in_turns([*alive.values()], x.device)
-    for name, measured in zip(alive, on_the_gpu, strict=True):
+        together = measure.in_turns([*alive.values()], x.device, turns)
+    for name, measured in zip(alive, together, strict=True):
         if name not in kernels:
             measured.pop("kernels", None)
         records[name] |= measured
@@ -90,9 +102,10 @@ def beside(
     return {SECOND_PRODUCTS: functools.partial(second_products, weights, x)}
 
 
-def _step(build, compile_args, x, dy, micro_batches) -> measure.Callback:
+def _step(build, compile_args, x, dy, micro_batches, autocast) -> measure.Callback:
     module = build().train(dy is not None)
     forward = module if compile_args is None else torch.compile(module, **compile_args)
+    forward = _under_autocast(forward, x.device) if autocast else forward
     return _inference(forward, x) if dy is None else _training(module, forward, x, dy, micro_batches)
 
 
@@ -123,25 +136,38 @@ def _inference(forward: Callable[[Tensor], Tensor], x: Tensor) -> measure.Callba
     return step
 
 
+def _under_autocast(forward: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward(x)
+
+    return cast
+
+
 def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]:
     """The records of one case with their ratios to plain LoRA; None where it was not measured.
 
     ``gpu_ratio``, ``wall_ratio`` and ``peak_ratio`` divide by the compiled plain LoRA that takes the least GPU time (on
-    the CPU the least wall time), ``gpu_ratio_eager`` and ``wall_ratio_eager`` of an eager variant by the eager one.
+    the CPU the least wall time), ``gpu_ratio_eager`` and so on of an eager variant by the eager one. ``gpu_peft``,
+    ``wall_peft`` and ``peak_peft`` divide by PEFT's LoRA in the same mode, where that is among the variants.
     With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and ``wall_ratio_second`` divide by the time of the
-    plain LoRA in the same mode and theirs.
+    plain LoRA in the same mode and theirs. Of wall times measured in turns a ratio is the median of the turns' ratios.
     """
-    products = next((record for record in records if record["variant"] == SECOND_PRODUCTS), {})
+    named = {record["variant"]: record for record in records}
+    products = named.get(SECOND_PRODUCTS)
     compiled, eager = (_fastest(records, mode) for mode in ("compiled", "eager"))
     related = []
     for record in records:
         ratios = {f"{what}_ratio": _ratio(record, compiled, key) for what, key in _RATIOS.items()}
-        if record["variant"].endswith("-eager"):
-            ratios |= {f"{what}_ratio_eager": _ratio(record, eager, _RATIOS[what]) for what in ("gpu", "wall")}
+        mode = record["variant"].rpartition("-")[2]
+        if mode == "eager":
+            ratios |= {f"{what}_ratio_eager": _ratio(record, eager, key) for what, key in _RATIOS.items()}
+        if peft := named.get(f"{PEFT_LORA}-{mode}"):
+            ratios |= {f"{what}_peft": _ratio(record, peft, key) for what, key in _RATIOS.items()}
         if products:
-            lora = eager if record["variant"].endswith("-eager") else compiled
+            lora = eager if mode == "eager" else compiled
             ratios |= {
-                f"{what}_ratio_second": _ratio_second(record, lora, products, _RATIOS[what]) for what in ("gpu", "wall")
+                f"{what}_ratio_second": _ratio(record, lora, _RATIOS[what], products) for what in ("gpu", "wall")
             }
         related.append(record | ratios)
     return related
@@ -153,13 +179,11 @@ def _fastest(records: list[dict[str, object]], mode: str) -> dict[str, object] |
     return min(measured, key=measure.work_us, default=None)
 
 
-def _ratio_second(record, lora, products, key: str) -> float | None:
-    if lora is None or any(r.get(key) is None for r in (record, lora, products)):
+def _ratio(record: dict[str, object], reference: dict[str, object] | None, key: str, *more: dict) -> float | None:
+    """To the sum of the reference and ``more``."""
+    times = (record, reference, *more)
+    if reference is None or any(one.get(key) is None for one in times) or not reference[key]:
         return None
-    return record[key] / (lora[key] + products[key])
-
-
-def _ratio(record: dict[str, object], reference: dict[str, object] | None, key: str) -> float | None:
-    if reference is None or record.get(key) is None or not reference.get(key):
-        return None
-    return record[key] / reference[key]
+    in_turns = key == "wall_us" and all("turns_us" in one for one in times)
+    rows = zip(*(one["turns_us"] if in_turns else [one[key]] for one in times), strict=True)
+    return statistics.median(own / sum(others) for own, *others in rows)

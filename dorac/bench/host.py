@@ -5,13 +5,11 @@ import contextlib
 import cProfile
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import pstats
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from dorac.cli import BadInput
 
 FACTORS = ("bf16", "autocast")
 WARM_UP = 5  # steps: CUDA graphs are captured in the second and third
-TURN_SECONDS = 0.02
 MODES = {"eager": None, "compiled": model.COMPILE, "graphs": model.COMPILE | {"mode": "reduce-overhead"}}
 BUILDERS: dict[str, Callable[[peers.Layer], nn.Module]] = {"lora": peers.LoraAlone} | {
     name: model.VARIANTS[f"{name}-compiled"].build
@@ -98,8 +95,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """One record per setting of the factors, phase and variant; every figure is of one layer.
 
-    - ``wall_us``: of a synchronised step, the median over turns. In a turn every variant is timed once, over about
-      20 ms of steps; the order is there and back.
+    - ``wall_us``: of a synchronised step, the median over turns (:func:`measure.wall_in_turns`).
     - ``lora_ratio``, ``lora_p10_p90``: the median and the 10th and 90th percentile of the turns' ratios to LoRA by hand
       in the same mode; ``peft_ratio``, ``peft_p10_p90``: to PEFT's LoRA in eager.
     - ``launches`` of kernels and graphs (None on the CPU), ``allocations``, ``ops`` (dispatcher crossings that lie in
@@ -160,12 +156,7 @@ def _case(args: argparse.Namespace, factors: str, phase: str) -> Iterator[Record
             start = functools.partial(_start, name, layers, x, dy, factors == "autocast", steps)
             head = {"case": f"{factors} {phase}{' (stub)' if args.stub_kernels else ''}", "variant": name}
             records[name] = head | measure.guarded(start) | size | {"phase": phase, "factors": factors}
-        gc.collect()
-        gc.freeze()  # nobody pays for walking over what all of them hold
-        try:
-            turns = in_turns(steps, args.turns)
-        finally:
-            gc.unfreeze()
+        turns = measure.wall_in_turns(steps, args.turns)
         related = {name: related_to_lora(name, turns, args.layers) for name in steps}
         for name, record in records.items():
             record |= related.get(name, {})
@@ -191,24 +182,6 @@ def _start(
         step()
     steps[name] = step
     return {} if MODES[mode] is None else {"graph_breaks": sum(breaks.values())}
-
-
-def in_turns(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """Microseconds of each step, which synchronises, in every turn."""
-    repeats = {name: max(1, round(TURN_SECONDS / _seconds(step, 3))) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns):
-        for name in reversed(steps) if turn % 2 else steps:
-            steps[name]()  # finds its compiled code again among the others'
-            times[name].append(_seconds(steps[name], repeats[name]) * 1e6)
-    return times
-
-
-def _seconds(step: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats
 
 
 def related_to_lora(name: str, turns: dict[str, list[float]], layers: int) -> Record:

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ MIB = 2**20
 WARM_UP = 3
 WALL_SECONDS = {"cuda": 0.5, "cpu": 0.1}
 WALL_REPEATS = (10, 300)  # fewest, most
+TURN_SECONDS = 0.02
 
 Callback = Callable[[], object]
 
@@ -80,13 +81,53 @@ def on_the_gpu(fns: Sequence[Callback], device: torch.device, *, flush: bool = F
     ]
 
 
-def in_turns(fns: Sequence[Callback], device: torch.device) -> list[dict[str, object]]:
-    """:func:`on_the_gpu`; if their memory does not suffice together, why, for each in ``failed``."""
+def in_turns(fns: Sequence[Callback], device: torch.device, turns: int | None = None) -> list[dict[str, object]]:
+    """:func:`on_the_gpu`, and in so many turns :func:`wall_in_turns`: ``turns_us`` and their median ``wall_us``.
+
+    If their memory does not suffice together, why, for each in ``failed``.
+    """
+    steps = {i: _synchronized(fn, device) for i, fn in enumerate(fns)}
     try:
-        return on_the_gpu(fns, device)
+        times = wall_in_turns(steps, turns).values() if turns else ()
+        wall = [{"wall_us": statistics.median(own), "turns_us": own} for own in times] or [{} for _ in fns]
+        return [one | other for one, other in zip(wall, on_the_gpu(fns, device), strict=True)]
     except torch.OutOfMemoryError as error:
         reason = f"in turns, {_reason(error)}"
     return [{"failed": reason} for _ in fns]
+
+
+def wall_in_turns(steps: Mapping[object, Callback], turns: int) -> dict[object, list[float]]:
+    """Microseconds of each step, which synchronises, in every turn.
+
+    In a turn every step is timed once, over about :data:`TURN_SECONDS` of it; the order is there and back.
+    """
+    gc.collect()
+    gc.freeze()  # nobody pays for walking over what all of them hold
+    try:
+        repeats = {name: max(1, round(TURN_SECONDS / _seconds(step, 3))) for name, step in steps.items()}
+        times: dict[object, list[float]] = {name: [] for name in steps}
+        for turn in range(turns):
+            for name in reversed(steps) if turn % 2 else steps:
+                steps[name]()  # finds its compiled code again among the others'
+                times[name].append(_seconds(steps[name], repeats[name]) * 1e6)
+        return times
+    finally:
+        gc.unfreeze()
+
+
+def _seconds(step: Callback, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronized(fn: Callback, device: torch.device) -> Callback:
+    def step() -> None:
+        fn()
+        synchronize(device)
+
+    return step
 
 
 def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[str, object]:

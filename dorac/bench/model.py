@@ -30,6 +30,7 @@ DEFAULTS = {
         "phases": list(options.PHASES),
         "micro_batches": 1,
         "dropout": 0.0,
+        "turns": 10,
         "variants": [name for name in VARIANTS if not (name.startswith("dense") or "low-rank" in name)],
     },
     "cpu": _CPU_STACK
@@ -40,6 +41,7 @@ DEFAULTS = {
         "phases": list(options.PHASES),
         "micro_batches": 1,
         "dropout": 0.0,
+        "turns": 10,
         "variants": [
             *("lora-addmm-compiled", "lora-addmm-eager", "peft-dora-eager"),
             *("dorac-every-compiled", "dorac-cached-compiled", "dorac-every-eager", "dorac-cached-eager"),
@@ -53,8 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size_arguments(parser)
     parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
     parser.add_argument(
-        "--micro-batches", type=options.positive, metavar="N", help="forward and backward passes per training step"
+        "--micro-batches",
+        type=options.natural,
+        metavar="N",
+        help="forward and backward passes per training step; 0: one, without the optimizer's step",
     )
+    parser.add_argument("--turns", type=options.positive, metavar="N", help="in which every variant is timed once")
+    parser.add_argument(
+        "--autocast", action="store_true", help="PEFT's defaults: float32 adapters, forward under bfloat16 autocast"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="train with activation checkpointing of each decoder layer, eager"
+    )
+    parser.add_argument("--save-outputs", action="store_true", help="dorac.save_outputs on dorac's variants")
     options.add_dropout(parser)
     options.add_variants(parser, VARIANTS)
 
@@ -78,12 +91,28 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=options.positive, metavar="N", help=what)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses what cannot be measured, and sets the adapters' dtype under autocast."""
+    if args.autocast:
+        if args.dtype is not torch.bfloat16:
+            raise BadInput("--autocast is bfloat16's, so --dtype must be bfloat16")
+        args.adapter_dtype = torch.float32
+    if args.checkpointing and any(compile_args(name) is not None for name in args.variants):
+        raise BadInput("--checkpointing measures eager steps, so --variants must name eager ones only")
+    if args.save_outputs and not any(name.startswith("dorac-") for name in args.variants):
+        raise BadInput("--save-outputs is for dorac's layers, of which --variants names none")
+
+
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes
     them and what the variants before keep.
 
-    A training step is so many micro-batches and then a step of SGD, after which cached norms are taken anew.
+    A training step is so many micro-batches and then a step of SGD, after which cached norms are taken anew; with 0
+    micro-batches one pass alone, for which cached norms stay. Wall time is of synchronised steps in fair turns; see
+    :func:`against_lora.measure_steps`.
     """
+    how = {name: getattr(args, name) for name in ("checkpointing", "save_outputs")}
+    setting = "".join(f", {name.replace('_', '-')}" for name in ("autocast", *how) if getattr(args, name))
     stack = build_stack(args)
     weights = linear_weights(stack)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
@@ -93,12 +122,21 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "tokens": args.tokens, "batch": args.batch}
         size |= {"micro_batches": args.micro_batches} if phase == "train" else {}
         steps = {
-            name: (functools.partial(build_variant, stack, layers, name), compile_args(name)) for name in args.variants
+            name: (functools.partial(build_variant, stack, layers, name, **how), compile_args(name))
+            for name in args.variants
         }
         compiled = [name for name in args.variants if compile_args(name) is not None]
-        how = {"kernels": compiled if args.profile else (), "micro_batches": args.micro_batches}
-        how["beside"] = against_lora.beside([*weights.values()], x, args, phase)
-        records = against_lora.measure_steps(f"r{rank} {phase}", steps, x, dy, **how)
+        records = against_lora.measure_steps(
+            f"r{rank} {phase}{setting}",
+            steps,
+            x,
+            dy,
+            micro_batches=args.micro_batches or None,
+            turns=args.turns,
+            autocast=args.autocast,
+            kernels=compiled if args.profile else (),
+            beside=against_lora.beside([*weights.values()], x, args, phase),
+        )
         yield from against_lora.related_to_lora([record | size | {"phase": phase} for record in records])
 
 
@@ -156,11 +194,22 @@ def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.L
     return stack
 
 
-def build_variant(stack: Stack, layers: dict[str, peers.Layer], name: str) -> Stack:
+def build_variant(
+    stack: Stack,
+    layers: dict[str, peers.Layer],
+    name: str,
+    *,
+    checkpointing: bool = False,
+    save_outputs: bool = False,
+) -> Stack:
     """The stack adapted in one of ``VARIANTS``."""
     stack = adapt(stack, layers, VARIANTS[name].build)
     if name.startswith("dorac-cached"):
         dorac.cache_norms(stack)
+    if checkpointing:
+        stack.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if save_outputs and name.startswith("dorac-"):
+        dorac.save_outputs(stack)
     return stack
 
 

@@ -22,6 +22,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
 def pair(text: str) -> tuple[int, int]:
     """``AxB``, two whole numbers of at least 1."""
     sides = text.lower().split("x")

@@ -59,8 +59,13 @@ class _Adapted(nn.Module):
         self.lora_B = nn.Parameter(layer.lora_B)
         self.dropout = nn.Dropout(layer.dropout) if layer.dropout else nn.Identity()
 
+    def factor_input(self, x: Tensor) -> Tensor:
+        """The adapter's input in the factors' dtype; as it is under autocast, which casts itself."""
+        x = self.dropout(x)
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+
     def low_rank(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return F.linear(F.linear(self.factor_input(x), self.lora_A), self.lora_B)
 
 
 class LoraSum(_Adapted):
@@ -85,7 +90,7 @@ class LoraAddmm(_Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        down = (SCALING * F.linear(self.dropout(rows).to(self.lora_A.dtype), self.lora_A)).to(x.dtype)
+        down = (SCALING * F.linear(self.factor_input(rows), self.lora_A)).to(x.dtype)
         y = torch.addmm(F.linear(rows, self.weight), down, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
 
@@ -115,6 +120,8 @@ class DenseNormDora(_AdaptedWithMagnitude):
 class DoracOnce(_AdaptedWithMagnitude):
     """``functional.dora_linear`` with a norm that was computed once, as between two optimiser steps."""
 
+    save_output = False  # see dorac.save_outputs
+
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         norm = functional.norm_factored(layer.weight, layer.lora_A, layer.lora_B, SCALING)
@@ -131,6 +138,7 @@ class DoracOnce(_AdaptedWithMagnitude):
             scaling=SCALING,
             weight_norm=self.weight_norm,
             dropout_p=self.dropout_p if self.training else 0.0,
+            save_output=self.save_output,
         )
 
 
@@ -242,6 +250,7 @@ VARIANTS = {
     "lora-sum-eager": Variant(LoraSum, None),
     "lora-addmm-eager": Variant(LoraAddmm, None),
     "peft-lora-compiled": Variant(_peft_lora, _BROKEN),
+    "peft-lora-eager": Variant(_peft_lora, None),
     "peft-dora-compiled": Variant(_peft_dora, _BROKEN),
     "peft-dora-eager": Variant(_peft_dora, None),
     "dense-dora-compiled": Variant(DenseDora, _WHOLE),

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "peft", "transformers")
 # Kept in the JSON; the table shows what they lead to.
 HIDDEN = (
     *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch"),
-    *("bytes", "flops", "kernels", "saved"),
+    *("bytes", "flops", "kernels", "saved", "turns_us"),
 )
 # Lists of records within a record, each printed as a table of its own under this heading.
 DETAILS = {"kernels": "kernels of one iteration", "saved": "saved for backward, beyond parameters and input"}
@@ -54,7 +54,7 @@ def heading(info: Record) -> str:
 
 def progress(record: Record) -> None:
     """One line per measurement on stderr, at once: a run of many minutes is followed."""
-    shown = ("gpu_us", "wall_us", "cpu_us", "peak_mib", "saved_mib", "seconds", "failed")
+    shown = ("gpu_us", "wall_us", "queued_us", "cpu_us", "peak_mib", "saved_mib", "seconds", "failed")
     figures = "  ".join(f"{key} {_format(key, record[key])}" for key in shown if record.get(key) is not None)
     print(f"{record['case']:28} {record['variant']:26} {figures}", file=sys.stderr, flush=True)
 
