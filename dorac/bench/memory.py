@@ -21,7 +21,9 @@ _VARIANTS = (
     *("lora-sum-eager", "lora-addmm-eager", "dorac-every-eager", "dorac-cached-eager", "peft-dora-eager"),
 )
 DEFAULTS = {
-    device: {name: value for name, value in defaults.items() if name not in ("phases", "micro_batches", "turns", "dropout")}
+    device: {
+        name: value for name, value in defaults.items() if name not in ("phases", "micro_batches", "turns", "dropout")
+    }
     | {"variants": list(_VARIANTS)}
     for device, defaults in model.DEFAULTS.items()
 }
