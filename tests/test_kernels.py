@@ -504,6 +504,14 @@ def test_compiled_once_for_what_triton_specialises_on(stream):
     launch(tensor[4:], tensor[8:])  # other addresses
     launch(tensor, 2.0)
     assert compiler.compilations == len(kinds)
+    others = [(40, 48), (24, 24), (1, 32), (2**31 + 24, 32)]  # of the first alone Triton sees no difference
+    for count, integers in zip((0, 1, 2, 3), others, strict=True):
+        Launch(compiler, (1, 2, 3), integers, 4, BLOCK=64)(tensor, tensor)
+        assert compiler.compilations == len(kinds) + count, integers
+    assert compiler.launches.pop()[9:] == (tensor.data_ptr(), tensor.data_ptr(), 40, 48, 64)
+    for warps, block in ((8, 64), (4, 128)):
+        Launch(compiler, (1, 2, 3), (24, 32), warps, BLOCK=block)(tensor, tensor)
+    assert compiler.compilations == len(kinds) + 5
     settled = "stream of None", "function", "metadata", None, None, None
     pointer = tensor.data_ptr()
     assert compiler.launches == [

@@ -43,6 +43,7 @@ def _forget() -> None:
     """Drops what was compiled, and what was prepared for a launch."""
     torch._dynamo.reset()
     eager.forget_plans()
+    Launch.known.clear()
     for module in (backward, compose, norm):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):

@@ -1,7 +1,7 @@
 """Launching a Triton kernel at a few microseconds of Python."""
 
 import operator
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import triton
@@ -32,7 +32,11 @@ class Launch:
         constants: the kernel's constants, in the order of its signature.
     """
 
-    __slots__ = ("compiled", "constants", "grid", "integers", "kernel", "settled", "warps")
+    __slots__ = ("compiled", "constants", "grid", "integers", "kernel", "settled", "specialised", "warps")
+
+    # What kernels were compiled to, for launches of other sizes: of an integer Triton specialises on no more than its
+    # being 1, a multiple of 16 or wider than 32 bits.
+    known: ClassVar[dict[tuple, "triton.compiler.CompiledKernel"]] = {}
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class Launch:
         assert [*constants] == kernel.arg_names[len(kernel.arg_names) - len(constants) :], "constants out of order"
         self.kernel, self.grid, self.integers, self.warps, self.constants = kernel, grid, integers, warps, constants
         self.settled = *integers, *constants.values()
+        of_integers = ((i == 1, i % 16 == 0, -(2**31) <= i < 2**31) for i in integers)
+        self.specialised = kernel, warps, *constants.values(), *of_integers
         self.compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
     def __call__(self, first: Tensor | TensorDescriptor, *others: Argument) -> "triton.compiler.CompiledKernel | None":
@@ -75,12 +81,15 @@ class Launch:
                     kinds.append(type(argument))
         if low & 15:
             kinds += (type(argument) is int and argument % 16 == 0 for argument in arguments)
-        compiled = self.compiled.get(tuple(kinds))
+        key = tuple(kinds)
+        compiled = self.compiled.get(key)
+        if compiled is None and (compiled := self.known.get((self.specialised, key))) is not None:
+            self.compiled[key] = compiled
         try:
             if compiled is None or _hooked():
                 compiled = self._compile(first, *others)
                 if compiled is not None:  # None is what the interpreter returns
-                    self.compiled[tuple(kinds)] = compiled
+                    self.compiled[key] = self.known[self.specialised, key] = compiled
             else:
                 self._run(compiled, device.index, arguments)
         except Exception as error:
