@@ -387,7 +387,8 @@ class TestLoraBBackward:
             assert torch.equal(from_y[0], plain[0])
             assert torch.equal(from_y[2], plain[2])
             terms = (dy.double() * inner.double()).abs().sum(0) / norm.double().clamp_min(1e-12)
-            assert ((from_y[1] - plain[1]).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
+            # y is rounded once more, and inner of faint rows once less; the sums are float32's.
+            assert ((from_y[1] - plain[1]).abs() <= (0.5 * torch.finfo(dtype).eps + 1e-5) * terms).all()
             assert from_y[1][7] == 0
             assert from_y[1][3] != 0
 

@@ -200,3 +200,27 @@ def test_what_does_not_change_is_not_copied(monkeypatch):
     model.load_state_dict(state)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(t)] for t in copies if "lora" not in names[id(t)]} == {"0.bias", "3.base_layer.bias"}
+    copies.clear()
+    model.load_state_dict(doubled(model), True, True)  # assigned: nothing is written
+    assert all("lora" in names[id(t)] for t in copies)
+
+
+def test_a_loading_of_the_class_gets_what_it_is_given():
+    class Own(nn.Sequential):
+        def load_state_dict(self, state_dict, strict=True):
+            return super().load_state_dict(state_dict, strict)
+
+    model = Own(nn.Linear(8, 8))
+    dorac.apply_dora(model, ["0"], r=2)
+    state = doubled(model)
+    model.load_state_dict(state, strict=False)
+    assert_same(model, state)
+
+
+def test_a_value_of_another_layout_is_torch_s_to_refuse():
+    model = adapted()
+    before, state = bits(model), doubled(model)
+    state["0.weight"] = state["0.weight"].to_sparse()
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict"):
+        model.load_state_dict(state)
+    assert_same(model, before)

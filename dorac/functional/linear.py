@@ -105,20 +105,16 @@ def dora_linear(
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout
             outside [0, 1), another ``dropout_on``, ``norm_grad`` together with ``weight_norm``.
     """
-    if not torch.compiler.is_compiling() and norm_grad is False and budget == DEFAULT_BUDGET:
-        number = checks.check_scaling(scaling)
-        if not _is_zero(dropout_p):
-            dropout_p = checks.check_dropout(dropout_p)
-        checks.check_dropout_on(dropout_on)
-        if not isinstance(number, Tensor):
-            tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
-            y = eager.dora_linear(*tensors, float(number), dropout_p, dropout_on, bool(save_output))
-            if y is not None:
-                return y
-    checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
     checks.check_dropout_on(dropout_on)
+    is_number = not isinstance(scaling, Tensor)
+    if not torch.compiler.is_compiling() and is_number and norm_grad is False and budget == DEFAULT_BUDGET:
+        tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
+        y = eager.dora_linear(*tensors, float(scaling), dropout_p, dropout_on, bool(save_output))
+        if y is not None:
+            return y
+    checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
@@ -128,7 +124,3 @@ def dora_linear(
     if not dropout_p:
         return ops.linear.dora_linear(*tensors, scaling_number(scaling))
     return ops.linear.dora_linear(*tensors, scaling_number(scaling), F.dropout(x, dropout_p), dropout_on == "low_rank")
-
-
-def _is_zero(number: object) -> bool:
-    return type(number) in (float, int) and number == 0

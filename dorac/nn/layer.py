@@ -410,13 +410,13 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
 
-    def load_state_dict(self, state_dict: Mapping[str, object], *args: object, **kwargs: object) -> object:
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""
         from dorac.nn.loading import keep_all  # which imports this module
 
         with Undo() as log:
-            keep_all(self, state_dict, log)
-            return super().load_state_dict(state_dict, *args, **kwargs)
+            keep_all(self, state_dict, assign, log)
+            return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -55,21 +55,24 @@ class _AllOrNothing:
 
     def __call__(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> object:
         module = self._module()
+        assign = kwargs.get("assign", len(args) > 1 and args[1])  # torch's third; a class may have its own signature
         with Undo() as log:
-            keep_all(module, state_dict, log)
+            keep_all(module, state_dict, assign, log)
             return type(module).load_state_dict(module, state_dict, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
         return type(self), (self._module(),)  # of a copy: the copy
 
 
-def keep_all(root: nn.Module, state_dict: Mapping[str, Any], log: Undo) -> None:
-    """Tells the log of every tensor that loading may write."""
+def keep_all(root: nn.Module, state_dict: Mapping[str, Any], assign: bool, log: Undo) -> None:
+    """Tells the log of every tensor that loading may write; with ``assign`` torch puts others in their place."""
     log.keep_module(*root.modules())
     by_name = isinstance(state_dict, Mapping) and not _other_hooks(root)
     kept = set()
     for name, module in root.named_modules(remove_duplicate=False):
         as_named = by_name and type(module)._load_from_state_dict is _STOCK
+        if as_named and assign:
+            continue
         tensors = {**module._parameters, **module._buffers}
         if isinstance(module, DoraLayer):  # a magnitude may follow its weight, and a norm both
             tensors["cached_norm"] = module.cached_norm
@@ -90,7 +93,7 @@ def _same(tensor: Tensor, value: object) -> bool:
     if type(tensor) not in PLAIN or type(value) not in PLAIN or tensor.is_meta or value.is_meta:
         return False
     bits = _BITS.get(tensor.dtype.itemsize)
-    if bits is None or tensor.dtype != value.dtype or tensor.shape != value.shape:
+    if bits is None or tensor.dtype != value.dtype or tensor.shape != value.shape or tensor.layout != value.layout:
         return False
     return torch.equal(tensor.detach().view(bits), value.detach().to(tensor.device).view(bits))
 

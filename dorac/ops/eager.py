@@ -173,10 +173,11 @@ def make_plan(
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
     norm = None
     if weight_norm is None:
-        split = split_factors if needs_split(weight.dtype, lora_A.dtype) else None
-        factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
-        sizes = 1, out_features, in_features, factors[0].shape[0]
-        strides = tuple((0, *t.stride()) for t in (weight, *factors))
+        split, of_norm, strides = None, rank, (lora_A.stride(), lora_B.stride())
+        if needs_split(weight.dtype, lora_A.dtype):
+            split, of_norm, strides = split_factors, 3 * rank, ((in_features, 1), (3 * rank, 1))
+        sizes = 1, out_features, in_features, of_norm
+        strides = tuple((0, *pair) for pair in (weight.stride(), *strides))
         splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype))
         norm = split, splits, *map(_bound, launches)
 

@@ -16,8 +16,6 @@ from dorac.ops import front
 lib = torch.library.Library("dorac", "DEF")
 
 CUDA_BODIES: dict[str, Callable] = {}  # what each leaf op runs on CUDA tensors
-
-
 # What the compiler generates code from instead of a call of the leaf op, see ``ops/inductor.py``.
 inlined: dict[torch._ops.OpOverload, Callable] = {}
 
