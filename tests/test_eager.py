@@ -312,6 +312,23 @@ def test_misaligned_tensors_are_not_taken(name, path, device):
     check(leaves, y, dy, sums=inputs.sums())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_outlived_its_transform(name, path, device):
+    """torch takes for it what it was made of."""
+    inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, bias=True, device=device))
+    tensors, kept = dict(named(inputs)), []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor.float().sum()
+
+    torch.func.grad(keep)(tensors[name])
+    y = functional.dora_linear(*(tensors | {name: kept[0]}).values(), scaling=S)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    check(inputs.tensors(), y, dy, sums=inputs.sums())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_backward_twice_adds_up(bias, path, device):
     inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, bias=bias, device=device))

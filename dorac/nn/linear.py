@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional
 from dorac.nn.layer import DoraLayer, not_stock, parameter
+from dorac.nn.norm_cache import known_norm
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -102,13 +103,16 @@ class DoraLinear(DoraLayer):
         if self.merged_norm is not None:
             return base(x)
         weight = parameter(base, "weight")
+        lora_A, lora_B, magnitude = self._own_parameters()
         return functional.dora_linear(
             x,
             weight.t() if self.fan_in_fan_out else weight,
-            *self._own_parameters(),
+            lora_A,
+            lora_B,
+            magnitude,
             parameter(base, "bias"),
             scaling=self._scaling,
-            weight_norm=self._known_norm() if self.caches_norm else None,
+            weight_norm=known_norm(self, (weight, lora_A, lora_B)) if self.caches_norm else None,
             norm_grad=self.norm_grad,
             dropout_p=self.lora_dropout if self.training else 0.0,
             dropout_on=self.dropout_on,

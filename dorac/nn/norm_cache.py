@@ -220,9 +220,12 @@ def doubt(layers: Iterable["DoraLayer"]) -> None:
             layer.norm_in_doubt = True
 
 
-def known_norm(layer: "DoraLayer") -> Tensor | None:
-    """The cached norm if a forward may use it, else None; checked first where the layer asks for that."""
-    if not layer.caches_norm or not _usable(layer):
+def known_norm(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:
+    """The cached norm if a forward may use it, else None; checked first where the layer asks for that.
+
+    ``inputs``: the layer's ``norm_inputs()``, for who has them at hand.
+    """
+    if not layer.caches_norm or not _usable(layer, inputs):
         return None
     if torch.compiler.is_compiling():
         if layer.norm_in_doubt:
@@ -283,7 +286,7 @@ def is_stale(layer: "DoraLayer") -> bool:
     return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
 
 
-def _usable(layer: "DoraLayer") -> bool:
+def _usable(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> bool:
     """Whether the cached norm is that of the tensors which stand in the layer now.
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
@@ -293,10 +296,12 @@ def _usable(layer: "DoraLayer") -> bool:
     of = layer.cached_of
     if of is None or layer.norm_grad or isinstance(layer._scaling, Tensor) or front.exporting_module():
         return False
-    for weight in layer.base_weights():
+    if inputs is None:
+        inputs = layer.norm_inputs()
+    for weight in inputs[: len(inputs) // 3]:  # the factors follow
         if weight.requires_grad:
             return False
-    return all(map(operator.is_, (*layer.norm_inputs(), layer.cached_norm), of))
+    return all(map(operator.is_, (*inputs, layer.cached_norm), of))
 
 
 def _check(layer: "DoraLayer") -> None:

@@ -80,7 +80,13 @@ def dora_linear(
         dropped = dropout_on if dropout_p else None
         key = training, dropped, save_output, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         plan = _plans.get(key, False)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides or of symbolic sizes
+        bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
+        if bias is not None:
+            bits |= bias.data_ptr()
+        if weight_norm is not None:
+            bits |= weight_norm.data_ptr()
+        x.data_ptr()
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides, symbolic sizes or no memory
         return None
     if plan is False:
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
@@ -90,11 +96,6 @@ def dora_linear(
         plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
     if plan is None:
         return None
-    bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
-    if bias is not None:
-        bits |= bias.data_ptr()
-    if weight_norm is not None:
-        bits |= weight_norm.data_ptr()
     if bits & 15:  # plans are for tensors aligned to 16 bytes
         return None
     if training:
@@ -107,7 +108,7 @@ def dora_linear(
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
         return _without_autocast(plan, *tensors, scaling, False)[0]
-    y = _Linear.apply(*tensors, scaling, plan)
+    y = _apply(*tensors, scaling, plan)
     return y[0] if dropped == "low_rank" else y
 
 
@@ -339,6 +340,10 @@ class _Linear(torch.autograd.Function):
             dx = torch.mm(dy if delta else d_base, weight).view(ctx.shape)
         d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         return dx, None, d_a, d_b, d_m, d_bias, None, dx_adapter, None, None
+
+
+# ``_Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
+_apply = super(torch.autograd.Function, _Linear).apply
 
 
 def _unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
