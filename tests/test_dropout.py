@@ -63,8 +63,16 @@ def check(inputs, y, meaning, mask, **options):
     for name, budget in budgets.items():
         actual = y if name == "y" else getattr(inputs, name).grad
         if actual is not None:
-            assert actual.dtype is (inputs.x if name == "y" else getattr(inputs, name)).dtype
+            assert actual.dtype is (inputs.weight if name == "y" else getattr(inputs, name)).dtype
             budget.check(actual, name)
+
+
+def kept_by(run):
+    """The tensors that ``run`` keeps for backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run()
+    return kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -107,17 +115,21 @@ def test_the_eager_function(meaning, dtype, bias, sizes, on_gpu, device, monkeyp
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_autocast(meaning, factors, on_gpu, device):
-    """x is dropped before it is cast, as in PEFT."""
-    inputs = linear_inputs("odd", dtype=torch.bfloat16, factor_dtype=factors, device=device).leaves()
-    inputs.weight.requires_grad_(False)
-    wide = inputs.x.detach().float().requires_grad_()
-    with torch.autocast(device, torch.bfloat16):
-        y = layer(inputs, meaning)
-        torch.manual_seed(3)
-        from_wide = functional.dora_linear(wide, *inputs.tensors()[1:], scaling=S, dropout_p=P, dropout_on=meaning)
-    assert from_wide.grad_fn.name() == y.grad_fn.name() == "_LinearBackward"
-    assert torch.autograd.grad(from_wide.sum(), wide)[0].dtype is torch.float32
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+def test_autocast(meaning, factors, x, on_gpu, device):
+    """x is dropped before it is cast, as in PEFT; kept is what it is cast to."""
+    inputs = linear_inputs("odd", dtype=torch.bfloat16, factor_dtype=factors, device=device)
+    inputs = frozen_weight(replace(inputs, x=inputs.x.to(x)).leaves())
+    y = None
+
+    def run():
+        nonlocal y
+        with torch.autocast(device, torch.bfloat16):
+            y = layer(inputs, meaning)
+
+    kept = kept_by(run)
+    assert y.grad_fn.name() == "_LinearBackward"
+    assert [t.dtype for t in kept if t.shape == inputs.x.shape] == [torch.bfloat16]
     check(inputs, y, meaning, mask_of(inputs.x.detach()), dtype=torch.bfloat16)
 
 
@@ -212,14 +224,6 @@ def test_transforms(meaning):
     torch.manual_seed(3)
     grad = torch.func.grad(lambda x: run(x).sin().sum())(inputs.x)
     torch.testing.assert_close(grad, torch.func.grad(lambda x: textbook(x).sin().sum())(inputs.x))
-
-
-def kept_by(run):
-    """The tensors that ``run`` keeps for backward."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        run()
-    return kept
 
 
 @pytest.mark.parametrize("bias", [True, False])
