@@ -61,7 +61,8 @@ def dora_linear(
     if dropped is None:
         y = x @ merge_weight(weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=weight_norm).mT
     else:
-        g, x_adapter = magnitude_scale(magnitude, weight_norm)[..., None, :], dropped.to(x.dtype) * x
+        g, x_adapter = magnitude_scale(magnitude, weight_norm), dropped.to(x.dtype) * x
+        g = g.unsqueeze(1) if weight.ndim == 3 else g
         lora = x_adapter @ (lora_B @ lora_A).mT
         if dropout_on == "adapter":
             y = x @ weight.mT + compose_delta(x_adapter @ weight.mT, lora, g, scaling)

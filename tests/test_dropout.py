@@ -1,6 +1,7 @@
 """Dropout in both meanings: values and gradients for a mask that is known, on every way that the layer can take."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,8 +63,16 @@ def check(inputs, y, meaning, mask, **options):
     for name, budget in budgets.items():
         actual = y if name == "y" else getattr(inputs, name).grad
         if actual is not None:
-            assert actual.dtype is (inputs.x if name == "y" else getattr(inputs, name)).dtype
+            assert actual.dtype is (inputs.weight if name == "y" else getattr(inputs, name)).dtype
             budget.check(actual, name)
+
+
+def kept_by(run):
+    """The tensors that ``run`` keeps for backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run()
+    return kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -106,17 +115,21 @@ def test_the_eager_function(meaning, dtype, bias, sizes, on_gpu, device, monkeyp
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_autocast(meaning, factors, on_gpu, device):
-    """x is dropped before it is cast, as in PEFT."""
-    inputs = linear_inputs("odd", dtype=torch.bfloat16, factor_dtype=factors, device=device).leaves()
-    inputs.weight.requires_grad_(False)
-    wide = inputs.x.detach().float().requires_grad_()
-    with torch.autocast(device, torch.bfloat16):
-        y = layer(inputs, meaning)
-        torch.manual_seed(3)
-        from_wide = functional.dora_linear(wide, *inputs.tensors()[1:], scaling=S, dropout_p=P, dropout_on=meaning)
-    assert from_wide.grad_fn.name() == y.grad_fn.name() == "_LinearBackward"
-    assert torch.autograd.grad(from_wide.sum(), wide)[0].dtype is torch.float32
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+def test_autocast(meaning, factors, x, on_gpu, device):
+    """x is dropped before it is cast, as in PEFT; kept is what it is cast to."""
+    inputs = linear_inputs("odd", dtype=torch.bfloat16, factor_dtype=factors, device=device)
+    inputs = frozen_weight(replace(inputs, x=inputs.x.to(x)).leaves())
+    y = None
+
+    def run():
+        nonlocal y
+        with torch.autocast(device, torch.bfloat16):
+            y = layer(inputs, meaning)
+
+    kept = kept_by(run)
+    assert y.grad_fn.name() == "_LinearBackward"
+    assert [t.dtype for t in kept if t.shape == inputs.x.shape] == [torch.bfloat16]
     check(inputs, y, meaning, mask_of(inputs.x.detach()), dtype=torch.bfloat16)
 
 
@@ -213,23 +226,111 @@ def test_transforms(meaning):
     torch.testing.assert_close(grad, torch.func.grad(lambda x: textbook(x).sin().sum())(inputs.x))
 
 
-def test_what_is_kept_for_backward(meaning, on_gpu, device):
-    """LoRA keeps x' and not x; beside that a layer keeps one tensor of its output's size, or if asked to y."""
-    for sizes, bias in (((64, 96, 40, 8), True), ((64, 40, 96, 8), False), ((64, 96, 40, 8), False)):
-        inputs = frozen_weight(linear_inputs(sizes, dtype=torch.bfloat16, bias=bias, device=device).leaves())
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            y = layer(inputs, meaning, save_output=True)
-        _, out_features, in_features, _ = sizes
-        of_y = meaning == "low_rank" and not bias and out_features > in_features
-        wide = [t for t in kept if t.dtype is y.dtype and t.shape == y.shape]
-        assert [t.data_ptr() == y.data_ptr() for t in wide] == [of_y]
-        assert any(t.data_ptr() == inputs.x.data_ptr() for t in kept) == of_y
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(33, 96, 41, 8), (33, 40, 96, 8)], ids=str)
+def test_what_is_kept_for_backward(meaning, bias, sizes, on_gpu, device):
+    """x itself, the mask's bits, and one tensor of the output's size, or if asked to y; no x' and no wider mask."""
+    tokens, _, in_features, _ = sizes
+    inputs = frozen_weight(linear_inputs(sizes, dtype=torch.bfloat16, bias=bias, device=device).leaves())
+    y = None
+
+    def run():
+        nonlocal y
+        y = layer(inputs, meaning, save_output=True)
+
+    kept = kept_by(run)
+    wide = [t for t in kept if t.dtype is y.dtype and t.shape == y.shape]
+    assert [t.data_ptr() == y.data_ptr() for t in wide] == [meaning == "low_rank" and not bias]
+    assert [t.data_ptr() == inputs.x.data_ptr() for t in kept if t.shape == inputs.x.shape] == [True]
+    size = -(-tokens * in_features // 8)
+    assert [t.shape for t in kept if not t.dtype.is_floating_point] == [(size,)]
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for t in kept)
+
+
+def test_layers_of_one_x_keep_it_once(meaning, on_gpu, device):
+    """Beside it the second keeps what is its own: inner, h, the norm and the bits of its mask."""
+    tokens, out_features, in_features, rank = sizes = 64, 96, 256, 8
+    first, second = (
+        frozen_weight(linear_inputs(sizes, dtype=torch.bfloat16, device=device, seed=seed).leaves()) for seed in (0, 1)
+    )
+    second = replace(second, x=first.x)
+    held = {t.untyped_storage().data_ptr() for i in (first, second) for t in i.tensors()}
+    for several in ((first,), (first, second)):
+        kept = kept_by(lambda several=several: [layer(inputs, meaning) for inputs in several])
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        of_each = 2 * tokens * (out_features + rank) + 4 * out_features + tokens * in_features // 8
+        assert sum(size for place, size in own.items() if place not in held) == of_each * len(several)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_torch_draws_the_mask(meaning, wide, on_gpu, device):
+    """As F.dropout does, and with as many random numbers."""
+    inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+    inputs = replace(inputs, x=inputs.x.float()) if wide else inputs
+    for training in (True, False):
+        inputs = frozen_weight(inputs.leaves())
+        with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=wide):
+            layer(inputs, meaning)
+        after = torch.rand(3, device=device)
+        torch.manual_seed(3)
+        F.dropout(inputs.x.detach(), P)
+        assert torch.equal(torch.rand(3, device=device), after)
+
+
+EDITS = {
+    "one dimension": lambda x: x[0],
+    "three dimensions": lambda x: x.view(3, 11, -1),
+    "four dimensions": lambda x: x.view(3, 11, 1, -1),
+    "transposed": lambda x: x.view(3, 11, -1).transpose(0, 1),
+    "columns": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_layouts_of_x(meaning, edit, bias, trained, on_gpu, device):
+    """With y kept where it may be; also where x has no gradient."""
+    inputs = linear_inputs("odd", dtype=torch.float16, bias=bias, device=device)
+    x = EDITS[edit](inputs.x)
+    inputs = replace(frozen_weight(inputs.leaves()), x=x.detach().requires_grad_(trained))
+    y = layer(inputs, meaning, save_output=True)
+    assert type(y.grad_fn).__name__ == "_LinearBackward"
+    check(inputs, y, meaning, mask_of(x))
+    assert (inputs.x.grad is not None) == trained
+
+
+def test_x_written_to_before_backward(meaning, on_gpu, device):
+    inputs = frozen_weight(linear_inputs("odd", dtype=torch.bfloat16, device=device).leaves())
+    inputs = replace(inputs, x=inputs.x.clone())
+    y = layer(inputs, meaning)
+    inputs.x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_that_are_seen_are_those_that_are_not(meaning, on_gpu, device):
+    """A mode over backward alone, and torch.autograd's own vmap: the same mask, of its bits in aten."""
+    inputs = frozen_weight(linear_inputs("odd", dtype=torch.float16, device=device).leaves())
+    leaves = [t for t in inputs.tensors() if t.requires_grad]
+    y = layer(inputs, meaning)
+    dy = torch.randn_like(y)
+    plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    with FlopCounterMode(display=False) as mode:
+        seen = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert mode.get_total_flops()
+    batched = torch.autograd.grad(y, leaves, torch.stack([dy, 2 * dy]), is_grads_batched=True)
+    for grad, other, both in zip(plain, seen, batched, strict=True):
+        bound = 4 * torch.finfo(torch.float16).eps * grad.float().norm()
+        assert (other.float() - grad.float()).norm() <= bound
+        assert (both.float() - torch.stack([grad, 2 * grad]).float()).norm() <= 3 * bound
 
 
 @pytest.mark.parametrize("save_output", [True, False])
 def test_what_is_kept_goes_with_the_graph(meaning, save_output, on_gpu, device, monkeypatch):
-    """Without waiting for the collector of cycles: inner may be an output of the layer's own node."""
+    """Without waiting for the collector of cycles."""
     pytest.importorskip("triton")
     from dorac.kernels.launch import Launch
 
@@ -248,10 +349,11 @@ def test_what_is_kept_goes_with_the_graph(meaning, save_output, on_gpu, device, 
             gc.enable()
 
 
-def test_hooks_may_change_the_strides_of_lora_B(meaning, on_gpu, device):
+def test_hooks_may_change_the_strides_of_x_and_lora_B(meaning, on_gpu, device):
     """As those that move what is saved to the host do."""
     grads = []
-    for unpack in (lambda t: t, lambda t: t.t().contiguous().t() if t.shape == (48, 8) else t):
+    changed = (48, 8), (16, 32)
+    for unpack in (lambda t: t, lambda t: t.t().contiguous().t() if t.shape in changed else t):
         inputs = frozen_weight(linear_inputs((16, 48, 32, 8), dtype=torch.bfloat16, device=device).leaves())
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             views = inputs.map(lambda t: t.view_as(t))  # no leaves: all of them are saved
@@ -333,7 +435,7 @@ def test_modules(meaning):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_checkpoint_draws_the_same_mask(meaning, bias, on_gpu, device):
     grads = []
-    for checkpointed in (False, True):
+    for reentrant in (None, False, True):
         inputs = frozen_weight(linear_inputs((16, 96, 32, 8), dtype=torch.bfloat16, bias=bias, device=device).leaves())
 
         def run(x, inputs=inputs):
@@ -341,11 +443,39 @@ def test_a_checkpoint_draws_the_same_mask(meaning, bias, on_gpu, device):
             return functional.dora_linear(x, *inputs.tensors()[1:], **options)
 
         torch.manual_seed(3)
-        y = checkpoint(run, inputs.x, use_reentrant=False) if checkpointed else run(inputs.x)
+        y = run(inputs.x) if reentrant is None else checkpoint(run, inputs.x, use_reentrant=reentrant)
         torch.manual_seed(9)
         y.sin().sum().backward()
         grads.append([t.grad for t in inputs.tensors() if t is not None and t.requires_grad])
-    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+    for again in grads[1:]:
+        torch.testing.assert_close(again, grads[0], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs(meaning):
+    """A replay draws what eager draws of the same seed."""
+    inputs = frozen_weight(linear_inputs("odd", dtype=torch.bfloat16, device="cuda").leaves())
+    leaves = [t for t in inputs.tensors() if t.requires_grad]
+
+    def step():
+        options = {"scaling": S, "dropout_p": P, "dropout_on": meaning}
+        y = functional.dora_linear(*inputs.tensors(), **options)
+        return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = step()
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        expected = step()
+        torch.manual_seed(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(left, right) for left, right in zip(actual, expected, strict=True))
 
 
 def test_flops_are_counted(meaning, on_gpu, device):

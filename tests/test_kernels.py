@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
+from dorac.kernels.dropout import BLOCK, drop_launch, pack_launch
 from dorac.kernels.launch import Launch, LaunchError
 from dorac.kernels.norm import row_norm, row_norms
 
@@ -414,6 +415,43 @@ class TestLoraBBackward:
             lora_b_backward(inner, inner, inputs.magnitude, norm, h, scaling(device), h_is_scaled=True)
 
 
+def packed(mask):
+    bits = torch.full((-(-mask.numel() // 8),), 85, dtype=torch.uint8, device=mask.device)
+    pack_launch(mask.numel())(mask.view(torch.uint8), bits)
+    return bits
+
+
+class TestDropout:
+    @pytest.mark.parametrize("size", [1, 7, 8, 9, 256, 8 * BLOCK, 8 * BLOCK + 1, 24 * BLOCK - 3])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_sizes(self, size, dtype, device):
+        values, p = torch.randn(size, device=device).to(dtype), 0.4
+        mask = torch.rand(size, device=device) > p
+        bits = packed(mask)
+        padded = torch.zeros(8 * bits.numel(), dtype=torch.int32, device=device)
+        padded[:size] = mask
+        powers = 2 ** torch.arange(8, dtype=torch.int32, device=device)
+        assert torch.equal(bits, (padded.view(-1, 8) * powers).sum(1).to(torch.uint8))
+        out = torch.empty_like(values)
+        drop_launch(size)(values, bits, 1 / (1 - p), out)
+        assert torch.equal(out == 0, ~mask | (values == 0))
+        assert_rounded_once(out, values.double() * mask / (1 - p))
+        if device == "cuda":  # on the CPU torch rounds the factor, too
+            assert torch.equal(out, torch.ops.aten.native_dropout_backward(values, mask, 1 / (1 - p)))
+        drop_launch(size)(values, bits, 1 / (1 - p), values)
+        assert torch.equal(values, out)
+
+    def test_not_finite(self, device):
+        """As torch has it: what is dropped is multiplied by zero."""
+        values = torch.tensor([torch.inf, torch.inf, torch.nan, -1.0], device=device)
+        bits = packed(torch.tensor([True, False, False, False], device=device))
+        drop_launch(4)(values, bits, 2.0, values)
+        assert values[0] == torch.inf
+        assert values[1:3].isnan().all()
+        assert values[3].item() == 0
+        assert values[3].signbit()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bitwise(dtype, device):
     """Fifty runs give the same bits."""
@@ -451,6 +489,13 @@ def test_more_than_2_31_elements():
     ones = torch.ones(columns, device="cuda")
     d_inner, _, _ = compose_backward(weight, weight, magnitude, ones)
     assert torch.equal(d_inner[tail], (magnitude * weight[tail].float()).bfloat16())
+    del d_inner
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[tail] = torch.rand(100, columns, device="cuda") > 0.5
+    expected = weight[tail] * mask[tail] * 2
+    drop_launch(weight.numel())(weight, packed(mask.flatten()), 2.0, weight)
+    assert torch.equal(weight[tail], expected)
+    assert not weight[:-100].any()
 
 
 class Compiler:

@@ -85,10 +85,11 @@ def dora_linear(
             ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``, which takes a second product with W in
             forward and in backward. "low_rank": the low-rank branch alone,
             ``y = g * (x W^T + s x' lora_A^T lora_B^T) + b``, at the price of LoRA with dropout.
-        save_output: saves y for backward, not ``x W^T + s x lora_A^T lora_B^T``, where the layer has no bias and runs
-            in eager on a GPU with kernels: no memory where whatever consumes y saves it, too (an activation, a
-            product). Consumers that write to y in place are seen as long as autograd sees them; a kernel that writes
-            to it behind autograd's back (Liger's rotary embedding) makes the magnitude's gradient wrong.
+        save_output: saves y for backward, not ``x W^T + s x lora_A^T lora_B^T``, where the layer has no bias, no
+            dropout in PEFT's meaning, and runs in eager on a GPU with kernels: no memory where whatever consumes y
+            saves it, too (an activation, a product). Consumers that write to y in place are seen as long as autograd
+            sees them; a kernel that writes to it behind autograd's back (Liger's rotary embedding) makes the
+            magnitude's gradient wrong.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`.
 
     Returns:

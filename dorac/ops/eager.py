@@ -12,10 +12,9 @@ the form "fused" of ``ops/linear.py``, which has the formulas; anything else is 
   tensor that was kept and then written to in place, as ``relu(y, inplace=True)`` does, which is fine after a linear
   layer. So y is kept through an alias with a version of its own, and a probe without memory tells whether y's has
   changed; inner is then computed again. What a kernel writes behind autograd's back nothing tells: the caller has to.
-- With dropout, x' is made here and kept, as LoRA keeps it, in place of x. In PEFT's meaning ``x' W^T`` turns into inner
-  where it lies, and ``x W^T`` is accumulated onto the change in y. Where the low-rank branch alone sees x', y is kept
-  only if it is wider than x, which then has to be kept, too; else inner is, as an output, because a second derivative
-  finds no x to compute it of.
+- With dropout, x itself is kept, which several layers may share, and the mask at one bit an element: backward makes x'
+  of these again. In PEFT's meaning ``x' W^T`` turns into inner where it lies, and ``x W^T`` is accumulated onto the
+  change in y. The gradient of x is that of x', dropped where it lies, onto which the undropped part is accumulated.
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -49,6 +48,8 @@ class Plan:
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
     scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
+    pack: Callable | None  # of dropout's mask, a byte an element, and its bits, which it writes
+    drop: Callable | None  # of rows, bits, 1 / (1 - p) and the result, which may be the rows
 
 
 def dora_linear(
@@ -102,14 +103,23 @@ def dora_linear(
         usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad and not weight.requires_grad
         if not usual or (weight_norm is not None and weight_norm.requires_grad):
             return None
-    x_adapter = F.dropout(x, dropout_p) if dropped else None  # autograd's, and of x as PEFT drops it
+    x_adapter, bits = _dropout(plan, x, dropout_p, training) if dropped else (None, None)
     if x.dtype is not plan.dtype:
         x, x_adapter = x.to(plan.dtype), x_adapter if x_adapter is None else x_adapter.to(plan.dtype)
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
         return _without_autocast(plan, *tensors, scaling, False)[0]
-    y = _apply(*tensors, scaling, plan)
-    return y[0] if dropped == "low_rank" else y
+    return _apply(*tensors, bits, dropout_p, scaling, plan)
+
+
+def _dropout(plan, x, p, training) -> tuple[Tensor, Tensor | None]:
+    """x' as ``F.dropout`` draws it, of x as PEFT drops it, without a gradient; in training the mask's bits."""
+    x_adapter, mask = torch.native_dropout(x.detach(), p, True)  # what F.dropout calls on CUDA
+    if not training:
+        return x_adapter, None
+    bits = x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
+    plan.pack(mask.contiguous().view(torch.uint8), bits)
+    return x_adapter, bits
 
 
 def forget_plans() -> None:
@@ -161,14 +171,14 @@ def make_plan(
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
+    from dorac.kernels.dropout import drop_launch, pack_launch
     from dorac.kernels.norm import needs_split, norm_launches, split_factors
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     delta = dropout_on == "adapter"
-    keeps_y = training and save_output and bias is None
-    keeps_y = keeps_y and (dropout_on is None or (not delta and out_features > in_features))
+    keeps_y = training and save_output and bias is None and not delta
     flags = {"has_norm": True, "has_bias": bias is not None, "delta": delta, "split": False}
     flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
@@ -212,6 +222,8 @@ def make_plan(
         compose=composer(config, launch) if config.descriptors else _bound(launch(descriptors=False)),
         backward=backward_launches,
         scale_b=scale_b_launch,
+        pack=_bound(pack_launch(x.numel()) if dropout_on else None),
+        drop=_bound(drop_launch(x.numel()) if dropout_on else None),
     )
 
 
@@ -254,10 +266,10 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Returns y, and with dropout on the low-rank branch inner, of which a second derivative may know no other way."""
-
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, plan):
+    def forward(
+        ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, bits, dropout_p, scaling, plan
+    ):
         y, a, b, norm, h, inner = _without_autocast(
             plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, True
         )
@@ -269,51 +281,47 @@ class _Linear(torch.autograd.Function):
             probe = y.detach()
             probe.data = _nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
-        elif x_adapter is not None:
-            x = None
         ctx.trained = trained = lora_A, lora_B, magnitude
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.versions = [t._version for t in trained]
             trained = ()
         else:
             ctx.trained = None
-        ctx.save_for_backward(x, weight, a, b, norm, h, kept, x_adapter, *trained)
+        ctx.save_for_backward(x, weight, a, b, norm, h, kept, bits, *trained)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan = scaling, plan
+        ctx.scaling, ctx.plan, ctx.kept_scale = scaling, plan, 1 / (1 - dropout_p)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return (y, inner) if plan.dropout_on == "low_rank" else y
+        return y
 
     @staticmethod
-    def backward(ctx, dy, d_inner=None):
-        if dy is None and d_inner is None:
-            return (None,) * 10
-        if torch.is_grad_enabled() or d_inner is not None or type(dy) is not Tensor or not front.unobserved():
-            return _seen_gradients(ctx, dy, d_inner)
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 12
+        if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
+            return _seen_gradients(ctx, dy)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return _Linear.backward(ctx, dy)
-        x, weight, a, b, norm, h, kept, x_adapter, *trained = ctx.saved_tensors
+        x, weight, a, b, norm, h, kept, bits, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or _unchanged(ctx)
         plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.plan.keeps_y
         delta = plan.dropout_on == "adapter"
-        needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
+        needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
-        rows, seen = x, x if x_adapter is None else x_adapter
         if dy.dim() != 2:
-            dy, h, seen = dy.reshape(-1, dy.shape[-1]), h.view(-1, h.shape[-1]), seen.reshape(-1, seen.shape[-1])
-            rows = None if x is None else x.reshape(-1, x.shape[-1])
+            dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
         if of_y and (ctx.probe._version != ctx.version or _share_memory(dy, kept)):  # y is not y any more
-            kept, of_y = torch.addmm(torch.mm(rows, weight.t()), h, b.t(), alpha=scaling), False
-        if of_y and (rows.data_ptr() % 16 or not rows.is_contiguous()):
-            rows = rows.clone(memory_format=torch.contiguous_format)
+            kept, of_y = torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling), False
+        if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
+            x = x.clone(memory_format=torch.contiguous_format)
         # A hook on saved tensors may give back other strides.
         strips, launch, add = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
         d_base = dy.new_empty(dy.shape)  # g * dy, of a change (g - 1) * dy
         d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
-        others = (rows, weight, b) if of_y else (None, None, None)
+        others = (x, weight, b) if of_y else (None, None, None)
         if add is None:
             launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
         else:
@@ -327,19 +335,24 @@ class _Linear(torch.autograd.Function):
             d_h = torch.addmm(d_base.new_empty(()), dy, g_b.t(), beta=0, alpha=scaling)
         else:
             d_h = torch.addmm(d_base.new_empty(()), d_base, b, beta=0, alpha=scaling)
-        d_a = _wide_mm(d_h.t(), seen, lora_A.dtype)
-        dx = dx_adapter = None
-        if needs_x if x_adapter is None else needs_x_adapter:
-            dx_adapter = torch.mm(d_h, a)
+        if bits is None:
+            d_a = _wide_mm(d_h.t(), x, lora_A.dtype)
+        else:
+            x_adapter = torch.empty_like(x)
+            plan.drop(x, bits, ctx.kept_scale, x_adapter)
+            d_a = _wide_mm(d_h.t(), x_adapter, lora_A.dtype)
+            del x_adapter
+        dx = None
+        if needs_x:
+            dx = torch.mm(d_h, a)
             if plan.dropout_on != "low_rank":
-                dx_adapter.addmm_(d_base, weight)
-            dx_adapter = dx_adapter.view(ctx.shape)
-        if x_adapter is None:
-            dx, dx_adapter = dx_adapter, None
-        elif needs_x:
-            dx = torch.mm(dy if delta else d_base, weight).view(ctx.shape)
+                dx.addmm_(d_base, weight)
+            if bits is not None:
+                plan.drop(dx, bits, ctx.kept_scale, dx)
+                dx.addmm_(dy if delta else d_base, weight)
+            dx = dx.view(ctx.shape)
         d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
-        return dx, None, d_a, d_b, d_m, d_bias, None, dx_adapter, None, None
+        return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
 
 # ``_Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
@@ -368,39 +381,50 @@ def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else torch.mm(left, right).to(dtype)
 
 
-def _seen_gradients(ctx, dy, d_inner_again):
+def _mask(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Dropout's mask of its bits, as zeros and ones, in aten."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(1) >> places).bitwise_and(1).flatten()[: shape.numel()].view(shape)
+
+
+def _seen_gradients(ctx, dy):
     """The gradients where they are differentiated again, or a mode looks on: h and inner are computed again, in aten.
 
-    Then every tensor is connected to what it was computed of; inner as an output of the layer's if there is no x.
+    Then every tensor is connected to what it was computed of.
     """
-    given = d_inner_again if dy is None else dy
-    if front.autocast_dtype(given) is not None:
-        with front.autocast_off(given):
-            return _seen_gradients(ctx, dy, d_inner_again)
-    x, weight, _, _, norm, _, inner, x_adapter, *trained = ctx.saved_tensors
+    if front.autocast_dtype(dy) is not None:
+        with front.autocast_off(dy):
+            return _seen_gradients(ctx, dy)
+    x, weight, _, _, norm, _, _, bits, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or _unchanged(ctx)
     dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
-    x, x_adapter = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_adapter))
-    seen = x if x_adapter is None else x_adapter
+    x = x.reshape(-1, x.shape[-1])
+    if bits is not None:
+        mask = _mask(bits, x.shape)
+
+    def dropped(rows):
+        return (rows.to(acc) * mask * ctx.kept_scale).to(dtype)
+
+    x_adapter = None if bits is None else dropped(x)
+    seen = x if bits is None else x_adapter
     a, b = lora_A.to(dtype), lora_B.to(dtype)
-    scaling = torch.full((), ctx.scaling, dtype=acc, device=seen.device)
-    h = seen @ a.t()
-    if delta or x is not None:
-        base = (seen if delta else x) @ weight.t()
-        inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
-    d_inner_again = None if d_inner_again is None else d_inner_again.reshape(-1, weight.shape[0])
-    needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
+    scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
+    h, base = seen @ a.t(), (seen if delta else x) @ weight.t()
+    inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
+    needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
     dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
-        (x, weight, a, b, magnitude, norm, scaling, h, inner.view(-1, weight.shape[0]), x_adapter),
-        (needs_x, False, True, True, True, needs_bias, needs_x_adapter),
+        (x, weight, a, b, magnitude, norm, scaling, h, inner, x_adapter),
+        (needs_x, False, True, True, True, needs_bias, needs_x and bits is not None),
         (dtype, dtype, ctx.bias_dtype),
-        (None if dy is None else dy.reshape(-1, weight.shape[0]), d_inner_again, None),
+        (dy.reshape(-1, weight.shape[0]), None, None),
         number=ctx.scaling,
         path="fused",
         eager=True,
-        dropped=x_adapter is not None,
+        dropped=bits is not None,
         delta=delta,
     )
-    dx, dx_adapter = (None if t is None else t.view(ctx.shape) for t in (dx, dx_adapter))
+    if dx_adapter is not None:
+        dx = dx + dropped(dx_adapter)
+    dx = None if dx is None else dx.view(ctx.shape)
     d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
-    return dx, None, d_a, d_b, d_m, d_bias, None, dx_adapter, None, None
+    return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
