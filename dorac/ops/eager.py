@@ -4,6 +4,9 @@
 makes of them) half precision, adapters trained whole or not at all, and nobody looks on, the layer is computed here, in
 the form "fused" of ``ops/linear.py``, which has the formulas; anything else is left to that.
 
+Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors: such a
+mode may be over a checkpoint's forward alone, or over its recomputation.
+
 - What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the launches.
   A plan holds no tensors.
 - ``x W^T`` turns into ``inner = x W^T + s h lora_B^T`` where it lies, which is kept for backward.
@@ -20,6 +23,7 @@ the form "fused" of ``ops/linear.py``, which has the formulas; anything else is 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -31,6 +35,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.ops import front, linear
+from dorac.ops.norm import norm_factored
 
 _PLANS = 4096  # kept; beyond, all are dropped
 _plans: dict[tuple, "Plan | None"] = {}
@@ -49,6 +54,7 @@ class Plan:
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
     scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
+    in_ops: bool = False  # which modes see
 
 
 def dora_linear(
@@ -65,7 +71,8 @@ def dora_linear(
     save_output: bool = False,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s."""
-    if not front.unobserved():
+    in_ops = not front.unobserved()
+    if in_ops and not front.seen_by_modes_alone():
         return None
     try:
         training = torch.is_grad_enabled() and (
@@ -93,8 +100,9 @@ def dora_linear(
         if len(_plans) >= _PLANS:
             _plans.clear()
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
-        plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
-    if plan is None:
+        with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
+            plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
+    if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
         return None
@@ -108,6 +116,8 @@ def dora_linear(
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
         return _without_autocast(plan, *tensors, scaling, False)[0]
+    if in_ops:
+        plan = dataclasses.replace(plan, in_ops=True)
     y = _apply(*tensors, scaling, plan)
     return y[0] if dropped == "low_rank" else y
 
@@ -248,9 +258,24 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     return y, lora_A, lora_B, norm, h, inner
 
 
+def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
+    """:func:`_forward`, but inner is there if y is kept, too."""
+    with front.autocast_off(x):
+        s = torch.full((), scaling, dtype=torch.float32, device=x.device)
+        if norm is None:
+            norm = norm_factored(weight, lora_A, lora_B, s)
+        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        tensors = x, weight, lora_A, lora_B, magnitude, norm, s, bias, x_adapter
+        rows = linear.forward(*tensors, scaling, "fused", True, plan.dropout_on == "adapter", training)
+    # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
+    y, inner, h = (torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[1])) for t in rows)
+    return y, lora_A, lora_B, norm, h, inner
+
+
 @functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 class _Linear(torch.autograd.Function):
@@ -258,7 +283,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, plan):
-        y, a, b, norm, h, inner = _without_autocast(
+        forward = _forward_in_ops if plan.in_ops else _without_autocast
+        y, a, b, norm, h, inner = forward(
             plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, True
         )
         if not plan.casts_factors:
@@ -369,29 +395,35 @@ def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _seen_gradients(ctx, dy, d_inner_again):
-    """The gradients where they are differentiated again, or a mode looks on: h and inner are computed again, in aten.
+    """The gradients where they are differentiated again, or a mode looks on.
 
-    Then every tensor is connected to what it was computed of; inner as an output of the layer's if there is no x.
+    Where they are differentiated, h and inner are computed again, in aten: then every tensor is connected to what it
+    was computed of; inner as an output of the layer's if there is no x.
     """
     given = d_inner_again if dy is None else dy
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):
             return _seen_gradients(ctx, dy, d_inner_again)
-    x, weight, _, _, norm, _, inner, x_adapter, *trained = ctx.saved_tensors
+    x, weight, _, _, norm, h, inner, x_adapter, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or _unchanged(ctx)
     dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
-    x, x_adapter = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_adapter))
+    x, x_adapter, h, inner = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, x_adapter, h, inner))
     seen = x if x_adapter is None else x_adapter
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     scaling = torch.full((), ctx.scaling, dtype=acc, device=seen.device)
-    h = seen @ a.t()
-    if delta or x is not None:
-        base = (seen if delta else x) @ weight.t()
-        inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
+    again, of_y = torch.is_grad_enabled(), ctx.plan.keeps_y
+    if again:
+        h = seen @ a.t()
+    if of_y or (again and (delta or x is not None)):
+        # Where y is kept, the kernel takes no product for inner: a counter of operations is not to count one.
+        hides = of_y and not again and front.seen_by_modes_alone()
+        with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
+            base = (seen if delta else x) @ weight.t()
+            inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
     d_inner_again = None if d_inner_again is None else d_inner_again.reshape(-1, weight.shape[0])
     needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
     dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
-        (x, weight, a, b, magnitude, norm, scaling, h, inner.view(-1, weight.shape[0]), x_adapter),
+        (x, weight, a, b, magnitude, norm, scaling, h, inner, x_adapter),
         (needs_x, False, True, True, True, needs_bias, needs_x_adapter),
         (dtype, dtype, ctx.bias_dtype),
         (None if dy is None else dy.reshape(-1, weight.shape[0]), d_inner_again, None),
