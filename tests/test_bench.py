@@ -381,8 +381,8 @@ def test_model_with_norms_once_per_step(bench, device):
 def test_forms_in_a_stack_are_each_compiled(monkeypatch):
     """The forms share their code, so that the compiler would run the first for all of them."""
     stack = {"layers": 1, "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2}
-    paths, forward = [], linear._forward
-    monkeypatch.setattr(linear, "_forward", lambda *args: (paths.append(args[10]), forward(*args))[1])
+    paths, forward = [], linear.forward
+    monkeypatch.setattr(linear, "forward", lambda *args: (paths.append(args[10]), forward(*args))[1])
     monkeypatch.setattr(options, "PHASES", ("inference",))
     with torch.compiler.config.patch(force_disable_caches=True):  # as the command line does
         records = [*tune._stack_form(4, arguments(**stack, tokens=20))]

@@ -21,10 +21,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
-    CheckpointError,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -718,9 +718,10 @@ def test_a_function_mode_sees_the_op(path, device):
     assert any("dora_linear" in name for name in mode.seen)
 
 
-def test_flops_are_those_of_the_general_path(path, monkeypatch, device):
+@pytest.mark.parametrize("bias", [True, False])
+def test_flops_are_those_of_the_general_path(bias, path, monkeypatch, device):
     def flops():
-        inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, device=device))
+        inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, bias=bias, device=device))
         with FlopCounterMode(display=False) as counter:
             functional.dora_linear(*inputs.tensors(), scaling=S).sum().backward()
         return counter.get_total_flops()
@@ -728,26 +729,6 @@ def test_flops_are_those_of_the_general_path(path, monkeypatch, device):
     counted = flops()
     assert not path
     assert counted == general(monkeypatch, flops) > 4 * 33 * 65 * 127
-
-
-def test_selective_checkpointing_sees_the_ops(path, monkeypatch, device):
-    seen = []
-
-    def policy(context, op, *args, **kwargs):
-        if op.namespace == "dorac":
-            seen.append(op._schema.name.removeprefix("dorac::"))
-        return CheckpointPolicy.MUST_SAVE if op.namespace == "dorac" else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def run():
-        inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, device=device))
-        layer = functools.partial(functional.dora_linear, scaling=S)
-        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-        y = checkpoint(layer, *inputs.tensors(), use_reentrant=False, context_fn=contexts)
-        y.float().square().sum().backward()
-        return gradients_of(inputs)
-
-    both(monkeypatch, path, run, taken=[])
-    assert set(seen) == FORWARD_OPS
 
 
 def under_fakes(inputs):
@@ -885,18 +866,97 @@ def test_cuda_graphs(bias, path):
         assert torch.equal(left, right)
 
 
-@pytest.mark.xfail(strict=True, raises=CheckpointError, reason="the two paths keep different tensors")
-@pytest.mark.parametrize("over", ["forward", "backward"])
-def test_a_checkpoint_with_a_mode_over_one_direction(over, path, monkeypatch, device):
+SAVED = {
+    "inner": {},
+    "y": {"bias": False},
+    "y, written to": {"bias": False, "consumer": F.relu_},
+    "norm given": {"given": True},
+    "autocast": {"factors": torch.float32},
+    "autocast, y": {"factors": torch.float32, "bias": False},
+    "x without gradient": {"frozen_x": True},
+    "no leaves": {"leaves": False},
+    "dropout": {"dropout_on": "adapter"},
+    "dropout, autocast": {"dropout_on": "adapter", "factors": torch.float32},
+    "low-rank dropout": {"dropout_on": "low_rank"},
+    "low-rank dropout, y": {"dropout_on": "low_rank", "bias": False, "sizes": (33, 96, 40, 8)},
+}
+MODES = {"none": contextlib.nullcontext, "ops": Ops, "flops": functools.partial(FlopCounterMode, display=False)}
+
+
+def seen_in_part(
+    device,
+    run,
+    over_forward,
+    over_backward,
+    sizes="odd",
+    bias=True,
+    factors=None,
+    given=False,
+    frozen_x=False,
+    leaves=True,
+    dropout_on=None,
+    consumer=lambda y: y,
+):
+    """The gradients of a layer that ``run`` calls, with modes over it."""
+    torch.manual_seed(3)
+    inputs = frozen(linear_inputs(sizes, dtype=torch.bfloat16, factor_dtype=factors, bias=bias, device=device))
+    inputs.x.requires_grad_(not frozen_x)
+    tensors = inputs.tensors() if leaves else inputs.map(lambda t: t.view_as(t)).tensors()
+    options = {} if dropout_on is None else {"dropout_p": 0.4, "dropout_on": dropout_on}
+    if given:
+        options["weight_norm"] = functional.norm_factored(*tensors[1:4], S).detach()
+
+    def layer(*tensors):
+        return consumer(functional.dora_linear(*tensors, scaling=S, **options)).float().square().sum()
+
+    with MODES[over_forward](), torch.autocast(device, dtype=torch.bfloat16, enabled=factors is not None):
+        loss = run(layer, *tensors)
+    with MODES[over_backward]():
+        loss.backward()
+    return gradients_of(inputs)
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("over", [("ops", "none"), ("none", "ops"), ("flops", "none"), ("none", "flops")], ids=str)
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_checkpoint_with_a_mode_over_one_direction(case, over, early_stop, path, monkeypatch, device):
     """The recomputation keeps what the forward kept, although a mode looks on in one of them alone."""
+    run = functools.partial(checkpoint, use_reentrant=False)
+    with set_checkpoint_early_stop(early_stop):
+        both(monkeypatch, path, lambda: seen_in_part(device, run, *over, **SAVED[case]), taken=["training"])
 
-    def run():
-        inputs = frozen(linear_inputs("odd", dtype=torch.bfloat16, device=device))
-        layer = functools.partial(functional.dora_linear, scaling=S)
-        with Ops() if over == "forward" else contextlib.nullcontext():
-            y = checkpoint(layer, *inputs.tensors(), use_reentrant=False).float().square().sum()
-        with Ops() if over == "backward" else contextlib.nullcontext():
-            y.backward()
-        return gradients_of(inputs)
 
-    both(monkeypatch, path, run)
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("over", [("ops", "none"), ("none", "ops"), ("ops", "ops")], ids=str)
+@pytest.mark.parametrize("keeping", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu, kept_contiguous])
+def test_a_mode_over_a_layer_in_part(case, over, keeping, path, monkeypatch, device):
+    def run(layer, *tensors):
+        with keeping():
+            return layer(*tensors)
+
+    taken = ["training"] if over[0] == "none" else []
+    both(monkeypatch, path, lambda: seen_in_part(device, run, *over, **SAVED[case]), taken=taken)
+
+
+@pytest.mark.parametrize(
+    ("case", "saved"),
+    [
+        *itertools.product(("inner", "y", "autocast"), ("nothing", "dorac", "everything")),
+        *itertools.product(("dropout", "low-rank dropout"), ("nothing", "dorac")),  # torch's writes to what it made
+    ],
+)
+@pytest.mark.parametrize("over", [("none", "none"), ("ops", "none"), ("none", "ops")], ids=str)
+def test_selective_checkpointing_sees_the_ops(case, saved, over, path, monkeypatch, device):
+    seen = []
+
+    def policy(context, op, *args, **kwargs):
+        if op.namespace == "dorac":
+            seen.append(op._schema.name.removeprefix("dorac::"))
+        saves = saved == "everything" or op.namespace == saved
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    eager.forget_plans()  # making one is not seen
+    both(monkeypatch, path, lambda: seen_in_part(device, run, *over, **SAVED[case]), taken=[])
+    assert set(seen) == ({"row_norm", "delta_linear"} if case == "dropout" else FORWARD_OPS)

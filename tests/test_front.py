@@ -2,7 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
+from torch.testing._internal.logging_tensor import LoggingTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dorac.ops import front
 
@@ -184,3 +190,25 @@ def test_capturing():
         assert front.capturing()
         x * 2
     assert not front.capturing()
+
+
+def test_modes_over_ops():
+    """Those of users, and not the tracers'."""
+
+    def probes(*tensors):
+        seen.append((front.unobserved(), front.seen_by_modes_alone()))
+        return tensors
+
+    seen, x = [], torch.ones(3)
+    probes()
+    for mode in (FlopCounterMode(display=False), LoggingTensorMode(), FakeTensorMode(), BaseTorchFunctionMode()):
+        with mode:
+            probes()
+    with FlopCounterMode(display=False), BaseTorchFunctionMode():
+        probes()
+    for kind in ("real", "fake", "symbolic"):
+        make_fx(probes, tracing_mode=kind)(x)
+    make_fx(probes, pre_dispatch=True)(x)
+    functionalize(probes)(x)
+    torch.vmap(probes)(x)
+    assert seen == [(True, True), *[(False, True)] * 2, *[(False, False)] * 9]

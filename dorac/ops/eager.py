@@ -4,6 +4,9 @@
 makes of them) half precision, adapters trained whole or not at all, and nobody looks on, the layer is computed here, in
 the form "fused" of ``ops/linear.py``, which has the formulas; anything else is left to that.
 
+Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors: such a
+mode may be over a checkpoint's forward alone, or over its recomputation.
+
 - What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the launches.
   A plan holds no tensors.
 - ``x W^T`` turns into ``inner = x W^T + s h lora_B^T`` where it lies, which is kept for backward.
@@ -19,6 +22,7 @@ the form "fused" of ``ops/linear.py``, which has the formulas; anything else is 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.ops import front, linear
+from dorac.ops.norm import norm_factored
 
 _PLANS = 4096  # kept; beyond, all are dropped
 _plans: dict[tuple, "Plan | None"] = {}
@@ -50,6 +55,7 @@ class Plan:
     scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
     pack: Callable | None  # of dropout's mask, a byte an element, and its bits, which it writes
     drop: Callable | None  # of rows, bits, 1 / (1 - p) and the result, which may be the rows
+    in_ops: bool = False  # which modes see
 
 
 def dora_linear(
@@ -66,7 +72,8 @@ def dora_linear(
     save_output: bool = False,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s."""
-    if not front.unobserved():
+    in_ops = not front.unobserved()
+    if in_ops and not front.seen_by_modes_alone():
         return None
     try:
         training = torch.is_grad_enabled() and (
@@ -94,8 +101,9 @@ def dora_linear(
         if len(_plans) >= _PLANS:
             _plans.clear()
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
-        plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
-    if plan is None:
+        with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
+            plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
+    if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
         return None
@@ -109,6 +117,8 @@ def dora_linear(
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter
     if not training:
         return _without_autocast(plan, *tensors, scaling, False)[0]
+    if in_ops:
+        plan = dataclasses.replace(plan, in_ops=True)
     return _apply(*tensors, bits, dropout_p, scaling, plan)
 
 
@@ -260,9 +270,24 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     return y, lora_A, lora_B, norm, h, inner
 
 
+def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
+    """:func:`_forward`, but inner is there if y is kept, too."""
+    with front.autocast_off(x):
+        s = torch.full((), scaling, dtype=torch.float32, device=x.device)
+        if norm is None:
+            norm = norm_factored(weight, lora_A, lora_B, s)
+        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        tensors = x, weight, lora_A, lora_B, magnitude, norm, s, bias, x_adapter
+        rows = linear.forward(*tensors, scaling, "fused", True, plan.dropout_on == "adapter", training)
+    # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
+    y, inner, h = (torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[1])) for t in rows)
+    return y, lora_A, lora_B, norm, h, inner
+
+
 @functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 class _Linear(torch.autograd.Function):
@@ -270,7 +295,8 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, bits, dropout_p, scaling, plan
     ):
-        y, a, b, norm, h, inner = _without_autocast(
+        forward = _forward_in_ops if plan.in_ops else _without_autocast
+        y, a, b, norm, h, inner = forward(
             plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, scaling, True
         )
         if not plan.casts_factors:
@@ -388,17 +414,18 @@ def _mask(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _seen_gradients(ctx, dy):
-    """The gradients where they are differentiated again, or a mode looks on: h and inner are computed again, in aten.
+    """The gradients where they are differentiated again, or a mode looks on.
 
-    Then every tensor is connected to what it was computed of.
+    Where they are differentiated, h and inner are computed again, in aten: then every tensor is connected to what it
+    was computed of.
     """
     if front.autocast_dtype(dy) is not None:
         with front.autocast_off(dy):
             return _seen_gradients(ctx, dy)
-    x, weight, _, _, norm, _, _, bits, *trained = ctx.saved_tensors
+    x, weight, _, _, norm, h, inner, bits, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or _unchanged(ctx)
     dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
-    x = x.reshape(-1, x.shape[-1])
+    x, h, inner = (t.reshape(-1, t.shape[-1]) for t in (x, h, inner))
     if bits is not None:
         mask = _mask(bits, x.shape)
 
@@ -409,8 +436,15 @@ def _seen_gradients(ctx, dy):
     seen = x if bits is None else x_adapter
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
-    h, base = seen @ a.t(), (seen if delta else x) @ weight.t()
-    inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
+    again, of_y = torch.is_grad_enabled(), ctx.plan.keeps_y
+    if again:
+        h = seen @ a.t()
+    if again or of_y:
+        # Where y is kept, the kernel takes no product for inner: a counter of operations is not to count one.
+        hides = of_y and not again and front.seen_by_modes_alone()
+        with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
+            base = (seen if delta else x) @ weight.t()
+            inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
     needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
     dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
         (x, weight, a, b, magnitude, norm, scaling, h, inner, x_adapter),

@@ -19,25 +19,34 @@ from torch.utils._device import DeviceContext
 
 _EAGER = (Tensor, torch.nn.Parameter)
 _TRACED = (*_EAGER, FunctionalTensor, FakeTensor)
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 _BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # of torch.autograd, whose vmap is not torch.func's
 
 
-def unobserved() -> bool:
+def unobserved(but_by_modes: bool = False) -> bool:
     """Whether nobody sees what is called now: no mode over torch's functions or ops, no transform, no tracer.
 
-    Tensors may look on, too: subclasses.
+    Tensors may look on, too: subclasses. ``but_by_modes``: modes over ops may be there, and are a tracer's, too.
 
     ``with torch.device(...)`` is a mode that only looks for functions without tensors.
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        and (but_by_modes or not torch._C._len_torch_dispatch_stack())
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
         and torch._C._get_tracing_state() is None
         and (not torch._C._len_torch_function_stack() or _only_device_modes())
     )
+
+
+def seen_by_modes_alone() -> bool:
+    """Whether, of all that ``unobserved`` asks for, there are at most modes over ops that are no tracer's.
+
+    These log, count, or choose what a checkpoint saves.
+    """
+    return unobserved(but_by_modes=True) and not any(torch._C._get_dispatch_mode(key) for key in _TRACERS)
 
 
 def _only_device_modes() -> bool:

@@ -314,7 +314,7 @@ def _scaled_product(left, right, scaling, number, eager):
     return torch.addmm(unread, left, right, beta=0, alpha=number)
 
 
-def _forward(
+def forward(
     x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter, number, path, eager, delta, needs_inner
 ):
     """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated."""
@@ -359,7 +359,7 @@ class _DoraLinear(torch.autograd.Function):
     ):
         needs_x, needs_weight, needs_a, needs_b, needs_m, *_, needs_x_adapter = ctx.needs_input_grad[:9]
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter)
-        y, inner, h = _forward(*tensors, number, path, eager, delta, needs_m)
+        y, inner, h = forward(*tensors, number, path, eager, delta, needs_m)
         dropped = x_adapter is not None
         needs_h = needs_a or (needs_x_adapter if dropped else needs_x)
         ctx.x_shape = x.shape
@@ -558,7 +558,7 @@ def _dora_linear(
         delta = x_adapter is not None and not low_rank
         path = route(x, lora_A, training=training, traced=not eager, delta=delta)
         arguments = (*tensors, number, path, eager, delta)
-        y = _DoraLinear.apply(*arguments)[0] if training else _forward(*arguments, False)[0]
+        y = _DoraLinear.apply(*arguments)[0] if training else forward(*arguments, False)[0]
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
