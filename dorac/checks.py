@@ -151,9 +151,10 @@ def check_norm_grad(norm_grad: bool, weight_norm: Tensor | None = None) -> None:
 
 def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     """A probability below 1, returned as Python's number."""
-    dropout_p = python_number(dropout_p)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(dropout_p).__name__}")
+    if type(dropout_p) is not float:
+        dropout_p = python_number(dropout_p)
+        if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {dropout_p}")
     return dropout_p

@@ -66,10 +66,13 @@ class Moment:
         for tensor, state in zip(tensors, self.states, strict=False):  # tensors may go on
             if state is not None:
                 storage, address, strides, version = state
-                if tensor.data_ptr() != address or (version is not None and tensor._version != version):
-                    return True
                 # A storage may lie where another one was; a reference to the old one tells them apart.
-                if storage() is not tensor.untyped_storage() or tensor.stride() != strides:
+                if (
+                    tensor.data_ptr() != address
+                    or (version is not None and tensor._version != version)
+                    or storage() is not tensor.untyped_storage()
+                    or tensor.stride() != strides
+                ):
                     return True
         return False
 

@@ -285,6 +285,13 @@ def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_ad
 
 
 @functools.cache
+def _scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a product is not added to: with beta = 0 torch reads nothing of it."""
+    with torch._C._DisableTorchDispatch():
+        return torch.empty((), dtype=dtype, device=device)
+
+
+@functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch._C._DisableTorchDispatch():
         return torch.empty(0, dtype=dtype, device=device)
@@ -307,12 +314,11 @@ class _Linear(torch.autograd.Function):
             probe = y.detach()
             probe.data = _nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
-        ctx.trained = trained = lora_A, lora_B, magnitude
+        trained = lora_A, lora_B, magnitude
+        ctx.trained = None
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
-            ctx.versions = [t._version for t in trained]
+            ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        else:
-            ctx.trained = None
         ctx.save_for_backward(x, weight, a, b, norm, h, kept, bits, *trained)
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.plan, ctx.kept_scale = scaling, plan, 1 / (1 - dropout_p)
@@ -355,12 +361,13 @@ class _Linear(torch.autograd.Function):
             parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
             launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
             add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
+        unread = _scalar(d_base.dtype, d_base.device)
         if delta:
             g_b = b.new_empty(b.shape[1], b.shape[0])
             plan.scale_b(b.stride())(b.t(), None, None, magnitude, norm, None, None, g_b, None)
-            d_h = torch.addmm(d_base.new_empty(()), dy, g_b.t(), beta=0, alpha=scaling)
+            d_h = torch.addmm(unread, dy, g_b.t(), beta=0, alpha=scaling)
         else:
-            d_h = torch.addmm(d_base.new_empty(()), d_base, b, beta=0, alpha=scaling)
+            d_h = torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
         if bits is None:
             d_a = _wide_mm(d_h.t(), x, lora_A.dtype)
         else:
