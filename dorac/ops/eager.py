@@ -390,7 +390,7 @@ def _seen_gradients(ctx, dy, d_inner_again):
         inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
     d_inner_again = None if d_inner_again is None else d_inner_again.reshape(-1, weight.shape[0])
     needs_x, _, _, _, _, needs_bias, _, needs_x_adapter, _, _ = ctx.needs_input_grad
-    dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
+    dx, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
         (x, weight, a, b, magnitude, norm, scaling, h, inner.view(-1, weight.shape[0]), x_adapter),
         (needs_x, False, True, True, True, needs_bias, needs_x_adapter),
         (dtype, dtype, ctx.bias_dtype),
