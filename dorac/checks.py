@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dorac.dense import PLAIN, not_dense
 from dorac.numerics import FLOAT_DTYPES
+from dorac.packed import Packed
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 _NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops take as a number
@@ -55,6 +56,16 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
     _check_float("weight", weight)
     if weight.ndim not in (2, 3):
         raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
+    _check_factors_of(weight, lora_A, lora_B, stacked)
+
+
+def check_packed_factors(weight: Packed, lora_A: Tensor, lora_B: Tensor) -> None:
+    """The same of a packed weight, whose pieces have to fit together."""
+    weight.check()
+    _check_factors_of(weight, lora_A, lora_B, "E")
+
+
+def _check_factors_of(weight: Tensor | Packed, lora_A: Tensor, lora_B: Tensor, stacked: str) -> None:
     _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = f"{stacked}, " if experts else ""
