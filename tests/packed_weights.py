@@ -104,8 +104,10 @@ FORMATS = {
     "bnb_4bit_cpu": bnb_4bit_cpu,
     "bnb_int8": bnb_int8,
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUNDED = ("bnb_nf4", "bnb_fp4", "bnb_nf4_nested", "bnb_fp4_nested")  # of any dtype
+CASES = [(name, torch.bfloat16) for name in FORMATS] + [
+    (name, dtype) for name in ROUNDED for dtype in (torch.float16, torch.float32)
+]
 
 
 def on(value, device):

@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from packed_weights import FORMATS, ROUNDED, factors, on, truth, worst
+from packed_weights import CASES, FORMATS, factors, on, truth, worst
 
 from dorac import functional, packed
 
 S = 0.7
 full = pytest.mark.full
 SHAPES = [(64, 128), (5, 100), (33, 192), (1, 64), (7, 65), (3, 1)]  # whole blocks and not, odd rows
-CASES = [(name, torch.bfloat16) for name in FORMATS] + [
-    (name, dtype) for name in ROUNDED for dtype in (torch.float16, torch.float32)
-]
 
 
 def bound(lora_A) -> float:
@@ -268,7 +265,7 @@ class Int8Params(torch.nn.Parameter):
 def test_bitsandbytes_before_it_quantises_is_refused(kind):
     layer = torch.nn.Linear(6, 4)
     layer.weight = kind(torch.randn(4, 6), requires_grad=False)
-    with pytest.raises(ValueError, match="of this Linear .bitsandbytes. is not quantised yet"):
+    with pytest.raises(ValueError, match="is not quantised yet"):
         packed.of(layer)
     with pytest.raises(ValueError, match=f"of this {kind.__name__}"):
         packed.of(layer.weight)

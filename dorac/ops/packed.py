@@ -53,7 +53,18 @@ lib.define(
     "packed_row_norm(Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, str kind, Tensor?[] pieces, "
     "SymInt[] shape, ScalarType dtype, SymInt[] sizes, int budget) -> Tensor"
 )
-packed_row_norm = register_leaf("packed_row_norm", packed_row_norm_aten, packed_row_norm_aten)
+
+
+def _packed_row_norm_cuda(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget):
+    from dorac.kernels.packed_norm import has_kernel, packed_row_norm
+
+    weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
+    if has_kernel(weight):
+        return packed_row_norm(weight, lora_A, lora_B, scaling)
+    return packed_row_norm_aten(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget)
+
+
+packed_row_norm = register_leaf("packed_row_norm", packed_row_norm_aten, _packed_row_norm_cuda)
 
 
 @torch.library.register_fake("dorac::packed_row_norm", lib=lib)
