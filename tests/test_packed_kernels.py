@@ -93,9 +93,32 @@ def test_strided_factors(device):
     assert worst(norm, truth(dense.to(device), lora_A, lora_B, S)) <= 1e-6
 
 
-def test_blocks_over_the_end_of_a_row_are_not_read():
+def test_what_is_not_read():
+    """Blocks over the end of a row or no power of two, codes with strides: the norm takes dense rows of these."""
     assert not has_kernel(FORMATS["bnb_nf4"]((64, 96))[0])
     assert has_kernel(FORMATS["bnb_nf4"]((64, 96), blocksize=32)[0])
+    assert not has_kernel(FORMATS["int8_group"]((64, 96), block=(1, 48))[0])
+    value, _ = FORMATS["int8_row"]((64, 96))
+    assert not has_kernel(value._replace(codes=value.codes.T.contiguous().T))
+    assert not has_kernel(FORMATS["bnb_4bit_cpu"]((64, 128))[0])
+
+
+def test_strided_scales(device):
+    value, dense = FORMATS["int8_group"]((33, 192))
+    value = value._replace(scale=value.scale.T.contiguous().T, zero=value.zero.T.contiguous().T)
+    check_norm(value, dense, 4, torch.bfloat16, device)
+    value, dense = FORMATS["nvfp4_experts"]((33, 192))
+    value = value._replace(scale=torch.stack([value.scale, value.scale], -1)[..., 0])
+    check_norm(value, dense, 4, torch.bfloat16, device)
+
+
+def test_experts_have_the_bits_of_one(device):
+    value, _ = FORMATS["mxfp4"]((33, 192))
+    lora_A, lora_B = factors(value.shape, 4, torch.bfloat16, device)
+    norms = packed_row_norm(on(value, device), lora_A, lora_B, S)
+    for i in range(2):
+        one = value._replace(codes=value.codes[i], scale=value.scale[i], shape=value.shape[1:])
+        assert torch.equal(packed_row_norm(on(one, device), lora_A[i], lora_B[i], S), norms[i])
 
 
 @pytest.mark.parametrize("halves", [1, 2])

@@ -8,6 +8,7 @@ are taken one after the other, since a sum of squares asks for no order.
 Legend: E experts, O out_features, C stored columns (bytes of a row), R rank, S column splits.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -19,28 +20,29 @@ from dorac import packed
 from dorac.kernels.configs import NormConfig, packed_norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.norm import SHRINK, finish_kernel, in_registers, row_length, split_factors
-from dorac.kernels.packed_tiles import decoded, in_lanes, load_bytes, load_scales
+from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, number, product
 
 
 @triton.jit
 def _squares(
     codes_ptr,
-    scale_ptr,
     table_ptr,
-    scale_table_ptr,
-    scale_scale_ptr,
-    scale_offset_ptr,
+    scales,
     a_ptr,
     b_ptr,
     scaling,
     start_o,
+    start_s,
     begin,
     end,
     O,
+    OS,
     C,
     R,
     groups,
+    stride_so,
+    stride_sg,
     stride_ar,
     stride_ai,
     stride_bo,
@@ -48,7 +50,9 @@ def _squares(
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
     NESTED: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    SWIZZLED: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -73,25 +77,46 @@ def _squares(
             b1 = in_registers(b1, BLOCK_R)
         if CHUNKS >= 3:
             b2 = in_registers(b2, BLOCK_R)
-    table = table_ptr if table_ptr is None else in_lanes(table_ptr)
+    table = in_lanes(table_ptr, FORMAT) if HALVES == 2 else None
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     for start in tl.range(begin, end, BLOCK_C, num_stages=STAGES):
-        codes_OC = load_bytes(codes_ptr, start_o, start, O, C, BLOCK_O, BLOCK_C, EVEN)
+        codes_OC = load_tile(codes_ptr, start_o, start, O, C, C, 1, BLOCK_O, BLOCK_C, EVEN, False)
         scale_OC = load_scales(
-            scale_ptr,
-            scale_table_ptr,
-            scale_scale_ptr,
-            scale_offset_ptr,
-            start_o,
+            scales,
+            start_s,
             start,
-            O,
+            OS,
             groups,
+            stride_so,
+            stride_sg,
             FORMAT,
             NESTED,
+            ROWS,
             GROUP,
+            SWIZZLED,
+            False,
             BLOCK_O,
             BLOCK_C,
         )
+        zero_OC = None
+        if scales[1] is not None:
+            zero_OC = load_scales(
+                scales,
+                start_s,
+                start,
+                OS,
+                groups,
+                stride_so,
+                stride_sg,
+                FORMAT,
+                NESTED,
+                ROWS,
+                GROUP,
+                SWIZZLED,
+                True,
+                BLOCK_O,
+                BLOCK_C,
+            )
         for half in tl.static_range(HALVES):
             half_ptr = a_ptr + half * C.to(tl.int64) * stride_ai
             acc_OC = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
@@ -111,7 +136,7 @@ def _squares(
                     b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
                     a_RC = load_tile(half_ptr, rank, start, R, C, stride_ar, stride_ai, BLOCK_R, BLOCK_C, EVEN, False)
                     acc_OC = product(b_OR, a_RC, acc_OC, False)
-            v_OC = decoded(codes_OC, scale_OC, table, FORMAT, half, DTYPE) + scaling * acc_OC
+            v_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE) + scaling * acc_OC
             if FACTOR != 1.0:
                 v_OC *= FACTOR
             square_O += tl.sum(v_OC * v_OC, axis=1)
@@ -121,8 +146,9 @@ def _squares(
 @triton.jit
 def packed_norm_kernel(
     codes_ptr,
-    scale_ptr,
     table_ptr,
+    scale_ptr,
+    zero_ptr,
     scale_table_ptr,
     scale_scale_ptr,
     scale_offset_ptr,
@@ -134,6 +160,10 @@ def packed_norm_kernel(
     C,
     R,
     groups,  # blocks of a row, each with a scale
+    stride_se,
+    stride_so,
+    stride_sg,
+    stride_ss,  # from one expert's scale of scales to the next
     stride_ae,
     stride_ar,
     stride_ai,
@@ -141,10 +171,12 @@ def packed_norm_kernel(
     stride_bo,
     stride_br,
     columns_per_split,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr,  # see packed_tiles
     DTYPE: tl.constexpr,  # what each value of the weight is rounded to
     NESTED: tl.constexpr,  # scales that share one of their own; 0: they are not quantised
+    ROWS: tl.constexpr,  # of a scale
     GROUP: tl.constexpr,  # stored columns of a scale
+    SWIZZLED: tl.constexpr,  # scales in blocks of 128 x 4, of all experts' rows together
     HALVES: tl.constexpr,  # numbers in a byte
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -160,28 +192,35 @@ def packed_norm_kernel(
     start_o = tl.program_id(0) * BLOCK_O
     scaling = number(scaling_ptr)
     codes_ptr += expert * O * C
-    scale_ptr += expert * O * groups
+    scale_ptr += expert * stride_se
+    if zero_ptr is not None:
+        zero_ptr += expert * stride_se
+    if scale_scale_ptr is not None:
+        scale_scale_ptr += expert * stride_ss
+    scales = (scale_ptr, zero_ptr, scale_table_ptr, scale_scale_ptr, scale_offset_ptr)
     a_ptr += expert * stride_ae
     b_ptr += expert * stride_be
+    before = expert * O if SWIZZLED else 0  # rows in front of the expert's first, as its scales count them
     begin = split * columns_per_split
     end = tl.minimum(begin + columns_per_split, C)
     square_O = _squares(
         codes_ptr,
-        scale_ptr,
         table_ptr,
-        scale_table_ptr,
-        scale_scale_ptr,
-        scale_offset_ptr,
+        scales,
         a_ptr,
         b_ptr,
         scaling,
         start_o,
+        start_o + before,
         begin,
         end,
         O,
+        O + before,
         C,
         R,
         groups,
+        stride_so,
+        stride_sg,
         stride_ar,
         stride_ai,
         stride_bo,
@@ -189,7 +228,9 @@ def packed_norm_kernel(
         FORMAT,
         DTYPE,
         NESTED,
+        ROWS,
         GROUP,
+        SWIZZLED,
         HALVES,
         BLOCK_O,
         BLOCK_C,
@@ -204,21 +245,22 @@ def packed_norm_kernel(
     if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # hardly ever: the squares are too large
         shrunk_O = _squares(
             codes_ptr,
-            scale_ptr,
             table_ptr,
-            scale_table_ptr,
-            scale_scale_ptr,
-            scale_offset_ptr,
+            scales,
             a_ptr,
             b_ptr,
             scaling,
             start_o,
+            start_o + before,
             begin,
             end,
             O,
+            O + before,
             C,
             R,
             groups,
+            stride_so,
+            stride_sg,
             stride_ar,
             stride_ai,
             stride_bo,
@@ -226,7 +268,9 @@ def packed_norm_kernel(
             FORMAT,
             DTYPE,
             NESTED,
+            ROWS,
             GROUP,
+            SWIZZLED,
             HALVES,
             BLOCK_O,
             16,  # small tiles, so that the kernel needs no more registers for this
@@ -242,12 +286,72 @@ def packed_norm_kernel(
     tl.store(out_ptr + target, row_length(square_O, shrunk_O), mask=rows_O < O)
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The kernel's constants that a format is made of, and the strides of its scales."""
+
+    name: str
+    dtype: str
+    halves: int = 1
+    group: int = 1 << 30
+    nested: int = 0
+    rows: int = 1
+    swizzled: bool = False
+    strides: tuple[int, int, int, int] = (0, 1, 0, 0)  # expert, row, block; of the scale of scales
+
+
+def described(weight: packed.Packed) -> tuple[Form, tuple[Tensor | None, ...]] | None:
+    """How the kernel reads a weight: its form and the seven pieces. None: it does not."""
+    kind, dtype = type(weight), str(weight.dtype).removeprefix("torch.")
+    *experts, _, in_features = weight.shape
+    codes, scale, none = weight.codes, weight[1], None
+    if not codes.is_contiguous():
+        return None
+    if kind is packed.Bnb4bit:
+        nested, block = weight.nested_blocksize, weight.blocksize
+        if in_features % block or nested & (nested - 1):
+            return None  # blocks reach over the end of a row
+        form = Form("bnb_4bit", dtype, 2, block // 2, nested, strides=(0, in_features // block, 1, 0))
+        return form, (codes.view(torch.uint8), weight.code, scale, none, *weight[3 : weight.PIECES])
+    if kind is packed.BnbInt8:
+        return Form("bnb_int8", dtype), (codes, none, scale, none, none, none, none)
+    if kind is packed.Scaled8bit:
+        block = weight.block_columns
+        whole = block >= in_features
+        if (block & (block - 1) and not whole) or not _alike(weight.zero, scale):
+            return None
+        strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], 0
+        form = Form("number", dtype, 1, 1 << 30 if whole else block, rows=weight.block_rows, strides=strides)
+        return form, (codes, none, scale, weight.zero, none, none, none)
+    if kind is packed.TorchaoInt4:
+        block = weight.block
+        if block & (block - 1) or not _alike(weight.zero, scale):
+            return None
+        strides = scale.stride(0) if experts else 0, scale.stride(-1), scale.stride(-2), 0
+        form = Form("int4", dtype, 2, block // 2, strides=strides)
+        return form, (codes.view(torch.uint8), none, scale, weight.zero, none, none, none)
+    if kind is packed.Mxfp4:
+        strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], 0
+        return Form("mxfp4", dtype, 2, 16, strides=strides), (codes, none, scale, none, none, none, none)
+    if kind is packed.Nvfp4:
+        whole = weight.tensor_scale
+        of_whole = 1 if whole is not None and whole.ndim else 0
+        if weight.swizzled:
+            strides = 0, -(-in_features // 64), 1, of_whole
+        else:
+            strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], of_whole
+        form = Form("nvfp4", dtype, 2, 8, swizzled=bool(weight.swizzled), strides=strides)
+        return form, (codes.view(torch.uint8), none, scale, none, none, whole, none)
+    return None
+
+
+def _alike(zero: Tensor | None, scale: Tensor) -> bool:
+    return zero is None or zero.stride() == scale.stride()
+
+
 def has_kernel(weight: packed.Packed) -> bool:
-    """Whether this kernel reads the format: all but those whose blocks reach over the end of a row."""
-    if isinstance(weight, packed.Bnb4bit):
-        nested = weight.nested_blocksize
-        return weight.shape[1] % weight.blocksize == 0 and nested & (nested - 1) == 0
-    return isinstance(weight, packed.BnbInt8) and weight.codes.is_contiguous()
+    """Whether the kernel reads this weight."""
+    return described(weight) is not None
 
 
 def packed_row_norm(
@@ -264,39 +368,28 @@ def packed_row_norm(
     Returns:
         ``[(E,) out]``, float32.
     """
-    batch, out_features, in_features = weight.shape[:-2], *weight.shape[-2:]
+    *batch, out_features, in_features = weight.shape
     norm = lora_B.new_empty(*batch, out_features, dtype=torch.float32)
     if not norm.numel():
         return norm
     if not in_features:
         return norm.zero_()
-    pieces, form, dtype, nested, group, halves = _described(weight)
-    if halves == 2:
+    form, pieces = described(weight)
+    if form.halves == 2:
         lora_A = lora_A.unflatten(-1, (in_features // 2, 2)).mT.contiguous().flatten(-2)
     if lora_A.dtype is torch.float32:
         lora_A, lora_B = split_factors(lora_A, lora_B)
     rank, experts = lora_A.shape[-2], batch[0] if batch else 1
     if config is None:
-        config = packed_norm_config(experts, out_features, in_features, halves, rank)
+        config = packed_norm_config(experts, out_features, in_features, form.halves, rank)
     strides = tuple(s for t in (lora_A, lora_B) for s in (t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)))
-    constants = form, dtype, nested, group, halves
-    splits, launch, finish = packed_norm_launches(
-        experts, out_features, in_features // halves, rank, strides, constants, config
-    )
+    columns = in_features // form.halves
+    splits, launch, finish = packed_norm_launches(experts, out_features, columns, rank, strides, form, config)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     launch(*pieces, lora_A, lora_B, scaling, out)
     if splits > 1:
         finish(out, norm)
     return norm
-
-
-def _described(weight: packed.Packed) -> tuple[tuple[Tensor | None, ...], str, str, int, int, int]:
-    """The six pieces, and the kernel's FORMAT, DTYPE, NESTED, GROUP and HALVES."""
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if isinstance(weight, packed.Bnb4bit):
-        pieces = weight.codes.view(torch.uint8), *weight[1 : weight.PIECES]
-        return pieces, "bnb_4bit", dtype, weight.nested_blocksize, weight.blocksize // 2, 2
-    return (weight.codes, weight.scale, None, None, None, None), "bnb_int8", dtype, 0, 1 << 30, 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -306,7 +399,7 @@ def packed_norm_launches(
     columns: int,
     rank: int,
     strides: tuple[int, ...],
-    constants: tuple[str, str, int, int, int],
+    form: Form,
     config: NormConfig,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many programs the columns are split, the launch, and the one that puts them together."""
@@ -314,17 +407,19 @@ def packed_norm_launches(
     tiles = cdiv(columns, config.block_i)
     tiles_per_split = cdiv(tiles, config.splits)
     splits = cdiv(tiles, tiles_per_split)
-    form, dtype, nested, group, halves = constants
+    groups = cdiv(columns, form.group)
     launch = Launch(
         packed_norm_kernel,
         (cdiv(out_features, config.block_o), splits, experts),
-        (out_features, columns, rank, cdiv(columns, group), *strides, tiles_per_split * config.block_i),
+        (out_features, columns, rank, groups, *form.strides, *strides, tiles_per_split * config.block_i),
         config.warps,
-        FORMAT=form,
-        DTYPE=dtype,
-        NESTED=nested,
-        GROUP=group,
-        HALVES=halves,
+        FORMAT=form.name,
+        DTYPE=form.dtype,
+        NESTED=form.nested,
+        ROWS=form.rows,
+        GROUP=form.group,
+        SWIZZLED=form.swizzled,
+        HALVES=form.halves,
         BLOCK_O=config.block_o,
         BLOCK_C=config.block_i,
         BLOCK_R=config.block_r,
