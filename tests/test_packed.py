@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from packed_weights import CASES, FORMATS, factors, on, truth, worst
+from test_norm import peak_bytes
 
 from dorac import functional, packed
 
@@ -70,6 +71,16 @@ def test_ranks(name, rank, device):
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_budget(name, budget, device):
     check_norm(*FORMATS[name]((33, 192)), 4, torch.bfloat16, device, budget=budget)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_peak_memory(name):
+    """The buffers fit in the budget, of which a chunk takes a quarter at least: so the profiler did see them."""
+    value, _ = FORMATS[name]((256, 1024))
+    lora_A, lora_B = factors(value.shape, 4, torch.bfloat16)
+    for budget in (2**20, 2**22):
+        peak = peak_bytes(lambda budget=budget: functional.norm_factored(value, lora_A, lora_B, S, budget=budget))
+        assert budget / 4 <= peak <= budget + 2**17  # the scaled factors and the norms
 
 
 @pytest.mark.parametrize("scaling", [-1.3, 0.0])

@@ -86,7 +86,7 @@ def packed_norm_config(experts: int, out_features: int, in_features: int, halves
     """Tiles of bytes, ``block_i`` of them in a row; of two numbers each there are two products in a step."""
     block_r = _power(rank, 16, 128)
     if rank <= 64:
-        config = NormConfig(64, 128 // halves, block_r, 1, 4, 3)
+        config = NormConfig(64, 64, block_r, 1, 4, 3)
     elif rank <= 384:
         block_i = 32 if halves == 2 and rank > 128 else 64  # or lora_B leaves too few registers
         config = NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True)
@@ -94,7 +94,8 @@ def packed_norm_config(experts: int, out_features: int, in_features: int, halves
         config = NormConfig(64, 64, 64, 1, 4, 4 - halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     tiles = -(-in_features // halves // config.block_i)
-    splits = _splits(row_blocks, tiles, PROCESSORS * (1 if config.registers else 4), 3 if config.registers else 1)
+    resident = 1 if config.registers else 4 if rank <= 16 else 3  # programs at once on a processor
+    splits = _splits(row_blocks, tiles, PROCESSORS * resident, 3 if config.registers else 1)
     return dataclasses.replace(config, splits=splits)
 
 

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dorac.packed.pieces import check_piece, nibbles, repeated
+from dorac.packed.pieces import check_piece, looked_up, scaled
 
 
 def _floats(codes: Tensor) -> Tensor:
     """The numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, float32."""
-    numbers = nibbles(codes.view(torch.uint8), high_first=False)
+    numbers = torch.arange(16, dtype=torch.int32, device=codes.device)
     # In a float32 the two exponent bits and the mantissa bit stand for the same number times 2^-126.
     bits = ((numbers & 7) << 22) | ((numbers & 8) << 28)
-    return bits.view(torch.float32) * 2.0**126
+    return looked_up(codes.view(torch.uint8), bits.view(torch.float32) * 2.0**126, high_first=False)
 
 
 def _check_codes(value: "Mxfp4 | Nvfp4", block: int) -> None:
@@ -46,7 +46,7 @@ class Mxfp4(NamedTuple):
 
     NAME = "mxfp4 weight"
     PIECES = 2
-    SCRATCH = 32  # bytes that rows() takes per element
+    SCRATCH = 10  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +69,10 @@ class Mxfp4(NamedTuple):
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, of every expert."""
         values = _floats(self.codes[..., start:stop, :])
-        exponents = repeated(self.scale[..., start:stop, :].int() - 127, 32)
-        return torch.ldexp(values, exponents).to(self.dtype)
+        exponents = self.scale[..., start:stop, :].int() - 127
+        return scaled(values, torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents), 32).to(
+            self.dtype
+        )
 
 
 class Nvfp4(NamedTuple):
@@ -93,7 +95,7 @@ class Nvfp4(NamedTuple):
 
     NAME = "NVFP4 weight"
     PIECES = 3
-    SCRATCH = 28  # bytes that rows() takes per element
+    SCRATCH = 10  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +135,7 @@ class Nvfp4(NamedTuple):
         scale = scale[..., start:stop, :].float()
         if self.tensor_scale is not None:
             scale = self.tensor_scale * scale
-        return (_floats(self.codes[..., start:stop, :]) * repeated(scale, 16)).to(self.dtype)
+        return scaled(_floats(self.codes[..., start:stop, :]), scale, 16).to(self.dtype)
 
     def _plain_scale(self) -> Tensor:
         """The scales as they are not swizzled: of each block, row ``32 i + j`` lies at ``[j, i]``."""

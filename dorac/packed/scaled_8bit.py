@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dorac.packed.pieces import check_piece, repeated
+from dorac.packed.pieces import check_piece, repeated, scaled
 
 NUMBERS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -35,7 +35,7 @@ class Scaled8bit(NamedTuple):
 
     NAME = "int8 or float8 weight"
     PIECES = 3
-    SCRATCH = 16  # bytes that rows() takes per element
+    SCRATCH = 12  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:
@@ -67,14 +67,21 @@ class Scaled8bit(NamedTuple):
         """Rows ``start`` to ``stop``, of every expert."""
         values = self.codes[..., start:stop, :].float()
         if self.zero is not None:
-            values = values - self._spread(self.zero, start, stop).float()
-        return (values * self._spread(self.scale, start, stop)).to(self.dtype)
+            values = values - repeated(
+                self._of_rows(self.zero, start, stop).float(), self.block_columns, self.shape[-1]
+            )
+        return scaled(values, self._of_rows(self.scale, start, stop), min(self.block_columns, self.shape[-1])).to(
+            self.dtype
+        )
 
-    def _spread(self, blocks: Tensor, start: int, stop: int) -> Tensor:
+    def _of_rows(self, blocks: Tensor, start: int, stop: int) -> Tensor:
+        """The blocks that each row lies in."""
         size = self.block_rows
         blocks = blocks[..., start // size : -(-stop // size), :]
-        if size > 1:
-            blocks = repeated(blocks.mT, size)[..., start % size :][..., : stop - start].mT
-        if self.block_columns >= self.shape[-1]:
+        if size == 1:
             return blocks
-        return repeated(blocks, self.block_columns)[..., : self.shape[-1]]
+        return (
+            blocks[..., None, :]
+            .expand(*blocks.shape[:-1], min(size, self.shape[-2]), -1)
+            .flatten(-3, -2)[..., start % size :, :][..., : stop - start, :]
+        )

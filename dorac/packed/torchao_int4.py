@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dorac.packed.pieces import check_piece, nibbles, repeated
+from dorac.packed.pieces import check_piece, looked_up, repeated, scaled
 
 
 class TorchaoInt4(NamedTuple):
@@ -26,7 +26,7 @@ class TorchaoInt4(NamedTuple):
 
     NAME = "torchao int4 weight"
     PIECES = 3
-    SCRATCH = 24  # bytes that rows() takes per element
+    SCRATCH = 16  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:
@@ -57,9 +57,7 @@ class TorchaoInt4(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, of every expert."""
-        numbers = nibbles(self.codes[..., start:stop, :].view(torch.uint8), high_first=False)
-        values = ((numbers ^ 8) - 8).float()
-        scale, zero = (
-            repeated(t[..., start:stop].mT.float(), self.block)[..., : self.shape[-1]] for t in (self.scale, self.zero)
-        )
-        return (values * scale + zero).to(self.dtype)
+        table = ((torch.arange(16, dtype=torch.int32, device=self.codes.device) ^ 8) - 8).float()
+        values = looked_up(self.codes[..., start:stop, :].view(torch.uint8), table, high_first=False)
+        scale, zero = (t[..., start:stop].mT.float() for t in (self.scale, self.zero))
+        return (scaled(values, scale, self.block) + repeated(zero, self.block, self.shape[-1])).to(self.dtype)
