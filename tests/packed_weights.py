@@ -4,6 +4,8 @@ The second is written element by element in NumPy, apart from ``dorac/packed``; 
 to the libraries themselves.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -96,16 +98,104 @@ def bnb_int8(shape, dtype=torch.float32, *, seed=0):
     return value, _rounded(codes * scale[:, None].astype(np.float64) / 127, torch.float32)
 
 
+def scaled_8bit(shape, dtype=torch.float32, *, numbers=torch.int8, block=None, zero=False, seed=0):
+    """``block``: of a scale, rows and columns; None: one row."""
+    rng = _generator(seed)
+    block_rows, block_columns = block or (1, shape[1])
+    grid = -(-shape[0] // block_rows), -(-shape[1] // block_columns)
+    scale = rng.uniform(0.5, 3, grid).astype(np.float32)
+    zeros = rng.integers(-9, 9, grid, dtype=np.int8) if zero else None
+    if numbers is torch.int8:
+        codes = torch.from_numpy(rng.integers(-128, 128, shape, dtype=np.int8))
+    else:
+        codes = torch.from_numpy(rng.standard_normal(shape)).to(numbers)
+    value = packed.Scaled8bit(codes, *_tensors(scale, zeros), shape, dtype, block_rows, block_columns)
+    place = np.arange(shape[0])[:, None] // block_rows, np.arange(shape[1])[None] // block_columns
+    exact = codes.float().numpy() - (zeros.astype(np.float32)[place] if zero else 0)
+    return value, _rounded(exact * scale[place], dtype)
+
+
+def torchao_int4(shape, dtype=torch.bfloat16, *, block=32, seed=0):
+    rng = _generator(seed)
+    shape = shape[0], -(-shape[1] // block) * block
+    numbers = rng.integers(-8, 8, shape)
+    codes = ((numbers[:, ::2] & 15) | ((numbers[:, 1::2] & 15) << 4)).astype(np.uint8).view(np.int8)
+    grid = shape[1] // block, shape[0]
+    scale = torch.from_numpy(rng.uniform(0.01, 0.3, grid)).to(dtype)
+    zero = torch.from_numpy(rng.uniform(-0.1, 0.1, grid)).to(dtype)
+    value = packed.TorchaoInt4(*_tensors(codes), scale, zero, shape, dtype, block)
+    place = np.arange(shape[1])[None] // block, np.arange(shape[0])[:, None]
+    dense = numbers.astype(np.float32) * scale.float().numpy()[place]
+    return value, _rounded(dense + zero.float().numpy()[place], dtype)
+
+
+E2M1 = np.asarray([s * v for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
+
+
+def _two_in_a_byte(numbers):
+    return torch.from_numpy(np.ascontiguousarray(numbers[..., ::2] | (numbers[..., 1::2] << 4)))
+
+
+def mxfp4(shape, dtype=torch.bfloat16, *, experts=2, seed=0):
+    rng = _generator(seed)
+    shape = experts, shape[0], -(-shape[1] // 32) * 32
+    numbers = rng.integers(0, 16, shape, dtype=np.uint8)
+    scale = rng.integers(115, 135, (*shape[:-1], shape[-1] // 32), dtype=np.uint8)
+    value = packed.Mxfp4(_two_in_a_byte(numbers), *_tensors(scale), shape, dtype)
+    exponents = np.repeat(scale.astype(int) - 127, 32, axis=-1)
+    return value, _rounded(np.ldexp(E2M1[numbers], exponents), dtype)
+
+
+def nvfp4(shape, dtype=torch.bfloat16, *, experts=None, tensor_scale=True, swizzled=False, seed=0):
+    rng = _generator(seed)
+    shape = shape[0], -(-shape[1] // 16) * 16
+    shape = shape if experts is None else (experts, *shape)
+    numbers = rng.integers(0, 16, shape, dtype=np.uint8)
+    scale = torch.from_numpy(rng.uniform(0.1, 400, (*shape[:-1], shape[-1] // 16))).to(torch.float8_e4m3fn)
+    scales = scale.float().numpy()
+    per_tensor = torch.tensor(0.37) if tensor_scale else None
+    if tensor_scale and experts is not None:
+        per_tensor = torch.linspace(0.3, 0.4, experts)[:, None, None]
+    if tensor_scale:
+        scales = per_tensor.numpy() * scales
+    if swizzled:
+        rows, columns = np.prod(shape[:-1]), shape[-1] // 16
+        blocks_across = -(-columns // 4)
+        places = torch.zeros(-(-rows // 128) * blocks_across * 512, dtype=torch.uint8)
+        for row in range(rows):
+            for column in range(columns):  # cuBLAS's layout of block scaling factors
+                block = row // 128 * blocks_across + column // 4
+                inside = row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+                places[block * 512 + inside] = scale.view(torch.uint8).reshape(rows, columns)[row, column]
+        scale = places.view(torch.float8_e4m3fn)
+    value = packed.Nvfp4(_two_in_a_byte(numbers), scale, per_tensor, shape, dtype, int(swizzled))
+    return value, _rounded(E2M1[numbers] * np.repeat(scales, 16, axis=-1), dtype)
+
+
 FORMATS = {
     "bnb_nf4": bnb_4bit,
-    "bnb_fp4": lambda *args, **options: bnb_4bit(*args, table=FP4, **options),
-    "bnb_nf4_nested": lambda *args, **options: bnb_4bit(*args, nested=True, **options),
-    "bnb_fp4_nested": lambda *args, **options: bnb_4bit(*args, table=FP4, nested=True, **options),
+    "bnb_fp4": functools.partial(bnb_4bit, table=FP4),
+    "bnb_nf4_nested": functools.partial(bnb_4bit, nested=True),
+    "bnb_fp4_nested": functools.partial(bnb_4bit, table=FP4, nested=True),
     "bnb_4bit_cpu": bnb_4bit_cpu,
     "bnb_int8": bnb_int8,
+    "int8_row": scaled_8bit,
+    "int8_group": functools.partial(scaled_8bit, block=(1, 32), zero=True),
+    "float8_row": functools.partial(scaled_8bit, numbers=torch.float8_e4m3fn),
+    "float8_block": functools.partial(scaled_8bit, numbers=torch.float8_e4m3fn, block=(128, 128)),
+    "float8_tensor": functools.partial(scaled_8bit, numbers=torch.float8_e5m2, block=(1 << 20, 1 << 20)),
+    "torchao_int4": torchao_int4,
+    "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
+    "nvfp4_experts": functools.partial(nvfp4, experts=2),
+    "nvfp4_swizzled": functools.partial(nvfp4, experts=2, tensor_scale=False, swizzled=True),
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROUNDED = ("bnb_nf4", "bnb_fp4", "bnb_nf4_nested", "bnb_fp4_nested")  # of any dtype
+# Those of which the rows are rounded are tried in every dtype.
+ROUNDED = ("bnb_nf4", "bnb_fp4", "bnb_nf4_nested", "bnb_fp4_nested", "int8_group", "torchao_int4", "mxfp4", "nvfp4")
+UNROUNDED = [name for name in FORMATS if name not in ROUNDED and not name.startswith("nvfp4")]
+CASES = [(name, torch.float32 if name in UNROUNDED else torch.bfloat16) for name in FORMATS] + [
+    (name, dtype) for name in ROUNDED for dtype in (torch.float16, torch.float32)
+]
 
 
 def on(value, device):

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from packed_weights import factors, truth, worst
+from packed_weights import FORMATS, factors, truth, worst
 from torch import nn
 
 from dorac import functional, packed
@@ -118,6 +118,91 @@ class TestBitsandbytes:
             return functional.norm_factored(packed.of(layer), lora_A, lora_B, S)
 
         assert torch.equal(torch.compile(norm, fullgraph=True, backend="aot_eager")(), norm())
+
+
+class TestTorchao:
+    @pytest.fixture(autouse=True)
+    def _torchao(self):
+        pytest.importorskip("torchao")
+
+    @pytest.mark.parametrize("shape", [(64, 128), (33, 96)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("granularity", ["row", "group", "tensor"])
+    def test_int8(self, granularity, dtype, shape):
+        from torchao.quantization import Int8WeightOnlyConfig, PerRow, PerTensor, quantize_
+        from torchao.quantization.granularity import PerGroup
+
+        chosen = {"row": PerRow(), "group": PerGroup(32), "tensor": PerTensor()}[granularity]
+        layer = nn.Linear(*shape[::-1], bias=False, dtype=dtype)
+        quantize_(layer, Int8WeightOnlyConfig(granularity=chosen))
+        rounded = dtype if granularity == "group" else torch.float32  # with groups the layer multiplies what it rounded
+        check(layer, layer.weight.dequantize(rounded))
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("granularity", ["row", "block", "tensor"])
+    def test_float8(self, granularity, dtype):
+        from torchao.quantization import PerBlock, PerRow, PerTensor
+        from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor
+
+        chosen = {"row": PerRow(), "block": PerBlock([128, 128]), "tensor": PerTensor()}[granularity]
+        dense = torch.randn(256, 384, dtype=torch.bfloat16)
+        weight = Float8Tensor.from_hp(dense, granularity=chosen, float8_dtype=dtype)
+        check(weight, weight.dequantize(torch.float32))
+
+    def test_int4(self):
+        """Its quantisation needs a GPU package; the pieces are put into its tensor here."""
+        from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
+
+        value, dense = FORMATS["torchao_int4"]((64, 128))
+        weight = Int4Tensor(value.codes, value.scale, value.zero, [1, value.block], torch.Size(value.shape))
+        check(weight, dense)
+
+    @pytest.mark.parametrize("shape", [(256, 384), (130, 96)])
+    @pytest.mark.parametrize("swizzled", [False, True])
+    @pytest.mark.parametrize("tensor_scale", [None, 0.37])
+    def test_nvfp4(self, tensor_scale, swizzled, shape):
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+        tensor_scale = None if tensor_scale is None else torch.tensor(tensor_scale)
+        dense = torch.randn(shape, dtype=torch.bfloat16)
+        weight = NVFP4Tensor.to_nvfp4(dense, per_tensor_scale=tensor_scale, is_swizzled_scales=swizzled)
+        check(weight, weight.dequantize())
+
+    def test_recognised_in_a_graph(self):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        layer = nn.Linear(128, 64, bias=False, dtype=torch.bfloat16)
+        quantize_(layer, Int8WeightOnlyConfig())
+        lora_A, lora_B = factors((64, 128), 4, torch.bfloat16)
+
+        def norm():
+            return functional.norm_factored(packed.of(layer), lora_A, lora_B, S)
+
+        assert torch.equal(torch.compile(norm, fullgraph=True, backend="aot_eager")(), norm())
+
+
+class TestTransformers:
+    def test_mxfp4(self):
+        integration = pytest.importorskip("transformers.integrations.mxfp4")
+        layer = nn.Module()
+        layer.down_proj_blocks = torch.randint(0, 256, (3, 24, 4, 16), dtype=torch.uint8)
+        layer.down_proj_scales = torch.randint(100, 140, (3, 24, 4), dtype=torch.uint8)
+        dense = integration.convert_moe_packed_tensors(layer.down_proj_blocks, layer.down_proj_scales).mT
+        value = packed.of(layer, "down_proj")
+        value.check()
+        assert torch.equal(value.rows(0, 24), dense)
+        assert torch.equal(value.rows(5, 7), dense[:, 5:7])
+
+    @pytest.mark.parametrize("block", [(128, 128), None])
+    def test_fp8_linear(self, block):
+        integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        layer = integration.FP8Linear(200, 300, block_size=block)
+        layer.weight.data = torch.randn(300, 200).to(layer.weight.dtype)
+        layer.weight_scale_inv.data = torch.rand_like(layer.weight_scale_inv) + 0.5
+        scale = layer.weight_scale_inv
+        if block:
+            scale = scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
+        check(layer, layer.weight.detach().float() * scale.detach())
 
 
 def test_dense():

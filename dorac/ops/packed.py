@@ -15,14 +15,20 @@ from dorac.ops import front
 from dorac.ops.library import lib, register_composite, register_leaf
 from dorac.ops.norm import row_norm_aten
 
+CPU_CHUNK = 8 * 2**20
+
 
 def row_chunks(weight: packed.Packed, budget: int) -> list[tuple[int, int]]:
-    """Ranges of rows, each so short that making it dense takes at most half of ``budget`` bytes, or of one row."""
+    """Ranges of rows, each so short that making it dense takes at most half of ``budget`` bytes, or of one row.
+
+    On the CPU no more than what its caches hold of it, whose memory is also found again by the next chunk.
+    """
     *experts, out_features, in_features = weight.shape
     per_row = weight.SCRATCH * in_features
     for count in experts:
         per_row = per_row * count
-    rows = max(1, budget // 2 // max(1, per_row))
+    most = budget // 2 if weight.device.type != "cpu" else min(budget // 2, CPU_CHUNK)
+    rows = max(1, most // max(1, per_row))
     return [(start, min(start + rows, out_features)) for start in range(0, out_features, rows)]
 
 
@@ -37,6 +43,7 @@ def packed_row_norm_aten(
     dtype: torch.dtype,
     sizes: list[int],
     budget: int,
+    read: bool = False,
 ) -> Tensor:
     """The norm of chunk after chunk of dense rows; each takes half of the budget, and its norm the other half."""
     weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
@@ -44,8 +51,9 @@ def packed_row_norm_aten(
     for start, stop in row_chunks(weight, budget):
         square = None if weight_sq is None else weight_sq[..., start:stop]
         rows = weight.rows(start, stop)
-        norms.append(row_norm_aten(rows, lora_A, lora_B[..., start:stop, :], scaling, square, max(1, budget // 2)))
-        del rows
+        factors = lora_A, lora_B[..., start:stop, :]
+        norms.append(row_norm_aten(rows, *factors, scaling, square, max(1, budget // 2), read))
+        del rows  # before the next
     return torch.cat(norms, -1)
 
 
@@ -53,7 +61,22 @@ lib.define(
     "packed_row_norm(Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight_sq, str kind, Tensor?[] pieces, "
     "SymInt[] shape, ScalarType dtype, SymInt[] sizes, int budget) -> Tensor"
 )
-packed_row_norm = register_leaf("packed_row_norm", packed_row_norm_aten, packed_row_norm_aten)
+
+
+def _packed_row_norm(lora_A, *args):
+    return packed_row_norm_aten(lora_A, *args, read=lora_A.device.type == "cpu")
+
+
+def _packed_row_norm_cuda(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget):
+    from dorac.kernels.packed_norm import has_kernel, packed_row_norm
+
+    weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
+    if has_kernel(weight):
+        return packed_row_norm(weight, lora_A, lora_B, scaling)
+    return packed_row_norm_aten(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget)
+
+
+packed_row_norm = register_leaf("packed_row_norm", _packed_row_norm, _packed_row_norm_cuda)
 
 
 @torch.library.register_fake("dorac::packed_row_norm", lib=lib)

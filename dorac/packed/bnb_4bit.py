@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dorac.packed.pieces import check_piece, check_size, nibbles, repeated
+from dorac.packed.pieces import check_piece, check_size, looked_up, repeated, scaled
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -41,7 +41,7 @@ class Bnb4bit(NamedTuple):
 
     NAME = "bitsandbytes 4-bit weight"
     PIECES = 6
-    SCRATCH = 24  # bytes that rows() takes per element
+    SCRATCH = 12  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:
@@ -92,16 +92,20 @@ class Bnb4bit(NamedTuple):
         size = self.nested_blocksize
         groups = self.nested_absmax[start // size : -(-stop // size)]
         groups = repeated(groups, size)[start % size :][: stop - start]
-        return self.nested_code[absmax.int()] * groups + self.nested_offset
+        return self.nested_code.index_select(0, absmax.int()) * groups + self.nested_offset
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` as ``dequantize_4bit`` has them, bit for bit."""
         in_features, size = self.shape[1], self.blocksize
         first, last = start * in_features, stop * in_features
         packed = self.codes.reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
-        values = self.code[nibbles(packed, high_first=True)[first % 2 :][: last - first]]
-        scales = repeated(self.scales(first // size, -(-last // size)), size)[first % size :][: last - first]
-        return (values * scales).to(self.dtype).view(stop - start, in_features)
+        values = looked_up(packed, self.code, high_first=True)[first % 2 :][: last - first]
+        scales = self.scales(first // size, -(-last // size))
+        if first % size:
+            values = values * repeated(scales, size)[first % size :][: last - first]
+        else:
+            values = scaled(values, scales, size)
+        return values.to(self.dtype).view(stop - start, in_features)
 
 
 class Bnb4bitCpu(NamedTuple):
@@ -126,7 +130,7 @@ class Bnb4bitCpu(NamedTuple):
 
     NAME = "bitsandbytes 4-bit weight, packed for the CPU"
     PIECES = 3
-    SCRATCH = 24
+    SCRATCH = 12
 
     @property
     def device(self) -> torch.device:
@@ -158,5 +162,5 @@ class Bnb4bitCpu(NamedTuple):
         # Each 32 bytes hold [32 rows, 2 columns], the first half of these in the low nibbles.
         numbers = torch.cat([packed & 15, packed >> 4], dim=-1).view(last - first, half, 32, 2)
         numbers = numbers.transpose(1, 2).reshape((last - first) * 32, 2 * half)[start % 32 :][: stop - start]
-        values = self.code.to(torch.bfloat16).float()[numbers.int()]
-        return values * repeated(self.absmax.mT[start:stop].float(), self.blocksize)
+        values = self.code.to(torch.bfloat16).float().index_select(0, numbers.int().flatten()).view(numbers.shape)
+        return scaled(values, self.absmax.mT[start:stop].float(), self.blocksize)

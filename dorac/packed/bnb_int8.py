@@ -25,7 +25,7 @@ class BnbInt8(NamedTuple):
 
     NAME = "bitsandbytes int8 weight"
     PIECES = 2
-    SCRATCH = 12  # bytes that rows() takes per element
+    SCRATCH = 8  # bytes that rows() takes per element
 
     @property
     def device(self) -> torch.device:

@@ -33,12 +33,26 @@ def check_size(name: str, piece: str, tensor: Tensor, numel: int) -> None:
         )
 
 
-def nibbles(packed: Tensor, *, high_first: bool) -> Tensor:
-    """The two numbers in each byte, one after the other in the last dimension, as what can index a table."""
-    low, high = (packed & 15).int(), (packed >> 4).int()
-    return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(-2)
+def looked_up(packed: Tensor, table: Tensor, *, high_first: bool) -> Tensor:
+    """What the two numbers in each byte stand for, one after the other in the last dimension, float32.
+
+    ``table``: ``[16]`` float32. Both numbers take one lookup, in a table of 256 pairs.
+    """
+    byte = torch.arange(256, dtype=torch.int32, device=packed.device)
+    low, high = table.index_select(0, byte & 15), table.index_select(0, byte >> 4)
+    pairs = torch.stack((high, low) if high_first else (low, high), dim=-1).view(torch.int64).view(256)
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+    return values.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-def repeated(scales: Tensor, times: int) -> Tensor:
-    """Each element of the last dimension ``times`` in a row."""
-    return scales[..., None].expand(*scales.shape, times).flatten(-2)
+def repeated(blocks: Tensor, size: int, length: int | None = None) -> Tensor:
+    """Each element of the last dimension ``size`` times in a row, the first ``length`` of these."""
+    values = blocks[..., None].expand(*blocks.shape, size).flatten(-2)
+    return values if length is None else values[..., :length]
+
+
+def scaled(values: Tensor, scales: Tensor, size: int) -> Tensor:
+    """Each ``size`` values of the last dimension times a scale of their own; the last block may be shorter."""
+    if values.shape[-1] % size:
+        return values * repeated(scales, size, values.shape[-1])
+    return (values.unflatten(-1, (-1, size)) * scales[..., None]).flatten(-2)
