@@ -79,6 +79,19 @@ def dora_linear(scaling: float, rank: int) -> nn.Module:
     return Call(functional.dora_linear, scaling, **tensors)
 
 
+def over(scaling: float, rank: int) -> nn.Module:
+    """Over the frozen layer's own output, which has the bias in it."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, scaling: float, **adapter: Tensor) -> Tensor:
+        norm = functional.norm_factored(weight, adapter["lora_A"], adapter["lora_B"], scaling)
+        base = nn.functional.linear(x, weight, bias)
+        return functional.dora_over(
+            base, x, bias=bias, weight_norm=norm, scaling=scaling, base_has_bias=True, **adapter
+        )
+
+    return Call(call, scaling, **linear_tensors(rank, "weight", "lora_A", "lora_B", "magnitude", "bias"))
+
+
 def norm_factored(scaling: float, rank: int) -> nn.Module:
     """The weight is the input, so that its rows are the length; with its gradient, so that there is a backward pass."""
 
@@ -267,6 +280,7 @@ NOT_TRAINED = dict.fromkeys(("optimizer", "checkpoint", "selective"), "not diffe
 
 ROWS = {
     "dora_linear": Row(dora_linear, features),
+    "dora_over": Row(over, features),
     "norm_factored": Row(norm_factored, features),
     "compose": Row(compose, outputs, {"ranks": "knows no rank"}),
     "merge_weight": Row(merge_weight, features, NOT_TRAINED),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dorac.dense import PLAIN, not_dense
 from dorac.numerics import FLOAT_DTYPES
+from dorac.packed import Packed
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 _NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops take as a number
@@ -55,6 +56,16 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
     _check_float("weight", weight)
     if weight.ndim not in (2, 3):
         raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
+    _check_factors_of(weight, lora_A, lora_B, stacked)
+
+
+def check_packed_factors(weight: Packed, lora_A: Tensor, lora_B: Tensor) -> None:
+    """The same of a packed weight, whose pieces have to fit together."""
+    weight.check()
+    _check_factors_of(weight, lora_A, lora_B, "E")
+
+
+def _check_factors_of(weight: Tensor | Packed, lora_A: Tensor, lora_B: Tensor, stacked: str) -> None:
     _check_pair(weight, lora_A, lora_B)
     *experts, out_features, in_features = weight.shape
     e = f"{stacked}, " if experts else ""
@@ -217,6 +228,43 @@ def check_linear(
     check_activation_dtype(x, weight)
     if bias is not None:
         _check_rows("bias", bias, rows, weight, "weight")
+
+
+def check_over(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor,
+    base_has_bias: bool,
+) -> None:
+    """The tensors of ``dora_over``: ``base [*, out]``, ``x [*, in]``, a linear layer's adapter."""
+    for name, tensor in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_float(name, tensor)
+        _check_device(name, tensor, base, "base")
+    for name, tensor in (("base", base), ("x", x)):
+        if tensor.ndim == 0:
+            raise ValueError(f"{name} must have a dimension of features, got a scalar")
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"base and x must share all but their last dimension, got shapes {list(base.shape)} and {list(x.shape)}"
+        )
+    if lora_A.ndim != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != x.shape[-1]:
+        raise ValueError(f"lora_A must be [r, in] with in = {x.shape[-1]} for this x, got shape {list(lora_A.shape)}")
+    if list(lora_B.shape) != [base.shape[-1], lora_A.shape[0]]:
+        expected = [base.shape[-1], lora_A.shape[0]]
+        raise ValueError(
+            f"lora_B must be [out, r] = {expected} for this base and lora_A, got shape {list(lora_B.shape)}"
+        )
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must share a dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm), ("bias", bias)):
+        if vector is not None or name == "weight_norm":
+            _check_rows(name, vector, base.shape[-1:], base, "base")
+    if not isinstance(base_has_bias, bool):
+        raise TypeError(f"base_has_bias must be a bool, got {type(base_has_bias).__name__}")
 
 
 def check_activation_dtype(x: Tensor, weight: Tensor) -> None:

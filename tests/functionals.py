@@ -159,6 +159,19 @@ def given_norm(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *tensors: layer(*tensors[:-1], scaling=SCALING, weight_norm=tensors[-1])
 
 
+def over(has_bias: bool = True) -> Callable[..., Tensor]:
+    """The layer through ``dora_over`` on the frozen layer's own output, which has the bias in it or not."""
+
+    def layer(x, weight, lora_A, lora_B, magnitude, bias=None, *, scaling, weight_norm=None, norm_grad=False):
+        if weight_norm is None:
+            weight_norm = functional.norm_factored(weight, lora_A, lora_B, scaling, norm_grad=norm_grad)
+        base = torch.nn.functional.linear(x, weight, bias if has_bias else None)
+        adapter = lora_A, lora_B, magnitude, bias
+        return functional.dora_over(base, x, *adapter, weight_norm=weight_norm, scaling=scaling, base_has_bias=has_bias)
+
+    return layer
+
+
 def with_norm() -> tuple[Tensor, ...]:
     tensors = linear_arguments()
     return *tensors, 1.1 * reference.row_norm(*tensors[1:4], SCALING)
@@ -191,6 +204,11 @@ FUNCTIONALS = {
         names=(*LAYER, "weight_norm"),
         norm_grad=False,
     ),
+    "dora_over": Functional(
+        scaled(over(has_bias=False)), scaled(reference.dora_linear), linear_arguments, norm=reference.row_norm
+    ),
+    # Its roundings are counted in test_over.py: that of base, which has b in it, is one of b, too.
+    "dora_over, bias in base": Functional(scaled(over()), scaled(reference.dora_linear), linear_arguments),
     "norm_factored": Functional(
         scaled(functional.norm_factored),
         detachable(scaled(reference.row_norm)),

@@ -34,6 +34,7 @@ FLOORS = {
     "checkpoint": 8,
     "idle": 7,
     "outputs": 0,
+    "packed": 0,
     "testing": 8,
     "cli": 8,
     "demo": 9,

@@ -159,7 +159,9 @@ def test_every_op_is_checked():
     """Here, or with the routes, layers and lookups that an op is taken on: a new op needs its opcheck too."""
     registered = {name.removeprefix("dorac::") for name in torch._C._dispatch_get_all_op_names() if "dorac::" in name}
     norm = {"norm_factored", "row_norm", "row_norm_backward"}
+    packed = {"packed_norm_factored", "packed_row_norm"}  # tests/test_packed.py
     compose = {"compose", "compose_value", "compose_forward", "compose_backward"}
     routes = {"dora_linear", *LAYER_LEAVES}  # tests/test_routes.py
     rows = {"take", "sum_by_index", "grouped_linear", "grouped_product", "grouped_outer"}  # tests/test_row_ops.py
-    assert registered == norm | compose | routes | rows | {"sparse_columns"}  # the last in tests/test_embedding.py
+    elsewhere = {"sparse_columns", "dora_over"}  # tests/test_embedding.py, tests/test_over.py
+    assert registered == norm | packed | compose | routes | rows | elsewhere

@@ -115,6 +115,8 @@ MODULES = "modules"
 CORE = ("dora_linear", "dora_linear, norm given", "norm_factored", "magnitude_scale", "compose", "compose, delta")
 COMPILED_IN_CI = ("jvp", "vmap(grad)", "ensemble(grad)")
 SAMPLE = (
+    ("dora_over", True, "vmap(grad)"),
+    ("dora_over, bias in base", False, "ensemble(grad)"),
     ("dora_linear, experts", True, "jvp"),
     ("dora_linear, experts", False, "vmap(grad)"),
     ("dora_linear_grouped", True, "ensemble(grad)"),

@@ -16,7 +16,7 @@ from dorac.functional.adapters import Adapter, combine_adapters, scale_adapter, 
 from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
 from dorac.functional.embedding import dora_embedding
 from dorac.functional.grouped import dora_linear_grouped
-from dorac.functional.linear import compose, dora_linear
+from dorac.functional.linear import compose, dora_linear, dora_over
 from dorac.functional.merge import invertible_scale, merge_weight, unmerge_weight
 from dorac.functional.mixed import dora_linear_mixed, mixed_norm
 from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
@@ -33,6 +33,7 @@ __all__ = [
     "dora_linear",
     "dora_linear_grouped",
     "dora_linear_mixed",
+    "dora_over",
     "init_magnitude",
     "invertible_scale",
     "magnitude_scale",

@@ -125,3 +125,52 @@ def dora_linear(
     if not dropout_p:
         return ops.linear.dora_linear(*tensors, scaling_number(scaling))
     return ops.linear.dora_linear(*tensors, scaling_number(scaling), F.dropout(x, dropout_p), dropout_on == "low_rank")
+
+
+def dora_over(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_norm: Tensor,
+    scaling: float | Tensor,
+    base_has_bias: bool = False,
+) -> Tensor:
+    """:func:`dora_linear` over a product that somebody else computed: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``.
+
+    For a frozen layer whose weight is no dense tensor here: quantised, offloaded, behind hooks. Call that layer for
+    ``base``, and :func:`norm_factored` for the norm.
+
+    Args:
+        base: ``[*, out]``, ``x W^T``, any float dtype.
+        x: ``[*, in]``, any float dtype; the low-rank branch runs in that of lora_A, under autocast in autocast's. With
+            dropout on the low-rank branch alone, ``dropout(x)``.
+        lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from base's.
+        magnitude: m, ``[out]``, any float dtype; best kept in float32.
+        bias: ``[out]``.
+        weight_norm: n, ``[out]``, from :func:`norm_factored` on the layer's weight.
+        scaling: s, a finite number or a 0-d tensor.
+        base_has_bias: base is ``x W^T + b``, as a layer with a bias returns it. Then
+            ``y = g * (base + s ...) + (1 - g) * b``, in float32 (float64) before the one rounding: the bias is neither
+            scaled nor taken off a rounded sum.
+
+    Returns:
+        ``[*, out]`` in the dtype of ``base``. Gradients flow to base, x (through the low-rank branch; through the
+        product it is base's), lora_A, lora_B, magnitude, bias (with ``base_has_bias`` what base leaves of it) and a
+        ``weight_norm`` that requires one. One tensor of the size of base is saved for backward.
+
+        Where ``lora_B = 0`` and ``m = n`` it is base, bit for bit, if that has the bias or there is none.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite.
+
+    Source: arXiv 2402.09353, equation 5 with the norm of section 4.3.
+    """
+    checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)
+    scaling = checks.check_scaling(scaling)
+    s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))
+    tensors = base, x, lora_A, lora_B, magnitude, weight_norm, s, bias
+    return ops.over.dora_over(*tensors, scaling_number(scaling), base_has_bias)

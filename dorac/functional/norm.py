@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dorac import checks, ops
+from dorac import checks, ops, packed
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -32,7 +32,7 @@ def scaling_number(scaling: float | Tensor) -> float | None:
 
 
 def norm_factored(
-    weight: Tensor,
+    weight: Tensor | packed.Packed,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float | Tensor,
@@ -45,7 +45,8 @@ def norm_factored(
 
     Args:
         weight: ``[out, in]``, float16 / bfloat16 / float32 / float64, any strides (a transposed view is not copied);
-            or ``[E, out, in]``, E experts, and then every other tensor starts with E too.
+            or ``[E, out, in]``, E experts, and then every other tensor starts with E too. Or a packed weight, see
+            :func:`dorac.packed.of`: its norm is read from the packed storage, without a dense copy of it.
         lora_A: ``[r, in]``, any of these dtypes.
         lora_B: ``[out, r]``, the dtype of ``lora_A``.
         scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
@@ -74,8 +75,11 @@ def norm_factored(
     Raises:
         TypeError: a tensor that is not of these dtypes (float8 and integer weights are dequantised by the caller); a
             ``norm_grad`` that is not a bool.
-        ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte.
+        ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte; pieces of
+            a packed weight that do not fit, ``norm_grad`` over one.
     """
+    if packed.is_packed(weight):
+        return _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget)
     checks.check_factors(weight, lora_A, lora_B)
     scaling = checks.check_scaling(scaling)
     checks.check_vector("weight_sq", weight_sq, weight)
@@ -85,6 +89,19 @@ def norm_factored(
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
         return ops.norm.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad)
+
+
+def _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget):
+    checks.check_packed_factors(weight, lora_A, lora_B)
+    scaling = checks.check_scaling(scaling)
+    checks.check_vector("weight_sq", weight_sq, weight)
+    budget = checks.check_budget(budget)
+    checks.check_norm_grad(norm_grad)
+    if norm_grad:
+        raise ValueError(f"norm_grad needs a dense weight; the norm of a {weight.NAME} carries no gradient")
+    s = scaling_tensor(scaling, lora_A, accumulate_dtype(lora_A, lora_B))
+    with front.autocast_off(lora_A):
+        return ops.packed.packed_norm_factored(lora_A, lora_B, s, weight_sq, *packed.flatten(weight), budget)
 
 
 def magnitude_scale(magnitude: Tensor, weight_norm: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def compose_kernel(
     HAS_LORA: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HOLDS_BIAS: tl.constexpr,  # base has the bias in it already
     DELTA: tl.constexpr,
     WANT_INNER: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -83,16 +84,21 @@ def compose_kernel(
         inner_TO = base_TO + lora_TO
     else:
         inner_TO = base_TO
-    if WANT_INNER:
-        store_tile(inner_ptr, inner_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
     cols_O = start_o + tl.arange(0, BLOCK_O)
+    if HAS_BIAS:
+        bias_O = tl.load(bias_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)[None, :]
+        if HOLDS_BIAS:
+            bias_O = tl.where(tl.abs(bias_O) < float("inf"), bias_O, 0.0)  # base has what is not finite
+    if WANT_INNER:
+        without_TO = inner_TO - bias_O if HOLDS_BIAS else inner_TO
+        store_tile(inner_ptr, without_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
     g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)[None, :]
     if DELTA:
         y_TO = (g_O - 1) * base_TO + g_O * lora_TO
     else:
         y_TO = g_O * inner_TO
     if HAS_BIAS:
-        y_TO += tl.load(bias_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)[None, :]
+        y_TO += (1 - g_O) * bias_O if HOLDS_BIAS else bias_O
     store_tile(y_ptr, y_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
 
 
@@ -121,6 +127,7 @@ def compose_launch(
     want_inner: bool,
     split: bool,
     descriptors: bool,
+    holds_bias: bool = False,
 ) -> Launch:
     """The launch for ``base``, ``lora`` and ``lora_B`` of these strides, None for those that there are not.
 
@@ -141,6 +148,7 @@ def compose_launch(
         HAS_LORA=strides[1] is not None,
         HAS_NORM=has_norm,
         HAS_BIAS=has_bias,
+        HOLDS_BIAS=holds_bias,
         DELTA=delta,
         WANT_INNER=want_inner,
         SPLIT=split,
@@ -186,6 +194,7 @@ def compose(
     bias: Tensor | None,
     *,
     delta: bool = False,
+    holds_bias: bool = False,
     want_inner: bool = False,
     over_base: bool = False,
     config: TileConfig | None = None,
@@ -198,6 +207,7 @@ def compose(
         lora_B: ``[O, R]``, the dtype of ``h``.
         magnitude: ``[O]``; g itself where ``weight_norm`` is None.
         scaling: a number, or one element on the device.
+        holds_bias: base has the bias in it already: ``y = g * (base + s * lora) + (1 - g) * b``, inner without it.
         over_base: write inner where ``base`` is, which has to be contiguous.
         config: how to launch; None chooses it.
     """
@@ -228,6 +238,7 @@ def compose(
         has_norm=weight_norm is not None,
         has_bias=bias is not None,
         delta=delta,
+        holds_bias=holds_bias,
         want_inner=want_inner,
         split=rank is not None and lora.dtype is torch.float32 and base.dtype is not torch.float32,
         descriptors=descriptors,

@@ -81,6 +81,24 @@ def norm_config(experts: int, out_features: int, in_features: int, rank: int, we
     return dataclasses.replace(config, splits=_splits(row_blocks, tiles, PROCESSORS * resident, start))
 
 
+@functools.lru_cache(maxsize=1024)
+def packed_norm_config(experts: int, out_features: int, in_features: int, halves: int, rank: int) -> NormConfig:
+    """Tiles of bytes, ``block_i`` of them in a row; of two numbers each there are two products in a step."""
+    block_r = _power(rank, 16, 128)
+    if rank <= 64:
+        config = NormConfig(64, 64, block_r, 1, 4, 3)
+    elif rank <= 384:
+        block_i = 32 if halves == 2 and rank > 128 else 64  # or lora_B leaves too few registers
+        config = NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True)
+    else:
+        config = NormConfig(64, 64, 64, 1, 4, 4 - halves)
+    row_blocks = max(1, experts * -(-out_features // config.block_o))
+    tiles = -(-in_features // halves // config.block_i)
+    resident = 1 if config.registers else 4 if rank <= 16 else 3  # programs at once on a processor
+    splits = _splits(row_blocks, tiles, PROCESSORS * resident, 3 if config.registers else 1)
+    return dataclasses.replace(config, splits=splits)
+
+
 def _splits(row_blocks: int, tiles: int, slots: int, start: int) -> int:
     """The fewest column splits, of at least four tiles, with the least time: waves of programs times tiles of each.
 

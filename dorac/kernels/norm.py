@@ -22,13 +22,13 @@ from torch import Tensor
 
 from dorac.kernels.configs import NormConfig, norm_config
 from dorac.kernels.launch import Launch, cdiv
-from dorac.kernels.tiles import load_tile, number, product
+from dorac.kernels.tiles import load_tile, number, product, to_bfloat16
 
 SHRINK = tl.constexpr(2.0**-64)  # exact; as in dorac/ops/norm.py
 
 
 @triton.jit
-def _in_registers(tile, N: tl.constexpr):
+def in_registers(tile, N: tl.constexpr):
     """The tile as what a product leaves in registers, from where the next product takes its left operand.
 
     What comes from memory Triton keeps in shared memory instead, whose bandwidth is the limit at large ranks.
@@ -74,7 +74,7 @@ def _shrunk_squares(
 
 
 @triton.jit
-def _length(square, shrunk_square):
+def row_length(square, shrunk_square):
     """The norm of a sum of squares, of the shrunk ones where that is not finite; inf for what never is."""
     length = tl.where(square < float("inf"), tl.sqrt_rn(square), tl.sqrt_rn(shrunk_square) / SHRINK)
     return tl.where(length == length, length, float("inf"))
@@ -132,11 +132,11 @@ def row_norm_kernel(
         b2 = load_tile(b_ptr, start_o, 2 * BLOCK_R, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
     if REGISTERS:
         if CHUNKS >= 1:
-            b0 = _in_registers(b0, BLOCK_R)
+            b0 = in_registers(b0, BLOCK_R)
         if CHUNKS >= 2:
-            b1 = _in_registers(b1, BLOCK_R)
+            b1 = in_registers(b1, BLOCK_R)
         if CHUNKS >= 3:
-            b2 = _in_registers(b2, BLOCK_R)
+            b2 = in_registers(b2, BLOCK_R)
 
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     begin = split * columns_per_split
@@ -186,7 +186,7 @@ def row_norm_kernel(
         )
     rows_O = start_o + tl.arange(0, BLOCK_O)
     target = (split.to(tl.int64) * tl.num_programs(2) + expert) * O + rows_O
-    tl.store(out_ptr + target, _length(square_O, shrunk_O), mask=rows_O < O)
+    tl.store(out_ptr + target, row_length(square_O, shrunk_O), mask=rows_O < O)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def finish_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
         square += length * length
         shrunk_square += (length * SHRINK) * (length * SHRINK)
         pointers += size
-    tl.store(out_ptr + index, _length(square, shrunk_square), mask=mask)
+    tl.store(out_ptr + index, row_length(square, shrunk_square), mask=mask)
 
 
 @triton.jit
@@ -231,20 +231,20 @@ def split_kernel(
         mask = index < R * I
         rows, columns = index // I, index % I
         value = tl.load(a_ptr + expert * stride_ae + rows * stride_ar + columns * stride_ai, mask=mask)
-        high = value.to(tl.bfloat16)
+        high = to_bfloat16(value)
         target = a3_ptr + expert * 3 * R * I + index
         tl.store(target, high, mask=mask)
         tl.store(target + R * I, high, mask=mask)
-        tl.store(target + 2 * R * I, (value - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+        tl.store(target + 2 * R * I, to_bfloat16(value - high.to(tl.float32)), mask=mask)
     else:
         index = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
         mask = index < O * R
         rows, columns = index // R, index % R
         value = tl.load(b_ptr + expert * stride_be + rows * stride_bo + columns * stride_br, mask=mask)
-        high = value.to(tl.bfloat16)
+        high = to_bfloat16(value)
         target = b3_ptr + expert * 3 * O * R + rows * 3 * R + columns
         tl.store(target, high, mask=mask)
-        tl.store(target + R, (value - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+        tl.store(target + R, to_bfloat16(value - high.to(tl.float32)), mask=mask)
         tl.store(target + 2 * R, high, mask=mask)
 
 

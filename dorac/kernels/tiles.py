@@ -18,6 +18,15 @@ def number(source):
 
 
 @triton.jit
+def to_bfloat16(x):
+    """float32 ``x`` rounded to nearest, which the interpreter would truncate."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
 def load_tile(
     source,
     start_m,

@@ -1,9 +1,21 @@
 """Operators of the ``dorac`` library; importing this package registers them and touches neither Triton nor CUDA."""
 
-from dorac.ops import compose, embedding, flops, grouped, inductor, library, linear, norm, take
+from dorac.ops import compose, embedding, flops, grouped, inductor, library, linear, norm, over, packed, take
 
 flops.register()
 inductor.register()
 library.key_caches()
 
-__all__ = ["compose", "embedding", "flops", "grouped", "inductor", "library", "linear", "norm", "take"]
+__all__ = [
+    "compose",
+    "embedding",
+    "flops",
+    "grouped",
+    "inductor",
+    "library",
+    "linear",
+    "norm",
+    "over",
+    "packed",
+    "take",
+]

@@ -453,7 +453,7 @@ def _seen_gradients(ctx, dy):
             base = (seen if delta else x) @ weight.t()
             inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
     needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
-    dx, _, d_a, d_b, d_m, d_bias, dx_adapter = linear.gradients(
+    dx, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
         (x, weight, a, b, magnitude, norm, scaling, h, inner, x_adapter),
         (needs_x, False, True, True, True, needs_bias, needs_x and bits is not None),
         (dtype, dtype, ctx.bias_dtype),

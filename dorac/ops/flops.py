@@ -31,6 +31,10 @@ def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget, **_):
     return _product(weight, (in_features, rank)) + _product(lora_A, (in_features, rank)) + _product(lora_B, gram)
 
 
+def _packed_row_norm(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget, **_):
+    return _row_norm(shape, lora_A, lora_B, scaling, weight_sq, budget)
+
+
 def _row_norm_backward(row_scale, weight, lora_A, lora_B, scaling, budget, **_):
     rank, in_features = lora_A[-2:]
     wide = _product(weight, (in_features, rank)) + _product((*lora_A[:-2], rank, weight[-2]), weight)
@@ -68,6 +72,7 @@ def _elementwise(*_, **__):
 
 FORMULAS = {
     "row_norm": _row_norm,
+    "packed_row_norm": _packed_row_norm,
     "row_norm_backward": _row_norm_backward,
     "low_rank_linear": _low_rank_linear,
     "delta_linear": _delta_linear,

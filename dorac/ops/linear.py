@@ -108,11 +108,11 @@ lib.define(
 )
 lib.define(
     "up_compose(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
-    "Tensor? bias, bool delta) -> Tensor"
+    "Tensor? bias, bool delta, bool holds_bias=False) -> Tensor"
 )
 lib.define(
     "up_compose_forward(Tensor base, Tensor h, Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling, "
-    "Tensor? bias, bool delta) -> (Tensor, Tensor)"
+    "Tensor? bias, bool delta, bool holds_bias=False) -> (Tensor, Tensor)"
 )
 
 
@@ -146,12 +146,12 @@ def _delta_linear_fake(x, x_adapter, weight, h, lora_B, magnitude, weight_norm, 
 
 
 @torch.library.register_fake("dorac::up_compose", lib=lib)
-def _up_compose_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+def _up_compose_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
     return base.new_empty(base.shape)
 
 
 @torch.library.register_fake("dorac::up_compose_forward", lib=lib)
-def _up_compose_forward_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+def _up_compose_forward_fake(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
     return base.new_empty(base.shape), base.new_empty(base.shape)
 
 
@@ -198,13 +198,15 @@ def _delta_linear(x, x_adapter, weight, h, lora_B, magnitude, weight_norm, scali
     return change + x @ weight.t(), inner
 
 
-def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
-    return compose_aten(base, F.linear(h, lora_B), magnitude_scale(magnitude, weight_norm), scaling, bias, delta)
-
-
-def _up_compose_forward(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+def _up_compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
     g = magnitude_scale(magnitude, weight_norm)
-    return compose_parts(base, F.linear(h, lora_B), g, scaling, bias, delta, eager=False, needs_inner=True)
+    return compose_aten(base, F.linear(h, lora_B), g, scaling, bias, delta, holds_bias)
+
+
+def _up_compose_forward(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
+    g = magnitude_scale(magnitude, weight_norm)
+    tensors = (base, F.linear(h, lora_B), g, scaling, bias, delta, holds_bias)
+    return compose_parts(*tensors, eager=False, needs_inner=True)
 
 
 def _scale_cuda(inner, magnitude, weight_norm, bias):
@@ -235,16 +237,18 @@ def _delta_linear_cuda(x, x_adapter, weight, h, lora_B, magnitude, weight_norm, 
     return change.addmm_(x, weight.t()), inner
 
 
-def _up_compose_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+def _up_compose_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
     from dorac.kernels.compose import compose
 
-    return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta)[0]
+    tensors = (base, h, lora_B, magnitude, weight_norm, scaling, bias)
+    return compose(*tensors, delta=delta, holds_bias=holds_bias)[0]
 
 
-def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta):
+def _up_compose_forward_cuda(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta, holds_bias=False):
     from dorac.kernels.compose import compose
 
-    return compose(base, h, lora_B, magnitude, weight_norm, scaling, bias, delta=delta, want_inner=True)
+    tensors = (base, h, lora_B, magnitude, weight_norm, scaling, bias)
+    return compose(*tensors, delta=delta, holds_bias=holds_bias, want_inner=True)
 
 
 low_rank_linear, scale, scale_backward, lora_b_backward, up_compose, up_compose_forward = (
@@ -393,13 +397,15 @@ class _DoraLinear(torch.autograd.Function):
             dropped=ctx.dropped,
             delta=ctx.delta,
         )
-        dx, *others, d_bias, dx_adapter = grads
+        dx, *others, d_bias, dx_adapter, _ = grads
         dx, dx_adapter = (None if t is None else t.view(ctx.x_shape) for t in (dx, dx_adapter))
         return dx, *others, None, None, d_bias, dx_adapter, None, None, None, None
 
 
-def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False, delta=False):
+def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False, delta=False, over=False):
     """The gradients of x (its rows), weight, lora_A, lora_B, magnitude, bias and x_adapter's rows, as ``needs`` says.
+
+    Then that of the product ``x W^T``, for whoever did not make it here: see ``ops/over.py``, which has no weight.
 
     Args:
         saved: x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner and x_adapter, each None where no
@@ -407,13 +413,14 @@ def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False
         dtypes: of x, the factors and the bias.
         grads: of y, and of inner and h, given when a first derivative that used these is differentiated.
         dropped: whether there is an x_adapter. delta: whether the whole change sees it.
+        over: whether the product's gradient is needed for its own sake.
     """
     x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, x_adapter = saved
     x, x_adapter = (None if t is None else _rows(t) for t in (x, x_adapter))
     needs_x, needs_weight, needs_a, needs_b, needs_m, needs_bias, needs_x_adapter = needs
     needs_h = needs_a or (needs_x_adapter if dropped else needs_x)
     dy, d_inner_again, d_h_again = grads
-    needs_inner = needs_x or needs_weight or needs_h or needs_b or needs_m
+    needs_inner = needs_x or needs_weight or needs_h or needs_b or needs_m or over
     x_dtype, lora_dtype, bias_dtype = dtypes
     # Leaf ops can be neither differentiated again nor batched.
     leaf_ops = path != "separate" and not torch.is_grad_enabled() and not front.under_transform()
@@ -473,10 +480,10 @@ def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False
         if needs_a and d_h is not None:
             d_a = d_h.t() @ (x_adapter if dropped else x).to(lora_dtype)
         if needs_x:
-            dx = d_rows(d_frozen, None if dropped else d_h)
+            dx = d_rows(None if weight is None else d_frozen, None if dropped else d_h)
         if needs_x_adapter:
             dx_adapter = d_rows(d_base if delta else None, d_h)
-    return dx, d_weight, d_a, d_b, d_m, d_bias, dx_adapter
+    return dx, d_weight, d_a, d_b, d_m, d_bias, dx_adapter, d_frozen
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
@@ -110,7 +110,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def factored_norm(
         self,
-        weight: Tensor,
+        weight: Tensor | packed.Packed,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -120,12 +120,17 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     ) -> Tensor:
         """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3).
 
+        Of a packed weight (:mod:`dorac.packed`) it is read from there.
+
         Of an embedding ``||weight^T + s * lora_B lora_A||_row``, from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``.
 
         Raises:
             RuntimeError: FSDP1 holds one of them in parts now.
         """
-        weight, lora_A, lora_B = whole(weight), whole(lora_A), whole(lora_B)
+        lora_A, lora_B = whole(lora_A), whole(lora_B)
+        if packed.is_packed(weight):
+            return functional.norm_factored(weight, lora_A, lora_B, scaling, budget=self.norm_budget)
+        weight = whole(weight)
 
         def norm() -> Tensor:
             if weight.ndim >= 3:

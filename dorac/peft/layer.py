@@ -15,66 +15,12 @@ from dorac import functional
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.peft import dora, variants
+from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
 from dorac.peft.merging import Merging
-from dorac.peft.weights import is_fsdp_unit, is_plain, whole
+from dorac.peft.variants import lone_adapter
+from dorac.peft.weights import is_plain, whole
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
-
-
-def lone_adapter(module: layer.LoraLayer, args: tuple, kwargs: dict) -> str | None:
-    """The active adapter, if there is one alone, it is DoRA's, and it is not merged or switched off."""
-    if args or kwargs or module._disable_adapters or module.merged_adapters:
-        return None
-    active = module._active_adapter
-    if not isinstance(active, str):
-        if len(active) != 1:
-            active = [name for name in active if name in module.scaling]  # others have no part in this layer
-        if len(active) != 1:
-            return None
-        active = active[0]
-    return active if isinstance(module.lora_variant.get(active), variants.OnDorac) else None
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether nothing but its own forward would run if this module was called, hooks of all modules aside."""
-    attributes = module.__dict__
-    return not (
-        attributes["_forward_pre_hooks"]
-        or attributes["_forward_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes  # accelerate's hooks
-    )
-
-
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """``getattr(module, name)`` without the call of ``nn.Module.__getattr__``; FSDP1 puts tensors into ``__dict__``."""
-    attributes = module.__dict__
-    return attributes[name] if name in attributes else attributes["_parameters"].get(name)
-
-
-def plain_weight(module: nn.Module | None, kind: type[nn.Module]) -> Tensor | None:
-    """The weight of an unhooked module of this very class, if it can be used as it lies there.
-
-    Raises:
-        RuntimeError: FSDP1 holds it in parts now.
-    """
-    if type(module) is not kind or not unhooked(module):  # an FSDP unit has a class of its own
-        return None
-    weight = parameter(module, "weight")
-    return whole(weight) if is_plain(weight) else None
-
-
-def dropout_p(dropout: nn.Module, training: bool) -> float | None:
-    """The probability with which PEFT drops elements of the adapter's input now; None if it must be called for that."""
-    kind = type(dropout)
-    if not unhooked(dropout):
-        return None
-    if kind is nn.Identity:
-        return 0.0
-    if not training or not dropout.training:
-        return 0.0 if kind is nn.Dropout or not is_fsdp_unit(dropout) else None
-    return dropout.p if kind is nn.Dropout and dropout.p < 1 else None
 
 
 class _Layer(Merging, variants.TakesVariants):

@@ -1,7 +1,7 @@
 """PEFT's DoRA variants (``peft.tuners.lora.variants``): how an adapter is written into the base weight and taken out.
 
-Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.peft.dora`, but where dropout is on the
-low-rank branch alone, of which PEFT knows nothing.
+Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.peft.dora`, but where one adapter of a
+linear layer is alone (:mod:`dorac.peft.over`) or dropout is on the low-rank branch alone, of which PEFT knows nothing.
 """
 
 from types import FunctionType
@@ -12,7 +12,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.peft import dora
+from dorac.peft import dora, over
 from dorac.peft.weights import dense_weight, gathered, is_plain, whole
 
 __all__ = [
@@ -143,6 +143,20 @@ class OnDorac:
         return unmerged(module, active_adapter, orig_weight.detach())
 
 
+def lone_adapter(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
+    """The active adapter, if there is one alone, it is DoRA's, and it is not merged or switched off."""
+    if args or kwargs or module._disable_adapters or module.merged_adapters:
+        return None
+    active = module._active_adapter
+    if not isinstance(active, str):
+        if len(active) != 1:
+            active = [name for name in active if name in module.scaling]  # others have no part in this layer
+        if len(active) != 1:
+            return None
+        active = active[0]
+    return active if isinstance(module.lora_variant.get(active), OnDorac) else None
+
+
 def _of_dropped(variant: type) -> staticmethod:
     """PEFT's ``forward`` of a variant, or with dropout on the low-rank branch the change to the output there is."""
 
@@ -166,7 +180,15 @@ class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
     """Linear layers."""
 
     init = _with_layers(variants.DoraLinearVariant, "init")
-    forward = _of_dropped(variants.DoraLinearVariant)
+    added = _of_dropped(variants.DoraLinearVariant)
+
+    @staticmethod
+    def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if lone_adapter(module, (), {}) == active_adapter:
+            y = over.adapted(module, active_adapter, x, result)
+            if y is not None:
+                return y
+        return DoraLinearVariant.added(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
 
 
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):

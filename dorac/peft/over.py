@@ -1,0 +1,50 @@
+"""One adapter over what the base layer itself computed: quantised, offloaded and hooked layers, in full form.
+
+PEFT calls the base layer, then the variant with its result. Where that adapter is all that is active, the result is the
+product of DoRA's formula, and the layer is ``functional.dora_over``; several adapters, and PEFT's dropout, add changes
+to it instead (:mod:`dorac.peft.dora`).
+"""
+
+from torch import Tensor, nn
+
+from dorac import functional, packed
+from dorac.numerics import FLOAT_DTYPES
+from dorac.peft import dora
+from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
+from dorac.peft.weights import dense_weight, is_partitioned
+
+
+def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:
+    """The output of a layer with this adapter alone, from the base layer's; None where PEFT's sequence has to run."""
+    modules = module._modules
+    magnitude = modules["lora_magnitude_vector"]._modules[adapter]
+    lora_A = plain_weight(modules["lora_A"]._modules.get(adapter), nn.Linear)
+    lora_B = plain_weight(modules["lora_B"]._modules.get(adapter), nn.Linear)
+    if lora_A is None or lora_B is None or type(magnitude) is not dora.DoraLinearLayer or not unhooked(magnitude):
+        return None
+    dropout = modules["lora_dropout"]._modules[adapter]
+    p = dropout_p(dropout, module.training)
+    if p is None or (p and module.lora_variant[adapter].dropout_on == "adapter"):
+        return None
+    base, m = module.get_base_layer(), parameter(magnitude, "weight")
+    bias = getattr(base, "bias", None)
+    if result.dtype not in FLOAT_DTYPES or x.dtype not in FLOAT_DTYPES:
+        return None
+    if any(is_partitioned(t) for t in (m, bias, getattr(base, "weight", None))):
+        return None
+    weight = packed.of(base)
+    if weight is None:
+        weight = dense_weight(base)
+    norm = magnitude.factored_norm(weight, lora_A, lora_B, module.scaling[adapter], adapter_name=adapter)
+    device = result.device
+    return functional.dora_over(
+        result,
+        (dropout(x) if p else x).to(device),
+        lora_A.to(device),
+        lora_B.to(device),
+        m.to(device),
+        bias,
+        weight_norm=norm.to(device),
+        scaling=module.scaling[adapter],
+        base_has_bias=bias is not None,
+    )

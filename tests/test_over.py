@@ -1,0 +1,265 @@
+"""``dora_over``: the layer over a product that somebody else computed. With the product of a plain linear layer it is
+``dora_linear``, of one rounding more.
+
+On the CPU the kernels run in Triton's interpreter.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functionals import over
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from dorac import functional, reference
+from dorac.ops import front
+from dorac.testing import REGIMES, layer_budgets, linear_inputs
+
+HALF = (torch.bfloat16, torch.float16)
+S = 0.7
+
+
+@pytest.fixture
+def with_kernels(device, monkeypatch):
+    """Has tensors on the CPU take the kernels, too."""
+    pytest.importorskip("triton")
+    if device == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled where there is a GPU, and take no tensors of the CPU")
+        monkeypatch.setattr(
+            front, "has_kernels", lambda *tensors: all(t is None or t.dtype.itemsize < 8 for t in tensors)
+        )
+
+
+def check(inputs, has_bias=True, scaling=S, casts=1, **options):
+    """y, and the gradients of all tensors through base and adapter; base is rounded once more."""
+    leaves = inputs.leaves()
+    y = over(has_bias)(*leaves.tensors(), scaling=scaling)
+    assert y.dtype == inputs.x.dtype
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
+    y.backward(dy)
+    budgets = layer_budgets(
+        reference.dora_linear,
+        reference.row_norm,
+        inputs.tensors(),
+        inputs.sums(),
+        scaling=scaling,
+        dy=dy,
+        casts=casts + has_bias,
+        **options,
+    )
+    for name, budget in budgets.items():
+        actual = y if name == "y" else getattr(leaves, name).grad
+        assert actual.dtype == (y if name == "y" else getattr(leaves, name)).dtype, name
+        budget.check(actual, name)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients(regime, dtype, has_bias, device):
+    check(linear_inputs(regime, dtype=dtype, device=device), has_bias)
+
+
+@pytest.mark.parametrize("regime", ["aligned", "odd", "rank_1", "rank_over_128", "one_token", "one_feature", "wide"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("factors", ["same", "float32"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_kernels(regime, dtype, factors, has_bias, with_kernels, device):
+    inputs = linear_inputs(regime, dtype=dtype, factor_dtype=torch.float32 if factors == "float32" else None)
+    check(inputs.map(lambda t: t.to(device)), has_bias)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.3])
+def test_without_bias(scaling, device):
+    check(linear_inputs("odd", dtype=torch.float32, bias=False, device=device), scaling=scaling)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_inference(dtype, has_bias, with_kernels, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    y = over(has_bias)(*inputs.tensors(), scaling=S)
+    budgets = layer_budgets(
+        reference.dora_linear, reference.row_norm, inputs.tensors(), inputs.sums(), scaling=S, casts=2
+    )
+    budgets["y"].check(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_bias_takes_no_digits(dtype, with_kernels, device):
+    """Of y its own rounding is left, where a sum that is rounded before the bias comes off would lose g's part of it.
+
+    ``g = 1/2``: ``y = (base + b) / 2 + b / 2`` for a base that the sum with b has rounded already.
+    """
+    base, bias = torch.full((3, 16), 257.0, device=device).to(dtype), torch.full((16,), 256.0, device=device).to(dtype)
+    adapter = torch.zeros(4, 8), torch.zeros(16, 4), torch.full((16,), 0.5)
+    lora_A, lora_B, magnitude = (t.to(device) for t in adapter)
+    x, norm = torch.ones(3, 8, device=device).to(dtype), torch.ones(16, device=device)
+    tensors = base, x, lora_A.to(dtype), lora_B.to(dtype), magnitude, bias
+    y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, base_has_bias=True)
+    assert torch.equal(y, (0.5 * base.double() + 0.5 * bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_at_the_start_it_is_the_base(dtype, with_kernels, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    base, norm = F.linear(inputs.x, inputs.weight, inputs.bias), reference.row_norm(*inputs.tensors()[1:4], 0).float()
+    tensors = base, inputs.x, inputs.lora_A, torch.zeros_like(inputs.lora_B), norm, inputs.bias
+    y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, base_has_bias=True)
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_infinite_bias_stays_in_its_column(value, has_bias, with_kernels, device):
+    inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device)
+    expected = over(has_bias)(*inputs.tensors(), scaling=S)
+    inputs.bias[3] = value
+    y = over(has_bias)(*inputs.tensors(), scaling=S)
+    assert torch.equal(y[:, 4:], expected[:, 4:])
+    assert torch.equal(y[:, 3].isnan(), torch.full_like(y[:, 3], value != value, dtype=torch.bool))
+    assert not y[:, 3].isfinite().any()
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_autocast(factors, has_bias, with_kernels, device):
+    """PEFT's default: a half-precision base product, float32 factors and activations, which are cast."""
+    inputs = linear_inputs("odd", dtype=torch.float32, factor_dtype=factors, device=device).leaves()
+    half = [t.detach().bfloat16() for t in (inputs.x, inputs.weight, inputs.bias)]
+    base = F.linear(half[0], half[1], half[2] if has_bias else None)
+    norm = functional.norm_factored(inputs.weight, inputs.lora_A, inputs.lora_B, S)
+    adapter = inputs.lora_A, inputs.lora_B, inputs.magnitude, inputs.bias
+    with torch.autocast(device, torch.bfloat16):
+        y = functional.dora_over(base, inputs.x, *adapter, weight_norm=norm, scaling=S, base_has_bias=has_bias)
+    assert y.dtype is torch.bfloat16
+    y.sum().backward()
+    for tensor in (inputs.x, *adapter):
+        assert tensor.grad.dtype is tensor.dtype
+    cast = [t.detach().double() for t in (inputs.x.bfloat16(), inputs.lora_A.bfloat16(), inputs.lora_B.bfloat16())]
+    truth = (base.double() + S * cast[0] @ cast[1].T @ cast[2].T - has_bias * inputs.bias.detach().double()) * (
+        inputs.magnitude.detach().double() / norm.double()
+    ) + inputs.bias.detach().double()
+    torch.testing.assert_close(y.double(), truth, rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("names", [("base",), ("x",), ("lora_A",), ("lora_B", "magnitude"), ("bias",), ("magnitude",)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_some_are_frozen(names, dtype, with_kernels, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    norm = functional.norm_factored(*inputs.tensors()[1:4], S)
+    given = {"base": F.linear(inputs.x, inputs.weight, inputs.bias), "x": inputs.x, "lora_A": inputs.lora_A}
+    given |= {"lora_B": inputs.lora_B, "magnitude": inputs.magnitude, "bias": inputs.bias}
+
+    def gradients(trained):
+        tensors = {name: t.detach().clone().requires_grad_(name in trained) for name, t in given.items()}
+        y = functional.dora_over(*tensors.values(), weight_norm=norm, scaling=S, base_has_bias=True)
+        y.backward(torch.ones_like(y))
+        return {name: tensors[name].grad for name in given}
+
+    some, everything = gradients(names), gradients(given)
+    for name in given:
+        if name in names:
+            torch.testing.assert_close(some[name], everything[name])
+        else:
+            assert some[name] is None
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_leading_shapes_and_strides(leading, dtype, with_kernels, device):
+    inputs = linear_inputs("aligned", dtype=dtype, device=device)
+    norm = functional.norm_factored(*inputs.tensors()[1:4], S)
+    base = F.linear(inputs.x, inputs.weight)
+    adapter = inputs.tensors()[2:]
+    y = functional.dora_over(base, inputs.x, *adapter, weight_norm=norm, scaling=S)
+    count = torch.Size(leading).numel()
+    x, rows = inputs.x[:count].reshape(*leading, -1), base[:count].reshape(*leading, -1)
+    before = rows.clone()
+    actual = functional.dora_over(rows, x, *adapter, weight_norm=norm, scaling=S)
+    torch.testing.assert_close(actual, y[:count].reshape(*leading, -1))
+    assert torch.equal(rows, before)
+    if leading:
+        strided = rows.mT.contiguous().mT if len(leading) == 1 else rows.transpose(0, 1).contiguous().transpose(0, 1)
+        again = functional.dora_over(strided, x, *adapter, weight_norm=norm, scaling=S)
+        torch.testing.assert_close(again, actual)
+
+
+def test_derivatives():
+    inputs = linear_inputs((3, 4, 5, 2))
+    norm = reference.row_norm(*inputs.tensors()[1:4], S)
+    base = F.linear(inputs.x, inputs.weight, inputs.bias)
+    leaves = [t.detach().clone().requires_grad_() for t in (base, inputs.x, *inputs.tensors()[2:])]
+    for has_bias in (True, False):
+
+        def layer(*tensors, has_bias=has_bias):
+            return functional.dora_over(*tensors, weight_norm=norm, scaling=S, base_has_bias=has_bias)
+
+        assert torch.autograd.gradcheck(layer, leaves, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(layer, leaves, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "strided"])
+@pytest.mark.parametrize("op", ["dora_over", "up_compose", "up_compose_forward"])
+def test_opcheck(op, dtype, layout, device):
+    inputs = linear_inputs("odd", dtype=dtype, device=device)
+    norm = functional.norm_factored(*inputs.tensors()[1:4], S)
+    base, scaling = F.linear(inputs.x, inputs.weight, inputs.bias), torch.tensor(S, device=device)
+    if layout == "strided":
+        base = base.T.contiguous().T
+    arguments = (inputs.lora_B, inputs.magnitude, norm, scaling, inputs.bias)
+    if op == "dora_over":
+        leaves = [t.clone().requires_grad_() for t in (base, inputs.x, inputs.lora_A, *arguments[:2])]
+        opcheck(torch.ops.dorac.dora_over.default, (*leaves, *arguments[2:], S, True))
+    else:
+        h = inputs.x @ inputs.lora_A.t()
+        opcheck(getattr(torch.ops.dorac, op).default, (base, h, *arguments, False, True))
+
+
+def test_flops(device):
+    """The three small products of each direction, and none with the weight."""
+    inputs = linear_inputs("odd", dtype=torch.float32, device=device).leaves()
+    norm = functional.norm_factored(*inputs.tensors()[1:4], S)
+    base = F.linear(inputs.x, inputs.weight).detach()
+    with FlopCounterMode(display=False) as counter:
+        functional.dora_over(
+            base, *inputs.tensors()[:1], *inputs.tensors()[2:], weight_norm=norm, scaling=S
+        ).sum().backward()
+    (tokens, in_features), (out_features, rank) = inputs.x.shape, inputs.lora_B.shape
+    assert counter.get_total_flops() == 2 * 3 * tokens * rank * (in_features + out_features)
+
+
+CASES = {
+    "base_scalar": ({"base": torch.ones(())}, ValueError, "base must have a dimension of features, got a scalar"),
+    "base_integer": ({"base": torch.ones(4, 5).int()}, TypeError, "base must be float64, float32"),
+    "leading": (
+        {"x": torch.ones(3, 6)},
+        ValueError,
+        r"share all but their last dimension, got .*\[4, 5\] and \[3, 6\]",
+    ),
+    "in": ({"x": torch.ones(4, 7)}, ValueError, r"lora_A must be \[r, in\] with in = 7 for this x, got shape \[3, 6\]"),
+    "rank_0": ({"lora_A": torch.ones(0, 6)}, ValueError, r"lora_A must be \[r, in\]"),
+    "B": ({"lora_B": torch.ones(5, 2)}, ValueError, r"lora_B must be \[out, r\] = \[5, 3\] .* got shape \[5, 2\]"),
+    "B_dtype": ({"lora_B": torch.ones(5, 3).half()}, TypeError, "lora_A and lora_B must share a dtype"),
+    "device": ({"lora_A": torch.ones(3, 6, device="meta")}, ValueError, "lora_A must be on cpu like base, got meta"),
+    "magnitude": ({"magnitude": torch.ones(4)}, ValueError, r"magnitude must be \[out\] = \[5\], got shape \[4\]"),
+    "norm": ({"weight_norm": torch.ones(4)}, ValueError, r"weight_norm must be \[out\] = \[5\], got shape \[4\]"),
+    "no_norm": ({"weight_norm": None}, TypeError, "weight_norm must be a tensor, got NoneType"),
+    "bias": ({"bias": torch.ones(4)}, ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
+    "scaling": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "flag": ({"base_has_bias": 1}, TypeError, "base_has_bias must be a bool, got int"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bad_input(case, compiled):
+    changes, error, message = CASES[case]
+    inputs = linear_inputs((4, 5, 6, 3), dtype=torch.float32)
+    arguments = {"base": torch.ones(4, 5), "x": inputs.x, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B}
+    arguments |= {"magnitude": inputs.magnitude, "bias": inputs.bias, "weight_norm": torch.ones(5), "scaling": S}
+    function = torch.compile(functional.dora_over, backend="eager") if compiled else functional.dora_over
+    with pytest.raises(error, match=message):
+        function(**arguments | changes)

@@ -1,0 +1,151 @@
+"""The Triton kernel that reads packed weights: on the GPU as it is, on the CPU through Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from packed_weights import CASES, FORMATS, factors, on, truth, worst
+
+pytest.importorskip("triton")
+
+from dorac.kernels.configs import NormConfig, packed_norm_config
+from dorac.kernels.packed_norm import has_kernel, packed_row_norm
+
+S = 0.7
+full = pytest.mark.full
+HALF = (torch.bfloat16, torch.float16)
+READ = [(name, dtype) for name, dtype in CASES if has_kernel(FORMATS[name]((64, 128), dtype)[0])]
+NAMES = list(dict(READ))
+
+
+def check_norm(value, dense, rank, factor_dtype, device, config=None):
+    assert has_kernel(value)
+    lora_A, lora_B = factors(value.shape, rank, factor_dtype, device)
+    norm = packed_row_norm(on(value, device), lora_A, lora_B, torch.tensor(S, device=device), config)
+    exact = truth(dense.to(device), lora_A, lora_B, S)
+    assert norm.dtype is torch.float32
+    assert norm.shape == exact.shape
+    assert worst(norm, exact) <= (1e-5 if factor_dtype is torch.float32 else 1e-6)
+    return norm
+
+
+@pytest.mark.parametrize("factor_dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 256), (33, 192)])  # whole tiles; rows and columns that end within one
+@pytest.mark.parametrize(("name", "dtype"), READ)
+def test_formats(name, dtype, shape, factor_dtype, device):
+    check_norm(*FORMATS[name](shape, dtype), 4, factor_dtype, device)
+
+
+@full
+@pytest.mark.parametrize("factor_dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("rank", [1, 16, 64, 200, 384, 512])
+@pytest.mark.parametrize("shape", [(130, 256), (257, 448), (1, 64), (64, 4096)])
+@pytest.mark.parametrize(("name", "dtype"), READ)
+def test_full_matrix(name, dtype, shape, rank, factor_dtype, device):
+    check_norm(*FORMATS[name](shape, dtype), rank, factor_dtype, device)
+
+
+@pytest.mark.parametrize("rank", [1, 128, 300, 400])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks(name, rank, device):
+    """One chunk of lora_B, one and three in registers, and more than are kept."""
+    check_norm(*FORMATS[name]((40, 128)), rank, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256])
+@pytest.mark.parametrize("nested", [False, True])
+def test_block_sizes(blocksize, nested, device):
+    """Tiles of many blocks and blocks of many tiles."""
+    value, dense = FORMATS["bnb_nf4_nested" if nested else "bnb_nf4"]((33, 512), torch.bfloat16, blocksize=blocksize)
+    check_norm(value, dense, 4, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_column_splits(name, splits, device):
+    check_norm(*FORMATS[name]((40, 320)), 20, torch.bfloat16, device, NormConfig(32, 32, 32, splits, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["bnb_nf4", "bnb_int8"])
+@pytest.mark.parametrize("factor", [0.0, 1e30, math.inf, math.nan])
+def test_extreme_rows(name, factor, device):
+    """A zero row, one whose squares overflow, and some that are not finite, which stay in their row."""
+    value = FORMATS[name]((70, 128), torch.float32)[0]
+    scales = "absmax" if name == "bnb_nf4" else "scale"
+    scale = getattr(value, scales).clone()
+    scale.view(70, -1)[3] = factor
+    value = value._replace(**{scales: scale})
+    lora_A, lora_B = factors(value.shape, 4, torch.bfloat16, device)
+    lora_B[3] = 0
+    norm = packed_row_norm(on(value, device), lora_A, lora_B, torch.tensor(S, device=device))
+    exact = truth(value.rows(0, 70).to(device), lora_A, lora_B, S)
+    if math.isfinite(factor):
+        assert worst(norm, exact) <= 1e-6
+    else:
+        assert norm[3] == math.inf
+        assert norm.isfinite().sum() == norm.numel() - 1
+
+
+def test_strided_factors(device):
+    value, dense = FORMATS["bnb_nf4"]((33, 192))
+    lora_A, lora_B = (t.T.contiguous().T for t in factors(value.shape, 4, torch.bfloat16, device))
+    norm = packed_row_norm(on(value, device), lora_A, lora_B, S)
+    assert worst(norm, truth(dense.to(device), lora_A, lora_B, S)) <= 1e-6
+
+
+def test_what_is_not_read():
+    """Blocks over the end of a row or no power of two, codes with strides: the norm takes dense rows of these."""
+    assert not has_kernel(FORMATS["bnb_nf4"]((64, 96))[0])
+    assert has_kernel(FORMATS["bnb_nf4"]((64, 96), blocksize=32)[0])
+    assert not has_kernel(FORMATS["int8_group"]((64, 96), block=(1, 48))[0])
+    value, _ = FORMATS["int8_row"]((64, 96))
+    assert not has_kernel(value._replace(codes=value.codes.T.contiguous().T))
+    assert not has_kernel(FORMATS["bnb_4bit_cpu"]((64, 128))[0])
+
+
+def test_strided_scales(device):
+    value, dense = FORMATS["int8_group"]((33, 192))
+    value = value._replace(scale=value.scale.T.contiguous().T, zero=value.zero.T.contiguous().T)
+    check_norm(value, dense, 4, torch.bfloat16, device)
+    value, dense = FORMATS["nvfp4_experts"]((33, 192))
+    value = value._replace(scale=torch.stack([value.scale, value.scale], -1)[..., 0])
+    check_norm(value, dense, 4, torch.bfloat16, device)
+
+
+def test_experts_have_the_bits_of_one(device):
+    value, _ = FORMATS["mxfp4"]((33, 192))
+    lora_A, lora_B = factors(value.shape, 4, torch.bfloat16, device)
+    norms = packed_row_norm(on(value, device), lora_A, lora_B, S)
+    for i in range(2):
+        one = value._replace(codes=value.codes[i], scale=value.scale[i], shape=value.shape[1:])
+        assert torch.equal(packed_row_norm(on(one, device), lora_A[i], lora_B[i], S), norms[i])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("rank", [1, 16, 64, 128, 192, 384, 512, 1536])
+def test_config_fits(rank, halves):
+    """Shared memory: the stages of codes and lora_A, and lora_B where registers do not hold it; 227 KiB are there."""
+    config = packed_norm_config(1, 8192, 8192, halves, rank)
+    chunks = min(3, -(-rank // config.block_r))
+    stage = config.block_o * config.block_i + halves * chunks * 2 * config.block_r * config.block_i
+    resident = 0 if config.registers else chunks * 2 * config.block_o * config.block_r
+    assert config.stages * stage + resident <= 227 * 2**10
+    assert config.splits >= 1
+
+
+@pytest.mark.gpu
+def test_reads_the_packed_bytes_alone():
+    """8192 x 8192 nf4: no transient above 4 MiB."""
+    shape = 8192, 8192
+    codes = torch.randint(0, 256, (2**25, 1), dtype=torch.uint8, device="cuda")
+    value, _ = FORMATS["bnb_nf4"]((64, 64))
+    absmax = torch.rand(2**20, device="cuda") + 0.5
+    value = on(value, "cuda")._replace(codes=codes, absmax=absmax, shape=shape)
+    lora_A, lora_B = factors(shape, 16, torch.bfloat16, "cuda")
+    packed_row_norm(value, lora_A, lora_B, S)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    norm = packed_row_norm(value, lora_A, lora_B, S)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 2**20
+    assert worst(norm, truth(value.rows(0, 8192), lora_A, lora_B, S)) <= 1e-6
