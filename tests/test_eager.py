@@ -580,9 +580,9 @@ def test_bad_input_gets_the_same_sentence(case, training, path, monkeypatch, dev
     expected = general(monkeypatch, lambda: sentence(inputs, options))
     assert sentence(inputs, options) == expected
     functional.dora_linear(*good.tensors(), scaling=S)
-    plans = len(eager._plans)
+    plans = len(eager.plans)
     assert sentence(inputs, options) == sentence(inputs, options) == expected
-    assert len(eager._plans) == plans
+    assert len(eager.plans) == plans
     assert path == ["training" if training else "inference"]
 
 

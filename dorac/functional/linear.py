@@ -7,7 +7,7 @@ from torch import Tensor
 from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops import eager
+from dorac.ops import eager, eager_over
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -169,8 +169,13 @@ def dora_over(
 
     Source: arXiv 2402.09353, equation 5 with the norm of section 4.3.
     """
-    checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)
     scaling = checks.check_scaling(scaling)
+    if not torch.compiler.is_compiling() and not isinstance(scaling, Tensor):
+        tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
+        y = eager_over.dora_over(*tensors, float(scaling), base_has_bias)
+        if y is not None:
+            return y
+    checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))
     tensors = base, x, lora_A, lora_B, magnitude, weight_norm, s, bias
     return ops.over.dora_over(*tensors, scaling_number(scaling), base_has_bias)

@@ -36,8 +36,8 @@ from dorac import checks
 from dorac.ops import front, linear
 from dorac.ops.norm import norm_factored
 
-_PLANS = 4096  # kept; beyond, all are dropped
-_plans: dict[tuple, "Plan | None"] = {}
+PLANS = 4096  # kept; beyond, all are dropped
+plans: dict[tuple, object] = {}  # by all that they depend on; None where tensors are not computed here
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ def dora_linear(
             or (weight_norm is not None and weight_norm.requires_grad)
         )
         dropped = dropout_on if dropout_p else None
-        key = training, dropped, save_output, *_metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-        plan = _plans.get(key, False)
+        key = training, dropped, save_output, *metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
+        plan = plans.get(key, False)
         bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
         if bias is not None:
             bits |= bias.data_ptr()
@@ -98,11 +98,11 @@ def dora_linear(
         return None
     if plan is False:
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-        if len(_plans) >= _PLANS:
-            _plans.clear()
+        if len(plans) >= PLANS:
+            plans.clear()
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = _plans[key] = make_plan(*tensors, training, dropped, save_output)
+            plan = plans[key] = make_plan(*tensors, training, dropped, save_output)
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
@@ -134,10 +134,10 @@ def _dropout(plan, x, p, training) -> tuple[Tensor, Tensor | None]:
 
 def forget_plans() -> None:
     """For whoever changes what plans are made by: :func:`dorac.ops.linear.route`, the configs of kernels."""
-    _plans.clear()
+    plans.clear()
 
 
-def _metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
+def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
     """All that the checks and a plan look at."""
     device = x.device
     return (
@@ -154,7 +154,7 @@ def _metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
     )
 
 
-def _bound(launch):
+def bound(launch):
     from dorac.kernels.launch import Bound
 
     return None if launch is None else Bound(launch)
@@ -200,7 +200,7 @@ def make_plan(
         sizes = 1, out_features, in_features, of_norm
         strides = tuple((0, *pair) for pair in (weight.stride(), *strides))
         splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype))
-        norm = split, splits, *map(_bound, launches)
+        norm = split, splits, *map(bound, launches)
 
     @functools.lru_cache(maxsize=16)
     def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...]) -> tuple:
@@ -214,13 +214,13 @@ def make_plan(
             delta=delta,
             in_features=in_features if of_y else None,
         )
-        return strips, *map(_bound, launches)
+        return strips, *map(bound, launches)
 
     @functools.lru_cache(maxsize=16)
     def scale_b_launch(strides: tuple[int, int]) -> Callable:
         flags = {"has_norm": True, "has_bias": False, "delta": False, "split": False, "want_inner": False}
         strides, config = (strides[::-1], None, None), configs.pointwise_config(rank)
-        return _bound(compose_launch(rank, out_features, strides, None, config, **flags, descriptors=False))
+        return bound(compose_launch(rank, out_features, strides, None, config, **flags, descriptors=False))
 
     return Plan(
         dtype=dtype,
@@ -229,11 +229,11 @@ def make_plan(
         keeps_y=keeps_y,
         autocast=None if autocast is None else x.device.type,
         norm=norm,
-        compose=composer(config, launch) if config.descriptors else _bound(launch(descriptors=False)),
+        compose=composer(config, launch) if config.descriptors else bound(launch(descriptors=False)),
         backward=backward_launches,
         scale_b=scale_b_launch,
-        pack=_bound(pack_launch(x.numel()) if dropout_on else None),
-        drop=_bound(drop_launch(x.numel()) if dropout_on else None),
+        pack=bound(pack_launch(x.numel()) if dropout_on else None),
+        drop=bound(drop_launch(x.numel()) if dropout_on else None),
     )
 
 
@@ -285,7 +285,7 @@ def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_ad
 
 
 @functools.cache
-def _scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+def scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a product is not added to: with beta = 0 torch reads nothing of it."""
     with torch._C._DisableTorchDispatch():
         return torch.empty((), dtype=dtype, device=device)
@@ -335,7 +335,7 @@ class _Linear(torch.autograd.Function):
             with front.autocast_off(dy):
                 return _Linear.backward(ctx, dy)
         x, weight, a, b, norm, h, kept, bits, *trained = ctx.saved_tensors
-        lora_A, lora_B, magnitude = trained or _unchanged(ctx)
+        lora_A, lora_B, magnitude = trained or unchanged(ctx)
         plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.plan.keeps_y
         delta = plan.dropout_on == "adapter"
         needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
@@ -350,18 +350,10 @@ class _Linear(torch.autograd.Function):
         if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
         # A hook on saved tensors may give back other strides.
-        strips, launch, add = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
-        d_base = dy.new_empty(dy.shape)  # g * dy, of a change (g - 1) * dy
-        d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+        launches = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
         others = (x, weight, b) if of_y else (None, None, None)
-        if add is None:
-            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
-        else:
-            parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
-            parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
-            launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
-            add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
-        unread = _scalar(d_base.dtype, d_base.device)
+        d_base, d_m, d_b = scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
+        unread = scalar(d_base.dtype, d_base.device)
         if delta:
             g_b = b.new_empty(b.shape[1], b.shape[0])
             plan.scale_b(b.stride())(b.t(), None, None, magnitude, norm, None, None, g_b, None)
@@ -369,11 +361,11 @@ class _Linear(torch.autograd.Function):
         else:
             d_h = torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
         if bits is None:
-            d_a = _wide_mm(d_h.t(), x, lora_A.dtype)
+            d_a = wide_mm(d_h.t(), x, lora_A.dtype)
         else:
             x_adapter = torch.empty_like(x)
             plan.drop(x, bits, ctx.kept_scale, x_adapter)
-            d_a = _wide_mm(d_h.t(), x_adapter, lora_A.dtype)
+            d_a = wide_mm(d_h.t(), x_adapter, lora_A.dtype)
             del x_adapter
         dx = None
         if needs_x:
@@ -388,11 +380,26 @@ class _Linear(torch.autograd.Function):
         return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
 
+def scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B."""
+    strips, launch, add = launches
+    d_base = dy.new_empty(dy.shape)
+    d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+    if add is None:
+        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
+    else:
+        parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
+        parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
+        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
+        add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
+    return d_base, d_m, d_b
+
+
 # ``_Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
 _apply = super(torch.autograd.Function, _Linear).apply
 
 
-def _unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
+def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
     """The trained parameters, which are not saved: each saved tensor costs time, most of all under a checkpoint."""
     for tensor, version in zip(ctx.trained, ctx.versions, strict=True):
         if tensor._version != version:
@@ -407,7 +414,7 @@ def _share_memory(left: Tensor, right: Tensor) -> bool:
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
-def _wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``, which may be float32."""
     if dtype is left.dtype:
         return torch.mm(left, right)
@@ -430,7 +437,7 @@ def _seen_gradients(ctx, dy):
         with front.autocast_off(dy):
             return _seen_gradients(ctx, dy)
     x, weight, _, _, norm, h, inner, bits, *trained = ctx.saved_tensors
-    lora_A, lora_B, magnitude = trained or _unchanged(ctx)
+    lora_A, lora_B, magnitude = trained or unchanged(ctx)
     dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
     x, h, inner = (t.reshape(-1, t.shape[-1]) for t in (x, h, inner))
     if bits is not None:

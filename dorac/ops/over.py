@@ -32,7 +32,7 @@ def over_aten(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias, ho
     return (y + (1 - g.to(acc)) * torch.where(bias.isfinite(), bias, 0.0).to(acc)).to(base.dtype)
 
 
-def _forward(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias, holds_bias, path, eager, needs_inner):
+def forward(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias, holds_bias, path, eager, needs_inner):
     """``(y, inner, h)`` of rows; inner None where it is not needed."""
     h = x.to(lora_A.dtype) @ lora_A.t()
     if path == "fused":
@@ -50,7 +50,7 @@ class _DoraOver(torch.autograd.Function):
     def forward(ctx, base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias, number, holds_bias, path, eager):
         _, needs_x, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
         tensors = (base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias)
-        y, inner, h = _forward(*tensors, holds_bias, path, eager, needs_m)
+        y, inner, h = forward(*tensors, holds_bias, path, eager, needs_m)
         ctx.save_for_backward(
             x if needs_a else None,
             None,
@@ -71,9 +71,9 @@ class _DoraOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, d_inner_again, d_h_again):
         needs_base, needs_x, needs_a, needs_b, needs_m, _, _, needs_bias = ctx.needs_input_grad[:8]
-        magnitude, weight_norm = ctx.saved_tensors[4:6]
+        saved = ctx.saved_tensors  # once: a checkpoint does not give them twice
         dx, _, d_a, d_b, d_m, d_bias, _, d_base = gradients(
-            ctx.saved_tensors,
+            saved,
             (needs_x, False, needs_a, needs_b, needs_m, needs_bias, False),
             ctx.dtypes,
             (dy, d_inner_again, d_h_again),
@@ -83,7 +83,7 @@ class _DoraOver(torch.autograd.Function):
             over=needs_base,
         )
         if needs_bias and ctx.holds_bias:  # the rest of it is base's
-            d_bias = None if d_bias is None else (1 - magnitude_scale(magnitude, weight_norm)) * d_bias
+            d_bias = None if d_bias is None else (1 - magnitude_scale(*saved[4:6])) * d_bias
             if d_inner_again is not None:
                 of_inner = d_inner_again.sum(0, dtype=accumulate_dtype(d_inner_again))
                 d_bias = -of_inner if d_bias is None else d_bias - of_inner
@@ -111,7 +111,7 @@ def _dora_over(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias=No
         if training:
             y = _DoraOver.apply(*rows, number, holds_bias, path, eager)[0]
         else:
-            y = _forward(*rows, holds_bias, path, eager, False)[0]
+            y = forward(*rows, holds_bias, path, eager, False)[0]
         return y.view(base.shape)
 
 
