@@ -14,11 +14,26 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import compose, decode, host, layer, measure, memory, model, norm, options, report, surgery, tune
+from dorac.bench import (
+    compose,
+    decode,
+    host,
+    layer,
+    measure,
+    memory,
+    model,
+    norm,
+    options,
+    packed,
+    report,
+    surgery,
+    tune,
+)
 from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "norm": norm,
+    "packed": packed,
     "compose": compose,
     "layer": layer,
     "model": model,

@@ -220,9 +220,13 @@ def split_kernel(
     stride_be,
     stride_bo,
     stride_br,
+    HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``[high; high; low]`` of lora_A's rows and ``[high, low, high]`` of lora_B's columns, contiguous."""
+    """``[high; high; low]`` of lora_A's rows and ``[high, low, high]`` of lora_B's columns, contiguous.
+
+    With two HALVES lora_A's even columns are put before its odd ones.
+    """
     expert = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     blocks_a = tl.cdiv(R * I, BLOCK)
@@ -232,7 +236,7 @@ def split_kernel(
         rows, columns = index // I, index % I
         value = tl.load(a_ptr + expert * stride_ae + rows * stride_ar + columns * stride_ai, mask=mask)
         high = to_bfloat16(value)
-        target = a3_ptr + expert * 3 * R * I + index
+        target = a3_ptr + expert * 3 * R * I + rows * I + columns % HALVES * (I // HALVES) + columns // HALVES
         tl.store(target, high, mask=mask)
         tl.store(target + R * I, high, mask=mask)
         tl.store(target + 2 * R * I, to_bfloat16(value - high.to(tl.float32)), mask=mask)
@@ -253,11 +257,12 @@ def needs_split(weight_dtype: torch.dtype, factor_dtype: torch.dtype) -> bool:
     return factor_dtype is torch.float32 and weight_dtype is not torch.float32
 
 
-def split_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+def split_factors(lora_A: Tensor, lora_B: Tensor, halves: int = 1) -> tuple[Tensor, Tensor]:
     """bfloat16 factors of three times the rank, whose product is that of float32 factors to 16 bits of each.
 
     ``B A = [B_high, B_low, B_high] [A_high; A_high; A_low]``: of a number, high is its rounding and low that of the
-    rest; low times low is less than the rest of that. The first r rows and columns are the rounded factors.
+    rest; low times low is less than the rest of that. The first r rows and columns are the rounded factors. With two
+    ``halves`` A's even columns come before its odd ones.
     """
     batch, rank, in_features = lora_A.shape[:-2], lora_A.shape[-2], lora_A.shape[-1]
     out_features, half = lora_B.shape[-2], {"dtype": torch.bfloat16}
@@ -266,14 +271,17 @@ def split_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         lora_B.new_empty(*batch, out_features, 3 * rank, **half),
     )
     strides = tuple(s for t in (lora_A, lora_B) for s in (t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)))
-    split_launch(batch.numel(), rank, in_features, out_features, strides)(lora_A, lora_B, a3, b3)
+    split_launch(batch.numel(), rank, in_features, out_features, strides, halves)(lora_A, lora_B, a3, b3)
     return a3, b3
 
 
 @functools.lru_cache(maxsize=4096)
-def split_launch(experts: int, rank: int, in_features: int, out_features: int, strides: tuple[int, ...]) -> Launch:
+def split_launch(
+    experts: int, rank: int, in_features: int, out_features: int, strides: tuple[int, ...], halves: int
+) -> Launch:
     blocks = cdiv(rank * in_features, 1024) + cdiv(out_features * rank, 1024)
-    return Launch(split_kernel, (blocks, experts, 1), (rank, in_features, out_features, *strides), 4, BLOCK=1024)
+    sizes = rank, in_features, out_features, *strides
+    return Launch(split_kernel, (blocks, experts, 1), sizes, 4, HALVES=halves, BLOCK=1024)
 
 
 def row_norm(

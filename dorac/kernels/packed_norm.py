@@ -375,10 +375,10 @@ def packed_row_norm(
     if not in_features:
         return norm.zero_()
     form, pieces = described(weight)
-    if form.halves == 2:
-        lora_A = lora_A.unflatten(-1, (in_features // 2, 2)).mT.contiguous().flatten(-2)
     if lora_A.dtype is torch.float32:
-        lora_A, lora_B = split_factors(lora_A, lora_B)
+        lora_A, lora_B = split_factors(lora_A, lora_B, form.halves)
+    elif form.halves == 2:
+        lora_A = lora_A.unflatten(-1, (in_features // 2, 2)).mT.contiguous().flatten(-2)
     rank, experts = lora_A.shape[-2], batch[0] if batch else 1
     if config is None:
         config = packed_norm_config(experts, out_features, in_features, form.halves, rank)

@@ -65,23 +65,17 @@ class Scaled8bit(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, of every expert."""
-        values = self.codes[..., start:stop, :].float()
+        values, columns = self.codes[..., start:stop, :].float(), self.shape[-1]
         if self.zero is not None:
-            values = values - repeated(
-                self._of_rows(self.zero, start, stop).float(), self.block_columns, self.shape[-1]
-            )
-        return scaled(values, self._of_rows(self.scale, start, stop), min(self.block_columns, self.shape[-1])).to(
-            self.dtype
-        )
+            values = values - repeated(self._of_rows(self.zero, start, stop).float(), self.block_columns, columns)
+        scale = self._of_rows(self.scale, start, stop)
+        return scaled(values, scale, min(self.block_columns, columns)).to(self.dtype)
 
     def _of_rows(self, blocks: Tensor, start: int, stop: int) -> Tensor:
-        """The blocks that each row lies in."""
+        """Of each row the blocks that it lies in."""
         size = self.block_rows
         blocks = blocks[..., start // size : -(-stop // size), :]
         if size == 1:
             return blocks
-        return (
-            blocks[..., None, :]
-            .expand(*blocks.shape[:-1], min(size, self.shape[-2]), -1)
-            .flatten(-3, -2)[..., start % size :, :][..., : stop - start, :]
-        )
+        rows = repeated(blocks.mT, min(size, self.shape[-2])).mT  # a block may be taller than the weight
+        return rows[..., start % size :, :][..., : stop - start, :]
