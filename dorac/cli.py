@@ -45,8 +45,9 @@ def device(name: str) -> torch.device:
     return found
 
 
-def require_packages(who: str, names: Iterable[str], extra: str) -> None:
-    """A :class:`BadInput` that names the packages that are not installed and the extra that brings them."""
+def require_packages(who: str, names: Iterable[str], extra: str | None = None) -> None:
+    """A :class:`BadInput` that names the packages that are not installed and the extra, if any, that brings them."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInput(f'{who} needs {", ".join(missing)}: pip install "dorac[{extra}]"')
+        wanted = " ".join(missing) if extra is None else f'"dorac[{extra}]"'
+        raise BadInput(f"{who} needs {', '.join(missing)}: pip install {wanted}")

@@ -1,6 +1,7 @@
 """The benchmark at tiny sizes: peers compute what they are named for, records, reports, bad input; no timings."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dorac import reference
+from dorac import cli, packed, reference
 from dorac.bench import (
     against_lora,
+    bases,
     compose,
     host,
     measure,
@@ -823,6 +825,123 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
     given = ("--shapes", "16x8", "--ranks", "2", "--tokens", "4", "--phases", "inference", "--device", "cpu")
     assert main(["layer", *given, "--variants", "dorac-once-eager", "lora-sum-eager"]) == 1
     assert "FAILED: 16x8 r2 inference dorac-once-eager: OutOfMemoryError" in capsys.readouterr().err
+
+
+# Quantised bases
+
+OVER_QUANTISED = ("peft-lora-eager", "peft-dora-eager", "dorac-peft-eager")
+
+
+def needs(base: str) -> None:
+    pytest.importorskip(bases.PACKAGES[base])
+
+
+def quantised_stack(base: str) -> tuple[torch.nn.Module, dict[str, peers.Layer]]:
+    needs(base)
+    args = arguments(layers=1, hidden=64, intermediate=128, heads=4, kv_heads=2)
+    stack = model.build_stack(args)
+    bases.quantise_stack(stack, base)
+    return stack, model.draw_layers(model.linear_weights(stack), 4, args)
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8"])
+def test_stack_is_quantised_and_shared(base):
+    """Every linear layer, and what dorac computes over it is DoRA over the dense weight that the library gives."""
+    stack, layers = quantised_stack(base)
+    assert len(layers) == 7
+    for layer in layers.values():
+        assert packed.is_packed(layer.weight)
+        rows, dense = layer.weight.rows(0, layer.weight.shape[0]), bases.dequantise(layer.base)
+        torch.testing.assert_close(rows, dense.to(rows.dtype))
+    x = torch.randn(1, 6, 64, requires_grad=True)
+    dense = {name: dataclasses.replace(o, weight=bases.dequantise(o.base), base=None) for name, o in layers.items()}
+    expected = model.adapt(stack, dense, peers.dorac_every)(x)
+    for name in OVER_QUANTISED[1:]:
+        adapted = model.build_variant(stack, layers, name)
+        torch.testing.assert_close(adapted(x), expected)
+        held = {p.data_ptr() for p in adapted.parameters() if not p.requires_grad}
+        assert {layer.base.weight.data_ptr() for layer in layers.values()} <= held or base == "fp8"  # of no address
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8"])
+def test_model_over_quantised_layers(bench, base):
+    needs(base)
+    given = (*STACK, *QUICK, "--base", base, "--autocast", "--checkpointing", "--dropout", "0.1", "--phases", "train")
+    result = bench("model", *given, "--variants", "peft-lora-eager", "dorac-peft-eager", "dorac-peft-low-rank-eager")
+    lora, *_ = result["records"]
+    for record in result["records"]:
+        assert record["case"] == f"r2 train, {base}, autocast, checkpointing"
+        assert record["wall_peft"] == wall_ratio(record, lora)
+
+
+def test_norm_of_packed_weights(bench, device):
+    for base in ("nf4", "fp4", "int8", "fp8", "int4"):
+        needs(base)
+        given = ("--shapes", "48x128", "--ranks", "4", "--adapter-dtype", "float32")
+        result = bench("norm", "--base", base, *given)
+        ours, *rest = result["records"]
+        assert names(result) == [(f"48x128 r4, {base}", v) for v in ("dorac", "dequantised")[: 1 + len(rest)]]
+        assert len(rest) == (base != "int4")
+        assert ours["relative_error"] <= 1e-6
+        assert all(record["relative_error"] <= 2e-3 for record in rest)
+        assert 48 * 128 / 2 <= ours["bytes"] < 48 * 128 * (1.2 if "8" in base else 0.8) + 2000  # a table of statistics
+        us = ours["wall_us"] if device == "cpu" else ours["gpu_us"]
+        reading = ours["bytes"] / result["ceilings"]["read_gb_per_s"] * 1e-3
+        assert ours["fraction_of_read"] == pytest.approx(reading / us)
+        assert all(ours["speedup_over_dequantised"] > 0 for _ in rest)
+
+
+def test_variants_left_out_are_those_over_the_base(monkeypatch):
+    monkeypatch.setattr(cli, "require_packages", lambda *_: None)
+    given = ["--base", "nf4", "--device", "cpu"]
+    chosen = options.parse(["model", *given], SUBCOMMANDS).variants
+    assert {"peft-lora-eager", "dorac-peft-compiled", "dorac-peft-cached-eager", "dorac-every-eager"} <= set(chosen)
+    assert not any("lora-sum" in name or "once" in name or "low-rank" in name for name in chosen)
+    assert options.parse(["norm", *given], SUBCOMMANDS).variants == ["dorac", "dequantised"]
+    assert options.parse(["norm", "--device", "cpu"], SUBCOMMANDS).variants == ["dorac", "dense-compiled", "peft"]
+
+
+@pytest.mark.parametrize(("base", "package"), bases.PACKAGES.items())
+@pytest.mark.parametrize("command", ["model", "norm"])
+def test_base_whose_package_is_missing(command, base, package, monkeypatch, capsys):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    assert main([command, "--base", base, "--device", "cpu"]) == 2
+    assert f"--base {base} needs {package}: pip install {package}\n" in capsys.readouterr().err
+
+
+def test_base_without_a_product(monkeypatch, capsys):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli, "require_packages", lambda *_: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "mslk" else find(name))
+    assert main(["model", "--base", "int4", "--device", "cpu"]) == 2
+    assert "--base int4: torchao multiplies with it by mslk, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["model", "norm"])
+def test_variants_that_do_not_run_over_a_base(command, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "require_packages", lambda *_: None)
+    name = {"model": "lora-sum-eager", "norm": "peft"}[command]
+    assert main([command, "--base", "nf4", "--device", "cpu", "--variants", name]) == 2
+    assert f"--base nf4 is not for {name}, only for " in capsys.readouterr().err
+    if command == "norm":
+        assert main(["norm", "--device", "cpu", "--variants", "dequantised"]) == 2
+        assert "--base bf16 is not for dequantised, only for dorac, " in capsys.readouterr().err
+
+
+def test_refused_variant_over_a_quantised_base_does_not_end_the_run(bench, monkeypatch, capsys):
+    needs("nf4")
+
+    def refuse(layer):
+        raise TypeError("no such layer")
+
+    refused = peers.Variant(refuse, None)
+    monkeypatch.setitem(model.VARIANTS, "dorac-every-eager", refused)
+    given = ("--base", "nf4", "--device", "cpu", "--phases", "train", *STACK, *QUICK)
+    assert main(["model", *given, "--variants", "dorac-every-eager", "peft-lora-eager"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: r2 train, nf4 dorac-every-eager: TypeError: no such layer" in printed.err
+    assert "peft-lora-eager" in printed.out
 
 
 # Bad input

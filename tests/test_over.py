@@ -170,6 +170,24 @@ def test_some_are_frozen(names, dtype, with_kernels, device):
             assert some[name] is None
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_checkpointing(has_bias, device):
+    """The saved tensors are handed out once."""
+    inputs = linear_inputs("odd", dtype=torch.float32, device=device)
+
+    def gradients(run):
+        leaves = inputs.leaves()
+        y = run(over(has_bias), *leaves.tensors())
+        y.backward(torch.ones_like(y))
+        return [t.grad for t in leaves.tensors()]
+
+    def checkpointed(layer, *tensors):
+        return checkpoint(lambda *ts: layer(*ts, scaling=S), *tensors, use_reentrant=False)
+
+    plain = gradients(lambda layer, *tensors: layer(*tensors, scaling=S))
+    torch.testing.assert_close(gradients(checkpointed), plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_leading_shapes_and_strides(leading, dtype, with_kernels, device):

@@ -29,6 +29,7 @@ def measure_steps(
     autocast: bool = False,
     kernels: Collection[str] = (),
     beside: Mapping[str, Callable[[], measure.Callback]] | None = None,
+    failures: tuple[type[Exception], ...] = measure.CANNOT_RUN,
 ) -> list[dict[str, object]]:
     """Measures a step of each variant: forward, and backward from ``dy`` unless that is None (inference).
 
@@ -45,6 +46,7 @@ def measure_steps(
             lists; what it is otherwise, of steps queued one after the other, is ``queued_us``.
         autocast: forward runs under bfloat16 autocast.
         beside: what makes further steps, by name, measured as the variants are.
+        failures: see :func:`measure.attempt_alone`.
 
     Returns:
         A record of ``case``, ``variant``, what :func:`measure.measure` returns and, if the module was compiled,
@@ -60,7 +62,7 @@ def measure_steps(
         }
         for name, make in (makers | dict(beside or {})).items():
             breaks.clear()
-            steps[name], measured = measure.attempt_alone(make, x.device, calls=calls)
+            steps[name], measured = measure.attempt_alone(make, x.device, calls=calls, failures=failures)
             if turns:
                 measured |= {"queued_us": measured["wall_us"], "wall_us": None}
             records[name] = {"case": case, "variant": name} | measured

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,8 @@ WALL_REPEATS = (10, 300)  # fewest, most
 TURN_SECONDS = 0.02
 
 Callback = Callable[[], object]
+# What a variant may fail by without ending the run.
+CANNOT_RUN = (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +140,17 @@ def attempt(make: Callable[[], Callback], device: torch.device, **how) -> dict[s
 
 
 def attempt_alone(
-    make: Callable[[], Callback], device: torch.device, *, flush: bool = False, calls: int = 1
+    make: Callable[[], Callback],
+    device: torch.device,
+    *,
+    flush: bool = False,
+    calls: int = 1,
+    failures: tuple[type[Exception], ...] = CANNOT_RUN,
 ) -> tuple[Callback | None, dict[str, object]]:
     """What ``make`` builds, and all of its :func:`measure` but what the GPU does; (None, why) if it cannot run.
 
-    A variant that runs out of memory or that the compiler refuses gets a record of Nones and the reason in ``failed``;
-    the run goes on and ends with exit code 1.
+    A variant that runs out of memory or that the compiler refuses, or that fails by another of ``failures``, gets a
+    record of Nones and the reason in ``failed``; the run goes on and ends with exit code 1.
     """
     built = []
 
@@ -150,7 +158,7 @@ def attempt_alone(
         built.append(make())
         return _alone(built[0], device, flush=flush, calls=calls)
 
-    record = guarded(build_and_measure)
+    record = guarded(build_and_measure, failures)
     if "failed" not in record:
         return built[0], record
     built.clear()
@@ -158,12 +166,16 @@ def attempt_alone(
     return None, record
 
 
-def guarded(run: Callable[[], dict[str, object]]) -> dict[str, object]:
+def guarded(
+    run: Callable[[], dict[str, object]], failures: tuple[type[Exception], ...] = CANNOT_RUN
+) -> dict[str, object]:
     """What ``run`` returns; a record of Nones and the reason in ``failed`` as in :func:`attempt_alone`."""
     try:
         return run()
-    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+    except failures as error:
         reason = _reason(error)
+        if not isinstance(error, CANNOT_RUN):
+            traceback.print_exc()
     # Outside of the handler, whose traceback keeps the tensors alive.
     _free()
     return {"gpu_us": None, "wall_us": None, "cpu_us": None, "peak_mib": None, "total_mib": None, "failed": reason}

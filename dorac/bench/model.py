@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 
 import dorac
-from dorac.bench import against_lora, options, peers
+from dorac import packed
+from dorac.bench import against_lora, bases, measure, options, peers
 from dorac.cli import BadInput
 
 # The whole stack, the same for everyone; where transformers or PEFT break the graph, the record counts it.
 COMPILE = {"fullgraph": False, "dynamic": False}
 # The others run on one layer too; a cache is a model's.
+CACHED = {"dorac-cached": "dorac-every", "dorac-peft-cached": "dorac-peft"}
 VARIANTS = peers.VARIANTS | {
-    f"dorac-cached-{mode}": peers.VARIANTS[f"dorac-every-{mode}"] for mode in ("compiled", "eager")
+    f"{name}-{mode}": peers.VARIANTS[f"{each}-{mode}"]
+    for mode in ("compiled", "eager")
+    for name, each in CACHED.items()
 }
+# Those that take somebody else's layer.
+OVER_QUANTISED = tuple(
+    name
+    for name in VARIANTS
+    if name.startswith(("peft-lora", "peft-dora-eager", "dorac-")) and not name.startswith("dorac-once")
+)
 _CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
 DEFAULTS = {
@@ -51,6 +61,7 @@ DEFAULTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    bases.add_base(parser)
     add_stack_arguments(parser)
     add_size_arguments(parser)
     parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
@@ -93,6 +104,9 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuses what cannot be measured, and sets the adapters' dtype under autocast."""
+    bases.check_base(args, VARIANTS, OVER_QUANTISED)
+    if not bases.has_product(args.base):
+        raise BadInput(f"--base {args.base}: torchao multiplies with it by mslk, which is not installed")
     if args.autocast:
         if args.dtype is not torch.bfloat16:
             raise BadInput("--autocast is bfloat16's, so --dtype must be bfloat16")
@@ -104,7 +118,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One record per rank, phase and variant. The base weights are shared; ``total_mib`` includes
+    """One record per rank, phase and variant. The base layers are shared; ``total_mib`` includes
     them and what the variants before keep.
 
     A training step is so many micro-batches and then a step of SGD, after which cached norms are taken anew; with 0
@@ -114,6 +128,9 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     how = {name: getattr(args, name) for name in ("checkpointing", "save_outputs")}
     setting = "".join(f", {name.replace('_', '-')}" for name in ("autocast", *how) if getattr(args, name))
     stack = build_stack(args)
+    quantised = args.base != bases.DENSE
+    if quantised:
+        bases.quantise_stack(stack, args.base)
     weights = linear_weights(stack)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
     for rank, phase in itertools.product(args.ranks, args.phases):
@@ -127,7 +144,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         }
         compiled = [name for name in args.variants if compile_args(name) is not None]
         records = against_lora.measure_steps(
-            f"r{rank} {phase}{setting}",
+            f"r{rank} {phase}{bases.setting(args)}{setting}",
             steps,
             x,
             dy,
@@ -135,7 +152,9 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             turns=args.turns,
             autocast=args.autocast,
             kernels=compiled if args.profile else (),
-            beside=against_lora.beside([*weights.values()], x, args, phase),
+            # Nobody has PEFT's second products over a quantised base for themselves; its library may refuse anything.
+            beside=None if quantised else against_lora.beside([*weights.values()], x, args, phase),
+            failures=(Exception,) if quantised else measure.CANNOT_RUN,
         )
         yield from against_lora.related_to_lora([record | size | {"phase": phase} for record in records])
 
@@ -175,20 +194,21 @@ def build_stack(args: argparse.Namespace) -> Stack:
     return Stack(llama.requires_grad_(False))
 
 
-def linear_weights(stack: Stack) -> dict[str, Tensor]:
-    """The weights of all linear layers, by the name of the layer."""
-    return {name: m.weight.detach() for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
+def linear_weights(stack: Stack) -> dict[str, Tensor | nn.Module]:
+    """The weights of all linear layers, by the name of the layer; of a quantised one the layer itself."""
+    linears = {name: m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
+    return {name: m.weight.detach() if packed.of(m) is None else m for name, m in linears.items()}
 
 
-def draw_layers(weights: dict[str, Tensor], rank: int, args: argparse.Namespace) -> dict[str, peers.Layer]:
+def draw_layers(weights: dict[str, Tensor | nn.Module], rank: int, args: argparse.Namespace) -> dict[str, peers.Layer]:
     """An adapter for every weight."""
     return {name: peers.draw_layer(weight, rank, args) for name, weight in weights.items()}
 
 
 def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.Layer], nn.Module]) -> Stack:
     """A copy of the stack, which shares its tensors, with ``build(layer)`` in the place of each linear layer."""
-    tensors = itertools.chain(stack.parameters(), stack.buffers())
-    stack = copy.deepcopy(stack, {id(tensor): tensor for tensor in tensors})
+    shared = itertools.chain(stack.parameters(), stack.buffers(), map(stack.get_submodule, layers))
+    stack = copy.deepcopy(stack, {id(one): one for one in shared})
     for name, layer in layers.items():
         stack.set_submodule(name, build(layer))
     return stack
@@ -204,7 +224,7 @@ def build_variant(
 ) -> Stack:
     """The stack adapted in one of ``VARIANTS``."""
     stack = adapt(stack, layers, VARIANTS[name].build)
-    if name.startswith("dorac-cached"):
+    if name.rpartition("-")[0] in CACHED:
         dorac.cache_norms(stack)
     if checkpointing:
         stack.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -67,9 +67,9 @@ def parse(argv: list[str], subcommands: Mapping[str, ModuleType]) -> argparse.Na
     defaults = subcommands[args.command].DEFAULTS
     if args.device.type not in defaults:
         raise BadInput(f"{args.command} runs on {' and '.join(defaults)} only, --device is {args.device}")
-    for name, value in defaults[args.device.type].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.left_out = {name for name in defaults[args.device.type] if getattr(args, name) is None}
+    for name in args.left_out:
+        setattr(args, name, defaults[args.device.type][name])
     args.dtype = DTYPES[args.dtype]
     args.adapter_dtype = args.dtype if args.adapter_dtype is None else DTYPES[args.adapter_dtype]
     if args.adapter_dtype not in (args.dtype, torch.float32):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dorac
-from dorac import functional
+from dorac import functional, packed
+from dorac.bench import bases
 
 SCALING = 2.0
 
@@ -20,13 +21,15 @@ class Layer:
     """The tensors of one adapted linear layer: weight ``[out, in]``, factors, float32 magnitude ``[out]``.
 
     ``dropout``: with what probability the adapter's input is dropped in training, by everyone but dense DoRA.
+    ``base``: the quantised layer that holds the weight, which is then a packed one.
     """
 
-    weight: Tensor
+    weight: Tensor | packed.Packed
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
     dropout: float = 0.0
+    base: nn.Module | None = None
 
     @property
     def rank(self) -> int:
@@ -38,15 +41,20 @@ def draw_weight(out_features: int, in_features: int, args: argparse.Namespace) -
     return torch.randn(out_features, in_features, dtype=args.dtype, device=args.device) * in_features**-0.5
 
 
-def draw_layer(weight: Tensor, rank: int, args: argparse.Namespace) -> Layer:
-    """Random factors, a fifth of the weight's size as a product, and a magnitude up to 3 % off the norm."""
+def draw_layer(weight: Tensor | nn.Module, rank: int, args: argparse.Namespace) -> Layer:
+    """Random factors, a fifth of the weight's size as a product, and a magnitude up to 3 % off the norm.
+
+    ``weight``: or the quantised layer that holds it.
+    """
+    base = weight if isinstance(weight, nn.Module) else None
+    weight = weight if base is None else packed.of(base)
     out_features, in_features = weight.shape
     options = {"dtype": args.adapter_dtype, "device": weight.device}
     lora_A = torch.randn(rank, in_features, **options) * in_features**-0.5
     lora_B = torch.randn(out_features, rank, **options) * 0.1 * rank**-0.5
     norm = functional.norm_factored(weight, lora_A, lora_B, SCALING)
     magnitude = norm * (0.97 + 0.06 * torch.rand_like(norm))
-    return Layer(weight, lora_A, lora_B, magnitude, getattr(args, "dropout", 0.0))
+    return Layer(weight, lora_A, lora_B, magnitude, getattr(args, "dropout", 0.0), base)
 
 
 class _Adapted(nn.Module):
@@ -150,7 +158,9 @@ def dense_norm(adapted: Tensor) -> Tensor:
     return torch.linalg.vector_norm(adapted, dim=1, dtype=torch.float32).detach()
 
 
-def _base_linear(layer: Layer) -> nn.Linear:
+def _base_linear(layer: Layer) -> nn.Module:
+    if layer.base is not None:
+        return bases.for_one(layer.base)
     out_features, in_features = layer.weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.weight, requires_grad=False)
@@ -176,12 +186,15 @@ def dorac_every(layer: Layer, dropout_on: str = "adapter") -> nn.Module:
 def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
     """Stock PEFT's layer, made by ``get_peft_model`` and taken out of its wrapper, with the values of ``layer``.
 
-    The magnitude is rounded to the dtype that PEFT keeps it in.
+    The magnitude is rounded to the dtype that PEFT keeps it in. Over a quantised layer PEFT makes float32 factors;
+    those of another dtype are as a trainer's cast leaves them.
     """
     import peft
 
     holder = nn.Module()
     holder.linear = _base_linear(layer)
+    for bits in ("4bit", "8bit"):  # PEFT chooses its layers by what transformers sets
+        setattr(holder, f"is_loaded_in_{bits}", type(holder.linear).__name__.startswith(f"Linear{bits}"))
     config = peft.LoraConfig(
         r=layer.rank,
         lora_alpha=SCALING * layer.rank,
@@ -192,7 +205,7 @@ def peft_linear(layer: Layer, *, use_dora: bool) -> nn.Module:
     peft.get_peft_model(holder, config, autocast_adapter_dtype=layer.lora_A.dtype != layer.weight.dtype)
     adapted = holder.linear
     for modules, values in ((adapted.lora_A, layer.lora_A), (adapted.lora_B, layer.lora_B)):
-        if modules["default"].weight.dtype != values.dtype:
+        if layer.base is None and modules["default"].weight.dtype != values.dtype:
             raise RuntimeError(f"PEFT holds its factors in {modules['default'].weight.dtype}, not in {values.dtype}")
         modules["default"].weight = nn.Parameter(values)
     if use_dora:
