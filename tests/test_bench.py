@@ -22,7 +22,6 @@ from dorac.bench import (
     memory,
     model,
     options,
-    packed,
     peers,
     report,
     stub,

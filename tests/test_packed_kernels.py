@@ -36,6 +36,15 @@ def test_formats(name, dtype, shape, factor_dtype, device):
     check_norm(*FORMATS[name](shape, dtype), 4, factor_dtype, device)
 
 
+@pytest.mark.parametrize("shape", [(5, 100), (7, 65), (3, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_ends_within_a_block(name, shape, device):
+    value, dense = FORMATS[name](shape)
+    if not has_kernel(value):
+        pytest.skip("its blocks go on in the next row")
+    check_norm(value, dense, 4, torch.bfloat16, device)
+
+
 @full
 @pytest.mark.parametrize("factor_dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("rank", [1, 16, 64, 200, 384, 512])

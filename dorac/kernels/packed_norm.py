@@ -118,7 +118,7 @@ def _squares(
                 BLOCK_C,
             )
         for half in tl.static_range(HALVES):
-            half_ptr = a_ptr + half * C.to(tl.int64) * stride_ai
+            half_ptr = a_ptr + half * tl.cast(C, tl.int64) * stride_ai
             acc_OC = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
             if CHUNKS >= 1:
                 a_RC = load_tile(half_ptr, 0, start, R, C, stride_ar, stride_ai, BLOCK_R, BLOCK_C, EVEN, False)
@@ -137,6 +137,8 @@ def _squares(
                     a_RC = load_tile(half_ptr, rank, start, R, C, stride_ar, stride_ai, BLOCK_R, BLOCK_C, EVEN, False)
                     acc_OC = product(b_OR, a_RC, acc_OC, False)
             v_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE) + scaling * acc_OC
+            if scales[1] is not None and not EVEN:  # beyond the edge stands 0 less a zero
+                v_OC = tl.where((start + tl.arange(0, BLOCK_C))[None, :] < C, v_OC, 0.0)
             if FACTOR != 1.0:
                 v_OC *= FACTOR
             square_O += tl.sum(v_OC * v_OC, axis=1)

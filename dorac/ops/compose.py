@@ -202,13 +202,14 @@ def _rows_alone(cuda, in_aten):
 def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
-    return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta)[0]
+    return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta, holds_bias=holds_bias)[0]
 
 
 def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
-    return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta, want_inner=True)
+    tensors = (base, lora, None, mag_scale, None, scaling, bias)
+    return compose(*tensors, delta=delta, holds_bias=holds_bias, want_inner=True)
 
 
 def _compose_backward_cuda(dy, inner, mag_scale, scaling, lora_dtype, delta):
