@@ -155,16 +155,6 @@ def test_stack_adapts_every_linear_layer_and_shares_the_weights():
 # The subcommands
 
 
-def test_packed(bench, device):
-    """Every format: the bytes are those of the packed weight, and both ways give its norm."""
-    records = bench("packed", "--shapes", "128x512", "--ranks", "3")["records"]
-    assert len(records) == 2 * len(packed.FORMATS)
-    for record in records:
-        assert record["relative_error"] <= 1e-6
-        per_weight = record["bytes"] / (128 * 512)
-        assert 0.5 < per_weight < (0.6 if "4" in record["case"].partition(" ")[0] else 1.1)
-
-
 def test_norm(bench, device):
     result = bench("norm", "--shapes", "48x96", "33x64", "--ranks", "3", "16")
     variants = ("dorac", "dense-compiled", "peft")
@@ -959,10 +949,6 @@ def test_refused_variant_over_a_quantised_base_does_not_end_the_run(bench, monke
         (["norm", "--device", "cpu", "--profile"], "--profile shows the kernels of a GPU, so it needs --device cuda"),
         (["norm", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["norm", "--device", "cpu", "--adapter-dtype", "float16"], "--adapter-dtype must be float32 or the dtype of"),
-        (
-            ["packed", "--device", "cpu", "--shapes", "8x96"],
-            "in must be a multiple of 64, the columns of a block, got 96",
-        ),
         (["norm", "--shapes", "12"], "argument --shapes: must look like 4096x8192, got '12'"),
         (["norm", "--shapes", "0x8"], "argument --shapes: must look like 4096x8192, got '0x8'"),
         (["norm", "--ranks", "0"], "argument --ranks: must be at least 1, got 0"),

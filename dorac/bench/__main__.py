@@ -24,7 +24,6 @@ from dorac.bench import (
     model,
     norm,
     options,
-    packed,
     report,
     surgery,
     tune,
@@ -33,7 +32,6 @@ from dorac.cli import BadInput
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "norm": norm,
-    "packed": packed,
     "compose": compose,
     "layer": layer,
     "model": model,
