@@ -1,5 +1,7 @@
 """``save_outputs``: less memory for the eager training of layers whose outputs are saved at any rate."""
 
+import sys
+
 from torch import nn
 
 
@@ -25,8 +27,16 @@ def save_outputs(model: nn.Module, mode: bool = True) -> None:
     """
     if not isinstance(mode, bool):
         raise TypeError(f"mode must be a bool, got {type(mode).__name__}")
-    layers = [module for module in model.modules() if hasattr(type(module), "save_output")]
+    layers = [module for module in model.modules() if hasattr(type(module), "save_output") or _over_a_product(module)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no linear DoRA layer of dorac's")
     for layer in layers:
         layer.save_output = mode
+
+
+def _over_a_product(module: nn.Module) -> bool:
+    """Whether it is PEFT's class for a quantised layer, under the drop-in: its forward is PEFT's."""
+    variants = sys.modules.get("dorac.peft.variants")  # whoever enabled the drop-in has imported it
+    if variants is None or not hasattr(module, "lora_variant"):
+        return False
+    return any(isinstance(variant, variants.DoraLinearVariant) for variant in module.lora_variant.values())

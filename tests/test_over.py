@@ -6,6 +6,7 @@ On the CPU the kernels run in Triton's interpreter.
 
 import contextlib
 
+import packed_weights
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,6 +358,78 @@ def test_a_checkpoint_with_a_mode_over_one_direction(over, path, device, monkeyp
     both(monkeypatch, path, run)
 
 
+KEPT = ("dense", "bnb_nf4", "bnb_nf4_nested", "bnb_int8", "int8_group", "torchao_int4", "nvfp4")
+
+
+def kept_layer(name, device, shape=(33, 128), tokens=9, rank=5):
+    """Over a weight that is known: ``dora_over``'s tensors, without a bias, the norm, and the weight."""
+    value, dense = packed_weights.FORMATS["bnb_nf4" if name == "dense" else name](shape)
+    dense = dense.to(device, torch.bfloat16)
+    weight = dense if name == "dense" else packed_weights.on(value, device)
+    generator = torch.Generator().manual_seed(2)
+    lora_A, lora_B = packed_weights.factors(shape, rank, torch.bfloat16, device)
+    x = torch.randn(tokens, shape[1], generator=generator).to(device, torch.bfloat16)
+    norm = functional.norm_factored(weight, lora_A, lora_B, S)
+    magnitude = norm * (0.8 + 0.4 * torch.rand(shape[0], generator=generator).to(device))
+    tensors = F.linear(x, dense), x, lora_A, lora_B, magnitude
+    return [t.detach().requires_grad_() for t in tensors], norm, weight
+
+
+@pytest.mark.parametrize("consumer", ["keeps y", "writes to y", "gives y back"])
+@pytest.mark.parametrize("magnitudes", ["near the norm", "zero", "tiny"])
+@pytest.mark.parametrize("name", KEPT)
+def test_y_kept_in_place_of_inner(name, magnitudes, consumer, path, device):
+    tensors, norm, weight = kept_layer(name, device)
+    with torch.no_grad():
+        if magnitudes == "zero":
+            tensors[4][[0, 7, 32]] = 0
+        elif magnitudes == "tiny":
+            tensors[4][[0, 7, 32]] *= 1e-4
+
+    def gradients(save_output):
+        y = functional.dora_over(
+            *tensors, weight_norm=norm, scaling=S, save_output=save_output, weight=weight if save_output else None
+        )
+        places = {t.untyped_storage().data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+        assert (y.untyped_storage().data_ptr() in places) is save_output
+        dy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(y.dtype)
+        if consumer == "writes to y":
+            torch.relu_(y)
+        elif consumer == "gives y back":
+            return torch.autograd.grad(y, tensors, y.detach() if save_output else y.detach().clone())
+        return torch.autograd.grad(y, tensors, dy)
+
+    unit = torch.finfo(torch.bfloat16).eps
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        size = expected.double().abs().max().item()
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=4 * unit, atol=4 * unit * size)
+    assert path == ["training"] * 2
+
+
+def test_y_kept_under_a_checkpoint_and_a_mode(path, device):
+    tensors, norm, weight = kept_layer("bnb_nf4", device)
+
+    def layer(*tensors):
+        return functional.dora_over(*tensors, weight_norm=norm, scaling=S, save_output=True, weight=weight)
+
+    expected = torch.autograd.grad(layer(*tensors).float().square().sum(), tensors)
+    for observed in ("forward", "backward"):
+        with Ops() if observed == "forward" else contextlib.nullcontext():
+            loss = checkpoint(layer, *tensors, use_reentrant=False).float().square().sum()
+        with Ops() if observed == "backward" else contextlib.nullcontext():
+            gradients = torch.autograd.grad(loss, tensors)
+        for actual, exact in zip(gradients, expected, strict=True):
+            size = exact.double().abs().max().item()
+            torch.testing.assert_close(actual.double(), exact.double(), rtol=0.03, atol=0.03 * size)
+
+
+def test_y_kept_gives_no_second_derivative(path, device):
+    tensors, norm, weight = kept_layer("bnb_nf4", device)
+    y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, save_output=True, weight=weight)
+    with pytest.raises(RuntimeError, match="saves no base, which a second derivative needs"):
+        torch.autograd.grad(y.sum(), tensors, create_graph=True)
+
+
 def test_a_write_to_what_is_kept_is_an_error(path, device):
     for index in (1, 2, 4):
         tensors, norm = prepared(device=device)
@@ -432,6 +505,7 @@ CASES = {
     "no_norm": ({"weight_norm": None}, TypeError, "weight_norm must be a tensor, got NoneType"),
     "bias": ({"bias": torch.ones(4)}, ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
     "scaling": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "no_weight": ({"save_output": True}, ValueError, "save_output needs the frozen layer's weight, .* got None"),
     "flag": ({"base_has_bias": 1}, TypeError, "base_has_bias must be a bool, got int"),
 }
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks, ops
+from dorac import checks, ops, packed
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_over
@@ -138,6 +138,8 @@ def dora_over(
     weight_norm: Tensor,
     scaling: float | Tensor,
     base_has_bias: bool = False,
+    save_output: bool = False,
+    weight: Tensor | packed.Packed | None = None,
 ) -> Tensor:
     """:func:`dora_linear` over a product that somebody else computed: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``.
 
@@ -156,6 +158,10 @@ def dora_over(
         base_has_bias: base is ``x W^T + b``, as a layer with a bias returns it. Then
             ``y = g * (base + s ...) + (1 - g) * b``, in float32 (float64) before the one rounding: the bias is neither
             scaled nor taken off a rounded sum.
+        save_output: saves y for backward in place of a tensor of its size, as in :func:`dora_linear` and on the same
+            terms; then there is no second derivative.
+        weight: the frozen layer's, packed (:func:`dorac.packed.of`) or dense, for ``save_output`` alone: of it comes
+            what y does not tell, the gradient of magnitudes near zero.
 
     Returns:
         ``[*, out]`` in the dtype of ``base``. Gradients flow to base, x (through the low-rank branch; through the
@@ -165,14 +171,17 @@ def dora_over(
         Where ``lora_B = 0`` and ``m = n`` it is base, bit for bit, if that has the bias or there is none.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite.
+        TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, ``save_output``
+            without a weight.
 
     Source: arXiv 2402.09353, equation 5 with the norm of section 4.3.
     """
     scaling = checks.check_scaling(scaling)
+    if save_output and weight is None:
+        raise ValueError("save_output needs the frozen layer's weight, packed or dense, got None")
     if not torch.compiler.is_compiling() and not isinstance(scaling, Tensor):
         tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
-        y = eager_over.dora_over(*tensors, float(scaling), base_has_bias)
+        y = eager_over.dora_over(*tensors, float(scaling), base_has_bias, weight if save_output else None)
         if y is not None:
             return y
     checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)

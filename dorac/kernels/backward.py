@@ -108,7 +108,8 @@ def _of_y(
     """The magnitude's gradient from ``dot = colsum(dy * y)``, ``y = g * inner``: ``dot / m``.
 
     Rows whose g is too small for that, zero as a rule, have it from inner, which is computed again for them: slowly,
-    hardly ever, and in small tiles that leave the rest of the kernel its registers.
+    hardly ever, and in small tiles that leave the rest of the kernel its registers. Over a packed weight ``faint.py``
+    does that.
     """
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
@@ -116,22 +117,24 @@ def _of_y(
     norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
     faint_O = tl.abs(m_O) < norm_O * FAINT
     d_m_O = dot_O / tl.where(faint_O, 1.0, m_O)
-    if tl.max(faint_O.to(tl.int32), axis=0) > 0:
-        total_O = tl.zeros([BLOCK_O], dtype=tl.float32)
-        for start in tl.range(0, T, 16, num_stages=1):
-            low_TO = tl.zeros([16, BLOCK_O], dtype=tl.float32)
-            for rank in tl.range(0, R, 16, num_stages=1):
-                h_TR = load_tile(h_ptr, start, rank, T, R, stride_ht, stride_hr, 16, 16, False, False)
-                b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, 16, False, False)
-                low_TO = product(h_TR, b_OR.T, low_TO, False)
-            inner_TO = low_TO * number(scaling_ptr)
-            for column in tl.range(0, I, 16, num_stages=1):
-                x_TI = load_tile(x_ptr, start, column, T, I, stride_xt, stride_xi, 16, 16, False, False)
-                w_OI = load_tile(w_ptr, start_o, column, O, I, stride_wo, stride_wi, BLOCK_O, 16, False, False)
-                inner_TO = product(x_TI, w_OI.T, inner_TO, False)
-            dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, 16, BLOCK_O, False, False)
-            total_O += tl.sum(dy_TO.to(tl.float32) * inner_TO, axis=0)
-        d_m_O = tl.where(faint_O, total_O / norm_O, d_m_O)
+    # The first is the compiler's to answer; without a weight such rows have theirs from another kernel.
+    if w_ptr is not None:  # noqa: SIM102
+        if tl.max(faint_O.to(tl.int32), axis=0) > 0:
+            total_O = tl.zeros([BLOCK_O], dtype=tl.float32)
+            for start in tl.range(0, T, 16, num_stages=1):
+                low_TO = tl.zeros([16, BLOCK_O], dtype=tl.float32)
+                for rank in tl.range(0, R, 16, num_stages=1):
+                    h_TR = load_tile(h_ptr, start, rank, T, R, stride_ht, stride_hr, 16, 16, False, False)
+                    b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, 16, False, False)
+                    low_TO = product(h_TR, b_OR.T, low_TO, False)
+                inner_TO = low_TO * number(scaling_ptr)
+                for column in tl.range(0, I, 16, num_stages=1):
+                    x_TI = load_tile(x_ptr, start, column, T, I, stride_xt, stride_xi, 16, 16, False, False)
+                    w_OI = load_tile(w_ptr, start_o, column, O, I, stride_wo, stride_wi, BLOCK_O, 16, False, False)
+                    inner_TO = product(x_TI, w_OI.T, inner_TO, False)
+                dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, 16, BLOCK_O, False, False)
+                total_O += tl.sum(dy_TO.to(tl.float32) * inner_TO, axis=0)
+            d_m_O = tl.where(faint_O, total_O / norm_O, d_m_O)
     return tl.where(norm_O <= 1e-12, 0.0, d_m_O)
 
 
@@ -405,7 +408,8 @@ def lora_b_backward_launches(
 ) -> tuple[int, Launch, Launch | None]:
     """How many strips there are, the launch, and where there are several the one that sums them.
 
-    The strides are those of dy, inner and h; with ``in_features`` of dy, y, h, x, weight and lora_B.
+    The strides are those of dy, inner and h; with ``in_features`` of dy, y, h, x, weight and lora_B, without these
+    three if it is 0.
     """
     if rank > config.block_r * config.chunks:
         raise ValueError(f"rank must be at most {config.block_r * config.chunks} here, got {rank}")

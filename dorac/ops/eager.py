@@ -292,7 +292,7 @@ def scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch._C._DisableTorchDispatch():
         return torch.empty(0, dtype=dtype, device=device)
 
@@ -312,7 +312,7 @@ class _Linear(torch.autograd.Function):
         if plan.keeps_y:
             kept = y.data
             probe = y.detach()
-            probe.data = _nothing(y.dtype, y.device)
+            probe.data = nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
         trained = lora_A, lora_B, magnitude
         ctx.trained = None
@@ -345,7 +345,7 @@ class _Linear(torch.autograd.Function):
             dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        if of_y and (ctx.probe._version != ctx.version or _share_memory(dy, kept)):  # y is not y any more
+        if of_y and (ctx.probe._version != ctx.version or share_memory(dy, kept)):  # y is not y any more
             kept, of_y = torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling), False
         if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
@@ -410,7 +410,7 @@ def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
     return ctx.trained
 
 
-def _share_memory(left: Tensor, right: Tensor) -> bool:
+def share_memory(left: Tensor, right: Tensor) -> bool:
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 

@@ -3,20 +3,40 @@
 The product is an argument, and so is its gradient. It stays as it is: inner has memory of its own. Taken are bases of
 the dtype that the low-rank branch runs in; anything else is left to ``ops/over.py``, which has the formula.
 
+With a ``weight``, packed or dense, and no bias, y is kept in place of inner, as there; of the weight inner is computed
+again for rows with a faint g, and for all where y has been written to. A second derivative then finds no base.
+
 Legend: T tokens, I in_features, O out_features, R rank.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, packed
+from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Weight:
+    """All of a weight but its tensors: how these are put together, and how a kernel reads them if they are packed."""
+
+    form: object  # None: one dense tensor
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    sizes: tuple = ()
+
+    def value(self, pieces: Sequence[Tensor | None]) -> Tensor | packed.Packed:
+        if self.form is None:
+            return pieces[0]
+        return packed.unflatten(self.kind, pieces, self.shape, self.dtype, self.sizes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,8 +46,9 @@ class Plan:
     dtype: torch.dtype  # of the products
     casts_factors: bool
     holds_bias: bool
+    kept: "_Weight | None"  # how the weight is read where y is kept for backward; None where inner is
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
-    backward: Callable[[tuple], tuple]  # of dy's strides: strips, launches
+    backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
     in_ops: bool = False  # which modes see
 
 
@@ -41,6 +62,7 @@ def dora_over(
     weight_norm: Tensor,
     scaling: float,
     holds_bias: bool,
+    weight: Tensor | packed.Packed | None = None,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_over``'s."""
     in_ops = not front.unobserved()
@@ -56,7 +78,8 @@ def dora_over(
             or (bias is not None and bias.requires_grad)
             or weight_norm.requires_grad
         )
-        key = "over", training, holds_bias, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
+        kept, pieces = _kept(weight, base) if training and weight is not None and bias is None else (None, ())
+        key = "over", training, holds_bias, kept, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
         if bias is not None:
@@ -70,7 +93,10 @@ def dora_over(
             eager.plans.clear()
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
             plan = eager.plans[key] = make_plan(
-                base, x, lora_A, lora_B, magnitude, bias, weight_norm, training, bias is not None and holds_bias
+                *(base, x, lora_A, lora_B, magnitude, bias, weight_norm),
+                training,
+                bias is not None and holds_bias,
+                kept,
             )
     if plan is None or (in_ops and not training):
         return None
@@ -86,10 +112,34 @@ def dora_over(
         return _forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan)[0]
+    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, *pieces)[0]
 
 
-def make_plan(base, x, lora_A, lora_B, magnitude, bias, weight_norm, training: bool, holds_bias: bool) -> Plan | None:
+def _kept(weight: Tensor | packed.Packed, base: Tensor) -> tuple[_Weight | None, tuple]:
+    """How the weight is read, and its tensors; None where neither kernel reads it."""
+    if packed.is_packed(weight):
+        from dorac.kernels.packed_norm import described
+
+        if len(weight.shape) != 2 or (form := described(weight)) is None:
+            return None, ()
+        kind, pieces, shape, dtype, sizes = packed.flatten(weight)
+        return _Weight(form[0], kind, tuple(shape), dtype, tuple(sizes)), pieces
+    plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    return (_Weight(None), (weight,)) if plain and weight.dtype is base.dtype else (None, ())
+
+
+def make_plan(
+    base,
+    x,
+    lora_A,
+    lora_B,
+    magnitude,
+    bias,
+    weight_norm,
+    training: bool,
+    holds_bias: bool,
+    kept: _Weight | None,
+) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     given = [t for t in (x, base, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if not x.numel() or not base.numel() or not front.all_eager(*given) or not front.has_kernels(*given):
@@ -104,38 +154,44 @@ def make_plan(base, x, lora_A, lora_B, magnitude, bias, weight_norm, training: b
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
 
-    rank, out_features, tokens = lora_A.shape[0], base.shape[-1], math.prod(base.shape[:-1])
+    (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     flags = {"has_norm": True, "has_bias": bias is not None, "holds_bias": holds_bias, "delta": False, "split": False}
-    flags |= {"want_inner": training}
+    flags |= {"want_inner": training and kept is None}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
 
     @functools.lru_cache(maxsize=16)
-    def backward_launches(strides: tuple[int, int]) -> tuple:
+    def backward_launches(strides: tuple[int, int], of_b: tuple[int, int], of_y: bool) -> tuple:
+        tensors, read = (strides, activation, h), None
+        if of_y:
+            read = in_features if kept.form is None else 0
+            tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank)
-        tensors = strides, activation, h
-        strips, *launches = backward.lora_b_backward_launches(tokens, out_features, rank, tensors, config, scale_b=True)
+        strips, *launches = backward.lora_b_backward_launches(
+            tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
+        )
         return strips, *map(eager.bound, launches)
 
     return Plan(
         dtype=dtype,
         casts_factors=lora_A.dtype is not dtype,
         holds_bias=holds_bias,
+        kept=kept,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
     )
 
 
 def _forward(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scaling, training):
-    """``(y, inner, lora_A and lora_B for the products, h)``; inner in training alone.
+    """``(y, inner, lora_A and lora_B for the products, h)``; inner in training alone, unless y is kept.
 
     Autocast, where it is on, makes the same casts.
     """
     if plan.casts_factors:
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
     h, y = F.linear(x, lora_A), torch.empty_like(base)
-    inner = torch.empty_like(base) if training else None
+    inner = torch.empty_like(base) if training and plan.kept is None else None
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
     return y, inner, lora_A, lora_B, h
 
@@ -149,38 +205,47 @@ def _forward_in_ops(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scalin
         rows = over.forward(*tensors, plan.holds_bias, "fused", True, training)
     # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
     y, inner, h = (torch.ops.aten._unsafe_view(t, (*base.shape[:-1], t.shape[1])) for t in rows)
-    return y, inner, lora_A, lora_B, h
+    return y, inner if plan.kept is None else None, lora_A, lora_B, h
 
 
 class _Over(torch.autograd.Function):
-    """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved."""
+    """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved.
+
+    ``pieces``: the tensors of the weight where y is kept.
+    """
 
     @staticmethod
-    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan):
+    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, *pieces):
         forward = _forward_in_ops if plan.in_ops else _forward
         y, inner, a, b, h = forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, True)
         if not plan.casts_factors:
             a = b = None
+        kept = inner
+        if plan.kept is not None:  # as in ops/eager.py
+            kept, probe = y.data, y.detach()
+            probe.data = eager.nothing(y.dtype, y.device)
+            ctx.probe, ctx.version = probe, probe._version
         trained = lora_A, lora_B, magnitude
         ctx.trained = None
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        ctx.save_for_backward(x, a, b, weight_norm, h, inner, *trained)
+        ctx.save_for_backward(x, a, b, weight_norm, h, kept, *pieces, *trained)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan, ctx.shapes = scaling, plan, (base.shape, x.shape)
+        ctx.scaling, ctx.plan, ctx.shapes, ctx.pieces = scaling, plan, (base.shape, x.shape), len(pieces)
         return y, inner
 
     @staticmethod
     def backward(ctx, dy, d_inner):
         if dy is None and d_inner is None:
-            return (None,) * 9
+            return (None,) * (9 + ctx.pieces)
         if d_inner is not None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy, d_inner)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return _Over.backward(ctx, dy, None)
-        x, a, b, norm, h, inner, *trained = ctx.saved_tensors
+        x, a, b, norm, h, kept, *rest = ctx.saved_tensors
+        pieces, trained = rest[: ctx.pieces], rest[ctx.pieces :]
         lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
         plan, scaling = ctx.plan, ctx.scaling
         needs_base, needs_x, *_ = ctx.needs_input_grad
@@ -190,13 +255,38 @@ class _Over(torch.autograd.Function):
             dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        launches, others = plan.backward(dy.stride()), (None, None, None)
-        d_base, d_m, d_b = eager.scaled_gradients(launches, dy, inner, magnitude, norm, h, scaling, others, lora_B)
+        others, of_y = (None, None, None), plan.kept is not None
+        if of_y and (ctx.probe._version != ctx.version or eager.share_memory(dy, kept)):  # y is not y any more
+            kept, of_y = _inner(plan, x, h, b, pieces, scaling), False
+        if of_y:
+            x, h = (t if t.data_ptr() % 16 == 0 and t.is_contiguous() else t.contiguous().clone() for t in (x, h))
+            others = (x, pieces[0], b) if plan.kept.form is None else others
+        launches = plan.backward(dy.stride(), b.stride(), of_y)
+        d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
+        if of_y and plan.kept.form is not None:
+            _faint_rows(plan, pieces, dy, x, h, b, magnitude, norm, scaling, d_m)
         d_h = torch.addmm(eager.scalar(d_base.dtype, d_base.device), d_base, b, beta=0, alpha=scaling)
         d_a = eager.wide_mm(d_h.t(), x, lora_A.dtype)
         base_shape, x_shape = ctx.shapes
         dx = torch.mm(d_h, a).view(x_shape) if needs_x else None
-        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, None, None, None, None
+        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * (4 + ctx.pieces)
+
+
+def _inner(plan, x, h, b, pieces, scaling) -> Tensor:
+    """inner of rows, of a dense weight."""
+    weight = plan.kept.value(pieces)
+    if plan.kept.form is not None:
+        weight = weight.rows(0, weight.shape[0]).to(x.dtype)
+    return torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling)
+
+
+def _faint_rows(plan, pieces, dy, x, h, b, magnitude, norm, scaling, d_m) -> None:
+    from dorac.kernels.faint import faint_launch
+    from dorac.kernels.packed_norm import described
+
+    form, read = described(plan.kept.value(pieces))
+    sizes = *dy.shape, x.shape[1], h.shape[1]
+    faint_launch(*sizes, form, dy.stride(), b.stride())(*read, dy, x, h, b, magnitude, norm, scaling, d_m)
 
 
 _apply = super(torch.autograd.Function, _Over).apply  # see ops/eager.py
@@ -208,13 +298,19 @@ def _seen_gradients(ctx, dy, d_inner):
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):
             return _seen_gradients(ctx, dy, d_inner)
-    x, _, _, norm, h, inner, *trained = ctx.saved_tensors
+    if ctx.plan.kept is not None and torch.is_grad_enabled():
+        raise RuntimeError("dora_over with save_output saves no base, which a second derivative needs: leave it out")
+    x, _, _, norm, h, inner, *rest = ctx.saved_tensors
+    pieces, trained = rest[: ctx.pieces], rest[ctx.pieces :]
     lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
     dtype, base_shape, x_shape = ctx.plan.dtype, *ctx.shapes
     x, h, inner, dy, d_inner = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, h, inner, dy, d_inner))
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     if torch.is_grad_enabled():
         h = x @ a.t()
+    if ctx.plan.kept is not None:  # the kernel makes no product for it: a counter of operations is not to count one
+        with torch._C._DisableTorchDispatch():
+            inner = _inner(ctx.plan, x, h, b, pieces, ctx.scaling)
     needs_base, needs_x, *_ = ctx.needs_input_grad
     scaling = torch.full((), ctx.scaling, dtype=torch.float32, device=x.device)
     dx, _, d_a, d_b, d_m, _, _, d_base = linear.gradients(
@@ -229,4 +325,4 @@ def _seen_gradients(ctx, dy, d_inner):
     )
     dx = None if dx is None else dx.view(x_shape)
     d_base = d_base.view(base_shape) if needs_base else None
-    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, None, None, None, None
+    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * (4 + ctx.pieces)

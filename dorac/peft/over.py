@@ -47,4 +47,6 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         weight_norm=norm.to(device),
         scaling=module.scaling[adapter],
         base_has_bias=bias is not None,
+        save_output=module.__dict__.get("save_output", False),  # see dorac.save_outputs
+        weight=weight,
     )
