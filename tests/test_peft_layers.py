@@ -184,11 +184,10 @@ def test_magnitude_starts_at_the_norm_in_full_precision(dtype):
         assert layer.weight.shape == conv.weight.shape
 
 
-def test_a_half_magnitude_is_used_as_it_is():
+def test_a_half_magnitude_that_is_not_trained_is_used_as_it_is():
     base, lora_A, lora_B = linear_parts(nn.Linear(7, 5), torch.bfloat16)
-    layer = trained(
-        dorac.peft.DoraLinearLayer(False), base_layer=base, lora_A=lora_A.weight, lora_B=lora_B.weight
-    ).bfloat16()
+    layer = trained(dorac.peft.DoraLinearLayer(False), base_layer=base, lora_A=lora_A.weight, lora_B=lora_B.weight)
+    layer.eval().weight.data = layer.weight.data.bfloat16()
     x = torch.randn(4, 7, dtype=torch.bfloat16)
     arguments = {"lora_A": lora_A, "lora_B": lora_B, "scaling": SCALING, "base_layer": base}
     result = layer(x, **arguments)

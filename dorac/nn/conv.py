@@ -108,6 +108,8 @@ class _DoraConvNd(DoraLayer):
         base = self.base_layer
         if self.merged:
             return base(x)
+        if self.training:
+            self._widen_magnitudes()
         return type(self).FUNCTION(
             x,
             base.weight,

@@ -120,6 +120,8 @@ class DoraEmbedding(DoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base_layer(x)
+        if self.training:
+            self._widen_magnitudes()
         y = functional.dora_embedding(
             x,
             self.base_layer.weight,

@@ -165,6 +165,8 @@ class DoraExperts(DoraLayer):
         """
         if self.merged:
             return self.base_layer(hidden_states, *routing)
+        if self.training:
+            self._widen_magnitudes()
         return self._forward_routed(hidden_states, *routing) if self.routed else self._forward_sorted(hidden_states)
 
     def _project(self, projection: str, x: Tensor, **offsets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from dorac import checks, functional
+from dorac import checks, functional, magnitudes
 from dorac.dense import not_dense
 from dorac.nn import merging, norm_cache, starts
 from dorac.numerics import FLOAT_DTYPES
@@ -247,6 +247,11 @@ class DoraLayer(nn.Module):
     def _magnitudes(self) -> list[nn.Parameter]:
         return [self.lora_magnitude_vector]
 
+    def _widen_magnitudes(self) -> None:
+        """Undoes casts below float32: see :mod:`dorac.magnitudes`."""
+        for magnitude in self._magnitudes():
+            magnitudes.widen(magnitude)
+
     def _magnitude(self) -> Tensor:
         """The magnitude of the matrix, ``[out]``."""
         return self.lora_magnitude_vector.flatten()
@@ -373,11 +378,7 @@ class DoraLayer(nn.Module):
         """
         values = starts.before_move(self)
         wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            keep = moved.dtype.itemsize < 4 and any(tensor is t for t in wide)
-            return tensor.to(moved.device) if keep else moved
+        move = magnitudes.never_narrower(fn, *wide)
 
         norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
         super()._apply(move, recurse)
@@ -398,6 +399,8 @@ class DoraLayer(nn.Module):
         starts.settle(self)
         if mode != self.training:
             norm_cache.doubt([self])
+        if mode:
+            self._widen_magnitudes()
         return super().train(mode)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -423,6 +426,7 @@ class DoraLayer(nn.Module):
     ):
         """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
         self.refuse_loading(prefix.rstrip("."))
+        self._widen_magnitudes()
         starts.before_load(self, state_dict, prefix)
         errors = len(error_msgs)
         with Undo() as log:

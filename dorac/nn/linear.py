@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional
+from dorac.magnitudes import HALF, widen
 from dorac.nn.layer import DoraLayer, not_stock, parameter
 from dorac.nn.norm_cache import known_norm
 
@@ -104,6 +105,8 @@ class DoraLinear(DoraLayer):
             return base(x)
         weight = parameter(base, "weight")
         lora_A, lora_B, magnitude = self._own_parameters()
+        if magnitude.dtype in HALF and self.training:
+            widen(magnitude)
         return functional.dora_linear(
             x,
             weight.t() if self.fan_in_fan_out else weight,

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional, magnitudes, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
+from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
 from dorac.peft.weights import (
     call_unit,
@@ -53,7 +54,28 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def train(self, mode: bool = True) -> Self:
         self._cache_clear()
+        if mode:
+            magnitudes.widen(self._parameters.get("weight"))
         return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts as any module, but never casts the magnitude below float32: see :mod:`dorac.magnitudes`."""
+        weight = self._parameters.get("weight")
+        kept = () if weight is None else (weight, weight.grad)
+        return super()._apply(magnitudes.never_narrower(fn, *kept), recurse)
+
+    def _load_from_state_dict(self, *args) -> None:
+        magnitudes.widen(self._parameters.get("weight"))  # before what comes is rounded
+        super()._load_from_state_dict(*args)
+
+    def current(self) -> Tensor:
+        """The magnitude for a forward; a trained one in half precision becomes float32 first."""
+        weight = parameter(self, "weight")
+        if weight is None:
+            return self.weight  # parametrised
+        if weight.dtype in magnitudes.HALF and self.training:
+            magnitudes.widen(weight)
+        return weight
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
@@ -163,7 +185,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def mag_scale(self, norm: Tensor) -> Tensor:
         """g in the shape of the magnitude, on the norm's device."""
-        magnitude = whole(self.weight, norm.numel()).flatten().to(norm.device)
+        magnitude = whole(self.current(), norm.numel()).flatten().to(norm.device)
         return functional.magnitude_scale(magnitude, norm.flatten()).view(norm.shape)
 
     def forward(

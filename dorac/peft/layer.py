@@ -37,7 +37,7 @@ class _Layer(Merging, variants.TakesVariants):
         module = self._modules["lora_magnitude_vector"]._modules.get(adapter)
         if type(module) is not self.MAGNITUDE or not unhooked(module):
             return None
-        weight = parameter(module, "weight")
+        weight = module.current()
         return module, weight if weight.device == device else weight.to(device)
 
     def _parts(self, x: Tensor, adapter: str, base_kind: type[nn.Module], kind: type[nn.Module]) -> tuple | None:

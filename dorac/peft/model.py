@@ -45,13 +45,17 @@ def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) 
 
 
 def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """PEFT widens half-precision adapters to float32, or leaves them in the model's dtype: then magnitudes too."""
+    """PEFT widens half-precision adapters to float32, or leaves them in the model's dtype: then magnitudes too.
+
+    Until they are trained: see :mod:`dorac.magnitudes`.
+    """
     _cast_adapter_dtype_stock(self, adapter_name, autocast_adapter_dtype)
     if autocast_adapter_dtype:
         return
     for layer in self.model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), OnDorac):
-            layer.lora_magnitude_vector[adapter_name].to(factors(layer, adapter_name)[0].dtype)
+            magnitude = layer.lora_magnitude_vector[adapter_name].weight
+            magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
 
 
 class LoraModel(model.LoraModel):

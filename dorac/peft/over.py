@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dorac import functional, packed
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
-from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
+from dorac.peft.direct import dropout_p, plain_weight, unhooked
 from dorac.peft.weights import dense_weight, is_partitioned
 
 
@@ -26,7 +26,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
     p = dropout_p(dropout, module.training)
     if p is None or (p and module.lora_variant[adapter].dropout_on == "adapter"):
         return None
-    base, m = module.get_base_layer(), parameter(magnitude, "weight")
+    base, m = module.get_base_layer(), magnitude.current()
     bias = getattr(base, "bias", None)
     if result.dtype not in FLOAT_DTYPES or x.dtype not in FLOAT_DTYPES:
         return None
