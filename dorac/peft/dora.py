@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from dorac import functional, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
+from dorac.nn import norm_cache
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
+from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
+from dorac.peft.norms import AdapterNorm
 from dorac.peft.weights import (
     call_unit,
     dense_weight,
@@ -50,14 +53,39 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     """
 
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
+    keeper: AdapterNorm | None = None  # of the norm under dorac.cache_norms
 
     def train(self, mode: bool = True) -> Self:
         self._cache_clear()
+        if mode != self.training:
+            norm_cache.doubt(self._keepers())
         return super().train(mode)
+
+    # A LoRA layer registers its magnitudes last: what follows reaches them after its base layer and its factors.
+
+    def _apply(self, fn, recurse=True) -> Self:
+        super()._apply(fn, recurse)
+        norm_cache.refresh(self._keepers())
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        norm_cache.refresh(self._keepers())
+
+    def _keepers(self) -> list[AdapterNorm]:
+        return [] if self.keeper is None else [self.keeper]
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
-        return {**state, "_dora_cache": {}}  # what a copy's norms would be taken of are other tensors
+        # What a copy's norms would be taken of are other tensors.
+        return {name: value for name, value in state.items() if name != "keeper"} | {"_dora_cache": {}}
+
+    def known_norm(
+        self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+    ) -> Tensor | None:
+        """The norm that :func:`dorac.cache_norms` keeps, if it is that of these parameters now."""
+        keeper = self.keeper
+        return None if keeper is None else keeper.known((parameter(base_layer, "weight"), lora_A, lora_B), scaling)
 
     def keeps_norms(self) -> bool:
         """Whether norms are kept now; forgets those there are if not. Compiled code neither keeps nor forgets."""
@@ -188,10 +216,15 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
-            weight = dense_weight(base_layer)
-            lora, norm = self._lora_and_norm(
-                x, lora_A, lora_B, lambda A, B: self.factored_norm(weight, A, B, scaling, adapter_name=adapter_name)
-            )
+            known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
+            weight = dense_weight(base_layer) if known is None or base_result is None else None
+
+            def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                if known is not None:
+                    return known
+                return self.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter_name)
+
+            lora, norm = self._lora_and_norm(x, lora_A, lora_B, norm_of)
             g = self.mag_scale(norm)
             if base_result is None:
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
@@ -299,8 +332,11 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         groups = base_layer.groups
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
+            known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
 
             def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                if known is not None:
+                    return known
                 return self.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter_name)
 
             if all(getattr(lora_A, name, None) == getattr(base_layer, name) for name in _PLACEMENT):

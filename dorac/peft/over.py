@@ -32,10 +32,13 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         return None
     if any(is_partitioned(t) for t in (m, bias, getattr(base, "weight", None))):
         return None
-    weight = packed.of(base)
-    if weight is None:
-        weight = dense_weight(base)
-    norm = magnitude.factored_norm(weight, lora_A, lora_B, module.scaling[adapter], adapter_name=adapter)
+    scaling = module.scaling[adapter]
+    norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
+    if norm is None:
+        weight = packed.of(base)
+        if weight is None:
+            weight = dense_weight(base)
+        norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
     device = result.device
     return functional.dora_over(
         result,
@@ -45,6 +48,6 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         m.to(device),
         bias,
         weight_norm=norm.to(device),
-        scaling=module.scaling[adapter],
+        scaling=scaling,
         base_has_bias=bias is not None,
     )
