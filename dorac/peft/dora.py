@@ -145,28 +145,31 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         *,
         groups: int = 1,
         adapter_name: str | None = None,
+        base_layer: nn.Module | None = None,
     ) -> Tensor:
         """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3).
 
-        Of a packed weight (:mod:`dorac.packed`) it is read from there.
+        Of a packed weight (:mod:`dorac.packed`) it is read from there. ``base_layer``: whose weight it is, if known;
+        under ``DoraCaching`` no norm of a quantised one is kept without it.
 
         Of an embedding ``||weight^T + s * lora_B lora_A||_row``, from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``.
 
         Raises:
             RuntimeError: FSDP1 holds one of them in parts now.
         """
-        lora_A, lora_B = whole(lora_A), whole(lora_B)
-        if packed.is_packed(weight):
-            return functional.norm_factored(weight, lora_A, lora_B, scaling, budget=self.norm_budget)
-        weight = whole(weight)
+        factors = whole(lora_A), whole(lora_B)
+        is_packed = packed.is_packed(weight)
+        if not is_packed:
+            weight = whole(weight)
 
         def norm() -> Tensor:
-            if weight.ndim >= 3:
-                flat = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
+            if not is_packed and weight.ndim >= 3:
+                flat = functional.norm_factored_conv(weight, *factors, scaling, groups=groups)
                 return flat.view(1, -1, *[1] * (weight.ndim - 2))
-            return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=self.norm_budget)
+            matrix = weight if is_packed else self._matrix(weight)
+            return functional.norm_factored(matrix, *factors, scaling, budget=self.norm_budget)
 
-        return self._kept(adapter_name, lambda: Origin.of(weight, lora_A, lora_B, scaling, groups), norm)
+        return self._kept(adapter_name, lambda: Origin.of(base_layer, weight, factors, scaling, groups), norm)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -222,7 +225,9 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
                 if known is not None:
                     return known
-                return self.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter_name)
+                return self.factored_norm(
+                    weight, lora_A, lora_B, scaling, adapter_name=adapter_name, base_layer=base_layer
+                )
 
             lora, norm = self._lora_and_norm(x, lora_A, lora_B, norm_of)
             g = self.mag_scale(norm)

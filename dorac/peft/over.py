@@ -38,7 +38,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         weight = packed.of(base)
         if weight is None:
             weight = dense_weight(base)
-        norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
+        norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
     device = result.device
     return functional.dora_over(
         result,
