@@ -499,7 +499,8 @@ def rescaled(model):
 
 
 def merged_and_unmerged(model):
-    model.train()  # in eval mode bitsandbytes packs 4-bit weights anew
+    if type(quantised_target(model)).__name__ == "TorchaoLoraLinear":
+        pytest.skip("PEFT requantises only what transformers has loaded")
     model.merge_adapter()
     model.unmerge_adapter()
 
@@ -534,6 +535,7 @@ def test_training_over_a_quantised_base(scheme, use_compile):
     assert pieces_of(model) == ["PackedMoment"] * 2
     counter = CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, backend=counter, fullgraph=True) if use_compile else model
+    model(torch.randn(6, 64))  # in which an int8 layer takes over the scales from its parameter
     moments, losses = [keeper.cached_at for keeper in keepers(model)], []
     assert computed_norms(lambda: losses.extend(train(model, forward, features=64, steps=1))) == 2
     losses = losses + train(model, forward, features=64, steps=1)
