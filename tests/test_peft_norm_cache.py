@@ -86,7 +86,7 @@ def cast_there_and_back(model):
 
 
 def through_data_and_eval(model):
-    """As an average of weights that is swapped in for an evaluation, PEFT's hotswap of a compiled model, ..."""
+    """As an average of weights that is swapped in for an evaluation."""
     writes.data_copy(model)
     model.eval()
 
@@ -174,7 +174,7 @@ def test_a_write_that_compiled_code_does_not_hear_of(write, tmp_path):
         cache.check()
     cache.refresh()
     assert_fresh(model, compiled)
-    written(model, write, tmp_path) if write is not switched_and_written else writes.base_in_place(model)
+    writes.base_in_place(model)
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     compiled(input_of("linear", model)).sum().backward()
     with pytest.warns(UserWarning, match="were written to between two steps"):
@@ -254,13 +254,16 @@ def train(model, forward=None, steps=4, features=24, lr=1e-2):
     return losses
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
 @pytest.mark.parametrize("checkpoint", [None, False, True])
-def test_losses_are_the_same_bits(checkpoint):
-    model = adapted()
+def test_losses_are_the_same_bits(checkpoint, lora_dropout):
+    model = adapted(lora_dropout=lora_dropout)
     model.base_model.model.checkpoint = checkpoint
+    torch.manual_seed(5)
     expected = train(copy.deepcopy(model))
     cache = dorac.cache_norms(model)
     losses = []
+    torch.manual_seed(5)
     # Two norms for each of 4 steps, and none in a forward.
     assert computed_norms(lambda: losses.extend(train(model))) == 8
     assert losses == expected
@@ -524,22 +527,27 @@ def pieces_of(model):
     return [type(keeper.cached_at).__name__ for keeper in keepers(model)]
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
 @pytest.mark.parametrize("use_compile", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_training_over_a_quantised_base(scheme, use_compile):
+def test_training_over_a_quantised_base(scheme, use_compile, lora_dropout):
+    """With dropout PEFT's sequence runs, over the dequantised weight."""
     torch._dynamo.reset()
-    model = quantised_model(scheme)
-    twin = copy.deepcopy(model) if scheme.__name__ != "bnb_8bit" else quantised_model(scheme)
-    expected = train(twin, features=64)
+    if use_compile and lora_dropout and scheme.__name__ == "bnb_8bit":
+        pytest.skip("torch does not compile PEFT's dequantisation")
+    model = quantised_model(scheme, lora_dropout=lora_dropout)
+    twin = quantised_model(scheme, lora_dropout=lora_dropout)
+    torch.manual_seed(5)
+    expected = train(twin, features=64, steps=2)
     cache = dorac.cache_norms(model)
     assert pieces_of(model) == ["PackedMoment"] * 2
     counter = CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, backend=counter, fullgraph=True) if use_compile else model
     model(torch.randn(6, 64))  # in which an int8 layer takes over the scales from its parameter
     moments, losses = [keeper.cached_at for keeper in keepers(model)], []
-    assert computed_norms(lambda: losses.extend(train(model, forward, features=64, steps=1))) == 2
-    losses = losses + train(model, forward, features=64, steps=1)
-    assert losses[:2] == expected[:2]
+    torch.manual_seed(5)
+    assert computed_norms(lambda: losses.extend(train(model, forward, features=64, steps=2))) == 4
+    assert losses == expected
     cache.check()
     assert counter.frame_count == int(use_compile)
     assert all(keeper.cached_at is not moment for keeper, moment in zip(keepers(model), moments, strict=True))
