@@ -24,6 +24,9 @@ _WRITTEN = (
 def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     """Keeps the norm of every DoRA layer of ``model`` from one optimizer step to the next; forward computes none.
 
+    DoRA layers are those of ``dorac.nn`` and, each adapter with a norm of its own, those of PEFT under
+    :func:`dorac.peft.enable`, over quantised base layers too.
+
     Results are the same, bit for bit wherever the norm is an op of its own (in eager, and compiled): forward reads what
     it would have computed. Gradient accumulation, activation checkpointing and inference pay for no norm.
 
@@ -47,6 +50,10 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
 
+    In models of PEFT's ``set_peft_model_state_dict`` and ``load_adapter`` are such a ``load_state_dict``. A scaling is
+    compared in every forward: an eager one takes the norm anew, compiled code its own while the scaling is another. So
+    do adapters that are added later. ``dorac.peft.disable(model)`` forgets the norms.
+
     Args:
         model: with DoRA layers, none of them cached already; trained or not, compiled before or afterwards.
         debug: every forward takes the norm and compares, in eager; with ``torch.compile(fullgraph=True)`` it raises.
@@ -56,7 +63,8 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; sharded parameters; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded or offloaded; a base weight of a format
+            that is not known; cached already). The model is then unchanged.
     """
     model = bare(model)
     layers: dict[str, Keeper] = dict(dora_layers(model))

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -17,16 +18,16 @@ from peft.helpers import rescale_adapter_scale  # noqa: E402
 from peft_models import KINDS, off_init, target, twins  # noqa: E402
 from test_norm_cache import computed_norms, trained  # noqa: E402
 from test_peft_caching import factor, input_of  # noqa: E402
-from test_peft_quantised import SCHEMES, quantised_model  # noqa: E402
+from test_peft_quantised import SCHEMES, quantised_model, torchao_int8  # noqa: E402
 
 import dorac.peft  # noqa: E402
 
 SOME = ["linear", "gpt2_conv1d", "embedding", "conv2d"]
 
 
-def cached(kind, **options):
+def cached(kind, dtype=torch.float32, **options):
     """A model with a cache that a forward has used."""
-    _, model = twins(kind, dtype=torch.float32, **options)
+    _, model = twins(kind, dtype=dtype, **options)
     cache = dorac.cache_norms(model)
     model(input_of(kind, model))
     return model, cache
@@ -200,15 +201,55 @@ def test_rescaled_for_a_while(use_compile):
     assert counter.frame_count <= 3
 
 
+def whole_model(model):
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def one_layer(model):
+    target(model).merge()
+    target(model).unmerge()
+
+
+@pytest.mark.parametrize("round_trip", [whole_model, one_layer])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_merged_and_unmerged(use_compile, round_trip):
+    """In float16 the weight that comes back is another one, where the norm is not the magnitude."""
+    torch._dynamo.reset()
+    model, cache = cached("linear", torch.float16)
+    with torch.no_grad():
+        target(model).lora_magnitude_vector["default"].weight.mul_(1.7)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if use_compile else model
+    assert_fresh(model, forward)
+    before = keepers(model)[0].cached_norm.clone()
+    round_trip(model)
+    assert_fresh(model, forward)
+    assert not torch.equal(keepers(model)[0].cached_norm, before)
+    model.merge_adapter()
+    assert keepers(model)[0].cached_of is None  # a quantised weight of before would stay in memory
+    trained(model)[0].grad = torch.ones_like(trained(model)[0])
+    torch.optim.SGD(trained(model), lr=0.1).step()  # of merged layers none is taken
+    model.unmerge_adapter()
+    assert_fresh(model, forward)
+    cache.check()
+
+
 def test_a_refused_merge_leaves_the_norms():
+    torch._dynamo.reset()
     model, cache = cached("linear", adapters=["default", "other"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(input_of("linear", model)).sum().backward()
     with torch.no_grad():
         target(model).lora_magnitude_vector["other"].weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="NaNs"):
         model.merge_adapter(["default", "other"], safe_merge=True)
     cache.check()
+    assert keepers(model)[0].cached_of is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was written to between two steps
+        torch.optim.SGD(trained(model), lr=0.1).step()
+    assert_fresh(model, compiled)
     assert_fresh(model)
-    assert computed_norms(lambda: model(input_of("linear", model))) == 0
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -492,6 +533,18 @@ def written_pieces(model):
         scale.mul_(2)
 
 
+def weight_in_place(model):
+    """Which counts in the version of the weight, not in those of its pieces."""
+    weight = quantised_target(model).base_layer.weight
+    with torch.no_grad():
+        if hasattr(weight, "__tensor_flatten__"):
+            linear = nn.Linear(*weight.shape[::-1])
+            nn.init.normal_(linear.weight)
+            weight.copy_(torchao_int8(linear).weight)
+        else:
+            weight.copy_(weight.flip(0))
+
+
 def written_factor(model):
     with torch.no_grad():
         quantised_target(model).lora_B["default"].weight.mul_(2)
@@ -518,7 +571,15 @@ def evaluated(model):
     model.eval()
 
 
-QUANTISED_WRITES = [written_pieces, written_factor, rescaled, merged_and_unmerged, loaded_state, evaluated]
+QUANTISED_WRITES = [
+    written_pieces,
+    weight_in_place,
+    written_factor,
+    rescaled,
+    merged_and_unmerged,
+    loaded_state,
+    evaluated,
+]
 quiet = pytest.mark.filterwarnings("ignore:Merge lora:UserWarning", "ignore:Unmerge lora:UserWarning")
 SCHEMES = [s for s in SCHEMES if "hqq" not in s.id]
 
@@ -568,6 +629,7 @@ def test_a_write_to_a_quantised_layer_is_followed(scheme, write):
     write(model)
     y = model(x)
     cache.check()
+    assert computed_norms(lambda: model(x)) == 0
     cache.remove()
     assert torch.equal(model(x), y)
     if write is not evaluated:

@@ -110,6 +110,7 @@ def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool
     with Undo() as log:
         _keep_layers(log, self.model)
         _merge_adapter_stock(self, adapter_names=adapter_names, safe_merge=safe_merge)
+        _refresh_norms(self.model)
 
 
 def unmerge_adapter(self) -> None:
@@ -117,8 +118,7 @@ def unmerge_adapter(self) -> None:
     with Undo() as log:
         _keep_layers(log, self.model)
         _unmerge_adapter_stock(self)
-        for layer in _layers(self.model):
-            norms.refresh(layer)
+        _refresh_norms(self.model)
 
 
 def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
@@ -137,8 +137,11 @@ def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn
         return _unload_stock(self, merge, *args, **kwargs)
 
 
-def _layers(root: nn.Module) -> list[LoraLayer]:
-    return [module for module in root.modules() if isinstance(module, LoraLayer)]
+def _refresh_norms(root: nn.Module) -> None:
+    """Of merged layers they are forgotten, and with them what they were taken of: a quantised weight is another one."""
+    for module in root.modules():
+        if isinstance(module, LoraLayer):
+            norms.refresh(module)
 
 
 def _keep_layers(log: Undo, root: nn.Module) -> None:
