@@ -17,6 +17,7 @@ import test_peft_caching as writes  # noqa: E402
 from peft.helpers import rescale_adapter_scale  # noqa: E402
 from peft_models import KINDS, off_init, target, twins  # noqa: E402
 from test_norm_cache import computed_norms, trained  # noqa: E402
+from test_norm_cache_tools import Average, FlatMaster, ScheduleFree  # noqa: E402
 from test_peft_caching import factor, input_of  # noqa: E402
 from test_peft_quantised import SCHEMES, quantised_model, torchao_int8  # noqa: E402
 
@@ -327,6 +328,56 @@ def test_compiled_losses_are_the_same_bits(adapters):
         assert train(model, compiled) == expected
     cache.check()
     assert all(keeper.norm_traced for keeper in keepers(model) if keeper.adapter == "default")
+
+
+def evaluated_average(model, optimizer):
+    average = Average(trained(model))
+    average.shadow = [1.5 * p for p in average.shadow]
+    model.eval()
+    with average.average_parameters():
+        yield
+    model.train()
+
+
+def schedule_free(model, optimizer):
+    optimizer.eval()
+    yield
+    optimizer.train()
+
+
+def nothing(model, optimizer):
+    yield
+
+
+TOOLS = {
+    "average": (lambda p: torch.optim.AdamW(p, lr=1e-2), evaluated_average),
+    "schedule_free": (lambda p: ScheduleFree(p, lr=0.1, through_data=True), schedule_free),
+    "copies": (FlatMaster, nothing),  # a flat copy of the parameters is stepped and copied to them
+}
+
+
+@pytest.mark.parametrize("use_compile", [False, True])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_that_write_to_parameters(tool, use_compile):
+    torch._dynamo.reset()
+    model = adapted()
+    dorac.cache_norms(model)
+    make, around = TOOLS[tool]
+    optimizer = make(trained(model))
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if use_compile else model
+    generator, outputs = torch.Generator().manual_seed(3), []
+    getattr(optimizer, "train", lambda: None)()
+    for _ in range(3):
+        x = torch.randn(6, 24, generator=generator)
+        assert_fresh(model, forward, x=x)
+        optimizer.zero_grad()
+        forward(x).square().mean().backward()
+        optimizer.step()
+        for _ in around(model, optimizer):
+            with torch.no_grad():
+                outputs.append(assert_fresh(model, forward, x=x))
+                assert torch.equal(forward(x), outputs[-1])
+    assert len({y.sum().item() for y in outputs}) == 3
 
 
 def test_adapters_have_norms_of_their_own():
