@@ -1,17 +1,18 @@
 """``cache_norms``: norms computed once per optimizer step instead of in every forward."""
 
 import functools
+import sys
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Self
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dorac.apply import bare, require_layers
+from dorac.apply import bare, dora_layers
 from dorac.nn import DoraLayer, norm_cache, starts
+from dorac.nn.norm_cache import Keeper
 
 _WRITTEN = (
     "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "
@@ -22,6 +23,9 @@ _WRITTEN = (
 
 def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     """Keeps the norm of every DoRA layer of ``model`` from one optimizer step to the next; forward computes none.
+
+    DoRA layers are those of ``dorac.nn`` and, each adapter with a norm of its own, those of PEFT under
+    :func:`dorac.peft.enable`, over quantised base layers too.
 
     Results are the same, bit for bit wherever the norm is an op of its own (in eager, and compiled): forward reads what
     it would have computed. Gradient accumulation, activation checkpointing and inference pay for no norm.
@@ -46,6 +50,10 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
 
+    In models of PEFT's ``set_peft_model_state_dict`` and ``load_adapter`` are such a ``load_state_dict``. A scaling is
+    compared in every forward: an eager one takes the norm anew, compiled code its own while the scaling is another. So
+    do adapters that are added later. ``dorac.peft.disable(model)`` forgets the norms.
+
     Args:
         model: with DoRA layers, none of them cached already; trained or not, compiled before or afterwards.
         debug: every forward takes the norm and compares, in eager; with ``torch.compile(fullgraph=True)`` it raises.
@@ -55,9 +63,19 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; sharded parameters; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded or offloaded; a base weight of a format
+            that is not known; cached already). The model is then unchanged.
     """
-    return NormCache(require_layers(bare(model)), debug=debug)
+    model = bare(model)
+    layers: dict[str, Keeper] = dict(dora_layers(model))
+    if (norms := sys.modules.get("dorac.peft.norms")) is not None:  # else no model runs on dorac.peft
+        layers |= norms.adapter_norms(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first, or give a model of "
+            "PEFT's to dorac.peft.enable"
+        )
+    return NormCache(layers, debug=debug)
 
 
 class NormCache:
@@ -66,9 +84,10 @@ class NormCache:
     A copy or a pickle of it holds no layers, as a copy of the model holds no cached norms.
     """
 
-    def __init__(self, layers: dict[str, DoraLayer], *, debug: bool) -> None:
+    def __init__(self, layers: dict[str, Keeper], *, debug: bool) -> None:
         for layer in layers.values():
-            starts.settle(layer)
+            if isinstance(layer, DoraLayer):
+                starts.settle(layer)
         refused = {name or type(layer).__name__: norm_cache.uncacheable(layer) for name, layer in layers.items()}
         refused = {name: reason for name, reason in refused.items() if reason}
         if refused:
@@ -143,16 +162,10 @@ class _StepHooks:
 _HOOKS = _StepHooks()
 
 
-def _stepped(optimizer: Optimizer) -> list[DoraLayer]:
-    """The layers of which the optimizer holds a parameter."""
+def _stepped(optimizer: Optimizer) -> list[Keeper]:
+    """The layers of which the optimizer holds what the norm is taken of."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-    def holds(parameters: Iterable[nn.Parameter]) -> bool:
-        return not held.isdisjoint(map(id, parameters))
-
-    return [
-        layer for layer in norm_cache.kept_layers if holds(layer._parameters.values()) or holds(layer.base_weights())
-    ]
+    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, layer.norm_inputs()))]
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

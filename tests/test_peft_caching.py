@@ -11,7 +11,10 @@ peft = pytest.importorskip("peft")
 
 from peft.helpers import DoraCaching  # noqa: E402
 from peft_models import KINDS, off_init, target, twins  # noqa: E402
+from test_norm_cache import computed_norms  # noqa: E402
+from test_peft_quantised import SCHEMES, quantised_model  # noqa: E402
 
+from dorac import packed  # noqa: E402
 from dorac.peft.variants import factors  # noqa: E402
 
 SOME = ["linear", "gpt2_conv1d", "embedding", "conv2d"]
@@ -223,6 +226,50 @@ def test_transforms_keep_no_norm():
         torch.testing.assert_close(torch.func.vmap(run)(state), expected)
         with torch.inference_mode():
             torch.testing.assert_close(copy.deepcopy(ours)(x), ours(x), rtol=0, atol=0)
+
+
+# Quantised base layers
+
+
+def quantised_factor(model):
+    return model.base_model.model[0].lora_B["default"].weight
+
+
+def data_of_a_factor(model):
+    quantised_factor(model).data.mul_(2)
+
+
+def scale_in_place(model):
+    base = model.base_model.model[0].base_layer
+    piece = next(piece for piece in packed.stored(base) if piece.dtype is torch.float32)
+    with torch.no_grad():
+        piece.mul_(2)
+
+
+def weight_in_place(model):
+    weight = model.base_model.model[0].base_layer.weight
+    with torch.no_grad():
+        weight.copy_(weight.flip(0) if type(weight.data) is torch.Tensor else weight)
+
+
+def other_scaling(model):
+    model.base_model.model[0].set_scale("default", 3)
+
+
+@pytest.mark.parametrize(
+    "write", [data_of_a_factor, scale_in_place, weight_in_place, other_scaling], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if "hqq" not in scheme.id])
+def test_norms_of_quantised_layers_are_kept_and_follow(scheme, write):
+    model, x = quantised_model(scheme).eval(), torch.randn(5, 64)
+    with DoraCaching(), torch.no_grad():
+        model(x)  # in eval mode bitsandbytes packs a weight anew
+        assert computed_norms(lambda: model(x)) == 0
+        write(model)
+        assert computed_norms(lambda: model(x)) == 1
+        y = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y, rtol=0, atol=0)
 
 
 # The dense norm, PEFT's own name for it

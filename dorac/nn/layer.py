@@ -87,6 +87,7 @@ class DoraLayer(nn.Module):
     PEFT_KEYS: ClassVar[dict[str, str]]
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
+    cannot_cache: ClassVar[str | None] = None  # see norm_cache.Keeper
     # Until then, and while copies are made, what is read and set is the wrapper's own.
     _is_built = False
 
@@ -269,6 +270,10 @@ class DoraLayer(nn.Module):
         factors = self._own_parameters()
         del factors[2::3]  # magnitudes
         return *self.base_weights(), *factors
+
+    def packed_base(self) -> nn.Module | None:
+        """The base layer if its weight is packed, for :mod:`dorac.nn.norm_cache`."""
+        return None
 
     def _known_norm(self) -> Tensor | None:
         """The cached norm, or None where forward has to take its own: see :mod:`dorac.nn.norm_cache`."""

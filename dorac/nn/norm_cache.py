@@ -17,18 +17,41 @@ of activation checkpointing would refuse) and has a second graph, which takes it
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dorac import checks
+from dorac import checks, packed
 from dorac.ops import front, sharded
 from dorac.ops.norm import row_norms
 
-if TYPE_CHECKING:
-    from dorac.nn.layer import DoraLayer
+
+class Keeper(Protocol):
+    """Whose norm is kept: a :class:`dorac.nn.DoraLayer`, or one adapter of a layer of PEFT's.
+
+    It has the attributes of :data:`NOTHING_KEPT`, and they are all that is written here.
+    """
+
+    norm_grad: bool
+    norm_budget: int
+    scaling: float | Tensor  # and _scaling, the same
+    merged: bool  # or in another state in which no norm can be taken
+    cannot_cache: str | None  # why no norm can be kept, beside what is asked of all
+
+    def base_weights(self) -> Sequence[Tensor]: ...
+
+    def norm_inputs(self) -> tuple[Tensor, ...]:
+        """The base weights and, of each, its two factors."""
+
+    def norm_operands(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The matrix and the factors, None where the norm is not that of one dense matrix."""
+
+    def packed_base(self) -> nn.Module | None:
+        """The module of which :func:`dorac.packed.stored` has the pieces of the base weight; None for a dense one."""
+
+    def _norm(self) -> Tensor: ...
 
 
 STALE = (
@@ -40,6 +63,7 @@ NOTHING_KEPT = {
     "caches_norm": False,  # whether the norm is cached
     "cached_norm": None,
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
+    "cached_scaling": None,  # the scaling that it was taken with
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
@@ -48,7 +72,7 @@ NOTHING_KEPT = {
 }
 
 # The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
-kept_layers: weakref.WeakSet["DoraLayer"] = weakref.WeakSet()
+kept_layers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -87,17 +111,43 @@ class Moment:
         return grad_mode != self.grad_mode and not front.in_backward()
 
 
+class PackedMoment(Moment):
+    """That of a packed weight and its factors: the pieces are asked of the module that holds them each time.
+
+    What is written to the weight as a whole counts in its own version, not in that of its pieces.
+    """
+
+    __slots__ = ("base", "pieces", "version")
+
+    def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module) -> None:
+        super().__init__(tensors, grad_mode)
+        self.base, self.version = weakref.ref(base), _version(tensors[0])
+        self.pieces = Moment(packed.stored(base))
+
+    def passed(self, tensors: Sequence[Tensor]) -> bool:
+        if _version(tensors[0]) != self.version or super().passed(tensors):
+            return True
+        base = self.base()
+        pieces = [] if base is None else packed.stored(base)
+        return len(pieces) != len(self.pieces.states) or self.pieces.passed(pieces)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version  # inference tensors have none
+
+
 def _state(tensor: Tensor) -> tuple | None:
     if type(tensor) not in (Tensor, torch.nn.Parameter):  # what a subclass holds is its own affair
         return None
-    version = None if tensor.is_inference() else tensor._version  # inference tensors have none
-    return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), version
+    return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), _version(tensor)
 
 
-def uncacheable(layer: "DoraLayer") -> str | None:
+def uncacheable(layer: Keeper) -> str | None:
     """Why the norm of this layer cannot be cached, or None if it can."""
     if layer.caches_norm:
         return "it is cached already; remove() that cache first"
+    if layer.cannot_cache:
+        return layer.cannot_cache
     if any(weight.requires_grad for weight in layer.base_weights()):
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
@@ -108,7 +158,7 @@ def uncacheable(layer: "DoraLayer") -> str | None:
 
 
 @torch.no_grad()
-def start(layers: Iterable["DoraLayer"], *, debug: bool) -> None:
+def start(layers: Iterable[Keeper], *, debug: bool) -> None:
     """Caches the norms of these layers from now on; ``debug``: checks them in every forward."""
     torch.compiler.assume_constant_result(_verify_while_tracing)  # here: it imports the compiler
     try:
@@ -121,7 +171,7 @@ def start(layers: Iterable["DoraLayer"], *, debug: bool) -> None:
         raise
 
 
-def stop(layers: Iterable["DoraLayer"]) -> None:
+def stop(layers: Iterable[Keeper]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
         vars(layer).update(NOTHING_KEPT)
@@ -129,7 +179,7 @@ def stop(layers: Iterable["DoraLayer"]) -> None:
 
 
 @torch.no_grad()
-def refresh(layers: Iterable["DoraLayer"]) -> None:
+def refresh(layers: Iterable[Keeper]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
 
     A layer that has been sharded since takes its own from then on; so do all of them until the next refresh if this one
@@ -138,7 +188,7 @@ def refresh(layers: Iterable["DoraLayer"]) -> None:
     _take(layers, seen_by_autograd=True)
 
 
-def _take(layers: Iterable["DoraLayer"], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
+def _take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
     """As :func:`refresh`; a norm that is the same as ever may be written while a graph holds it, unseen by autograd."""
     taken = []
     layers = [layer for layer in layers if layer.caches_norm]
@@ -157,7 +207,7 @@ def _take(layers: Iterable["DoraLayer"], *, seen_by_autograd: bool, grad_mode: b
         raise
 
 
-def _write(taken: list[tuple["DoraLayer", tuple]], norms: list[Tensor], seen_by_autograd: bool) -> None:
+def _write(taken: list[tuple[Keeper, tuple]], norms: list[Tensor], seen_by_autograd: bool) -> None:
     """In place, in one launch for all layers; where it does not fit, into memory of its own."""
     old, new = [], []
     for (layer, _), norm in zip(taken, norms, strict=True):
@@ -175,18 +225,22 @@ def _write(taken: list[tuple["DoraLayer", tuple]], norms: list[Tensor], seen_by_
         torch._foreach_copy_(old, new)
 
 
-def _note(layer: "DoraLayer", tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
+def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
     of = *tensors, layer.cached_norm
     if torch.compiler.is_compiling():  # the host sees no tensors: the first eager forward takes the norm anew
         layer.cached_of, layer.cached_at, layer.norm_in_doubt = of, None, layer.norm_distrusted
+        layer.cached_scaling = layer.scaling
         return
     if grad_mode is None and layer.cached_at is not None:
         grad_mode = layer.cached_at.grad_mode
-    moment = Moment(tensors, grad_mode)
-    vars(layer).update(cached_of=of, cached_at=moment, norm_in_doubt=layer.norm_distrusted)  # setattr is slow
+    base = layer.packed_base()
+    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base)
+    vars(layer).update(  # setattr is slow
+        cached_of=of, cached_scaling=layer.scaling, cached_at=moment, norm_in_doubt=layer.norm_distrusted
+    )
 
 
-def _norms(layers: list["DoraLayer"]) -> list[Tensor]:
+def _norms(layers: list[Keeper]) -> list[Tensor]:
     """The present norms, those of layers of one layout in one launch."""
     scalings = [layer.scaling for layer in layers]
     operands = [
@@ -209,13 +263,13 @@ def _norms(layers: list["DoraLayer"]) -> list[Tensor]:
     return [layer._norm() if norm is None else norm for layer, norm in zip(layers, together, strict=True)]
 
 
-def suspend(layers: Iterable["DoraLayer"]) -> None:
+def suspend(layers: Iterable[Keeper]) -> None:
     """Lets every forward take its own norm until the next :func:`refresh`."""
     for layer in layers:
         layer.cached_of = None
 
 
-def doubt(layers: Iterable["DoraLayer"]) -> None:
+def doubt(layers: Iterable[Keeper]) -> None:
     """An eager forward takes these norms anew, and compiled code its own until the next :func:`refresh`."""
     for layer in layers:
         if layer.caches_norm:
@@ -223,7 +277,7 @@ def doubt(layers: Iterable["DoraLayer"]) -> None:
             layer.norm_in_doubt = True
 
 
-def known_norm(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:
+def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:
     """The cached norm if a forward may use it, else None; checked first where the layer asks for that.
 
     ``inputs``: the layer's ``norm_inputs()``, for who has them at hand.
@@ -244,7 +298,7 @@ def known_norm(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> 
     return layer.cached_norm
 
 
-def _verified(layer: "DoraLayer") -> bool:
+def _verified(layer: Keeper) -> bool:
     """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
     moment = layer.cached_at
     if moment is not None and not moment.passed(layer.cached_of) and not moment.in_other_grad_mode():
@@ -271,25 +325,25 @@ def _verify_while_tracing(norm: Tensor) -> None:
             _take([layer], seen_by_autograd=False)
 
 
-def written_since(layer: "DoraLayer") -> bool:
+def written_since(layer: Keeper) -> bool:
     """Whether the host sees that the tensors were written to after the norm was taken of them."""
     moment, of = layer.cached_at, layer.cached_of
     return of is not None and moment is not None and moment.passed(of)
 
 
-def is_stale(layer: "DoraLayer") -> bool:
+def is_stale(layer: Keeper) -> bool:
     """Whether a forward would use a norm that is not the present one. Waits for the device."""
     if layer.merged or not layer.caches_norm or not _usable(layer):
         return False
-    if layer.cached_at is None and layer.norm_in_doubt:  # which no forward would use
-        return False
+    if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
+        return False  # no forward would use it
     norm = layer._norm()
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
     return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
 
 
-def _usable(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> bool:
+def _usable(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> bool:
     """Whether the cached norm is that of the tensors which stand in the layer now.
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
@@ -307,9 +361,9 @@ def _usable(layer: "DoraLayer", inputs: tuple[Tensor, ...] | None = None) -> boo
     return all(map(operator.is_, (*inputs, layer.cached_norm), of))
 
 
-def _check(layer: "DoraLayer") -> None:
+def _check(layer: Keeper) -> None:
     if torch.compiler.is_compiling():  # breaks the graph, or says why where that is not allowed
         raise RuntimeError("cache_norms(debug=True) compares in eager only: compile without fullgraph, or use check()")
     with torch.no_grad():
         if is_stale(layer):
-            raise RuntimeError(STALE.format(type(layer).__name__))
+            raise RuntimeError(STALE.format(type(layer).__name__ if isinstance(layer, nn.Module) else layer))

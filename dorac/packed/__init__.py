@@ -10,7 +10,7 @@ import torch
 from dorac.packed.bnb_4bit import Bnb4bit, Bnb4bitCpu
 from dorac.packed.bnb_int8 import BnbInt8
 from dorac.packed.float4 import Mxfp4, Nvfp4
-from dorac.packed.recognise import of
+from dorac.packed.recognise import of, stored
 from dorac.packed.scaled_8bit import Scaled8bit
 from dorac.packed.torchao_int4 import TorchaoInt4
 
@@ -47,5 +47,6 @@ __all__ = [
     "flatten",
     "is_packed",
     "of",
+    "stored",
     "unflatten",
 ]

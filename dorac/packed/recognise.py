@@ -38,6 +38,23 @@ def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
     return None if read is None else read(weight, source)
 
 
+def stored(source: nn.Module) -> list[Tensor]:
+    """The tensors that :func:`of` reads the packed weight of a module from, as they lie there and in a fixed order.
+
+    Whoever keeps something that was taken of the weight watches them, and the version of the weight itself.
+
+    Raises:
+        ValueError: as :func:`of`.
+    """
+    weight = source.weight
+    if hasattr(type(weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype
+        pieces = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    else:
+        value = of(source)
+        pieces = value[: value.PIECES]
+    return [piece for piece in pieces if piece is not None]
+
+
 def _bnb_4bit(weight: Tensor, source: nn.Module | Tensor) -> Bnb4bit | Bnb4bitCpu:
     state = getattr(weight, "quant_state", None)
     if state is None:  # the parameter was converted, by FSDP for one; the layer keeps the state too

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from dorac import functional, magnitudes, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
+from dorac.nn import norm_cache
 from dorac.numerics import accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
+from dorac.peft.norms import AdapterNorm
 from dorac.peft.weights import (
     call_unit,
     dense_weight,
@@ -51,22 +53,33 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     """
 
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
+    keeper: AdapterNorm | None = None  # of the norm under dorac.cache_norms
 
     def train(self, mode: bool = True) -> Self:
         self._cache_clear()
+        if mode != self.training:
+            norm_cache.doubt(self._keepers())
         if mode:
             magnitudes.widen(self._parameters.get("weight"))
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    # A LoRA layer registers its magnitudes last: what follows reaches them after its base layer and its factors.
+
+    def _apply(self, fn, recurse=True) -> Self:
         """Moves and casts as any module, but never casts the magnitude below float32: see :mod:`dorac.magnitudes`."""
         weight = self._parameters.get("weight")
         kept = () if weight is None else (weight, weight.grad)
-        return super()._apply(magnitudes.never_narrower(fn, *kept), recurse)
+        super()._apply(magnitudes.never_narrower(fn, *kept), recurse)
+        norm_cache.refresh(self._keepers())
+        return self
 
     def _load_from_state_dict(self, *args) -> None:
         magnitudes.widen(self._parameters.get("weight"))  # before what comes is rounded
         super()._load_from_state_dict(*args)
+        norm_cache.refresh(self._keepers())
+
+    def _keepers(self) -> list[AdapterNorm]:
+        return [] if self.keeper is None else [self.keeper]
 
     def current(self) -> Tensor:
         """The magnitude for a forward; a trained one in half precision becomes float32 first."""
@@ -79,7 +92,15 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
-        return {**state, "_dora_cache": {}}  # what a copy's norms would be taken of are other tensors
+        # What a copy's norms would be taken of are other tensors.
+        return {name: value for name, value in state.items() if name != "keeper"} | {"_dora_cache": {}}
+
+    def known_norm(
+        self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+    ) -> Tensor | None:
+        """The norm that :func:`dorac.cache_norms` keeps, if it is that of these parameters now."""
+        keeper = self.keeper
+        return None if keeper is None else keeper.known((parameter(base_layer, "weight"), lora_A, lora_B), scaling)
 
     def keeps_norms(self) -> bool:
         """Whether norms are kept now; forgets those there are if not. Compiled code neither keeps nor forgets."""
@@ -139,28 +160,31 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         *,
         groups: int = 1,
         adapter_name: str | None = None,
+        base_layer: nn.Module | None = None,
     ) -> Tensor:
         """The same norm from the factors as PEFT stores them; a constant in backprop (paper, section 4.3).
 
-        Of a packed weight (:mod:`dorac.packed`) it is read from there.
+        Of a packed weight (:mod:`dorac.packed`) it is read from there. ``base_layer``: whose weight it is, if known;
+        under ``DoraCaching`` no norm of a quantised one is kept without it.
 
         Of an embedding ``||weight^T + s * lora_B lora_A||_row``, from ``lora_A [r, vocab]`` and ``lora_B [dim, r]``.
 
         Raises:
             RuntimeError: FSDP1 holds one of them in parts now.
         """
-        lora_A, lora_B = whole(lora_A), whole(lora_B)
-        if packed.is_packed(weight):
-            return functional.norm_factored(weight, lora_A, lora_B, scaling, budget=self.norm_budget)
-        weight = whole(weight)
+        factors = whole(lora_A), whole(lora_B)
+        is_packed = packed.is_packed(weight)
+        if not is_packed:
+            weight = whole(weight)
 
         def norm() -> Tensor:
-            if weight.ndim >= 3:
-                flat = functional.norm_factored_conv(weight, lora_A, lora_B, scaling, groups=groups)
+            if not is_packed and weight.ndim >= 3:
+                flat = functional.norm_factored_conv(weight, *factors, scaling, groups=groups)
                 return flat.view(1, -1, *[1] * (weight.ndim - 2))
-            return functional.norm_factored(self._matrix(weight), lora_A, lora_B, scaling, budget=self.norm_budget)
+            matrix = weight if is_packed else self._matrix(weight)
+            return functional.norm_factored(matrix, *factors, scaling, budget=self.norm_budget)
 
-        return self._kept(adapter_name, lambda: Origin.of(weight, lora_A, lora_B, scaling, groups), norm)
+        return self._kept(adapter_name, lambda: Origin.of(base_layer, weight, factors, scaling, groups), norm)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -210,10 +234,17 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
-            weight = dense_weight(base_layer)
-            lora, norm = self._lora_and_norm(
-                x, lora_A, lora_B, lambda A, B: self.factored_norm(weight, A, B, scaling, adapter_name=adapter_name)
-            )
+            known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
+            weight = dense_weight(base_layer) if known is None or base_result is None else None
+
+            def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                if known is not None:
+                    return known
+                return self.factored_norm(
+                    weight, lora_A, lora_B, scaling, adapter_name=adapter_name, base_layer=base_layer
+                )
+
+            lora, norm = self._lora_and_norm(x, lora_A, lora_B, norm_of)
             g = self.mag_scale(norm)
             if base_result is None:
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
@@ -321,8 +352,11 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         groups = base_layer.groups
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
+            known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
 
             def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                if known is not None:
+                    return known
                 return self.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter_name)
 
             if all(getattr(lora_A, name, None) == getattr(base_layer, name) for name in _PLACEMENT):

@@ -74,8 +74,9 @@ class Linear(_Layer, layer.Linear):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
-        scaling, norm = self.scaling[adapter], None  # the function takes it
-        if module.keeps_norms():
+        scaling = self.scaling[adapter]
+        norm = module.known_norm(base, lora_A, lora_B, scaling)
+        if norm is None and module.keeps_norms():  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         return functional.dora_linear(
             x,
@@ -104,8 +105,9 @@ class Embedding(_Layer, layer.Embedding):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude = parts
-        scaling, norm = self.scaling[adapter], None  # the function takes it
-        if module.keeps_norms():
+        scaling = self.scaling[adapter]
+        norm = module.known_norm(base, lora_A, lora_B, scaling)
+        if norm is None and module.keeps_norms():  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         return functional.dora_embedding(
             x,
@@ -154,9 +156,10 @@ class _ConvNd(_Layer):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
-        scaling, groups, norm = self.scaling[adapter], base.groups, None
-        if module.keeps_norms():
-            norm = module.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter).flatten()
+        scaling, groups = self.scaling[adapter], base.groups
+        norm = module.known_norm(base, lora_A, lora_B, scaling)
+        if norm is None and module.keeps_norms():
+            norm = module.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter)
         return getattr(functional, self.FUNCTION)(
             x,
             weight,
@@ -170,7 +173,7 @@ class _ConvNd(_Layer):
             dilation=base.dilation,
             groups=groups,
             padding_mode=base.padding_mode,
-            weight_norm=norm,
+            weight_norm=None if norm is None else norm.flatten(),
             dropout_p=p,
             dropout_on=self.lora_variant[adapter].dropout_on,
         )

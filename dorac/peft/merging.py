@@ -6,12 +6,14 @@ has room.
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
-from peft.tuners.lora import model
+from peft.tuners.lora import LoraLayer, model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac.ops import sharded
+from dorac.peft import norms
 from dorac.peft.state import state
 from dorac.peft.uncovered import report_shared
 from dorac.peft.weights import dense_weight, is_partitioned, is_plain, whole, written_in_place
@@ -28,6 +30,7 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     Raises:
         RuntimeError: FSDP1 holds the weight in parts now.
     """
+    log.add(partial(norms.refresh, layer))  # once all is restored, which is a write
     base = layer.base_layer
     weight = getattr(layer.get_base_layer(), "weight", None)
     if is_plain(weight):
@@ -80,6 +83,7 @@ class Merging:
             keep_layer(log, self)
             with written_in_place(self.get_base_layer()):
                 super().unmerge()
+            norms.refresh(self)
 
     @contextlib.contextmanager
     def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
@@ -106,6 +110,7 @@ def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool
     with Undo() as log:
         _keep_layers(log, self.model)
         _merge_adapter_stock(self, adapter_names=adapter_names, safe_merge=safe_merge)
+        _refresh_norms(self.model)
 
 
 def unmerge_adapter(self) -> None:
@@ -113,6 +118,7 @@ def unmerge_adapter(self) -> None:
     with Undo() as log:
         _keep_layers(log, self.model)
         _unmerge_adapter_stock(self)
+        _refresh_norms(self.model)
 
 
 def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
@@ -129,6 +135,13 @@ def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn
         if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
             log.keep_attribute(self.model.config, "tie_word_embeddings")
         return _unload_stock(self, merge, *args, **kwargs)
+
+
+def _refresh_norms(root: nn.Module) -> None:
+    """Of merged layers they are forgotten, and with them what they were taken of: a quantised weight is another one."""
+    for module in root.modules():
+        if isinstance(module, LoraLayer):
+            norms.refresh(module)
 
 
 def _keep_layers(log: Undo, root: nn.Module) -> None:

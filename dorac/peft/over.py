@@ -11,7 +11,7 @@ from dorac import functional, packed
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
-from dorac.peft.weights import dense_weight, is_partitioned
+from dorac.peft.weights import dense_weight, is_partitioned, is_plain
 
 
 def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:
@@ -32,10 +32,16 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         return None
     if any(is_partitioned(t) for t in (m, bias, getattr(base, "weight", None))):
         return None
-    weight = packed.of(base)
-    if weight is None:
-        weight = dense_weight(base)
-    norm = magnitude.factored_norm(weight, lora_A, lora_B, module.scaling[adapter], adapter_name=adapter)
+    scaling = module.scaling[adapter]
+    norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
+    save_output, weight = module.__dict__.get("save_output", False), None  # see dorac.save_outputs
+    if norm is None or save_output:
+        weight = packed.of(base)
+        if weight is None:
+            weight = dense_weight(base)
+            save_output = save_output and is_plain(getattr(base, "weight", None))  # a copy is not to be kept
+    if norm is None:
+        norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
     device = result.device
     return functional.dora_over(
         result,
@@ -45,8 +51,8 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         m.to(device),
         bias,
         weight_norm=norm.to(device),
-        scaling=module.scaling[adapter],
+        scaling=scaling,
         base_has_bias=bias is not None,
-        save_output=module.__dict__.get("save_output", False),  # see dorac.save_outputs
+        save_output=save_output,
         weight=weight,
     )

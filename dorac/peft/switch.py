@@ -273,12 +273,15 @@ def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = 
 
 
 def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
+    from dorac.peft.norms import forget
+
     if type(module) in classes:
         log.keep_attribute(module, "__class__")
         module.__class__ = classes[type(module)]
         if DROPOUT_ON in vars(module):
             _write([(vars(module), DROPOUT_ON, None)], log)
         # What one class keeps the other would not check.
+        forget(module, log)
         if getattr(module, "_dora_cache", None):
             log.add(partial(module._dora_cache.update, dict(module._dora_cache)))
             module._dora_cache.clear()
