@@ -71,9 +71,10 @@ class _DoraOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, d_inner_again, d_h_again):
         needs_base, needs_x, needs_a, needs_b, needs_m, _, _, needs_bias = ctx.needs_input_grad[:8]
-        magnitude, weight_norm = ctx.saved_tensors[4:6]
+        saved = ctx.saved_tensors  # once: checkpoints give them out once
+        magnitude, weight_norm = saved[4:6]
         dx, _, d_a, d_b, d_m, d_bias, _, d_base = gradients(
-            ctx.saved_tensors,
+            saved,
             (needs_x, False, needs_a, needs_b, needs_m, needs_bias, False),
             ctx.dtypes,
             (dy, d_inner_again, d_h_again),
