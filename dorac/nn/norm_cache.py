@@ -88,8 +88,9 @@ class Moment:
 
 
 def _state(tensor: Tensor) -> tuple | None:
-    if type(tensor) not in (Tensor, torch.nn.Parameter):  # what a subclass holds is its own affair
-        return None
+    kind = type(tensor)
+    if kind not in (Tensor, torch.nn.Parameter) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None  # what it holds is its own affair
     version = None if tensor.is_inference() else tensor._version  # inference tensors have none
     return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), version
 
