@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dorac
 from dorac import functional
-from dorac.testing import linear_inputs
+from dorac.testing import linear_inputs, quantised_layers
 
 for _optional in ("peft", "transformers.models.mixtral.modeling_mixtral"):
     with contextlib.suppress(ImportError):  # now: imported after a seed is set, they would draw random numbers
@@ -128,6 +128,20 @@ def linear(scaling: float, rank: int, **options) -> nn.Module:
 
 def cached(scaling: float, rank: int) -> nn.Module:
     layer = linear(scaling, rank)
+    dorac.cache_norms(layer)
+    return layer
+
+
+def quantised(scaling: float, rank: int, **options) -> nn.Module:
+    """Over a stand-in for bitsandbytes' 4-bit layer."""
+    base = quantised_layers.Linear4bit(IN, OUT).to("cpu")
+    return off_norm(
+        dorac.nn.DoraQuantLinear(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False, **options)
+    )
+
+
+def quantised_cached(scaling: float, rank: int) -> nn.Module:
+    layer = quantised(scaling, rank)
     dorac.cache_norms(layer)
     return layer
 
@@ -295,6 +309,9 @@ ROWS = {
         lambda s, r: linear(s, r, lora_dropout=0.3, dropout_on="low_rank"), features, drops=True
     ),
     "DoraLinear, norm cached": Row(cached, features),
+    "DoraQuantLinear": Row(quantised, features),
+    "DoraQuantLinear, dropout": Row(lambda s, r: quantised(s, r, lora_dropout=0.3), features, drops=True),
+    "DoraQuantLinear, norm cached": Row(quantised_cached, features),
     "DoraEmbedding": Row(embedding, indices),
     "DoraExperts": Row(experts, routed),
     **{f"DoraConv{n}d": Row(conv(n), images(n)) for n in (1, 2, 3)},

@@ -115,6 +115,7 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
     modules = {target.name: target.module for target in targets}
     notices.warn_read_past_forward(model, modules, merging=False, stacklevel=3)
+    notices.warn_dense_copies(modules, stacklevel=3)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:
@@ -346,8 +347,8 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
 def _memory(parameter: Tensor) -> tuple[str, int]:
     """Where the parameter's memory begins (of a DTensor, this rank's shard), or which it is if it has none."""
     local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
-    if local.numel() and not local.is_meta:
-        return "address", local.data_ptr()
+    if local.numel() and not local.is_meta and (address := local.data_ptr()):  # 0: it consists of other tensors
+        return "address", address
     return "id", id(parameter)
 
 

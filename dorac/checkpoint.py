@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, notices
+from dorac import adapter_config, checks, notices, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
@@ -291,7 +291,10 @@ def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target
 
 
 def _embedding_tensors(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of adapted token embeddings and language-model heads under the keys that PEFT saves them with."""
+    """The parameters of adapted token embeddings and language-model heads under the keys that PEFT saves them with.
+
+    Not those of quantised ones, which are no dense weights.
+    """
     ends = {
         getattr(module, "base_layer", module)
         for getter in ("get_input_embeddings", "get_output_embeddings")
@@ -300,7 +303,7 @@ def _embedding_tensors(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict
     return {
         _key(name, f"base_layer.{key}"): parameter
         for name, module in bases.items()
-        if module in ends
+        if module in ends and packed.holder(module) is None
         for key, parameter in module.named_parameters()
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from dorac import weight_reads
+from dorac import packed, weight_reads
 from dorac.nn import DoraLayer, starts
 
 _SHOWN = 8  # names of one kind in a warning
@@ -38,6 +38,20 @@ def warn_read_past_forward(
         RuntimeWarning,
         stacklevel=stacklevel + 1,
     )
+
+
+def warn_dense_copies(modules: Mapping[str, nn.Module], *, stacklevel: int) -> None:
+    """Names those quantised ones of ``modules`` whose norm takes a dense copy of the weight."""
+    found = [
+        name for name, module in modules.items() if packed.holder(module) is not None and packed.of(module) is None
+    ]
+    if found:
+        warnings.warn(
+            "the format of these quantised weights is read through their own dequantisation: each norm takes a dense "
+            f"copy of the weight (dorac.cache_norms: one in an optimizer's step): {_listed(found)}",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParalle
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear
+from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear
 from dorac.ops import front
 
 
@@ -85,6 +85,8 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
     kind = type(style).__name__
     if not isinstance(layer, (DoraLinear, DoraEmbedding)):
         raise ValueError(f"{kind} shards linear layers and embeddings, got {type(layer).__name__}")
+    if isinstance(layer, DoraQuantLinear):
+        raise ValueError(f"{kind}: a quantised base weight ({type(layer.base_layer).__name__}) cannot be sharded")
     if layer.merged:
         raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
     if isinstance(layer, DoraEmbedding) and matrix == Shard(1):

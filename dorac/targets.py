@@ -8,6 +8,7 @@ from numbers import Integral
 
 from torch import nn
 
+from dorac import packed
 from dorac.names import Compile, Names, Pattern, compile_regex, parents
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
@@ -87,7 +88,8 @@ def find_targets(
         if excluded.match(name) or not whole.isdisjoint(parents(name)):
             return False
         if all_linear:
-            found = module is not head and (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
+            linear = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
+            found = module is not head and (linear or packed.holder(module) is not None)
             return found and (not layers or layer_index(name) in layers)
         if not targeted.match(name):
             return False

@@ -187,22 +187,13 @@ def test_biases_are_looked_at_too():
         dorac.nn.DoraLinear(layer, r=1)
 
 
-def test_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(nn.Linear(32, 32)).bfloat16()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match=r"\n  0: the weight of Linear is a .*torch.int8.*dequantise it first"):
-        dorac.apply_dora(model, ["0"], r=2)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits):
+    """Functions take no packed parameter for a weight, but what ``dorac.packed.of`` makes of it."""
     bnb = pytest.importorskip("bitsandbytes")
     layer = {
         4: lambda: bnb.nn.Linear4bit(64, 64, quant_storage=torch.bfloat16),
         8: lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
     }[bits]().to("cpu")
-    with pytest.raises(ValueError, match=r"\n  0: .*dequantise it first"):
-        dorac.apply_dora(nn.Sequential(layer), ["0"], r=2)
     with pytest.raises(TypeError, match=r"weight must be .*[;:] dequantise"):
         functional.norm_factored(layer.weight, torch.ones(2, 64), torch.ones(64, 2), 1.0)

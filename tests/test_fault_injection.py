@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 import dorac
 from dorac.apply import dora_layers
 from dorac.nn import DoraExperts, DoraLayer
+from dorac.testing import quantised_layers
 
 ERRORS = (ValueError, MemoryError, KeyboardInterrupt)
 CACHES = []  # of the models of a test
@@ -290,6 +291,26 @@ def test_merge(unload):
 def test_unmerge():
     original = dorac.merge(adapted())
     every_fault(cached_copies_of(original), dorac.unmerge, floor=6)
+
+
+def quantised(kind):
+    model = plain()
+    model.body.linear = kind(6, 8).to("cpu")
+    model(TOKENS)  # an 8-bit layer takes its scales over in its first forward
+    return model
+
+
+@pytest.mark.parametrize("kind", [quantised_layers.Linear4bit, quantised_layers.Linear8bitLt])
+@pytest.mark.parametrize("call", ["apply_dora", "merge", "unload", "unmerge"])
+def test_quantised(kind, call):
+    original = quantised(kind)
+    if call == "apply_dora":
+        return every_fault(copies_of(original), wrap, floor=60, errors=ERRORS[:1])
+    wrap(original)
+    off_init(original)
+    if call == "unmerge":
+        return every_fault(cached_copies_of(dorac.merge(original)), dorac.unmerge, floor=6)
+    return every_fault(cached_copies_of(original), lambda m: dorac.merge(m, unload=call == "unload"), floor=6)
 
 
 def test_merge_of_layers_that_were_put_in_by_hand():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dorac import checks
+from dorac import checks, packed
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front, sharded
@@ -29,7 +29,7 @@ def _low_rank_chunks(
 
 @torch.no_grad()
 def merge_weight(
-    weight: Tensor,
+    weight: Tensor | packed.Packed,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -40,7 +40,8 @@ def merge_weight(
 ) -> tuple[Tensor, Tensor]:
     """``W' = g * (W + s * lora_B @ lora_A)``: the plain weight of the adapted layer (paper, section 4.1).
 
-    Args: as in :func:`dora_linear`. Not differentiable: the results are constants, in forward mode too.
+    Args: as in :func:`dora_linear`; a packed weight (:func:`dorac.packed.of`) is made dense. Not differentiable: the
+        results are constants, in forward mode too.
 
     Returns:
         ``(W', n)``: ``[out, in]`` in the weight's dtype, rounded once, and the norm ``[out]`` that
@@ -51,6 +52,9 @@ def merge_weight(
     """
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, scaling, budget=budget)
+    if packed.is_packed(weight):
+        weight.check()
+        weight = weight.rows(0, weight.shape[-2])
     checks.check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     scaling, budget = checks.check_scaling(scaling), checks.check_budget(budget)
     if sharded.any_sharded(weight, lora_A, lora_B, magnitude, weight_norm):

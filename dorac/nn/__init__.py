@@ -6,6 +6,7 @@ from dorac.nn.experts import DoraExperts
 from dorac.nn.kinds import layer_class, unwrappable
 from dorac.nn.layer import DoraLayer
 from dorac.nn.linear import DoraLinear
+from dorac.nn.quantised import DoraQuantLinear
 
 __all__ = [
     "DoraConv1d",
@@ -15,6 +16,7 @@ __all__ = [
     "DoraExperts",
     "DoraLayer",
     "DoraLinear",
+    "DoraQuantLinear",
     "layer_class",
     "unwrappable",
 ]

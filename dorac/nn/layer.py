@@ -88,6 +88,8 @@ class DoraLayer(nn.Module):
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
     cannot_cache: ClassVar[str | None] = None  # see norm_cache.Keeper
+    # What merging has taken out of the base layer, where it is not written in place: see DoraQuantLinear.
+    replaced_base: nn.Module | None = None
     # Until then, and while copies are made, what is read and set is the wrapper's own.
     _is_built = False
 
@@ -149,10 +151,10 @@ class DoraLayer(nn.Module):
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
-        weight = self.weight
+        weight, weight_dtype = self.weight, self._weight_dtype()
         if adapter_dtype is None:
-            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, adapter_dtype), torch.float32)
+            adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(weight_dtype, adapter_dtype), torch.float32)
         for name, shape in shapes.items():
             dtype = wide if name.endswith("lora_magnitude_vector") else adapter_dtype
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
@@ -218,6 +220,10 @@ class DoraLayer(nn.Module):
         """The base weight as the ``[out, in]`` matrix that the norm is taken of: a view where there is one."""
         return self.base_layer.weight
 
+    def _weight_dtype(self) -> torch.dtype:
+        """What the dtypes of the adapter follow."""
+        return self.weight.dtype
+
     def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """What is merged, each with a norm of its own: its matrix, the factors and the magnitude of that."""
         return {"weight": (self._matrix(), *self._factors(), self._magnitude())}
@@ -225,6 +231,10 @@ class DoraLayer(nn.Module):
     def write_part(self, name: str, matrix: Tensor) -> None:
         """Sets the base weight of a part from such a matrix."""
         self._matrix().copy_(matrix)
+
+    def keep_base(self, log: Undo) -> None:
+        """Tells the log of what merging and unmerging write of the base layer."""
+        log.keep(*self.base_weights())
 
     def joined_norms(self, norms: list[Tensor]) -> Tensor:
         """The norms of the parts as one tensor, which :meth:`parted_norms` takes apart."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
 from dorac.nn.layer import DoraLayer, not_stock, parameter
 from dorac.nn.norm_cache import known_norm
@@ -66,6 +66,8 @@ class DoraLinear(DoraLayer):
 
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
+        if packed.holder(module) is not None:
+            return f"{type(module).__name__} is quantised: dorac.nn.DoraQuantLinear adapts it, as dorac.apply_dora does"
         if isinstance(module, nn.Linear):
             return not_stock(module, nn.Linear)
         if is_conv1d(module):

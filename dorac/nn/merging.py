@@ -63,13 +63,13 @@ def _merged(layer: "DoraLayer", name: str, norm: Tensor) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def write_merged(layer: "DoraLayer", norms: list[Tensor], log: Undo) -> None:
     """Merges the layer with the norms that :func:`decide_merge` gave."""
-    log.keep(*layer.base_weights())
+    layer.keep_base(log)
+    log.keep_module(layer)
     known = []
     for name, norm in zip(layer.parts(), norms, strict=True):
         merged, norm = _merged(layer, name, norm)
         layer.write_part(name, merged)
         known.append(norm)
-    log.keep_module(layer)
     with torch.inference_mode(False):  # what was made in inference mode could not be moved or copied to outside it
         layer.merged_norm = layer.joined_norms(known).clone()
 
@@ -77,6 +77,8 @@ def write_merged(layer: "DoraLayer", norms: list[Tensor], log: Undo) -> None:
 @torch.no_grad()
 def decide_unmerge(layer: "DoraLayer") -> None:
     """Raises what unmerging a merged layer would (see :meth:`dorac.nn.DoraLayer.unmerge`)."""
+    if layer.replaced_base is not None:
+        return
     if reason := unwritable(layer):
         raise ValueError(reason)
     parts = layer.parts()
@@ -93,10 +95,13 @@ def decide_unmerge(layer: "DoraLayer") -> None:
 @torch.no_grad()
 def write_unmerged(layer: "DoraLayer", log: Undo) -> None:
     """Unmerges a merged layer."""
-    log.keep(*layer.base_weights())
-    for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
-        matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
-        layer.write_part(name, matrix)
+    layer.keep_base(log)
     layer.keep_norm(log)
+    if layer.replaced_base is not None:
+        layer.take_back_base()
+    else:
+        for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
+            matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
+            layer.write_part(name, matrix)
     layer.merged_norm = None
     norm_cache.refresh([layer])

@@ -137,8 +137,9 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _state(tensor: Tensor) -> tuple | None:
-    if type(tensor) not in (Tensor, torch.nn.Parameter):  # what a subclass holds is its own affair
-        return None
+    kind = type(tensor)
+    if kind not in (Tensor, torch.nn.Parameter) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None  # what it holds is its own affair
     return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), _version(tensor)
 
 

@@ -2,7 +2,8 @@
 
 A value is a ``NamedTuple`` of the pieces as they lie in memory, a pytree that the compiler traces, with ``shape``,
 ``dtype``, ``device``, ``rows(start, stop)``, the dense rows that the layer multiplies with, and ``check()``.
-:func:`of` recognises what a module or a weight holds, without importing the library that made it.
+:func:`of` recognises what a module or a weight holds, :func:`holder` the layers that hold one, both without importing
+the library that made it.
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from dorac.packed.bnb_4bit import Bnb4bit, Bnb4bitCpu
 from dorac.packed.bnb_int8 import BnbInt8
 from dorac.packed.float4 import Mxfp4, Nvfp4
+from dorac.packed.holders import Holder, holder, unreadable, weight_of
 from dorac.packed.recognise import of, stored
 from dorac.packed.scaled_8bit import Scaled8bit
 from dorac.packed.torchao_int4 import TorchaoInt4
@@ -39,14 +41,18 @@ __all__ = [
     "Bnb4bit",
     "Bnb4bitCpu",
     "BnbInt8",
+    "Holder",
     "Mxfp4",
     "Nvfp4",
     "Packed",
     "Scaled8bit",
     "TorchaoInt4",
     "flatten",
+    "holder",
     "is_packed",
     "of",
     "stored",
     "unflatten",
+    "unreadable",
+    "weight_of",
 ]

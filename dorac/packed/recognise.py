@@ -34,7 +34,7 @@ def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
             return _fp8_linear(weight, source)
     else:
         weight = source
-    read = _READERS.get(type(weight).__name__)
+    read = _READERS.get(kind_of(weight, source))
     return None if read is None else read(weight, source)
 
 
@@ -53,6 +53,17 @@ def stored(source: nn.Module) -> list[Tensor]:
         value = of(source)
         pieces = value[: value.PIECES]
     return [piece for piece in pieces if piece is not None]
+
+
+def kind_of(weight: Tensor | None, source: nn.Module | Tensor) -> str:
+    """The name of the weight's class; bitsandbytes' parameters come out of a pickle as plain ones with attributes."""
+    kind = type(weight)
+    if kind is nn.Parameter:
+        if getattr(weight, "quant_state", None) is not None:
+            return "Params4bit"
+        if getattr(weight, "has_fp16_weights", None) is False:
+            return "Int8Params"
+    return kind.__name__
 
 
 def _bnb_4bit(weight: Tensor, source: nn.Module | Tensor) -> Bnb4bit | Bnb4bitCpu:

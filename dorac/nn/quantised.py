@@ -1,0 +1,169 @@
+"""``DoraQuantLinear``: DoRA over a quantised linear layer, which computes its own product."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dorac import functional, packed
+from dorac.nn.layer import parameter
+from dorac.nn.linear import DoraLinear
+from dorac.nn.norm_cache import known_norm
+from dorac.numerics import accumulate_dtype
+from dorac.undo import Undo
+
+
+class DoraQuantLinear(DoraLinear):
+    """Adapts a quantised linear layer: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``, ``base = x W^T`` its own.
+
+    The layers of bitsandbytes (``Linear4bit``, ``Linear8bitLt``), those with a weight of torchao's, transformers'
+    ``FP8Linear`` and ``HQQLinear``. The norm is read from the packed weight, which stays as it is
+    (:func:`dorac.functional.norm_factored`); that of HQQ, and of torchao's formats that :func:`dorac.packed.of` does
+    not know, takes a dense copy. The base layer's forward, its hooks too, runs in every call, and y has the dtype that
+    it returns. With dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
+    ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``.
+
+    Merging quantises ``g * (W + s * lora_B @ lora_A)`` anew, in the same format and with the same settings. Each
+    element is then off by up to half the distance of two neighbours of the format, as it was when W was quantised (nf4:
+    up to 0.152 times the largest of its block; int8: 1/254 of the largest of its row), beside the rounding to the dtype
+    that the library quantises from (int8 of bitsandbytes: float16). The packed weight that was there is kept, and
+    unmerging puts it back bit for bit, whatever g is; while merged, both take memory.
+
+    bitsandbytes on a CPU with bf16 instructions packs a 4-bit weight again, with scales in bf16, in the first forward
+    of eval mode: from then on the norm is that of those numbers, and g differs from that before by up to 2^-9.
+
+    Args:
+        base_layer: quantised already (bitsandbytes quantises in ``.to(device)``).
+        adapter_dtype: of the factors; None takes float32, as over half precision: packed values have no dtype of their
+            own to follow. The magnitude is float32, or float64 with float64 factors.
+        r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights: see :class:`dorac.nn.DoraLinear`.
+        norm_grad: only False; a packed weight's norm carries no gradient.
+
+    Raises:
+        TypeError, ValueError: see :class:`dorac.nn.DoraLayer`; a weight that is not quantised yet, or of which a piece
+            is missing or does not fit; one that quantises or scales its input as well.
+    """
+
+    PEFT_KEYS: ClassVar = DoraLinear.PEFT_KEYS
+
+    def __init__(self, base_layer: nn.Module, r: int = 8, lora_alpha: float = 8, **options) -> None:
+        if options.get("norm_grad") is True:
+            raise ValueError(f"norm_grad needs a dense weight, that of {type(base_layer).__name__} is quantised")
+        super().__init__(base_layer, r, lora_alpha, **options)
+
+    @classmethod
+    def unwrappable(cls, module: nn.Module) -> str | None:
+        if packed.holder(module) is None:
+            return f"{type(module).__name__} is no quantised linear layer that is known here"
+        return packed.unreadable(module)
+
+    @classmethod
+    def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
+        out_features, in_features = base_layer.out_features, base_layer.in_features
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_magnitude_vector": (out_features,)}
+        return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    def _adopt(self, base_layer: nn.Module) -> None:
+        super()._adopt(base_layer)
+        self.holder = packed.holder(base_layer)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base layer's packed values, for code that asks a layer for its device."""
+        return parameter(self._modules["base_layer"], self.holder.attribute)
+
+    def base_weights(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def _weight_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _matrix(self) -> packed.Packed | Tensor:
+        return packed.weight_of(self._modules["base_layer"])
+
+    def norm_operands(self) -> None:
+        return None
+
+    def packed_base(self) -> nn.Module | None:
+        base = self._modules["base_layer"]
+        return None if packed.of(base) is None else base
+
+    def _norm(self) -> Tensor:
+        return functional.norm_factored(
+            self._matrix(), *self._factors(), self._scaling, norm_grad=self.norm_grad, budget=self.norm_budget
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        base_layer = self._modules["base_layer"]
+        base = base_layer(x)  # before the norm: it may pack its weight anew
+        if self.merged_norm is not None:
+            return base
+        lora_A, lora_B, magnitude = self._own_parameters()
+        norm = known_norm(self) if self.caches_norm else None
+        if norm is None:
+            norm = self._norm()
+        if self.training and self.lora_dropout:
+            x = F.dropout(x, self.lora_dropout)
+            if self.dropout_on == "adapter":
+                return self._with_adapter_of(x, base, norm)
+        bias = base_layer.bias
+        return functional.dora_over(
+            base,
+            x,
+            lora_A,
+            lora_B,
+            magnitude,
+            bias,
+            weight_norm=norm,
+            scaling=self._scaling,
+            base_has_bias=bias is not None,
+        )
+
+    def _with_adapter_of(self, x: Tensor, base: Tensor, norm: Tensor) -> Tensor:
+        """``base`` and what DoRA changes for the x that dropout left."""
+        lora_A, lora_B, magnitude = self._own_parameters()
+        lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
+        other = self.base_layer(x)
+        acc = accumulate_dtype(other, lora, norm)
+        other = other.to(acc)
+        if (bias := self.base_layer.bias) is not None:
+            other = other - bias.to(acc)
+        g = functional.magnitude_scale(magnitude, norm)
+        delta = functional.compose(other, lora, g, self._scaling, delta=True)
+        return (base.to(acc) + delta).to(base.dtype)
+
+    def cannot_merge(self) -> str | None:
+        if self.holder.requantised is None:
+            return (
+                f"a {self.holder.name} ({type(self.base_layer).__name__}) cannot be quantised again here: keep the "
+                "adapter beside it, or put nn.Linear layers with the dequantised weights in place of such layers "
+                "before they are adapted"
+            )
+        return super().cannot_merge()
+
+    def keep_base(self, log: Undo) -> None:
+        log.keep_module(self, self.base_layer)
+
+    def write_part(self, name: str, matrix: Tensor) -> None:
+        """Quantises the merged weight, and keeps what it replaces in the base layer."""
+        base, replaced = self.base_layer, nn.Module()
+        with torch.inference_mode(False):
+            new = self.holder.requantised(base, matrix.clone())
+        for key, value in new.items():
+            setattr(replaced, key, getattr(base, key))
+            setattr(base, key, value)
+        replaced.attributes = tuple(new)
+        vars(self)["replaced_base"] = replaced  # no child: its tensors are in no state dict
+
+    def take_back_base(self) -> None:
+        """Puts back what the merged weight has replaced."""
+        for key in self.replaced_base.attributes:
+            setattr(self.base_layer, key, getattr(self.replaced_base, key))
+        vars(self)["replaced_base"] = None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.replaced_base is not None:
+            self.replaced_base._apply(fn)
+        return self
