@@ -168,15 +168,19 @@ def _base_linear(layer: Layer) -> nn.Module:
 
 
 def dorac_every(layer: Layer, dropout_on: str = "adapter") -> nn.Module:
-    """``dorac.nn.DoraLinear``: ``functional.dora_linear`` with the norm computed in every forward."""
-    adapted = dorac.nn.DoraLinear(
-        _base_linear(layer),
+    """dorac's layer, made by ``apply_dora`` and taken out of its holder, with the norm computed in every forward."""
+    holder = nn.Module()
+    holder.linear = _base_linear(layer)
+    dorac.apply_dora(
+        holder,
+        ["linear"],
         layer.rank,
         SCALING * layer.rank,
         lora_dropout=layer.dropout,
         dropout_on=dropout_on,
         adapter_dtype=layer.lora_A.dtype,
     )
+    adapted = holder.linear
     adapted.lora_A = nn.Parameter(layer.lora_A)
     adapted.lora_B = nn.Parameter(layer.lora_B)
     adapted.lora_magnitude_vector = nn.Parameter(layer.magnitude)
