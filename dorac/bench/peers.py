@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dorac
-from dorac import functional, packed
-from dorac.bench import bases
+from dorac import functional, packed, quantise
 
 SCALING = 2.0
 
@@ -160,7 +159,7 @@ def dense_norm(adapted: Tensor) -> Tensor:
 
 def _base_linear(layer: Layer) -> nn.Module:
     if layer.base is not None:
-        return bases.for_one(layer.base)
+        return quantise.for_one(layer.base)
     out_features, in_features = layer.weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.weight, requires_grad=False)
