@@ -1,6 +1,7 @@
 """``--base``: what the frozen weights are."""
 
 import argparse
+import logging
 from collections.abc import Iterable
 
 from dorac import cli, quantise
@@ -26,6 +27,7 @@ def check_base(args: argparse.Namespace, over_dense: Iterable[str], over_quantis
     names = over_dense if args.base == DENSE else over_quantised
     if args.base != DENSE:
         cli.require_packages(f"--base {args.base}", [quantise.PACKAGES[args.base]])
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns of its cast to float16 in every call
         if "variants" in args.left_out:
             args.variants = [name for name in names if "low-rank" not in name]
     wrong = [name for name in args.variants if name not in names]
