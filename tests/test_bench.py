@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dorac import cli, packed, reference
+from dorac import cli, packed, quantise, reference
 from dorac.bench import (
     against_lora,
-    bases,
     compose,
     host,
     measure,
@@ -822,37 +821,40 @@ OVER_QUANTISED = ("peft-lora-eager", "peft-dora-eager", "dorac-peft-eager")
 
 
 def needs(base: str) -> None:
-    pytest.importorskip(bases.PACKAGES[base])
+    pytest.importorskip(quantise.PACKAGES[base])
 
 
 def quantised_stack(base: str) -> tuple[torch.nn.Module, dict[str, peers.Layer]]:
     needs(base)
     args = arguments(layers=1, hidden=64, intermediate=128, heads=4, kv_heads=2)
     stack = model.build_stack(args)
-    bases.quantise_stack(stack, base)
+    quantise.quantise_model(stack, base)
     return stack, model.draw_layers(model.linear_weights(stack), 4, args)
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "torchao-int8", "fp8"])
 def test_stack_is_quantised_and_shared(base):
     """Every linear layer, and what dorac computes over it is DoRA over the dense weight that the library gives."""
     stack, layers = quantised_stack(base)
     assert len(layers) == 7
     for layer in layers.values():
         assert packed.is_packed(layer.weight)
-        rows, dense = layer.weight.rows(0, layer.weight.shape[0]), bases.dequantise(layer.base)
+        rows, dense = layer.weight.rows(0, layer.weight.shape[0]), quantise.dequantise(layer.base)
         torch.testing.assert_close(rows, dense.to(rows.dtype))
     x = torch.randn(1, 6, 64, requires_grad=True)
-    dense = {name: dataclasses.replace(o, weight=bases.dequantise(o.base), base=None) for name, o in layers.items()}
+    dense = {name: dataclasses.replace(o, weight=quantise.dequantise(o.base), base=None) for name, o in layers.items()}
     expected = model.adapt(stack, dense, peers.dorac_every)(x)
     for name in OVER_QUANTISED[1:]:
         adapted = model.build_variant(stack, layers, name)
         torch.testing.assert_close(adapted(x), expected)
         held = {p.data_ptr() for p in adapted.parameters() if not p.requires_grad}
-        assert {layer.base.weight.data_ptr() for layer in layers.values()} <= held or base == "fp8"  # of no address
+        assert {layer.base.weight.data_ptr() for layer in layers.values()} <= held or base in (
+            "torchao-int8",
+            "fp8",
+        )  # of no address
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "torchao-int8", "fp8"])
 def test_model_over_quantised_layers(bench, base):
     needs(base)
     given = (*STACK, *QUICK, "--base", base, "--autocast", "--checkpointing", "--dropout", "0.1", "--phases", "train")
@@ -864,7 +866,7 @@ def test_model_over_quantised_layers(bench, base):
 
 
 def test_norm_of_packed_weights(bench, device):
-    for base in ("nf4", "fp4", "int8", "fp8", "int4"):
+    for base in ("nf4", "fp4", "int8", "torchao-int8", "fp8", "int4"):
         needs(base)
         given = ("--shapes", "48x128", "--ranks", "4", "--adapter-dtype", "float32")
         result = bench("norm", "--base", base, *given)
@@ -890,7 +892,7 @@ def test_variants_left_out_are_those_over_the_base(monkeypatch):
     assert options.parse(["norm", "--device", "cpu"], SUBCOMMANDS).variants == ["dorac", "dense-compiled", "peft"]
 
 
-@pytest.mark.parametrize(("base", "package"), bases.PACKAGES.items())
+@pytest.mark.parametrize(("base", "package"), quantise.PACKAGES.items())
 @pytest.mark.parametrize("command", ["model", "norm"])
 def test_base_whose_package_is_missing(command, base, package, monkeypatch, capsys):
     find = cli.importlib.util.find_spec

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import dorac
-from dorac import functional
+from dorac import cli, functional, quantise
 from dorac.cli import BadInput
 from dorac.demo import compare, data, model, train
 from dorac.demo.__main__ import main
+from dorac.demo.options import BASES
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -29,8 +30,8 @@ COMPARE = ("--compare", "peft", "--steps", "8", "--lr", "1e-3")
 def make_llama():
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS) + 1,
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -106,6 +107,7 @@ def no_model(*_, **__):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--compare", "nothing"], "argument --compare: invalid choice: 'nothing'"),
         (["--compare", "peft", "--merge", "{tmp}/merged"], "give one of the two"),
+        (["--base", "int3"], "argument --base: invalid choice: 'int3'"),
         (["--merge", "{tmp}/out"], "is where an adapter lies"),
         (["--merge", "{tmp}/adapter"], "is where an adapter lies"),
         (["--out", "{tmp}/text.txt"], "text.txt cannot be written as a directory: File exists"),
@@ -362,6 +364,82 @@ def test_dorac_and_stock_peft_train_alike(rank, run, tmp_path, capsys):
     assert losses[-1][0] < losses[0][0]
     assert "median warm step: dorac" in printed
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+QUANTISED = ("--base", "nf4"), ("--base", "int8")
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_quantised_base_trains_as_the_dequantised_one(base, run, capsys):
+    """dorac.nn and the drop-in over it, with checkpointing, beside stock PEFT over the dequantised float32 model."""
+    pytest.importorskip("peft")
+    pytest.importorskip(quantise.PACKAGES[BASES[base[1]]])
+    assert run(*COMPARE, *base, "--checkpointing") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert [len(row) for row in rows] == [8] * 8  # three who train
+    for row in rows:
+        ours, drop_in, theirs = map(float, row[1:4])
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=0)
+        assert drop_in == pytest.approx(theirs, rel=1e-5, abs=0)
+    assert ("rounding of the base's products" in printed) == (base[1] == "int8")
+    assert "drop-in, every loss: largest relative difference" in printed
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_adapter_over_a_quantised_base_is_read_back(base, run, capsys):
+    pytest.importorskip(quantise.PACKAGES[BASES[base[1]]])
+    assert run(*base) == 0
+    assert "held-out loss after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_base_that_cannot_be(base, run, capsys, monkeypatch, tmp_path):
+    find = cli.importlib.util.find_spec
+    package = quantise.PACKAGES[BASES[base[1]]]
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    assert run(*base) == 2
+    assert f"--base {base[1]} needs {package}: pip install {package}\n" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "require_packages", lambda *_: None)
+    assert run(*base, "--merge", str(tmp_path / "merged")) == 2
+    assert f"plain model of dense weights, which --base {base[1]} has not" in capsys.readouterr().err
+
+
+def test_rounding_of_products_is_what_the_loss_may_change_by():
+    """Against the change by a perturbation of every product and weight by u, with the worst signs."""
+    peft = pytest.importorskip("peft")
+    lm = make_llama().double()
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    lm = peft.get_peft_model(lm, config)
+    ids = torch.randint(len(WORDS), (2, 8), generator=torch.Generator().manual_seed(0))
+    bound = compare.rounding_of_products(lm, ids)
+    layers = [m.get_base_layer() for m in lm.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    leaves, size = [], 1e-4  # far above the float32 that the norms and the angles are computed in
+
+    def loss() -> torch.Tensor:
+        return lm(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def off(layer, inputs, y):
+        leaves.append(torch.zeros_like(y, requires_grad=True))
+        return y * (1 + leaves[-1])
+
+    handles = [layer.register_forward_hook(off) for layer in layers]
+    before = loss()
+    gradients = torch.autograd.grad(before, leaves)
+    weights = [layer.weight.requires_grad_() for layer in layers]
+    d_weights = torch.autograd.grad(loss(), weights)
+    for handle in handles:
+        handle.remove()
+    signs = iter(gradients)
+    handles = [layer.register_forward_hook(lambda _, __, y: y * (1 + size * next(signs).sign())) for layer in layers]
+    with torch.no_grad():
+        for weight, d_weight in zip(weights, d_weights, strict=True):
+            weight.mul_(1 + size * (d_weight * weight).sign())
+        after = loss()
+    for handle in handles:
+        handle.remove()
+    assert (after - before).item() / size / before.item() == pytest.approx(bound * 2**24, rel=1e-2)
+    assert all(p.grad is None for p in lm.parameters())
 
 
 def test_norms_once_train_alike_to_the_bit(run, capsys):

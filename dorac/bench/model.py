@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dorac
-from dorac import packed
+from dorac import packed, quantise
 from dorac.bench import against_lora, bases, measure, options, peers
 from dorac.cli import BadInput
 
@@ -105,7 +105,7 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuses what cannot be measured, and sets the adapters' dtype under autocast."""
     bases.check_base(args, VARIANTS, OVER_QUANTISED)
-    if not bases.has_product(args.base):
+    if not quantise.has_product(args.base):
         raise BadInput(f"--base {args.base}: torchao multiplies with it by mslk, which is not installed")
     if args.autocast:
         if args.dtype is not torch.bfloat16:
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     stack = build_stack(args)
     quantised = args.base != bases.DENSE
     if quantised:
-        bases.quantise_stack(stack, args.base)
+        quantise.quantise_model(stack, args.base)
     weights = linear_weights(stack)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
     for rank, phase in itertools.product(args.ranks, args.phases):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional, packed, quantise
 from dorac.bench import bases, measure, options, peers, report
 
 TRUTH_BYTES = 2**29  # of one float64 chunk
@@ -29,7 +29,7 @@ def _dequantised(layer: peers.Layer) -> Callable[[], Tensor]:
     """Their library's dense copy, and dorac's norm of that."""
 
     def norm() -> Tensor:
-        weight = bases.dequantise(layer.base)
+        weight = quantise.dequantise(layer.base)
         return functional.norm_factored(weight, layer.lora_A, layer.lora_B, peers.SCALING)
 
     return norm
@@ -99,7 +99,7 @@ def _draw_base(out_features: int, in_features: int, args: argparse.Namespace) ->
         return weight
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
-    return bases.quantise(linear, args.base)
+    return quantise.quantise(linear, args.base)
 
 
 def _nbytes(weight: Tensor | packed.Packed) -> int:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dorac
-from dorac import functional, packed
-from dorac.bench import bases
+from dorac import functional, packed, quantise
 
 SCALING = 2.0
 
@@ -160,7 +159,7 @@ def dense_norm(adapted: Tensor) -> Tensor:
 
 def _base_linear(layer: Layer) -> nn.Module:
     if layer.base is not None:
-        return bases.for_one(layer.base)
+        return quantise.for_one(layer.base)
     out_features, in_features = layer.weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.weight, requires_grad=False)
@@ -168,15 +167,19 @@ def _base_linear(layer: Layer) -> nn.Module:
 
 
 def dorac_every(layer: Layer, dropout_on: str = "adapter") -> nn.Module:
-    """``dorac.nn.DoraLinear``: ``functional.dora_linear`` with the norm computed in every forward."""
-    adapted = dorac.nn.DoraLinear(
-        _base_linear(layer),
+    """dorac's layer, made by ``apply_dora`` and taken out of its holder, with the norm computed in every forward."""
+    holder = nn.Module()
+    holder.linear = _base_linear(layer)
+    dorac.apply_dora(
+        holder,
+        ["linear"],
         layer.rank,
         SCALING * layer.rank,
         lora_dropout=layer.dropout,
         dropout_on=dropout_on,
         adapter_dtype=layer.lora_A.dtype,
     )
+    adapted = holder.linear
     adapted.lora_A = nn.Parameter(layer.lora_A)
     adapted.lora_B = nn.Parameter(layer.lora_B)
     adapted.lora_magnitude_vector = nn.Parameter(layer.magnitude)

@@ -16,7 +16,7 @@ import dorac
 
 Record = dict[str, object]
 
-PACKAGES = ("torch", "triton", "peft", "transformers")
+PACKAGES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "torchao")
 # Kept in the JSON; the table shows what they lead to.
 HIDDEN = (
     *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch"),

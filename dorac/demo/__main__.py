@@ -41,6 +41,10 @@ def run(options: Options) -> int:
     print(f"loading {source['pretrained_model_name_or_path']} ...", flush=True)
     torch.manual_seed(options.seed)
     lm = model.load_model(source, dtype=options.dtype, device=options.device)
+    if options.base is not None:
+        model.quantise_base(lm, options.base)
+    if options.checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     longest = getattr(lm.config, "max_position_embeddings", None)
     if longest is not None and options.seq_len > longest:
         raise BadInput(f"--seq-len {options.seq_len} is longer than the {longest} positions that the model has")
@@ -89,6 +93,8 @@ def _fine_tune(options: Options, lm, tokenizer, source, batches, held_out) -> in
 
     adapted = model.logits(lm, held_out[:1])
     fresh = model.load_model(source, dtype=options.dtype, device=options.device)
+    if options.base is not None:
+        model.quantise_base(fresh, options.base)
     dorac.load_adapter(fresh, options.out)
     failures = _check_logits(f"adapter read back from {options.out}", model.logits(fresh, held_out[:1]), adapted)
     del fresh
@@ -114,7 +120,7 @@ def _compare(options: Options, lm, batches) -> int:
     comparison = compare_with_peft(lm, batches, options)
     print(comparison.summary())
     steps = range(1, options.steps + 1)
-    curves = {"dorac": (steps, comparison.losses["dorac"]), "PEFT": (steps, comparison.losses["PEFT"])}
+    curves = {name: (steps, losses) for name, losses in comparison.losses.items()}
     save_curve(options.out / "compare.png", curves, "dorac and PEFT")
     failures = []
     if options.dtype == torch.float32 and not comparison.agrees:

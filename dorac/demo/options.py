@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dorac import cli
+from dorac import cli, quantise
 from dorac.cli import DTYPES, BadInput
 
 # accelerate because transformers reads no GGUF file without it.
 _PACKAGES = ("transformers", "accelerate", "gguf", "matplotlib", "tqdm")
+BASES = {"nf4": "nf4", "int8": "torchao-int8"}  # see dorac.quantise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Options:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    base: str | None
+    checkpointing: bool
     compile: bool
     compare: str | None
     out: Path
@@ -69,6 +72,8 @@ def parse(argv: list[str] | None) -> Options:
     given["dtype"] = DTYPES[given["dtype"]]
     options = Options(**given)
     cli.require_packages("the demo", [*_PACKAGES, *(["peft"] if options.compare else [])], "demo")
+    if options.base is not None:
+        cli.require_packages(f"--base {options.base}", [quantise.PACKAGES[BASES[options.base]]])
     if options.merge is not None:
         _check_merge(options)
     for name, directory in (("--out", options.out), ("--merge", options.merge)):
@@ -115,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the frozen model; the adapters stay in float32 (default: %(default)s)",
     )
+    add(
+        "--base",
+        choices=list(BASES),
+        help="quantise the frozen linear layers: bitsandbytes' nf4 with nested statistics, torchao's int8; with "
+        "--compare, dorac.nn and the drop-in over them beside PEFT over the dequantised float32 model",
+    )
+    add("--checkpointing", action="store_true", help="train with activation checkpointing of each decoder block")
     add("--no-compile", dest="compile", action="store_false", help="run eagerly instead of compiling the decoder block")
     add("--compare", choices=["peft"], help="train with stock PEFT beside dorac, compare losses and step times")
     add(
@@ -129,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_merge(options: Options) -> None:
+    if options.base:
+        raise BadInput(f"--merge writes a plain model of dense weights, which --base {options.base} has not")
     if options.compare:
         raise BadInput("--merge writes the fine-tuned model, which --compare does not make; give one of the two")
     # transformers would load an adapter that lies beside the weights on top of the model it is merged into already.
