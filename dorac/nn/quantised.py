@@ -107,7 +107,7 @@ class DoraQuantLinear(DoraLinear):
             x = F.dropout(x, self.lora_dropout)
             if self.dropout_on == "adapter":
                 return self._with_adapter_of(x, base, norm)
-        bias = base_layer.bias
+        bias, weight = base_layer.bias, packed.of(base_layer) if self.save_output else None
         return functional.dora_over(
             base,
             x,
@@ -118,6 +118,8 @@ class DoraQuantLinear(DoraLinear):
             weight_norm=norm,
             scaling=self._scaling,
             base_has_bias=bias is not None,
+            save_output=weight is not None,
+            weight=weight,
         )
 
     def _with_adapter_of(self, x: Tensor, base: Tensor, norm: Tensor) -> Tensor:
