@@ -125,11 +125,12 @@ class PackedMoment(Moment):
         self.pieces = Moment(packed.stored(base))
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
-        if _version(tensors[0]) != self.version or super().passed(tensors):
-            return True
-        base = self.base()
-        pieces = [] if base is None else packed.stored(base)
-        return len(pieces) != len(self.pieces.states) or self.pieces.passed(pieces)
+        with torch._C.DisableTorchFunctionSubclass():  # through which some weights answer slowly
+            if _version(tensors[0]) != self.version or super().passed(tensors):
+                return True
+            base = self.base()
+            pieces = [] if base is None else packed.stored(base)
+            return len(pieces) != len(self.pieces.states) or self.pieces.passed(pieces)
 
 
 def _version(tensor: Tensor) -> int | None:
