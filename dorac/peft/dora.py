@@ -5,7 +5,6 @@ A layer holds the magnitude, ``weight``, and computes what DoRA adds to the base
 the constructor.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Self
 
@@ -201,9 +200,9 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             place_on_cpu: keep the magnitude on the CPU (PEFT's ephemeral offload computes it on a GPU).
         """
         with gathered([*base_layer.parameters(), lora_A, lora_B]):
-            if type(base_layer).__name__ == "Linear4bit":
-                base_layer = copy.deepcopy(base_layer)  # FSDP does not let the layer itself be dequantised
-            weight = dense_weight(base_layer).to(lora_A.device)
+            weight = packed.of(base_layer)  # which forward takes the norm of, too
+            if weight is None or weight.device != lora_A.device:
+                weight = dense_weight(base_layer).to(lora_A.device)
             norm = self.factored_norm(weight, lora_A, lora_B, scaling, groups=getattr(base_layer, "groups", 1))
         self.weight = nn.Parameter(norm.cpu() if place_on_cpu else norm)
 
