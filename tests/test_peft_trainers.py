@@ -250,7 +250,7 @@ def test_trl_over_nf4(casts_magnitudes, tmp_path):
         if casts_magnitudes:
             cast_all(model)
         weights = {name: p for name, p in model.named_parameters() if "lora_magnitude_vector" in name}
-        before = {name: p.detach().float() for name, p in weights.items()}
+        before = {name: p.detach().float().clone() for name, p in weights.items()}
         trainer.train()
         trainer.save_model(str(tmp_path / "adapter"))
         again = peft.PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
