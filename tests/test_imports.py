@@ -22,6 +22,7 @@ FLOORS = {
     "ops": 2,
     "checks": 1,
     "functional": 3,
+    "magnitudes": 3,
     "undo": 3,
     "magnitudes": 3,
     "nn": 4,

@@ -136,8 +136,12 @@ def test_checkpoints_in_both_directions(kind, autocast_adapter_dtype, tmp_path):
             loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "stock", **options)
             assert isinstance(target(loaded).lora_magnitude_vector["default"], dorac.peft.DoraLinearLayer)
             for (name, value), (_, other) in zip(loaded.named_parameters(), expected.named_parameters(), strict=True):
+                if low_cpu_mem_usage and "magnitude" in name:  # ours is not rounded
+                    value = value.to(torch.bfloat16).to(other.dtype)
                 torch.testing.assert_close(value, other, rtol=0, atol=0, check_dtype="magnitude" not in name)
-            if not low_cpu_mem_usage:  # which rounds float32 adapters to the base weight's dtype
+            if (
+                not low_cpu_mem_usage
+            ):  # which rounds float32 adapters to the base weight's dtype, but for our magnitudes
                 torch.testing.assert_close(loaded(x), ours(x), rtol=0, atol=0)
 
 

@@ -57,7 +57,9 @@ class DoraLayer(nn.Module):
     """A frozen base layer with its adapter. A subclass names its parameters, sees its weight as a matrix and runs.
 
     The factors and the magnitude are trained; the magnitude is float32 (float64 for a float64 layer) and stays so under
-    ``.to(torch.bfloat16)``. State-dict keys are ``base_layer.*`` and those of ``PEFT_KEYS``. They do not tell whether
+    ``.to(torch.bfloat16)``; what casts it otherwise is undone before it trains (:mod:`dorac.magnitudes`).
+
+    State-dict keys are ``base_layer.*`` and those of ``PEFT_KEYS``. They do not tell whether
     the adapter is merged: save the state of an unmerged layer, or unload it.
 
     Args:

@@ -49,6 +49,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     Under PEFT's ``DoraCaching`` the norm, and nothing else, is kept in eval mode, and used while what it was taken of
     stays as it was (:class:`dorac.peft.kept.Origin`). Compiled code takes the norm in every call.
+
+    The magnitude is float32 while it is trained, whoever casts it: see :mod:`dorac.magnitudes`.
     """
 
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
