@@ -47,7 +47,9 @@ def apply_dora(
     The arguments mean what they mean in PEFT's ``LoraConfig``.
 
     Args:
-        model: any module that contains layers of the kinds that ``dorac.nn`` adapts.
+        model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
+            bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, and let
+            ``peft.prepare_model_for_kbit_training`` come before.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
             linear layer but the language-model head).
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
@@ -63,7 +65,8 @@ def apply_dora(
 
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
-        of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`.
+        of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`. Another one names
+        quantised layers of a format whose norm takes a dense copy of the weight.
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
@@ -209,6 +212,9 @@ def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
 def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
 
+    A quantised weight is quantised anew, in its own format, with the error that this makes, and kept until the adapter
+    is unmerged or dropped: see :class:`dorac.nn.DoraQuantLinear`.
+
     Args:
         model: a model with adapted layers (:class:`dorac.nn.DoraLayer`), or one such layer.
         unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
@@ -221,7 +227,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
-            lora_A sees all channels: it has no merged form; a merged weight that overflows its dtype. Refused by name.
+            lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (NVFP4,
+            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype. Refused by
+            name.
             Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
             kept until all are written: on their device while half of its free memory holds them, then on the host.)
     """
@@ -281,7 +289,7 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``.
+    """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``; a quantised one exactly.
 
     Returns:
         ``model``.

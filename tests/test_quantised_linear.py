@@ -365,6 +365,16 @@ class TestModel:
         model.load_state_dict(state, strict=False)
         assert torch.equal(model(x), expected)
 
+    @each_scheme
+    def test_a_state_dict_that_is_refused(self, scheme):
+        model, other = model_of(scheme), off_init(model_of(scheme), seed=9)
+        x = torch.randn(3, 64)
+        expected = model(x)
+        state = other.state_dict() | {"2.lora_A": torch.ones(1)}
+        with pytest.raises(RuntimeError):  # whatever else the library has against it
+            model.load_state_dict(state, strict=False)
+        assert torch.equal(model(x), expected)
+
     @pytest.mark.parametrize("scheme", parameters(fake_4bit, fake_8bit, bnb_4bit, bnb_8bit))
     @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
     @pytest.mark.parametrize("merged", [False, True])

@@ -72,8 +72,8 @@ class DoraLayer(nn.Module):
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init_lora_weights: True: as PEFT; "gaussian": the factor that is not zero is normal; False: neither factor is
             zero, so that the adapter does something from the start.
-        adapter_dtype: of the factors; None takes float32 for a half-precision layer, as PEFT, and the layer's dtype
-            otherwise.
+        adapter_dtype: of the factors; None takes float32 for a half-precision or quantised layer, as PEFT, and the
+            layer's dtype otherwise.
         norm_grad: whether gradient flows through the norm, see :func:`dorac.functional.norm_factored`.
         layout: what ``adapter_shapes`` of the subclass takes.
 
