@@ -37,6 +37,7 @@ FLOORS = {
     "packed": 0,
     "testing": 8,
     "cli": 8,
+    "quantise": 8,
     "demo": 9,
     "bench": 9,
 }
