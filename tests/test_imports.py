@@ -40,6 +40,7 @@ FLOORS = {
     "quantise": 0,
     "testing": 8,
     "cli": 8,
+    "quantise": 8,
     "demo": 9,
     "bench": 9,
 }
