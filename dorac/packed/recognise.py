@@ -47,7 +47,12 @@ def stored(source: nn.Module) -> list[Tensor]:
         ValueError: as :func:`of`.
     """
     weight = source.weight
-    if hasattr(type(weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype
+    state = vars(weight).get("quant_state") if type(weight).__name__ == "Params4bit" else None
+    if state is not None:  # what every forward asks for; the codes are the weight's own memory
+        nested = state.state2
+        pieces = [state.absmax, state.code]
+        pieces += [] if nested is None else [state.offset, nested.absmax, nested.code]
+    elif hasattr(type(weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype
         pieces = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
     else:
         value = of(source)

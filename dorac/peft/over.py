@@ -5,6 +5,7 @@ product of DoRA's formula, and the layer is ``functional.dora_over``; several ad
 to it instead (:mod:`dorac.peft.dora`).
 """
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import functional, packed
@@ -26,11 +27,13 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
     p = dropout_p(dropout, module.training)
     if p is None or (p and module.lora_variant[adapter].dropout_on == "adapter"):
         return None
-    base, m = module.get_base_layer(), magnitude.current()
-    bias = getattr(base, "bias", None)
+    base, m = modules["base_layer"], magnitude.current()
+    if isinstance(base, BaseTunerLayer):
+        base = base.get_base_layer()
+    bias = _own(base, "bias")
     if result.dtype not in FLOAT_DTYPES or x.dtype not in FLOAT_DTYPES:
         return None
-    if any(is_partitioned(t) for t in (m, bias, getattr(base, "weight", None))):
+    if any(is_partitioned(t) for t in (m, bias, _own(base, "weight"))):
         return None
     scaling = module.scaling[adapter]
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
@@ -39,7 +42,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         weight = packed.of(base)
         if weight is None:
             weight = dense_weight(base)
-            save_output = save_output and is_plain(getattr(base, "weight", None))  # a copy is not to be kept
+            save_output = save_output and is_plain(_own(base, "weight"))  # a copy is not to be kept
     if norm is None:
         norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
     device = result.device
@@ -56,3 +59,9 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         save_output=save_output,
         weight=weight,
     )
+
+
+def _own(base: nn.Module, name: str) -> Tensor | None:
+    """``getattr(base, name, None)``, which takes ten times as long for a parameter; GPTQ's bias is a buffer."""
+    parameters = base._parameters
+    return parameters[name] if name in parameters else getattr(base, name, None)
