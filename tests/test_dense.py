@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from functionals import FUNCTIONALS
+from functionals import FUNCTIONALS, LAYER, SCALING, Functional, linear_arguments
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -93,10 +93,25 @@ KINDS = {
 }
 
 
+def over_arguments():
+    x, weight, *adapter = linear_arguments()
+    return x @ weight.T, x, *adapter
+
+
+def over(base, *tensors):
+    norm = torch.ones(5, dtype=torch.float64)
+    return functional.dora_over(base, *tensors, weight_norm=norm, scaling=SCALING, base_has_bias=True)
+
+
+# The table's rows of dora_over make its product themselves.
+FUNCTIONS = {name: row for name, row in FUNCTIONALS.items() if not name.startswith("dora_over")}
+FUNCTIONS["dora_over"] = Functional(over, None, over_arguments, names=("base", "x", *LAYER[2:]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FUNCTIONALS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_name_the_argument(name, kind):
-    row = FUNCTIONALS[name]
+    row = FUNCTIONS[name]
     make, message = KINDS[kind]
     for i, argument in enumerate(row.names):
         arguments = list(row.arguments())
