@@ -49,7 +49,7 @@ def stored(source: nn.Module) -> list[Tensor]:
     weight = source.weight
     state = vars(weight).get("quant_state") if type(weight).__name__ == "Params4bit" else None
     if state is not None:  # what every forward asks for; the codes are the weight's own memory
-        nested = state.state2
+        nested = getattr(state, "state2", None)  # a weight packed for the CPU has none
         pieces = [state.absmax, state.code]
         pieces += [] if nested is None else [state.offset, nested.absmax, nested.code]
     elif hasattr(type(weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -196,7 +197,12 @@ def ours_by_stock() -> dict[type, type]:
 
     from dorac.peft import dora, layer, model, variants
 
-    pairs = ((stock_dora, dora), (stock_layer, layer), (stock_model, model), (stock_variants, variants))
+    pairs = [(stock_dora, dora), (stock_layer, layer), (stock_model, model), (stock_variants, variants)]
+    stock_bnb = sys.modules.get("peft.tuners.lora.bnb")  # whoever has a layer over bitsandbytes' has imported it
+    if stock_bnb is not None:
+        from dorac.peft import bnb
+
+        pairs.append((stock_bnb, bnb))
     return {getattr(stock, name): getattr(ours, name) for stock, ours in pairs for name in ours.__all__}
 
 

@@ -1,0 +1,43 @@
+"""PEFT's LoRA layers over bitsandbytes' (``peft.tuners.lora.bnb``), on the straight way to :mod:`dorac.peft.over`.
+
+Stock PEFT copies the base layer's output and walks over the adapters before a variant gets it. Where one DoRA adapter
+is all that is active, these classes hand it over as it is. This is imported where PEFT has imported its own classes,
+which needs the library.
+"""
+
+import torch
+from peft.tuners.lora import bnb
+from torch import Tensor
+
+from dorac.peft import over
+from dorac.peft.variants import DoraLinearVariant, lone_adapter
+
+__all__ = [name for name in ("Linear4bit", "Linear8bitLt") if hasattr(bnb, name)]
+
+
+class _Straight:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter = lone_adapter(self, args, kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        result = self._modules["base_layer"](x)
+        y = over.adapted(self, adapter, x, result)
+        if y is not None:
+            return y
+        cast = not torch.is_autocast_enabled()
+        if cast:  # as PEFT does
+            x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+        y = DoraLinearVariant.added(self, active_adapter=adapter, x=x, result=result)
+        return y.to(result.dtype) if cast else y
+
+
+if "Linear4bit" in __all__:
+
+    class Linear4bit(_Straight, bnb.Linear4bit):
+        """Over nf4 and fp4."""
+
+
+if "Linear8bitLt" in __all__:
+
+    class Linear8bitLt(_Straight, bnb.Linear8bitLt):
+        """Over int8."""
