@@ -41,7 +41,7 @@ def leaf_arguments(op: torch._ops.OpOverload, rank: int) -> list[Tensor | bool |
         "scaling": torch.empty((), device="cuda"),
         **dict.fromkeys(("dy", "inner", "base"), activation),
         **dict.fromkeys(("magnitude", "weight_norm", "bias"), vector),
-        **{"weight_sq": None, "budget": 1, "delta": False, "h_is_scaled": True},
+        **{"weight_sq": None, "budget": 1, "delta": False, "holds_bias": False, "h_is_scaled": True},
     }
     return [known[argument.name] for argument in op._schema.arguments]
 
