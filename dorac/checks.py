@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dorac.dense import PLAIN, not_dense
 from dorac.numerics import FLOAT_DTYPES
-from dorac.packed import Packed
+from dorac.packed import Packed, is_packed
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 _NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops take as a number
@@ -265,6 +265,20 @@ def check_over(
             _check_rows(name, vector, base.shape[-1:], base, "base")
     if not isinstance(base_has_bias, bool):
         raise TypeError(f"base_has_bias must be a bool, got {type(base_has_bias).__name__}")
+
+
+def check_weight_over(weight: Tensor | Packed, base: Tensor, x: Tensor) -> None:
+    """The weight, packed or dense, of which ``base`` is the product with ``x``."""
+    if isinstance(weight, Tensor):
+        _check_float("weight", weight)
+    elif is_packed(weight):
+        weight.check()
+    else:
+        raise TypeError(f"weight must be a tensor or a packed weight, got {type(weight).__name__}")
+    expected = [base.shape[-1], x.shape[-1]]
+    if list(weight.shape) != expected:
+        raise ValueError(f"weight must be [out, in] = {expected} for this base and x, got shape {list(weight.shape)}")
+    _check_device("weight", weight, base, "base")
 
 
 def check_activation_dtype(x: Tensor, weight: Tensor) -> None:

@@ -5,6 +5,7 @@ On the CPU the kernels run in Triton's interpreter.
 """
 
 import contextlib
+import functools
 
 import packed_weights
 import pytest
@@ -423,6 +424,20 @@ def test_y_kept_under_a_checkpoint_and_a_mode(path, device):
             torch.testing.assert_close(actual.double(), exact.double(), rtol=0.03, atol=0.03 * size)
 
 
+@pytest.mark.parametrize("case", ["shape", "pieces"])
+def test_a_weight_that_is_not_bases_is_refused(case, path, device):
+    """On the path, which would read beyond it; also after a call with one that fits."""
+    tensors, norm, weight = kept_layer("bnb_nf4", device)
+    layer = functools.partial(functional.dora_over, *tensors, weight_norm=norm, scaling=S, save_output=True)
+    layer(weight=weight)
+    if case == "shape":
+        other, message = packed_weights.on(packed_weights.FORMATS["bnb_nf4"]((32, 128))[0], device), "weight must be"
+    else:
+        other, message = weight._replace(absmax=weight.absmax[:-1]), "absmax must have the shape"
+    with pytest.raises(ValueError, match=message):
+        layer(weight=other)
+
+
 def test_y_kept_gives_no_second_derivative(path, device):
     tensors, norm, weight = kept_layer("bnb_nf4", device)
     y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, save_output=True, weight=weight)
@@ -506,6 +521,16 @@ CASES = {
     "bias": ({"bias": torch.ones(4)}, ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
     "scaling": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
     "no_weight": ({"save_output": True}, ValueError, "save_output needs the frozen layer's weight, .* got None"),
+    "weight": (
+        {"save_output": True, "weight": torch.ones(5, 7)},
+        ValueError,
+        r"weight must be \[out, in\] = \[5, 6\] for this base and x, got shape \[5, 7\]",
+    ),
+    "weight_kind": (
+        {"save_output": True, "weight": "nf4"},
+        TypeError,
+        "weight must be a tensor or a packed weight, got str",
+    ),
     "flag": ({"base_has_bias": 1}, TypeError, "base_has_bias must be a bool, got int"),
 }
 

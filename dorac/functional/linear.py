@@ -185,6 +185,8 @@ def dora_over(
         if y is not None:
             return y
     checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)
+    if save_output:
+        checks.check_weight_over(weight, base, x)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))
     tensors = base, x, lora_A, lora_B, magnitude, weight_norm, s, bias
     return ops.over.dora_over(*tensors, scaling_number(scaling), base_has_bias)

@@ -32,6 +32,7 @@ class _Weight:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     sizes: tuple = ()
+    pieces: tuple = ()  # shape, dtype and device of each
 
     def value(self, pieces: Sequence[Tensor | None]) -> Tensor | packed.Packed:
         if self.form is None:
@@ -78,7 +79,8 @@ def dora_over(
             or (bias is not None and bias.requires_grad)
             or weight_norm.requires_grad
         )
-        kept, pieces = _kept(weight, base) if training and weight is not None and bias is None else (None, ())
+        keeps = training and weight is not None and bias is None and front.has_kernels(base)
+        kept, pieces = _kept(weight, base) if keeps else (None, ())
         key = "over", training, holds_bias, kept, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
@@ -89,6 +91,8 @@ def dora_over(
         return None
     if plan is False:
         checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, holds_bias)
+        if kept is not None:
+            checks.check_weight_over(weight, base, x)
         if len(eager.plans) >= eager.PLANS:
             eager.plans.clear()
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
@@ -123,9 +127,11 @@ def _kept(weight: Tensor | packed.Packed, base: Tensor) -> tuple[_Weight | None,
         if len(weight.shape) != 2 or (form := described(weight)) is None:
             return None, ()
         kind, pieces, shape, dtype, sizes = packed.flatten(weight)
-        return _Weight(form[0], kind, tuple(shape), dtype, tuple(sizes)), pieces
+        each = tuple(t if t is None else (t.shape, t.dtype, t.device) for t in pieces)
+        return _Weight(form[0], kind, tuple(shape), dtype, tuple(sizes), each), pieces
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    return (_Weight(None), (weight,)) if plain and weight.dtype is base.dtype else (None, ())
+    kept = _Weight(None, pieces=(weight.shape, weight.device)) if plain and weight.dtype is base.dtype else None
+    return kept, () if kept is None else (weight,)
 
 
 def make_plan(
