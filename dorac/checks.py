@@ -238,7 +238,6 @@ def check_over(
     magnitude: Tensor,
     bias: Tensor | None,
     weight_norm: Tensor,
-    base_has_bias: bool,
 ) -> None:
     """The tensors of ``dora_over``: ``base [*, out]``, ``x [*, in]``, a linear layer's adapter."""
     for name, tensor in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -263,8 +262,6 @@ def check_over(
     for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm), ("bias", bias)):
         if vector is not None or name == "weight_norm":
             _check_rows(name, vector, base.shape[-1:], base, "base")
-    if not isinstance(base_has_bias, bool):
-        raise TypeError(f"base_has_bias must be a bool, got {type(base_has_bias).__name__}")
 
 
 def check_weight_over(weight: Tensor | Packed, base: Tensor, x: Tensor) -> None:

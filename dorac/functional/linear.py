@@ -177,6 +177,8 @@ def dora_over(
     Source: arXiv 2402.09353, equation 5 with the norm of section 4.3.
     """
     scaling = checks.check_scaling(scaling)
+    if not isinstance(base_has_bias, bool):
+        raise TypeError(f"base_has_bias must be a bool, got {type(base_has_bias).__name__}")
     if save_output and weight is None:
         raise ValueError("save_output needs the frozen layer's weight, packed or dense, got None")
     if not torch.compiler.is_compiling() and not isinstance(scaling, Tensor):
@@ -184,7 +186,7 @@ def dora_over(
         y = eager_over.dora_over(*tensors, float(scaling), base_has_bias, weight if save_output else None)
         if y is not None:
             return y
-    checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, base_has_bias)
+    checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
     if save_output:
         checks.check_weight_over(weight, base, x)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))

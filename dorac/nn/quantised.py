@@ -107,7 +107,8 @@ class DoraQuantLinear(DoraLinear):
             x = F.dropout(x, self.lora_dropout)
             if self.dropout_on == "adapter":
                 return self._with_adapter_of(x, base, norm)
-        bias, weight = base_layer.bias, packed.of(base_layer) if self.save_output else None
+        bias = base_layer.bias
+        weight = packed.of(base_layer) if self.save_output and torch.is_grad_enabled() else None
         return functional.dora_over(
             base,
             x,

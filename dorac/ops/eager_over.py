@@ -9,6 +9,7 @@ again for rows with a faint g, and for all where y has been written to. A second
 Legend: T tokens, I in_features, O out_features, R rank.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -90,7 +91,7 @@ def dora_over(
     except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides, symbolic sizes or no memory
         return None
     if plan is False:
-        checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm, holds_bias)
+        checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
         if kept is not None:
             checks.check_weight_over(weight, base, x)
         if len(eager.plans) >= eager.PLANS:
@@ -315,7 +316,8 @@ def _seen_gradients(ctx, dy, d_inner):
     if torch.is_grad_enabled():
         h = x @ a.t()
     if ctx.plan.kept is not None:  # the kernel makes no product for it: a counter of operations is not to count one
-        with torch._C._DisableTorchDispatch():
+        hides = front.seen_by_modes_alone()
+        with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
             inner = _inner(ctx.plan, x, h, b, pieces, ctx.scaling)
     needs_base, needs_x, *_ = ctx.needs_input_grad
     scaling = torch.full((), ctx.scaling, dtype=torch.float32, device=x.device)

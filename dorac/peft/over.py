@@ -5,6 +5,7 @@ product of DoRA's formula, and the layer is ``functional.dora_over``; several ad
 to it instead (:mod:`dorac.peft.dora`).
 """
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -37,7 +38,8 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         return None
     scaling = module.scaling[adapter]
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
-    save_output, weight = module.__dict__.get("save_output", False), None  # see dorac.save_outputs
+    save_output = module.__dict__.get("save_output", False) and torch.is_grad_enabled()  # see dorac.save_outputs
+    weight = None
     if norm is None or save_output:
         weight = packed.of(base)
         if weight is None:
