@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
-from dorac.ops import front, sharded
+from dorac.ops import eager_over, front, sharded
 from dorac.ops.norm import row_norms
 
 
@@ -112,25 +112,63 @@ class Moment:
 
 
 class PackedMoment(Moment):
-    """That of a packed weight and its factors: the pieces are asked of the module that holds them each time.
+    """That of a packed weight and its factors."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(
+        self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module, earlier: "Moment | None"
+    ) -> None:
+        weight, *others = tensors
+        super().__init__(others, grad_mode)
+        with torch._C.DisableTorchFunctionSubclass():
+            lasts = type(earlier) is PackedMoment and earlier.pieces.base() is base
+            lasts = lasts and not earlier.pieces.replaced(weight)
+            self.pieces = earlier.pieces if lasts else Pieces(weight, base)
+
+    def passed(self, tensors: Sequence[Tensor]) -> bool:
+        weight, *others = tensors
+        with torch._C.DisableTorchFunctionSubclass():  # through which some weights answer slowly
+            return super().passed(others) or self.pieces.replaced(weight)
+
+
+class Pieces(Moment):
+    """That of a packed weight, whose pieces are asked of the module that holds them each time.
 
     What is written to the weight as a whole counts in its own version, not in that of its pieces.
     """
 
-    __slots__ = ("base", "pieces", "version")
+    __slots__ = ("base", "held", "version")
 
-    def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module) -> None:
-        super().__init__(tensors, grad_mode)
-        self.base, self.version = weakref.ref(base), _version(tensors[0])
-        self.pieces = Moment(packed.stored(base))
+    def __init__(self, weight: Tensor, base: nn.Module) -> None:
+        super().__init__([weight, *packed.stored(base)])
+        self.base, self.version = weakref.ref(base), _version(weight)
+        self.held: eager_over.Held | packed.Packed | None = None  # the weight for dora_over; None: not looked at yet
 
-    def passed(self, tensors: Sequence[Tensor]) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():  # through which some weights answer slowly
-            if _version(tensors[0]) != self.version or super().passed(tensors):
-                return True
-            base = self.base()
-            pieces = [] if base is None else packed.stored(base)
-            return len(pieces) != len(self.pieces.states) or self.pieces.passed(pieces)
+    def replaced(self, weight: Tensor) -> bool:
+        """Whether the weight or a piece of it has been written to, or another one stands in its place."""
+        base = self.base()
+        if base is None or _version(weight) != self.version:
+            return True
+        pieces = [weight, *packed.stored(base)]
+        return len(pieces) != len(self.states) or self.passed(pieces)
+
+
+def packed_weight(
+    layer: Keeper | None, base: nn.Module, norm: Tensor | None
+) -> "eager_over.Held | packed.Packed | None":
+    """The packed weight of ``base``, for ``dora_over`` in the forward whose norm is ``norm``; None for another one.
+
+    Where that is the norm that the layer keeps, the weight is that of the last forward, and not looked at again.
+    """
+    moment = None if norm is None or layer is None or norm is not layer.cached_norm else layer.cached_at
+    if type(moment) is not PackedMoment or torch.compiler.is_compiling():
+        return packed.of(base)
+    pieces = moment.pieces
+    if pieces.held is None:
+        weight = packed.of(base)
+        pieces.held = eager_over.held(weight) or weight
+    return pieces.held
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -236,7 +274,7 @@ def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) ->
     if grad_mode is None and layer.cached_at is not None:
         grad_mode = layer.cached_at.grad_mode
     base = layer.packed_base()
-    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base)
+    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base, layer.cached_at)
     vars(layer).update(  # setattr is slow
         cached_of=of, cached_scaling=layer.scaling, cached_at=moment, norm_in_doubt=layer.norm_distrusted
     )
