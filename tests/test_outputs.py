@@ -1,6 +1,7 @@
 """``save_outputs``: which layers it reaches, and what they save then."""
 
 import copy
+import functools
 
 import pytest
 import torch

@@ -26,7 +26,6 @@ from dorac import checks, packed
 from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
 
-
 MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
     "DoRA layer"
