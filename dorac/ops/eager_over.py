@@ -128,15 +128,10 @@ def dora_over(
         checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
         if kept is not None:
             checks.check_weight_over(weight if held is None else held.weight, base, x)
-        if len(eager.plans) >= eager.PLANS:
-            eager.plans.clear()
+        tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = eager.plans[key] = make_plan(
-                *(base, x, lora_A, lora_B, magnitude, bias, weight_norm),
-                training,
-                bias is not None and holds_bias,
-                kept,
-            )
+            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept)
+        eager.keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
