@@ -113,13 +113,15 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
 def _built_by(model: nn.Module) -> dict:
     """By what PEFT's ``AutoPeftModel`` classes find the class of the base model: a task, or else the class itself."""
     tables = sys.modules.get("transformers.models.auto.modeling_auto")
-    # Wrappers such as FSDP2's are classes of their own, which no module holds.
-    cls = next(c for c in type(model).__mro__ if getattr(sys.modules.get(c.__module__), c.__name__, None) is c)
-    for task, table in _TASKS.items() if tables and cls.__module__.startswith("transformers.") else ():
-        if cls.__name__ in getattr(tables, table).values():
-            return {"task_type": task, "auto_mapping": None}
-    mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    return {"task_type": None, "auto_mapping": mapping if hasattr(cls, "from_pretrained") else None}
+    for cls in type(model).__mro__:
+        if not hasattr(cls, "from_pretrained") or getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
+            continue  # FSDP2's classes of a model, for one, which no module holds
+        for task, table in _TASKS.items() if tables and cls.__module__.startswith("transformers.") else ():
+            if cls.__name__ in getattr(tables, table).values():
+                return {"task_type": task, "auto_mapping": None}
+        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        return {"task_type": None, "auto_mapping": mapping}
+    return {"task_type": None, "auto_mapping": None}
 
 
 def _lora_alpha(layer: DoraLayer) -> float:

@@ -6,6 +6,7 @@ know: the model would come back with random weights.
 
 import os
 import re
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,8 @@ class SavePretrained:
             ``Trainer`` resumes, a third file, ``model.safetensors``, holds what of the model's state dict can have
             changed: adapters, whatever else is trained, and buffers.
         is_main_process: whether this process writes. Of a sharded model, every process calls this.
-        state_dict: the state dict of the module as a trainer has gathered it, from which values are taken then.
+        state_dict: the state dict of the module as a trainer has gathered it, from which values are taken then. With an
+            empty one nothing is written, and a ``RuntimeWarning`` says so.
 
     Other arguments of the libraries' have no meaning here.
 
@@ -93,9 +95,19 @@ class SavePretrained:
         import dorac  # saving lies a floor above wrapping
 
         module = self._module()
+        if module is None:
+            raise ReferenceError("the model is gone: keep it in a variable while it is saved")
         directory = Path(save_directory)
         resumable = bool(_CHECKPOINT.fullmatch(directory.name))
         _refuse(module, directory if resumable else None, options)
+        if state_dict is not None and not state_dict:
+            warnings.warn(
+                f"nothing was saved in {directory}: the state dict is empty. DeepSpeed's ZeRO-3 gathers one with "
+                "stage3_gather_16bit_weights_on_model_save",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
         gathers = state_dict is None and sharded.any_sharded(*module.parameters())
         if not (is_main_process or gathers):
             return
