@@ -114,7 +114,10 @@ def _built_by(model: nn.Module) -> dict:
     """By what PEFT's ``AutoPeftModel`` classes find the class of the base model: a task, or else the class itself."""
     tables = sys.modules.get("transformers.models.auto.modeling_auto")
     for cls in type(model).__mro__:
-        if not hasattr(cls, "from_pretrained") or getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
+        if (
+            not hasattr(cls, "from_pretrained")
+            or getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls
+        ):
             continue  # FSDP2's classes of a model, for one, which no module holds
         for task, table in _TASKS.items() if tables and cls.__module__.startswith("transformers.") else ():
             if cls.__name__ in getattr(tables, table).values():

@@ -15,10 +15,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dorac.names import plain_name
 from dorac.nn import DoraLayer
 from dorac.nn.loading import trained_names
 from dorac.ops import sharded
-from dorac.names import plain_name
 from dorac.undo import Undo
 
 _LIBRARIES = ("transformers", "diffusers", "huggingface_hub")

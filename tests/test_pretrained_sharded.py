@@ -9,7 +9,7 @@ import dorac
 
 pytest.importorskip("huggingface_hub")
 
-import hub_model  # noqa: E402
+import hub_model
 
 
 def save(folder):

@@ -33,7 +33,9 @@ TRAINING = {
 
 def options_of(case):
     options = dict(TRAINING[case])
-    if "activation_checkpointing" in options and not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
+    if "activation_checkpointing" in options and not hasattr(
+        transformers.TrainingArguments, "activation_checkpointing"
+    ):
         options["gradient_checkpointing"] = options.pop("activation_checkpointing")
     return options
 

@@ -127,7 +127,9 @@ def trained(model):
 def assert_equal(one, other):
     """The same tensors under the same names, bit for bit."""
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one), [n for n in one if not torch.equal(one[n], other[n])]
+    assert all(torch.equal(one[name], other[name]) for name in one), [
+        n for n in one if not torch.equal(one[n], other[n])
+    ]
 
 
 @functools.cache
