@@ -114,11 +114,9 @@ def _built_by(model: nn.Module) -> dict:
     """By what PEFT's ``AutoPeftModel`` classes find the class of the base model: a task, or else the class itself."""
     tables = sys.modules.get("transformers.models.auto.modeling_auto")
     for cls in type(model).__mro__:
-        if (
-            not hasattr(cls, "from_pretrained")
-            or getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls
-        ):
-            continue  # FSDP2's classes of a model, for one, which no module holds
+        there = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+        if there is not cls or not hasattr(cls, "from_pretrained"):
+            continue  # FSDP2 gives a model a class that no module holds
         for task, table in _TASKS.items() if tables and cls.__module__.startswith("transformers.") else ():
             if cls.__name__ in getattr(tables, table).values():
                 return {"task_type": task, "auto_mapping": None}

@@ -115,8 +115,8 @@ def _gathered_tensors(
     absent = [name for name in names.values() if name not in state]
     if absent:
         raise ValueError(
-            f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in it): "
-            "gather it from the whole model"
+            f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in "
+            "it): gather it from the whole model"
         )
     for key, name in names.items():
         if key.endswith(_ENDINGS) and not sharded.all_finite(state[name]):

@@ -229,6 +229,6 @@ def test_a_hub_id_that_cannot_be_had(base, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no directory some/adapter, and the Hugging Face Hub does not give it"):
         dorac.load_adapter(model, "some/adapter")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="no directory some/adapter; .* install huggingface_hub"):
+    with pytest.raises(FileNotFoundError, match=r"no directory some/adapter; .* install huggingface_hub"):
         dorac.load_adapter(model, "some/adapter")
     assert dorac.apply.dora_layers(model) == {}

@@ -26,25 +26,16 @@ TRAINING = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
     "bf16": {"bf16": True},
-    "checkpointing": {"activation_checkpointing": True},
-    "all": {"gradient_accumulation_steps": 2, "bf16": True, "activation_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "all": {"gradient_accumulation_steps": 2, "bf16": True, "gradient_checkpointing": True},
 }
-
-
-def options_of(case):
-    options = dict(TRAINING[case])
-    if "activation_checkpointing" in options and not hasattr(
-        transformers.TrainingArguments, "activation_checkpointing"
-    ):
-        options["gradient_checkpointing"] = options.pop("activation_checkpointing")
-    return options
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "all" else pytest.mark.full) for c in TRAINING])
 @pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.full)])
 def test_trainer(base, case, dropout, tmp_path):
     """PEFT's files in each checkpoint; resuming gives the same bits; the best model is there at the end."""
-    out, options = tmp_path / "out", options_of(case)
+    out, options = tmp_path / "out", TRAINING[case]
     model = tiny.wrapped(base, lora_dropout=dropout)
     whole = tiny.trainer(model, out, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, **options)
     whole.train()
@@ -83,7 +74,7 @@ def test_losses_beside_stock_peft(base, case, tmp_path):
     twin = tiny.stock_twin(model, base, tmp_path / "start")
     runs = []
     for name, net in (("dorac", model), ("peft", twin)):
-        runs.append(trainer := tiny.trainer(net, tmp_path / name, save_strategy="no", **options_of(case)))
+        runs.append(trainer := tiny.trainer(net, tmp_path / name, save_strategy="no", **TRAINING[case]))
         trainer.train()
     print(f"{case}: dorac {tiny.losses(runs[0])}, stock PEFT {tiny.losses(runs[1])}")
     rounding = torch.finfo(torch.bfloat16).eps if "bf16" in TRAINING[case] else 64 * torch.finfo(torch.float32).eps
