@@ -131,6 +131,32 @@ def test_no_op_in_generated_code(tokens, rank, dtype):
     assert relative_error(y, results[0]) <= 2e-2
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_over_a_product(has_bias, device, monkeypatch):
+    """``dora_over``, whose op has an argument with a default; on the CPU the kernels stay ops, with theirs."""
+    if device == "cpu":
+        monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    inputs = linear_inputs((64, 48, 32, 8), dtype=torch.bfloat16, device=device)
+    norm = functional.norm_factored(*inputs.tensors()[1:4], 0.7)
+    bias = inputs.bias.detach() if has_bias else None
+    base = torch.nn.functional.linear(inputs.x, inputs.weight, bias).detach()
+    leaves = [t.detach().requires_grad_() for t in (base, inputs.x, inputs.lora_A, inputs.lora_B, inputs.magnitude)]
+
+    def layer_over(*tensors):
+        return functional.dora_over(*tensors, bias, weight_norm=norm, scaling=0.7, base_has_bias=has_bias)
+
+    def train(function):
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    results, codes = run_and_get_code(train, torch.compile(layer_over, fullgraph=True))
+    for code in codes:
+        assert ("= torch.ops.dorac" in code) is (device == "cpu")
+    monkeypatch.undo()
+    for got, exact in zip(results, train(layer_over), strict=True):
+        assert relative_error(got, exact) <= 2e-2
+
+
 def test_the_second_product_of_dropout_is_added_in_place(monkeypatch):
     """In the form that a GPU takes; on the CPU the kernel between the products stays an op."""
     monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)

@@ -47,13 +47,14 @@ def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callab
     """The lowering of ``op`` to what ``function`` does."""
     call_op = lowering.fallback_handler(op, add_to_fallback_set=False)
 
-    def lower(*args):
+    def lower(*args, **named):
         from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
         from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.ir import ExternKernel, IRNode, ir_node_to_tensor
         from torch._inductor.virtualized import V
         from torch.fx.experimental.proxy_tensor import make_fx
 
+        args = (*args, *(named.get(a.name, a.default_value) for a in op._schema.arguments[len(args) :]))
         places = [i for i, a in enumerate(args) if isinstance(a, IRNode)]
         with V.fake_mode:
             fakes = [ir_node_to_tensor(ExternKernel.realize_input(args[i])) for i in places]
