@@ -1,6 +1,7 @@
 """DoRA on quantised base layers through the drop-in, held to the same model with the dequantised weights in float32.
 
-Needs packages that dorac does not: bitsandbytes, torchao, hqq; each test skips without its own.
+Most tests need packages that dorac does not: bitsandbytes, torchao, hqq; each skips without its own. Stand-ins for
+bitsandbytes' layers run everywhere.
 """
 
 import copy
@@ -17,7 +18,10 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft_models import off_init  # noqa: E402
 
 import dorac.peft  # noqa: E402
+from dorac import packed  # noqa: E402
+from dorac.peft import dora, over  # noqa: E402
 from dorac.peft.weights import dense_weight  # noqa: E402
+from dorac.testing import quantised_layers as fake  # noqa: E402
 
 
 def bnb_4bit(linear):
@@ -48,6 +52,20 @@ def hqq_4bit(linear):
 
     config = BaseQuantizeConfig(nbits=4, group_size=64)
     return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu", initialize=True)
+
+
+def stand_in(kind, linear):
+    quantised = kind(*linear.weight.shape[::-1])
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def fake_4bit(linear):
+    return stand_in(fake.Linear4bit, linear)
+
+
+def fake_8bit(linear):
+    return stand_in(fake.Linear8bitLt, linear)
 
 
 PACKAGES = {bnb_4bit: "bitsandbytes", bnb_8bit: "bitsandbytes", torchao_int8: "torchao", hqq_4bit: "hqq"}
@@ -183,3 +201,60 @@ def test_merge(scheme):
     for layer, other in zip(layers, expected, strict=True):
         requantised = scheme(other.get_base_layer())
         torch.testing.assert_close(dense_weight(layer.get_base_layer()), dense_weight(requantised))
+
+
+def with_two_adapters(model, **options):
+    """Both active, in a model of one layer; the adapters off their init."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["0"], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's on layers that it could not merge
+        model = peft.get_peft_model(model, config)
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    return off_init(model)
+
+
+def outputs(model, x):
+    """y, and every gradient, with the dropout of one seed."""
+    torch.manual_seed(3)
+    y = model(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)))
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scheme", [pytest.param(s, id=s.__name__) for s in (fake_4bit, fake_8bit)] + SCHEMES)
+def test_several_adapters_and_dropout_read_the_packed_weight(scheme, lora_dropout, monkeypatch):
+    """As stock PEFT over the dequantised weight. No dense copy is made, of the rows only chunks, as the budget has it.
+
+    HQQ's weight has no packed value here and is dequantised.
+    """
+    torch.manual_seed(0)
+    base = scheme(nn.Linear(64, 128)).requires_grad_(False)
+    dense = packed.weight_of(base)
+    dense = dense if isinstance(dense, torch.Tensor) else dense.rows(0, 128)
+    plain = nn.Linear(64, 128)
+    plain.load_state_dict({"weight": dense, "bias": base.bias})
+    stock = with_two_adapters(nn.Sequential(plain), lora_dropout=lora_dropout)
+    container = nn.Sequential(base)
+    container.is_loaded_in_4bit, container.is_loaded_in_8bit = scheme is bnb_4bit, scheme is bnb_8bit
+    with dorac.peft.enable():
+        model = enabled(with_two_adapters(container, lora_dropout=lora_dropout))
+    trained = {name: p for name, p in stock.named_parameters() if "lora_" in name}
+    assert model.load_state_dict(trained, strict=False).unexpected_keys == []
+    taken = []
+    if scheme is not hqq_4bit:
+        for module in (dora, over):
+            monkeypatch.setattr(module, "dense_weight", lambda base: pytest.fail("a dense copy of the weight"))
+        kind = type(packed.of(base))
+        rows = kind.rows
+        monkeypatch.setattr(base, "forward", lambda x: nn.functional.linear(x, dense, base.bias))
+        monkeypatch.setattr(kind, "rows", lambda self, *which: taken.append(which) or rows(self, *which))
+    for magnitude in model.base_model.model[0].lora_magnitude_vector.values():
+        magnitude.norm_budget = 2**14
+    xs = [torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    ours, expected = (outputs(net.train(), x) for net, x in zip((model, stock), xs, strict=True))
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert all(stop - start < 64 for start, stop in taken)
+    assert len(taken) > 4 or scheme is hqq_4bit
