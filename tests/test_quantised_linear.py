@@ -1,6 +1,7 @@
 """``DoraQuantLinear``: DoRA over layers that hold packed weights, held to the textbook over the dequantised weight.
 
-Stand-ins for the libraries' layers run everywhere, those of bitsandbytes, torchao and HQQ where they are installed.
+Stand-ins for the libraries' layers run everywhere, those of bitsandbytes, torchao, HQQ and transformers where they are
+installed. Where such a layer's product needs a GPU, it runs here with the product of the dequantised weight.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dorac
-from dorac import packed, reference
+from dorac import packed, quantise, reference
 from dorac.nn import DoraQuantLinear, norm_cache
 from dorac.testing import layer_budgets, linear_inputs
 from dorac.testing import quantised_layers as fake
@@ -88,6 +89,66 @@ def torchao_float8(linear):
     return torchao_layer(linear, Float8WeightOnlyConfig())
 
 
+def torchao_nvfp4(linear):
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+
+    return torchao_layer(linear, NVFP4WeightOnlyConfig())
+
+
+def torchao_int4(linear):
+    return quantise.quantise(copy.deepcopy(linear), "int4")
+
+
+def torchao_intx(linear):
+    """A format that no value stands for."""
+    from torchao.quantization import IntxWeightOnlyConfig
+
+    return torchao_layer(linear, IntxWeightOnlyConfig(torch.int4))
+
+
+def fp8_linear(linear, block_size=(32, 32)):
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    out_features, in_features = linear.weight.shape
+    layer = FP8Linear(in_features, out_features, block_size, has_bias=linear.bias is not None)
+    blocks = linear.weight.float().view(out_features // 32, 32, in_features // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    layer.weight.data = (blocks / scale[:, None, :, None]).view(linear.weight.shape).to(layer.weight.dtype)
+    layer.weight_scale_inv.data = scale
+    layer.bias = linear.bias
+    return layer.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products():
+    """Of int4 and of FP8Linear, for the CPU; as on a GPU that of int4 has no derivative (MSLK registers none)."""
+    library = torch.library.Library("mslk", "FRAGMENT")
+    schema = "bf16i4bf16_rowwise(Tensor X, Tensor W, Tensor w_scale_group, Tensor w_zero_group) -> Tensor"
+
+    @torch.no_grad()
+    def int4(x, codes, scale, zero):
+        shape = codes.shape[0], 2 * codes.shape[1]
+        value = packed.TorchaoInt4(codes, scale, zero, shape, scale.dtype, shape[1] // scale.shape[0])
+        return F.linear(x, value.rows(0, shape[0]))
+
+    def float8(x, weight, scale, block_size, bias, *_):
+        rows, columns = weight.shape
+        scale = scale.repeat_interleave(block_size[0], 0)[:rows].repeat_interleave(block_size[1], 1)[:, :columns]
+        return F.linear(x, (weight.float() * scale).to(x.dtype), bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("mslk") is None:
+            library.define(schema)
+            library.impl("bf16i4bf16_rowwise", int4, "CPU")
+            torch.library.register_fake("mslk::bf16i4bf16_rowwise", lib=library)(
+                lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0])
+            )
+        if importlib.util.find_spec("transformers") is not None:
+            patch.setattr("transformers.integrations.finegrained_fp8.fp8_linear", float8)
+        yield
+    library._destroy()
+
+
 def hqq_4bit(linear):
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -103,6 +164,10 @@ LIBRARIES = {
     torchao_int8: "torchao",
     torchao_int8_group: "torchao",
     torchao_float8: "torchao",
+    torchao_nvfp4: "torchao",
+    torchao_int4: "torchao",
+    torchao_intx: "torchao",
+    fp8_linear: "transformers",
     hqq_4bit: "hqq",
 }
 
@@ -124,6 +189,13 @@ def parameters(*schemes):
 FAKES = (fake_4bit, fake_8bit, fake_hqq)
 SCHEMES = parameters(*FAKES, *LIBRARIES)
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+REFUSED = {  # where they are merged, and why
+    torchao_nvfp4: r"a torchao NVFP4 weight .Linear. cannot be quantised again here: keep the adapter beside it, or put",
+    torchao_int4: r"torchao cannot quantise to int4 here: Requires mslk",
+    torchao_intx: r"a torchao weight .Linear. cannot be quantised again here",
+    fp8_linear: r"a float8 weight of transformers .FP8Linear. cannot be quantised again here",
+}
+each_that_merges = pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.values[0] not in REFUSED])
 
 
 # In-features are a multiple of 64: of other weights bitsandbytes misreads the blocks on the CPU (0.50).
@@ -242,6 +314,16 @@ class TestValues:
         check(layer, x, *rest, y, casts=2, dropped=dropped, dropout_on=dropout_on)
         with torch.no_grad():
             assert torch.equal(layer.eval()(x), layer(x))
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "hqq" not in s.id])
+    def test_a_trained_bias(self, scheme, dropout):
+        """It is added once, whatever g is; HQQ's is no parameter."""
+        layer, x, *_ = layer_of(scheme, lora_dropout=dropout)
+        layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.detach().clone())
+        dy = torch.randn(5, 128)
+        layer(x.detach()).backward(dy)
+        torch.testing.assert_close(layer.base_layer.bias.grad, dy.sum(0))
 
     @pytest.mark.parametrize("dropout", [0.0, 0.4])
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -449,7 +531,7 @@ def textbook_merge(layer):
 
 
 class TestMerging:
-    @each_scheme
+    @each_that_merges
     def test_merged_weight(self, scheme):
         """It is quantised as if it had been there at first, and unmerging puts back what was there."""
         model = model_of(scheme)
@@ -486,7 +568,7 @@ class TestMerging:
         assert (error <= 1.02 * bound).all()
         assert error.max() > 0.2 * bound.max()  # it says something
 
-    @each_scheme
+    @each_that_merges
     def test_unload(self, scheme):
         model = model_of(scheme)
         base = model[0].base_layer
@@ -544,26 +626,20 @@ class TestMerging:
             dorac.merge(model)
         assert not model[0].merged
 
-    def test_a_format_that_cannot_be_quantised_again(self):
-        class FP8Linear(nn.Linear):
-            def __init__(self, plain):
-                super().__init__(64, 128)
-                scale = plain.weight.abs().max() / 448
-                self.weight = nn.Parameter((plain.weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
-                self.weight_scale_inv, self.block_size = nn.Parameter(scale, requires_grad=False), None
-
-            def forward(self, x):
-                return F.linear(x, self.weight.to(x.dtype) * self.weight_scale_inv, self.bias)
-
-        model = model_of(lambda plain: FP8Linear(plain) if plain.weight.shape == (128, 64) else fake_4bit(plain))
+    @pytest.mark.parametrize("scheme", parameters(*REFUSED))
+    def test_a_format_that_cannot_be_quantised_again(self, scheme):
+        if scheme is torchao_int4 and importlib.util.find_spec("mslk") is not None:
+            pytest.skip("torchao can, with mslk")
+        model = nn.Sequential(fake_4bit(linear()), nn.Tanh(), scheme(linear(64, 128, seed=2)))
+        quiet(dorac.apply_dora, model, ["0", "2"], r=4, lora_alpha=4 * S)
+        off_init(model)
         x = torch.randn(3, 64)
-        expected = model(x)
-        with pytest.raises(
-            ValueError, match=r"^0: a float8 weight of transformers .FP8Linear. cannot be quantised again"
-        ):
-            dorac.merge(model)
-        assert not model[2].merged
-        assert torch.equal(model(x), expected)
+        expected, before = model(x), bits(model)
+        for unload in (False, True):
+            with pytest.raises(ValueError, match=f"^2: {REFUSED[scheme]}"):
+                dorac.merge(model, unload=unload)
+            assert_same(model, before)
+            assert torch.equal(model(x), expected)
 
 
 def _with_weight(layer, weight):

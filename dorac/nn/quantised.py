@@ -10,6 +10,7 @@ from dorac import functional, packed
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm
+from dorac.nn.product import product
 from dorac.numerics import accumulate_dtype
 from dorac.undo import Undo
 
@@ -96,7 +97,7 @@ class DoraQuantLinear(DoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         base_layer = self._modules["base_layer"]
-        base = base_layer(x)  # before the norm: it may pack its weight anew
+        base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew
         if self.merged_norm is not None:
             return base
         lora_A, lora_B, magnitude = self._own_parameters()
@@ -127,7 +128,7 @@ class DoraQuantLinear(DoraLinear):
         """``base`` and what DoRA changes for the x that dropout left."""
         lora_A, lora_B, magnitude = self._own_parameters()
         lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
-        other = self.base_layer(x)
+        other = product(self.base_layer, self.holder, x)
         acc = accumulate_dtype(other, lora, norm)
         other = other.to(acc)
         if (bias := self.base_layer.bias) is not None:

@@ -22,11 +22,13 @@ class Holder(NamedTuple):
         attribute: the layer's parameter with the packed values.
         requantised: the layer's attributes over another dense ``[out, in]`` weight, in the same format; it changes
             nothing. None where there is no way to quantise anew.
+        differentiable: whether the layer's output has a derivative in its input, in every version of the library.
     """
 
     name: str
     attribute: str = "weight"
     requantised: Callable[[nn.Module, Tensor], dict[str, object]] | None = None
+    differentiable: bool = True
 
 
 def holder(module: nn.Module) -> Holder | None:
@@ -165,12 +167,12 @@ def _hqq(module: nn.Module, dense: Tensor) -> dict[str, object]:
 
 
 _HQQ = Holder("HQQ weight", "W_q", _hqq)
-_FP8_LINEAR = Holder("float8 weight of transformers")
-_TORCHAO = Holder("torchao weight")
+_FP8_LINEAR = Holder("float8 weight of transformers", differentiable=False)
+_TORCHAO = Holder("torchao weight", differentiable=False)
 _HOLDERS = {
     "Params4bit": Holder("bitsandbytes 4-bit weight", requantised=_bnb_4bit),
     "Int8Params": Holder("bitsandbytes int8 weight", requantised=_bnb_int8),
-    "Int4Tensor": Holder("torchao int4 weight", requantised=_torchao_int4),
+    "Int4Tensor": Holder("torchao int4 weight", requantised=_torchao_int4, differentiable=False),
     "Int8Tensor": Holder("torchao int8 weight", requantised=_torchao_int8),
     "Float8Tensor": Holder("torchao float8 weight", requantised=_torchao_float8),
     "NVFP4Tensor": Holder("torchao NVFP4 weight"),
