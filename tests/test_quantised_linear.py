@@ -190,7 +190,6 @@ FAKES = (fake_4bit, fake_8bit, fake_hqq)
 SCHEMES = parameters(*FAKES, *LIBRARIES)
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 REFUSED = {  # where they are merged, and why
-    torchao_nvfp4: r"a torchao NVFP4 weight .Linear. cannot be quantised again here: keep the adapter beside it, or put",
     torchao_int4: r"torchao cannot quantise to int4 here: Requires mslk",
     torchao_intx: r"a torchao weight .Linear. cannot be quantised again here",
     fp8_linear: r"a float8 weight of transformers .FP8Linear. cannot be quantised again here",
@@ -588,6 +587,15 @@ class TestMerging:
         dorac.unmerge(model)
         assert torch.equal(model(x), before)
 
+    @pytest.mark.parametrize("scheme", parameters(torchao_nvfp4, torchao_int8, torchao_float8, hqq_4bit))
+    def test_a_merged_weight_of_zeros(self, scheme):
+        model = model_of(scheme)
+        with torch.no_grad():
+            model[2].lora_magnitude_vector.zero_()
+        x = torch.randn(3, 64)
+        dorac.merge(model)
+        torch.testing.assert_close(model(x), model[2].base_layer.bias.expand(3, -1))
+
     @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
     @pytest.mark.parametrize("scheme", parameters(*FAKES))
     @pytest.mark.parametrize("unload", [False, True])
@@ -767,8 +775,16 @@ class TestRefusals:
     def test_a_quantised_input(self, scheme):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-        layer = torchao_layer(linear(), Int8DynamicActivationInt8WeightConfig())
-        self.refused(layer, r"\n  1: the weight of Linear quantises its input too, which then gets no gradient")
+        int4 = torchao_int4(linear())
+        int4.weight.activation_dtype = torch.float8_e4m3fn
+        for layer in (torchao_layer(linear(), Int8DynamicActivationInt8WeightConfig()), int4):
+            self.refused(layer, r"\n  1: the weight of Linear quantises its input too, which then gets no gradient")
+
+    @pytest.mark.parametrize("scheme", parameters(fp8_linear))
+    def test_pairs_of_4_bit_numbers_in_fp8_linear(self, scheme):
+        layer = scheme(linear())
+        layer.weight = nn.Parameter(torch.zeros(128, 32, dtype=torch.int8), requires_grad=False)
+        self.refused(layer, r"\n  1: FP8Linear has a weight of torch.int8, dequantise it first")
 
     def test_tensor_parallel(self):
         parallel = pytest.importorskip("dorac.parallel")

@@ -139,11 +139,7 @@ class DoraQuantLinear(DoraLinear):
 
     def cannot_merge(self) -> str | None:
         if self.holder.requantised is None:
-            return (
-                f"a {self.holder.name} ({type(self.base_layer).__name__}) cannot be quantised again here: keep the "
-                "adapter beside it, or put nn.Linear layers with the dequantised weights in place of such layers "
-                "before they are adapted"
-            )
+            return self.holder.cannot_requantise(self.base_layer)
         return super().cannot_merge()
 
     def keep_base(self, log: Undo) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dorac import functional, magnitudes, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.nn import norm_cache
-from dorac.numerics import accumulate_dtype
+from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
@@ -202,6 +202,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             place_on_cpu: keep the magnitude on the CPU (PEFT's ephemeral offload computes it on a GPU).
         """
         with gathered([*base_layer.parameters(), lora_A, lora_B]):
+            if lora_A.dtype not in FLOAT_DTYPES:  # PEFT has them in FP8Linear's float8 until it widens them after this
+                lora_A, lora_B = lora_A.float(), lora_B.float()
             weight = packed.of(base_layer)  # which forward takes the norm of, too
             if weight is None or weight.device != lora_A.device:
                 weight = dense_weight(base_layer).to(lora_A.device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
+from dorac import packed
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.norm import DEFAULT_BUDGET
 
@@ -83,6 +84,8 @@ def dense_weight(base_layer: nn.Module) -> Tensor:
         return dequantize_bnb_weight(weight, state=base_layer.state)
     if type(weight).__name__ == "Params4bit":
         return _dequantize_4bit(weight)
+    if type(base_layer).__name__ == "FP8Linear" and (value := packed.of(base_layer)) is not None:
+        return value.rows(0, value.shape[0])  # PEFT has its numbers without their scales
     return dequantize_module_weight(base_layer)
 
 
