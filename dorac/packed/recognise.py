@@ -46,6 +46,9 @@ def stored(source: nn.Module) -> list[Tensor]:
     Raises:
         ValueError: as :func:`of`.
     """
+    experts = [name.removesuffix("_blocks") for name in vars(source)["_parameters"] if name.endswith("_blocks")]
+    if experts:
+        return [piece for name in experts for piece in of(source, name)[: Mxfp4.PIECES]]
     weight = source.weight
     state = vars(weight).get("quant_state") if type(weight).__name__ == "Params4bit" else None
     if state is not None:  # what every forward asks for; the codes are the weight's own memory
