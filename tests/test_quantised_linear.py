@@ -655,6 +655,67 @@ def _with_weight(layer, weight):
     return layer
 
 
+def weight_data(weight, other):
+    weight.data.copy_(other)
+
+
+def piece_data(weight, other):
+    weight.scale.data.copy_(other.scale)
+
+
+def piece_numpy(weight, other):
+    weight.qdata.view(torch.uint8).numpy()[:] = other.qdata.view(torch.uint8).numpy()
+
+
+def whole_weight(weight, other):
+    weight.copy_(other)
+
+
+def detached_weight(weight, other):
+    weight.detach().copy_(other)
+
+
+def indexed_weight(weight, other):
+    weight[...] = other
+
+
+def piece(weight, other):
+    weight.qdata.copy_(other.qdata)
+
+
+def view_of_a_piece(weight, other):
+    weight.qdata.view(torch.uint8)[:3].copy_(other.qdata.view(torch.uint8)[:3])
+
+
+def replaced_piece(weight, other):
+    weight.qdata = other.qdata
+
+
+def swapped(weight, other):
+    torch.utils.swap_tensors(weight, nn.Parameter(other, requires_grad=False))
+
+
+def in_inference_mode(weight, other):
+    with torch.inference_mode():
+        weight.copy_(other)
+
+
+# Writes inside a tensor of torchao's, and whether the next forward sees them (else after train() or eval()).
+WRITES = dict.fromkeys((weight_data, piece_data, piece_numpy), False) | dict.fromkeys(
+    (
+        whole_weight,
+        detached_weight,
+        indexed_weight,
+        piece,
+        view_of_a_piece,
+        replaced_piece,
+        swapped,
+        in_inference_mode,
+    ),
+    True,
+)
+
+
 class TestCachedNorms:
     @each_scheme
     def test_same_bits(self, scheme):
@@ -696,6 +757,22 @@ class TestCachedNorms:
         base.weight.quant_state = base.quant_state = other.quant_state
         expected = copy.deepcopy(model)(x)
         assert torch.equal(model(x), expected)
+
+    @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+    @pytest.mark.parametrize("scheme", parameters(torchao_int8, torchao_float8, torchao_int4, torchao_nvfp4))
+    def test_writes_inside_a_tensor_of_torchaos(self, scheme, write):
+        model = model_of(scheme)
+        weight, other = model[0].base_layer.weight, scheme(linear(seed=5)).weight
+        x, seen = torch.randn(4, 64), WRITES[write]
+        dorac.cache_norms(model)
+        before = model(x)
+        with torch.no_grad():
+            write(weight, other)
+        changed = copy.deepcopy(model)(x)  # which takes its own norm
+        assert not torch.equal(changed, before)
+        assert torch.equal(model(x), changed) == seen
+        model.eval()
+        assert torch.equal(model(x), changed)
 
     @pytest.mark.parametrize("scheme", parameters(fake_4bit, torchao_int8, bnb_4bit))
     def test_merge(self, scheme):

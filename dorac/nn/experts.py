@@ -116,10 +116,10 @@ class DoraExperts(DoraLayer):
                 "scales (see dorac.nn.DoraExperts)"
             )
         names = _projections(module)
+        if twice := [name for name in names if hasattr(module, f"{name}_blocks") and hasattr(module, name)]:
+            return f"{kind} holds {twice[0]} twice, dense and as {twice[0]}_blocks"
         values = {name: value for name in names if (value := _packed(module, name)) is not None}
         for name, value in values.items():
-            if getattr(module, name, None) is not None:
-                return f"{kind} holds {name} twice, dense and as {name}_blocks"
             if _is_sorted(module):
                 return f"{kind} holds {name} as mxfp4, which is not supported for experts that take sorted tokens"
             pieces = [getattr(module, f"{name}_{piece}") for piece in ("blocks", "scales")]
