@@ -289,10 +289,14 @@ class TestValues:
         check(layer, x, *rest, run(layer, x, compiled))
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-    @pytest.mark.parametrize("scheme", parameters(fake_4bit, bnb_4bit, torchao_int8, torchao_float8))
+    @pytest.mark.parametrize(
+        "scheme",
+        parameters(fake_4bit, bnb_4bit, torchao_int8, torchao_float8, torchao_int4, torchao_nvfp4, fp8_linear),
+    )
     def test_bfloat16(self, scheme, compiled):
         layer, x, *rest = layer_of(scheme, torch.bfloat16)
-        check(layer, x, *rest, run(layer, x, compiled))
+        rounded = scheme is fp8_linear  # its weight in the product here, and everywhere in backward
+        check(layer, x, *rest, run(layer, x, compiled), casts=int(rounded))
         assert layer.lora_A.grad.dtype is torch.float32
 
     @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0,)])
@@ -901,12 +905,19 @@ def torchao_config():
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+def hqq_config():
+    from transformers import HqqConfig
+
+    return HqqConfig(nbits=4, group_size=32)
+
+
 LOADS = [
     pytest.param(make, id=id, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=package))
     for id, package, make in (
         ("nf4", "bitsandbytes", lambda: bnb_config(4)),
         ("int8", "bitsandbytes", lambda: bnb_config(8)),
         ("torchao", "torchao", torchao_config),
+        ("hqq", "hqq", hqq_config),
     )
 ]
 
@@ -930,9 +941,12 @@ class TestTransformers:
         """In training, with an input that needs a gradient: else bitsandbytes computes in bfloat16 on some CPUs."""
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, quantization_config=config(), dtype=torch.float32, device_map="cpu"
-        )
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, quantization_config=config(), dtype=torch.float32, device_map="cpu"
+            )
+        except NotImplementedError as error:  # HQQ's, in transformers 5 up to now
+            pytest.skip(str(error))
         model.enable_input_require_grads()
         return model.train()
 

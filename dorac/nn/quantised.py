@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dorac import functional, packed
+from dorac.nn.base_product import product
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm
-from dorac.nn.product import product
 from dorac.numerics import accumulate_dtype
 from dorac.undo import Undo
 
