@@ -22,7 +22,9 @@ class DoraQuantLinear(DoraLinear):
     ``FP8Linear`` and ``HQQLinear``. The norm is read from the packed weight, which stays as it is
     (:func:`dorac.functional.norm_factored`); that of HQQ, and of torchao's formats that :func:`dorac.packed.of` does
     not know, takes a dense copy. The base layer's forward, its hooks too, runs in every call, and y has the dtype that
-    it returns. With dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
+    it returns. Where its library may give it no derivative (torchao's int4 and formats that ``of`` does not know,
+    ``FP8Linear``) that in x is ``dy W``, of a weight that is dense in backward for as long as this product takes. With
+    dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
     ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``.
 
     Merging quantises ``g * (W + s * lora_B @ lora_A)`` anew, in the same format and with the same settings. Each
