@@ -252,6 +252,24 @@ def test_merge_into_torchao(scheme):
     assert type(unloaded[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if "hqq" in s.id])
+def test_hqq_with_the_empty_weight_of_transformers_4(scheme, monkeypatch):
+    """A property that its quantiser gives the class, for code that asks for a dtype or device."""
+    model = quantised_model(scheme).eval()
+    x = torch.randn(3, 64)
+    expected = model(x)
+    kind = type(model.base_model.model[0].base_layer)
+    monkeypatch.setattr(kind, "weight", property(lambda self: torch.empty(0)), raising=False)
+    assert torch.equal(model(x), expected)
+    dorac.save_outputs(model)
+    model.train()(x).sum().backward()
+    assert torch.equal(model.eval()(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on rounding
+        model.merge_adapter()
+    assert (model(x) - expected).norm() < 0.2 * expected.norm()
+
+
 @pytest.mark.parametrize("scheme", MORE[-1:])
 def test_what_cannot_be_quantised_again_is_not_merged(scheme):
     model = quantised_model(scheme).eval()

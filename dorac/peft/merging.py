@@ -17,7 +17,7 @@ from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
 from dorac.peft.uncovered import report_shared
-from dorac.peft.weights import dense_weight, is_partitioned, is_plain, whole, written_in_place
+from dorac.peft.weights import dense_weight, is_partitioned, is_plain, own_weight, whole, written_in_place
 from dorac.undo import Undo
 
 _merge_adapter_stock = model.LoraModel.merge_adapter
@@ -33,7 +33,7 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     """
     log.add(partial(norms.refresh, layer))  # once all is restored, which is a write
     base = layer.base_layer
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight = own_weight(layer.get_base_layer())
     if is_plain(weight):
         whole(weight)
     for module in base.modules():

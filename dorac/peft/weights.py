@@ -69,13 +69,18 @@ def call_unit(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         hook.remove()
 
 
+def own_weight(base_layer: nn.Module) -> Tensor | None:
+    """The layer's ``weight``; None for HQQ's, to which transformers 4 gives an empty one."""
+    return None if hasattr(base_layer, "W_q") else getattr(base_layer, "weight", None)
+
+
 def dense_weight(base_layer: nn.Module) -> Tensor:
     """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one.
 
     Raises:
         RuntimeError: FSDP1 holds it in parts now.
     """
-    weight = getattr(base_layer, "weight", None)
+    weight = own_weight(base_layer)
     if is_plain(weight):
         return whole(weight)
     # For bitsandbytes dequantize_module_weight also puts a new parameter into a layer on the CPU; an 8-bit layer then
