@@ -354,3 +354,22 @@ def test_several_adapters_and_dropout_read_the_packed_weight(scheme, lora_dropou
         )
     assert all(stop - start < 64 for start, stop in taken)
     assert len(taken) > 4 or scheme is hqq_4bit
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES + MORE if "torchao" in s.id])
+def test_dropout_over_a_bfloat16_torchao_weight(scheme):
+    """PEFT converts x to the adapter's float32 first, of which torchao's product would make an error."""
+    torch.manual_seed(0)
+    base = scheme(nn.Linear(64, 128).bfloat16()).requires_grad_(False)
+    plain = nn.Linear(64, 128)
+    plain.load_state_dict({"weight": base.weight.dequantize().float(), "bias": base.bias.float()})
+    with dorac.peft.enable():
+        model = enabled(with_two_adapters(nn.Sequential(base), lora_dropout=0.3))
+    stock = with_two_adapters(nn.Sequential(plain), lora_dropout=0.3)
+    stock.load_state_dict({name: p for name, p in model.named_parameters() if "lora_" in name}, strict=False)
+    x = torch.randn(5, 64).bfloat16()
+    ours = outputs(model.train(), x.clone().requires_grad_())
+    expected = outputs(stock.train(), x.float().requires_grad_())
+    assert ours["y"].dtype is torch.bfloat16
+    for name, value in expected.items():
+        assert (ours[name] - value).norm() < 2**-6 * value.norm(), name
