@@ -228,7 +228,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
-            lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (NVFP4,
+            lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (mxfp4,
             transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype. Refused by
             name.
             Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are

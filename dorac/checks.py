@@ -341,14 +341,19 @@ def check_grouped(
     offsets: Tensor,
 ) -> None:
     """All tensors of ``dora_linear_grouped``."""
-    check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
+    if is_packed(weight):
+        check_packed_factors(weight, lora_A, lora_B)
+        _check_scale(weight, magnitude, weight_norm)
+    else:
+        check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     if weight.ndim != 3:
         raise ValueError(f"weight must be [E, out, in], got shape {list(weight.shape)}")
     _check_float("x", x)
     if x.ndim != 2 or x.shape[1] != weight.shape[2]:
         raise ValueError(f"x must be [S, in] with in = {weight.shape[2]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
-    check_activation_dtype(x, weight)
+    if not is_packed(weight):
+        check_activation_dtype(x, weight)
     check_vector("bias", bias, weight)
     _check_index("offsets", offsets, "[E]", [weight.shape[0]], weight, "weight")
 

@@ -1,6 +1,6 @@
 """``Undo``: writes to a model that are taken back, bit for bit, if anything is raised before all of them are made."""
 
-import contextlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -81,14 +81,18 @@ class Undo:
     @torch.no_grad()
     def roll_back(self) -> None:
         """Restores everything that the log was told of."""
-        failed = None
+        failed = interrupted = None
         while self._steps:
-            with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is being answered
+            try:
                 try:
                     self._steps[-1]()
                 except Exception as error:  # one that cannot be undone keeps no other from it
                     failed = failed or error
                 self._steps.pop()
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None and sys.exc_info()[1] is None:  # else a second one, while the first is answered
+            raise interrupted
         if failed is not None:
             raise failed
 

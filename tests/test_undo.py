@@ -176,3 +176,21 @@ def test_tensors_that_nobody_can_write_are_no_hindrance():
         with torch.inference_mode():
             layer.requires_grad_(False)
     assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_an_interruption_of_a_roll_back_that_nothing_made_necessary():
+    """All is restored first."""
+    layer, log, interrupt = nn.Linear(2, 2), Undo(), [KeyboardInterrupt]
+    before = layer.weight.detach().clone()
+
+    def interrupted():
+        if interrupt:
+            raise interrupt.pop()
+
+    log.keep(layer.weight)
+    log.add(interrupted)
+    with torch.no_grad():
+        layer.weight.zero_()
+    with pytest.raises(KeyboardInterrupt):
+        log.roll_back()
+    assert torch.equal(layer.weight, before)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks, ops
+from dorac import checks, ops, packed
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops.compose import compose_aten
@@ -13,7 +13,7 @@ from dorac.ops.norm import DEFAULT_BUDGET
 
 def dora_linear_grouped(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | packed.Packed,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -34,7 +34,8 @@ def dora_linear_grouped(
 
     Args:
         x: ``[S, in]``, sorted by expert.
-        weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied).
+        weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied). Or packed (mxfp4, ...; see
+            :func:`dorac.packed.of`): of it chunks of rows are made dense in the dtype of x, in forward and in backward.
         lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
         offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last is S.
         scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
@@ -57,13 +58,16 @@ def dora_linear_grouped(
     checks.check_dropout_on(dropout_on)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
-    s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+    dense = () if packed.is_packed(weight) else (weight,)
+    s = scaling_tensor(scaling, lora_A, accumulate_dtype(*dense, lora_A, lora_B))
     if weight_norm is None:
         weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
     row_numbers = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     index = torch.searchsorted(offsets, row_numbers, right=True)  # the expert of each row
 
-    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+    def product(rows: Tensor, matrices: Tensor | packed.Packed) -> Tensor:
+        if packed.is_packed(matrices):
+            return ops.packed_grouped.packed_grouped_linear(rows, offsets, index, *packed.flatten(matrices), budget)
         return ops.grouped.grouped_linear(rows, matrices, offsets, index)
 
     g = ops.take.take(magnitude_scale(magnitude, weight_norm), index)

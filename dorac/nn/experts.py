@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, packed
 from dorac.nn.layer import DoraLayer, not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
@@ -29,13 +29,33 @@ def _is_sorted(module: nn.Module) -> bool:
     return llama4 is not None and isinstance(module, llama4.Llama4TextExperts)
 
 
+def _is_swizzled(module: nn.Module) -> bool:
+    """Whether the module is GPT-OSS' experts as transformers loads them in mxfp4 onto a GPU."""
+    return type(module).__name__ == "Mxfp4GptOssExperts"
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether ``module`` holds the experts of a mixture-of-experts block of transformers as 3-D parameters."""
-    return _is_routed(module) or _is_sorted(module)
+    return _is_routed(module) or _is_sorted(module) or _is_swizzled(module)
 
 
 def _projections(module: nn.Module) -> list[str]:
-    return [name for name in PROJECTIONS if isinstance(getattr(module, name, None), nn.Parameter)]
+    return [
+        name
+        for name in PROJECTIONS
+        if isinstance(getattr(module, name, None), nn.Parameter) or _packed(module, name) is not None
+    ]
+
+
+def _packed(module: nn.Module, projection: str) -> packed.Mxfp4 | None:
+    """The mxfp4 weight of a projection, if the module has that."""
+    return packed.of(module, projection) if hasattr(module, f"{projection}_blocks") else None
+
+
+def _weight(module: nn.Module, projection: str) -> nn.Parameter:
+    """The parameter of a projection: its weight, or the packed numbers of that."""
+    weight = getattr(module, projection, None)
+    return getattr(module, f"{projection}_blocks") if weight is None else weight
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -52,6 +72,12 @@ class DoraExperts(DoraLayer):
     expert, through the batched :func:`dorac.functional.dora_linear`), whatever ``config._experts_implementation``
     says. Merged, the module itself runs.
 
+    A weight may be mxfp4, as GPT-OSS' checkpoint holds it: the module then has frozen parameters
+    ``P_blocks [E, out, in / 32, 16]`` and ``P_scales [E, out, in / 32]``, uint8, and no P. Norms are read from there.
+    The products, forward and backward, make one chunk of all experts' rows dense after the other, in the dtype of the
+    hidden states. Such experts are not merged. The experts of a model that transformers has loaded onto a GPU with its
+    ``Mxfp4Config`` lie in an order of their own, of which there are kernels for inference alone; they are refused.
+
     For each projection P of the module (``gate_up_proj`` and ``down_proj``, or ``up_proj`` and ``down_proj``) there are
     ``P_lora_A [E, r, in]``, ``P_lora_B [E, out, r]`` and ``P_lora_magnitude_vector [E, out]``; the parameters and
     biases of the module are frozen. PEFT refuses DoRA on experts (its ``target_parameters`` are for LoRA), so that the
@@ -59,7 +85,8 @@ class DoraExperts(DoraLayer):
 
     Args:
         base_layer, r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad:
-            see :class:`dorac.nn.DoraLayer`. Dropout is drawn for each projection and each pair of token and expert.
+            see :class:`dorac.nn.DoraLayer`. Dropout is drawn for each projection and each pair of token and expert;
+            norm_grad needs dense weights.
 
     Raises:
         TypeError, ValueError: see :class:`dorac.nn.DoraLayer`.
@@ -69,25 +96,57 @@ class DoraExperts(DoraLayer):
 
     PEFT_KEYS: ClassVar = {f"{p}_{name}": f"{p}.{name}" for p in PROJECTIONS for name in ADAPTER}
 
+    def __init__(self, base_layer: nn.Module, r: int = 8, lora_alpha: float = 8, **options) -> None:
+        packed_names = [name for name in PROJECTIONS if _packed(base_layer, name) is not None]
+        if options.get("norm_grad") is True and packed_names:
+            raise ValueError(
+                f"norm_grad needs a dense weight, {packed_names[0]} of {type(base_layer).__name__} is mxfp4"
+            )
+        super().__init__(base_layer, r, lora_alpha, **options)
+
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         kind = type(module).__name__
         if not is_experts(module):
             return f"{kind} is not supported, only transformers' experts with 3-D parameters are"
+        if _is_swizzled(module):
+            return (
+                f"{kind} holds mxfp4 weights in the order of triton_kernels, which only inference takes: load the "
+                "model with Mxfp4Config(dequantize=True), or let GptOssExperts hold the checkpoint's blocks and "
+                "scales (see dorac.nn.DoraExperts)"
+            )
         names = _projections(module)
-        if len(names) != 2 or any(getattr(module, name).ndim != 3 for name in names):
+        if twice := [name for name in names if hasattr(module, f"{name}_blocks") and hasattr(module, name)]:
+            return f"{kind} holds {twice[0]} twice, dense and as {twice[0]}_blocks"
+        values = {name: value for name in names if (value := _packed(module, name)) is not None}
+        for name, value in values.items():
+            if _is_sorted(module):
+                return f"{kind} holds {name} as mxfp4, which is not supported for experts that take sorted tokens"
+            pieces = [getattr(module, f"{name}_{piece}") for piece in ("blocks", "scales")]
+            if not all(isinstance(piece, nn.Parameter) for piece in pieces):
+                return f"{kind} holds {name}_blocks and {name}_scales as other than parameters"
+            if any(piece.is_meta for piece in pieces):
+                return f"the {name} of {kind} is on the meta device and has no values: load the weights first"
+            try:
+                value.check()
+            except (TypeError, ValueError) as error:
+                return f"{name}: {error}"
+        dense = [name for name in names if name not in values]
+        shapes = [value.shape for value in values.values()] + [getattr(module, name).shape for name in dense]
+        if len(names) != 2 or any(len(shape) != 3 for shape in shapes):
             return f"{kind} does not hold gate_up_proj or up_proj, and down_proj, as 3-D parameters"
         if getattr(module, "_is_expert_parallel", False):
             return f"{kind} is spread over processes (expert parallelism)"
         stock = type(module) if _is_routed(module) else sys.modules[_LLAMA4].Llama4TextExperts
-        return not_stock(module, stock, names)
+        return not_stock(module, stock, dense)
 
     @classmethod
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
         shapes = {}
         for projection in _projections(base_layer):
-            experts, out_features, in_features = getattr(base_layer, projection).shape
-            if _transposed(base_layer):
+            value = _packed(base_layer, projection)
+            experts, out_features, in_features = (value or getattr(base_layer, projection)).shape
+            if value is None and _transposed(base_layer):
                 out_features, in_features = in_features, out_features
             sizes = ((r, in_features), (out_features, r), (out_features,))
             shapes |= {
@@ -104,17 +163,37 @@ class DoraExperts(DoraLayer):
 
     @property
     def weight(self) -> nn.Parameter:
-        """One of the base layer's weights, for code that asks a layer for its dtype or device."""
-        return self.base_layer.down_proj
+        """One of the base layer's weights, or its packed numbers, for code that asks for a dtype or device."""
+        return _weight(self.base_layer, "down_proj")
 
     def base_weights(self) -> list[nn.Parameter]:
-        return [getattr(self.base_layer, projection) for projection in self.projections]
+        return [_weight(self.base_layer, projection) for projection in self.projections]
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.weight.is_floating_point() else torch.float32
+
+    def packed_base(self) -> nn.Module | None:
+        return self.base_layer if self._packed_projections() else None
+
+    def _packed_projections(self) -> list[str]:
+        return [projection for projection in self.projections if packed.is_packed(self._matrices(projection))]
+
+    def cannot_merge(self) -> str | None:
+        if names := self._packed_projections():
+            return (
+                f"{names[0]} of {type(self.base_layer).__name__} is mxfp4, which cannot be quantised again here: keep "
+                "the adapter beside it, or dequantise the experts before they are adapted"
+            )
+        return super().cannot_merge()
 
     def _magnitudes(self) -> list[nn.Parameter]:
         return [getattr(self, f"{projection}_lora_magnitude_vector") for projection in self.projections]
 
-    def _matrices(self, projection: str) -> Tensor:
-        """The weights of a projection as ``[E, out, in]``, a view."""
+    def _matrices(self, projection: str) -> Tensor | packed.Packed:
+        """The weights of a projection as ``[E, out, in]``, a view or a packed value."""
+        value = _packed(self.base_layer, projection)
+        if value is not None:
+            return value
         weight = getattr(self.base_layer, projection)
         return weight.mT if self.transposed else weight
 
@@ -174,7 +253,7 @@ class DoraExperts(DoraLayer):
         matrices, norms = self._matrices(projection), self._known_norm()
         layer = functional.dora_linear_grouped if offsets else functional.dora_linear
         return layer(
-            x.to(matrices.dtype),
+            x if packed.is_packed(matrices) else x.to(matrices.dtype),
             matrices,
             *self._adapter(projection),
             getattr(self.base_layer, f"{projection}_bias", None),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dorac import functional, packed
+from dorac.nn.base_product import product
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm, packed_weight
@@ -21,7 +22,9 @@ class DoraQuantLinear(DoraLinear):
     ``FP8Linear`` and ``HQQLinear``. The norm is read from the packed weight, which stays as it is
     (:func:`dorac.functional.norm_factored`); that of HQQ, and of torchao's formats that :func:`dorac.packed.of` does
     not know, takes a dense copy. The base layer's forward, its hooks too, runs in every call, and y has the dtype that
-    it returns. With dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
+    it returns. Where its library may give it no derivative (torchao's int4 and formats that ``of`` does not know,
+    ``FP8Linear``) that in x is ``dy W``, of a weight that is dense in backward for as long as this product takes. With
+    dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
     ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``.
 
     Merging quantises ``g * (W + s * lora_B @ lora_A)`` anew, in the same format and with the same settings. Each
@@ -96,7 +99,7 @@ class DoraQuantLinear(DoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         base_layer = self._modules["base_layer"]
-        base = base_layer(x)  # before the norm: it may pack its weight anew
+        base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew
         if self.merged_norm is not None:
             return base
         lora_A, lora_B, magnitude = self._own_parameters()
@@ -128,7 +131,7 @@ class DoraQuantLinear(DoraLinear):
         """``base`` and what DoRA changes for the x that dropout left."""
         lora_A, lora_B, magnitude = self._own_parameters()
         lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
-        other = self.base_layer(x)
+        other = product(self.base_layer, self.holder, x)
         acc = accumulate_dtype(other, lora, norm)
         other = other.to(acc)
         if (bias := self.base_layer.bias) is not None:
@@ -139,11 +142,7 @@ class DoraQuantLinear(DoraLinear):
 
     def cannot_merge(self) -> str | None:
         if self.holder.requantised is None:
-            return (
-                f"a {self.holder.name} ({type(self.base_layer).__name__}) cannot be quantised again here: keep the "
-                "adapter beside it, or put nn.Linear layers with the dequantised weights in place of such layers "
-                "before they are adapted"
-            )
+            return self.holder.cannot_requantise(self.base_layer)
         return super().cannot_merge()
 
     def keep_base(self, log: Undo) -> None:

@@ -1,6 +1,19 @@
 """Operators of the ``dorac`` library; importing this package registers them and touches neither Triton nor CUDA."""
 
-from dorac.ops import compose, embedding, flops, grouped, inductor, library, linear, norm, over, packed, take
+from dorac.ops import (
+    compose,
+    embedding,
+    flops,
+    grouped,
+    inductor,
+    library,
+    linear,
+    norm,
+    over,
+    packed,
+    packed_grouped,
+    take,
+)
 
 flops.register()
 inductor.register()
@@ -17,5 +30,6 @@ __all__ = [
     "norm",
     "over",
     "packed",
+    "packed_grouped",
     "take",
 ]

@@ -62,6 +62,10 @@ def _grouped_product(x, weight, offsets, **_):
     return _product(x, (x[1], weight[1]))
 
 
+def _packed_grouped_product(x, offsets, kind, pieces, shape, dtype, sizes, budget, transposed, **_):
+    return _product(x, shape[-2:] if transposed else (shape[-1], shape[-2]))
+
+
 def _grouped_outer(left, right, offsets, **_):
     return _product((left[1], left[0]), right)
 
@@ -81,6 +85,7 @@ FORMULAS = {
     "lora_b_backward": _lora_b_backward,
     "grouped_product": _grouped_product,
     "grouped_outer": _grouped_outer,
+    "packed_grouped_product": _packed_grouped_product,
     **dict.fromkeys(
         (
             "compose_value",

@@ -32,6 +32,14 @@ def row_chunks(weight: packed.Packed, budget: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, out_features)) for start in range(0, out_features, rows)]
 
 
+def dense_rows(weight: packed.Packed, dtype: torch.dtype, budget: int) -> Tensor:
+    """The whole weight in ``dtype``; ``budget``: bytes for what making it takes beside that."""
+    dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start, stop in row_chunks(weight, budget):
+        dense[..., start:stop, :] = weight.rows(start, stop)
+    return dense
+
+
 def packed_row_norm_aten(
     lora_A: Tensor,
     lora_B: Tensor,

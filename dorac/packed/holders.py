@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dorac.packed.recognise import kind_of, of
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LEAST = 1e-30  # that a scale of torchao's floats is taken of: it makes NaN of a row of zeros else
+
 
 class Holder(NamedTuple):
     """How a kind of layer holds its weight.
@@ -22,11 +25,20 @@ class Holder(NamedTuple):
         attribute: the layer's parameter with the packed values.
         requantised: the layer's attributes over another dense ``[out, in]`` weight, in the same format; it changes
             nothing. None where there is no way to quantise anew.
+        differentiable: whether the layer's output has a derivative in its input, in every version of the library.
     """
 
     name: str
     attribute: str = "weight"
     requantised: Callable[[nn.Module, Tensor], dict[str, object]] | None = None
+    differentiable: bool = True
+
+    def cannot_requantise(self, module: nn.Module) -> str:
+        """Why nothing can be merged into ``module``, for a holder without ``requantised``."""
+        return (
+            f"a {self.name} ({type(module).__name__}) cannot be quantised again here: keep the adapter beside it, or "
+            "put nn.Linear layers with the dequantised weights in place of such layers before they are adapted"
+        )
 
 
 def holder(module: nn.Module) -> Holder | None:
@@ -38,7 +50,7 @@ def holder(module: nn.Module) -> Holder | None:
     weight = module._parameters.get("weight")
     if getattr(weight, "has_fp16_weights", False):
         return None  # dense
-    if type(module).__name__ == "FP8Linear" and weight.element_size() == 1:
+    if type(module).__name__ == "FP8Linear" and weight.dtype in FLOAT8:  # int8 are pairs of 4-bit numbers
         return _FP8_LINEAR
     kind = type(weight)
     if kind.__module__.partition(".")[0] == "torchao" and kind.dequantize is not Tensor.dequantize:
@@ -64,7 +76,8 @@ def unreadable(module: nn.Module) -> str | None:
     weight = getattr(module, name)
     if weight.is_meta:
         return f"the {name} of {kind} is on the meta device and has no values: load the weights first"
-    if getattr(weight, "act_quant_kwargs", None) is not None:
+    quantises_input = getattr(weight, "act_quant_kwargs", None) is not None
+    if quantises_input or getattr(weight, "activation_dtype", torch.bfloat16) is not torch.bfloat16:
         return f"the weight of {kind} quantises its input too, which then gets no gradient: quantise the weight alone"
     if getattr(weight, "act_pre_scale", None) is not None:
         return f"the weight of {kind} scales its input (act_pre_scale), as no norm of a row can"
@@ -138,12 +151,14 @@ def _torchao_int8(module: nn.Module, dense: Tensor) -> dict[str, object]:
 
 def _torchao_float8(module: nn.Module, dense: Tensor) -> dict[str, object]:
     old = module.weight
+    options = {} if old.kernel_preference.name == "MSLK" else {"hp_value_lb": LEAST}  # which MSLK's kernels do not take
     new = type(old).from_hp(
         _finite(dense, old.dtype),
         float8_dtype=old.qdata.dtype,
         granularity=_granularity(old.block_size, old.shape),
         mm_config=old.mm_config,
         kernel_preference=old.kernel_preference,
+        **options,
     )
     return _frozen(new)
 
@@ -157,6 +172,16 @@ def _torchao_int4(module: nn.Module, dense: Tensor) -> dict[str, object]:
     return _frozen(new)
 
 
+def _torchao_nvfp4(module: nn.Module, dense: Tensor) -> dict[str, object]:
+    old = module.weight
+    dense, scale = _finite(dense, old.orig_dtype), old.per_tensor_scale
+    if scale is not None:
+        largest = dense.abs().amax().clamp_min(LEAST)
+        scale = sys.modules[type(old).__module__].per_tensor_amax_to_scale(largest)
+    options = {name: getattr(old, name) for name in ("act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel")}
+    return _frozen(type(old).to_nvfp4(dense, per_tensor_scale=scale, **options))
+
+
 def _hqq(module: nn.Module, dense: Tensor) -> dict[str, object]:
     config = copy.deepcopy(module.quant_config) | {"offload_meta": module.offload_meta}  # which it takes out
     new = type(module)(None, config, compute_dtype=module.compute_dtype, device=module.device)
@@ -165,13 +190,13 @@ def _hqq(module: nn.Module, dense: Tensor) -> dict[str, object]:
 
 
 _HQQ = Holder("HQQ weight", "W_q", _hqq)
-_FP8_LINEAR = Holder("float8 weight of transformers")
-_TORCHAO = Holder("torchao weight")
+_FP8_LINEAR = Holder("float8 weight of transformers", differentiable=False)
+_TORCHAO = Holder("torchao weight", differentiable=False)
 _HOLDERS = {
     "Params4bit": Holder("bitsandbytes 4-bit weight", requantised=_bnb_4bit),
     "Int8Params": Holder("bitsandbytes int8 weight", requantised=_bnb_int8),
-    "Int4Tensor": Holder("torchao int4 weight", requantised=_torchao_int4),
+    "Int4Tensor": Holder("torchao int4 weight", requantised=_torchao_int4, differentiable=False),
     "Int8Tensor": Holder("torchao int8 weight", requantised=_torchao_int8),
     "Float8Tensor": Holder("torchao float8 weight", requantised=_torchao_float8),
-    "NVFP4Tensor": Holder("torchao NVFP4 weight"),
+    "NVFP4Tensor": Holder("torchao NVFP4 weight", requantised=_torchao_nvfp4),
 }

@@ -43,11 +43,18 @@ def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
 def stored(source: nn.Module) -> list[Tensor]:
     """The tensors that :func:`of` reads the packed weight of a module from, as they lie there and in a fixed order.
 
-    Whoever keeps something that was taken of the weight watches them, and the version of the weight itself.
+    Whoever keeps something that was taken of the weight watches them, and the version of the weight itself. What is
+    written to a tensor of torchao's as a whole counts in that version alone, since its pieces are written below
+    autograd, which counts; what is written to a piece, to a view of one, or put in the place of one is seen there. As
+    of dense weights nobody sees writes through ``.data``, of the weight or of a piece, or to memory that another
+    library was given (``numpy()``, a kernel), nor other numbers beside the tensors (``block_size``).
 
     Raises:
         ValueError: as :func:`of`.
     """
+    experts = [name.removesuffix("_blocks") for name in vars(source)["_parameters"] if name.endswith("_blocks")]
+    if experts:
+        return [piece for name in experts for piece in of(source, name)[: Mxfp4.PIECES]]
     weight = source.weight
     state = vars(weight).get("quant_state") if type(weight).__name__ == "Params4bit" else None
     if state is not None:  # what every forward asks for; the codes are the weight's own memory

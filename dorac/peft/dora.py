@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dorac import functional, magnitudes, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.nn import norm_cache
-from dorac.numerics import accumulate_dtype
+from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
@@ -202,6 +202,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             place_on_cpu: keep the magnitude on the CPU (PEFT's ephemeral offload computes it on a GPU).
         """
         with gathered([*base_layer.parameters(), lora_A, lora_B]):
+            if lora_A.dtype not in FLOAT_DTYPES:  # PEFT has them in FP8Linear's float8 until it widens them after this
+                lora_A, lora_B = lora_A.float(), lora_B.float()
             weight = packed.of(base_layer)  # which forward takes the norm of, too
             if weight is None or weight.device != lora_A.device:
                 weight = dense_weight(base_layer).to(lora_A.device)
@@ -229,14 +231,19 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         Args:
             x: ``[*, in]``, in training what dropout left of it.
             lora_A, lora_B: the modules.
-            base_result: the base layer's output for this x; None computes it again, without the bias.
+            base_result: the base layer's output for this x; None computes it again, without the bias: a layer whose
+                weight is packed is called once more, of others the weight is multiplied with, dense.
 
         Returns:
             ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
-            weight = dense_weight(base_layer) if known is None or base_result is None else None
+            weight = None
+            if known is None or base_result is None:
+                weight = packed.of(base_layer)
+                if weight is None or (base_result is None and will_be_released):
+                    weight = dense_weight(base_layer)
 
             def norm_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
                 if known is not None:
@@ -247,6 +254,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
             lora, norm = self._lora_and_norm(x, lora_A, lora_B, norm_of)
             g = self.mag_scale(norm)
+            if base_result is None and packed.is_packed(weight):
+                base_result = _own_product(base_layer, x)
             if base_result is None:
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
             else:
@@ -276,6 +285,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     def __repr__(self) -> str:
         return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
+
+
+def _own_product(base_layer: nn.Module, x: Tensor) -> Tensor:
+    """The output of a layer with a packed weight for an x that PEFT may have converted to the adapter's dtype."""
+    weight = base_layer.weight
+    if hasattr(type(weight), "__tensor_flatten__"):  # torchao's take x in their own dtype alone
+        x = x.to(weight.dtype)
+    return base_layer(x)
 
 
 def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) -> Tensor:

@@ -12,11 +12,12 @@ from peft.tuners.lora import LoraLayer, model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dorac import packed
 from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
 from dorac.peft.uncovered import report_shared
-from dorac.peft.weights import dense_weight, is_partitioned, is_plain, whole, written_in_place
+from dorac.peft.weights import dense_weight, is_partitioned, is_plain, own_weight, whole, written_in_place
 from dorac.undo import Undo
 
 _merge_adapter_stock = model.LoraModel.merge_adapter
@@ -32,7 +33,7 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     """
     log.add(partial(norms.refresh, layer))  # once all is restored, which is a write
     base = layer.base_layer
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight = own_weight(layer.get_base_layer())
     if is_plain(weight):
         whole(weight)
     for module in base.modules():
@@ -69,21 +70,8 @@ def _is_written_in_place(parameter: Tensor) -> bool:
     return plain and parameter.untyped_storage().size() > 0
 
 
-class Merging:
-    """What dorac's LoRA layers have instead of PEFT's merging; the weight keeps its memory, too."""
-
-    def merge(self, *args, **kwargs) -> None:
-        with Undo() as log:
-            keep_layer(log, self)
-            with written_in_place(self.get_base_layer()):
-                super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        with Undo() as log:
-            keep_layer(log, self)
-            with written_in_place(self.get_base_layer()):
-                super().unmerge()
-            norms.refresh(self)
+class UnmergedWeight:
+    """What dorac's LoRA layers have instead of PEFT's replay of merged adapters."""
 
     @contextlib.contextmanager
     def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
@@ -102,6 +90,26 @@ class Merging:
         finally:
             log.roll_back()
         yield weight
+
+
+class Merging(UnmergedWeight):
+    """What dorac's LoRA layers over dense weights have instead of PEFT's merging; the weight keeps its memory, too."""
+
+    def merge(self, *args, **kwargs) -> None:
+        base = self.get_base_layer()
+        if (holder := packed.holder(base)) is not None:  # PEFT would write the merged weight as if it was dense
+            raise ValueError(holder.cannot_requantise(base))
+        with Undo() as log:
+            keep_layer(log, self)
+            with written_in_place(base):
+                super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with Undo() as log:
+            keep_layer(log, self)
+            with written_in_place(self.get_base_layer()):
+                super().unmerge()
+            norms.refresh(self)
 
 
 def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -14,7 +14,7 @@ from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
-from dorac.peft.weights import dense_weight, is_partitioned, is_plain
+from dorac.peft.weights import dense_weight, is_partitioned
 
 
 def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:
@@ -45,7 +45,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         weight = norm_cache.packed_weight(magnitude.keeper, base, norm)
         if weight is None:
             weight = dense_weight(base)
-            save_output = save_output and is_plain(_own(base, "weight"))  # a copy is not to be kept
+            save_output = save_output and weight is _own(base, "weight")  # a copy is not to be kept
     if norm is None:
         norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
     if p:

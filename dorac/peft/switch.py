@@ -211,11 +211,13 @@ def ours_by_stock() -> dict[type, type]:
     from peft.tuners.lora import dora as stock_dora
     from peft.tuners.lora import layer as stock_layer
     from peft.tuners.lora import model as stock_model
+    from peft.tuners.lora import torchao as stock_torchao
     from peft.tuners.lora import variants as stock_variants
 
-    from dorac.peft import dora, layer, model, variants
+    from dorac.peft import dora, layer, model, torchao, variants
 
     pairs = [(stock_dora, dora), (stock_layer, layer), (stock_model, model), (stock_variants, variants)]
+    pairs.append((stock_torchao, torchao))  # which does not import the library
     stock_bnb = sys.modules.get("peft.tuners.lora.bnb")  # whoever has a layer over bitsandbytes' has imported it
     if stock_bnb is not None:
         from dorac.peft import bnb

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
+from dorac import packed
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.norm import DEFAULT_BUDGET
 
@@ -68,13 +69,18 @@ def call_unit(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         hook.remove()
 
 
+def own_weight(base_layer: nn.Module) -> Tensor | None:
+    """The layer's ``weight``; None for HQQ's, to which transformers 4 gives an empty one."""
+    return None if hasattr(base_layer, "W_q") else getattr(base_layer, "weight", None)
+
+
 def dense_weight(base_layer: nn.Module) -> Tensor:
     """The base layer's weight: itself if it is plain, a dequantised copy if PEFT knows how to make one.
 
     Raises:
         RuntimeError: FSDP1 holds it in parts now.
     """
-    weight = getattr(base_layer, "weight", None)
+    weight = own_weight(base_layer)
     if is_plain(weight):
         return whole(weight)
     # For bitsandbytes dequantize_module_weight also puts a new parameter into a layer on the CPU; an 8-bit layer then
@@ -83,6 +89,8 @@ def dense_weight(base_layer: nn.Module) -> Tensor:
         return dequantize_bnb_weight(weight, state=base_layer.state)
     if type(weight).__name__ == "Params4bit":
         return _dequantize_4bit(weight)
+    if type(base_layer).__name__ == "FP8Linear" and (value := packed.of(base_layer)) is not None:
+        return value.rows(0, value.shape[0])  # PEFT has its numbers without their scales
     return dequantize_module_weight(base_layer)
 
 
