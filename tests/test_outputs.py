@@ -73,7 +73,8 @@ def test_a_packed_weight_is_looked_at_once(kernels):
     """Where the norm is kept: until the weight is another one, whatever was learned of it before."""
     torch.manual_seed(0)
     base = quantised_layers.Linear4bit(64, 48, bias=False, compute_dtype=torch.bfloat16, dtype=torch.bfloat16)
-    base.weight.to(kernels)
+    base.weight.to("cpu")  # where it is quantised
+    base.quant_state.to(kernels)
     model = nn.Sequential(base).to(kernels)
     dorac.apply_dora(model, ["0"], r=4, init_lora_weights=False, adapter_dtype=torch.bfloat16)
     x = torch.randn(5, 64, dtype=torch.bfloat16, device=kernels)
