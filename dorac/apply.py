@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dorac import notices
+from dorac import notices, offload
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
@@ -367,12 +367,17 @@ def _refuse_tied(model: nn.Module) -> None:
         if isinstance(module, DoraLayer):
             paths.setdefault(module, []).append(f"{name}." if name else "")
     names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(_memory(parameter), []).append(name)
+    memories: dict[int, tuple[str, int]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        originals = offload.originals(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            kept = originals.get(key)
+            memories[id(parameter)] = memory = _memory(parameter if kept is None else kept)
+            names.setdefault(memory, []).append(f"{prefix}.{key}".lstrip("."))
     for layer, prefixes in paths.items():
         for weight in layer.base_weights():
             attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
-            tied = next((name for name in names[_memory(weight)] if not name.startswith(tuple(prefixes))), None)
+            tied = next((n for n in names[memories[id(weight)]] if not n.startswith(tuple(prefixes))), None)
             if tied is not None:
                 own = f"layer.base_layer.{attribute}"
                 raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, notices, packed
+from dorac import adapter_config, checks, notices, offload, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
@@ -57,10 +57,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _refuse_root(layers)
     config = adapter_config.describe(model, layers)
     reshard(model)
-    _refuse_without_values(layers)
-    notices.warn_untrained(layers, stacklevel=2)
-    parameters = _adapter_tensors(model, layers)
-    tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    with offload.onloaded(*_saved_parts(model, layers)):
+        _refuse_without_values(layers)
+        notices.warn_untrained(layers, stacklevel=2)
+        parameters = _adapter_tensors(model, layers)
+        tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -195,7 +196,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
-    base_tensors = {key: p for key, p in _embedding_tensors(model, bases).items() if key in tensors}
+    ends = _embeddings(model, bases)
+    base_tensors = {key: p for key, p in _embedding_tensors(ends).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
     problems += [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
@@ -219,15 +221,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
                 use_rslora=bool(config.get("use_rslora")),
             )
             layers = dora_layers(model)
-        goals = _adapter_tensors(model, layers) | base_tensors
-        _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
-        with torch.no_grad():
-            for key, parameter in goals.items():
-                log.keep(parameter)
-                parameter.copy_(sharded.like(tensors[key], parameter))
-        _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
         for layer in layers.values():
             layer.keep_norm(log)
+        with offload.written(log, *_saved_parts(model, layers), *(ends.values() if base_tensors else ())):
+            goals = _adapter_tensors(model, layers)
+            goals |= {key: p for key, p in _embedding_tensors(ends).items() if key in base_tensors}
+            _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
+            with torch.no_grad():
+                for key, parameter in goals.items():
+                    log.keep(parameter)
+                    parameter.copy_(sharded.like(tensors[key], parameter))
+            _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
+        for layer in layers.values():
             starts.has_values(layer, loaded=True)
         norm_cache.refresh(layers.values())
     return list(layers)
@@ -254,6 +259,11 @@ def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str
         for attribute, key in layer.PEFT_KEYS.items()
     }
     return adapters | _saved_tensors(model, saved_modules(model))
+
+
+def _saved_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> list[nn.Module]:
+    """The modules that hold what an adapter's file does."""
+    return [*layers.values(), *(part for name in saved_modules(model) for part in model.get_submodule(name).modules())]
 
 
 def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
@@ -290,20 +300,24 @@ def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target
     return saved, find_targets(model, config["target_modules"], saved=saved, compile=Bounded().compile, **options)
 
 
-def _embedding_tensors(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of adapted token embeddings and language-model heads under the keys that PEFT saves them with.
+def _embeddings(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The token embeddings and language-model heads among ``bases``, of which PEFT saves the base weights, too.
 
-    Not those of quantised ones, which are no dense weights.
+    Not quantised ones, which have no dense weights.
     """
     ends = {
         getattr(module, "base_layer", module)
         for getter in ("get_input_embeddings", "get_output_embeddings")
         if hasattr(model, getter) and (module := getattr(model, getter)()) is not None
     }
+    return {name: module for name, module in bases.items() if module in ends and packed.holder(module) is None}
+
+
+def _embedding_tensors(ends: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Their parameters under the keys that PEFT saves them with."""
     return {
         _key(name, f"base_layer.{key}"): parameter
-        for name, module in bases.items()
-        if module in ends and packed.holder(module) is None
+        for name, module in ends.items()
         for key, parameter in module.named_parameters()
     }
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from dorac import checks, functional, magnitudes
+from dorac import checks, functional, magnitudes, offload
 from dorac.dense import not_dense
-from dorac.nn import merging, norm_cache, starts
+from dorac.nn import merging, norm_cache, offloaded, starts
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -40,7 +40,8 @@ def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] 
             return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
         if parametrize.is_parametrized(module, name):
             return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
-    if type(module).forward is not stock.forward or "forward" in vars(module):
+    own_forward = "forward" in vars(module) and not offload.is_hooked(module)
+    if type(module).forward is not stock.forward or own_forward:
         return f"{kind} has a forward of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
@@ -89,7 +90,6 @@ class DoraLayer(nn.Module):
     PEFT_KEYS: ClassVar[dict[str, str]]
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
-    cannot_cache: ClassVar[str | None] = None  # see norm_cache.Keeper
     # What merging has taken out of the base layer, where it is not written in place: see DoraQuantLinear.
     replaced_base: nn.Module | None = None
     # Until then, and while copies are made, what is read and set is the wrapper's own.
@@ -153,6 +153,13 @@ class DoraLayer(nn.Module):
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
+        with offload.onloaded(base_layer):
+            self._make_adapter(shapes, adapter_dtype)
+        base_layer.requires_grad_(False)
+        self._is_built = True
+
+    def _make_adapter(self, shapes: Mapping[str, torch.Size], adapter_dtype: torch.dtype | None) -> None:
+        """The adapter's parameters, where the base weight is and with their values, and all that is kept beside them."""
         weight, weight_dtype = self.weight, self._weight_dtype()
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
@@ -176,8 +183,6 @@ class DoraLayer(nn.Module):
         self.reset_parameters()
         if weight.is_meta:
             starts.wait(self)
-        base_layer.requires_grad_(False)
-        self._is_built = True
 
     def _adopt(self, base_layer: nn.Module) -> None:
         """Takes the layer in, with what forward needs to know of it."""
@@ -190,12 +195,16 @@ class DoraLayer(nn.Module):
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         with Undo() as log:
             self.keep_norm(log)
-            starts.materialise(self)
-            log.keep(*self.parameters(recurse=False))
-            self._draw_factors()
-            self._reset_magnitudes()
-            starts.after_reset(self)
-            norm_cache.refresh([self])
+            with offload.written(log, self), offload.onloaded(self.base_layer):
+                self._reset_parameters(log)
+
+    def _reset_parameters(self, log: Undo) -> None:
+        starts.materialise(self)
+        log.keep(*self.parameters(recurse=False))
+        self._draw_factors()
+        self._reset_magnitudes()
+        starts.after_reset(self)
+        norm_cache.refresh([self])
 
     def _reset_magnitudes(self) -> None:
         """Sets the magnitude to the norm."""
@@ -347,12 +356,19 @@ class DoraLayer(nn.Module):
         return not isinstance(value, (nn.Parameter, nn.Module)) and not callable(value)
 
     @property
+    def cannot_cache(self) -> str | None:
+        """See norm_cache.Keeper."""
+        return offload.UNKEPT if offload.is_on_disk(self.base_layer) or offload.is_on_disk(self) else None
+
+    @property
     def merged(self) -> bool:
         """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
         return self.merged_norm is not None
 
     def cannot_merge(self) -> str | None:
         """Why the adapted weight has no place in the base layer, or None if it has."""
+        if offload.is_on_disk(self.base_layer):
+            return offload.ON_DISK
         own = {id(parameter) for parameter in self.base_layer.parameters()}
         if all(id(weight) in own for weight in self.base_weights()):
             return None
@@ -426,9 +442,14 @@ class DoraLayer(nn.Module):
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str) -> None:
-        """Raises if the layer, called ``name``, is merged: its base weight is not what state dicts hold."""
+        """Raises if the layer, called ``name``, is merged: its base weight is not what state dicts hold; or offloaded."""
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
+        if offload.is_offloaded(self):
+            raise ValueError(
+                f"{name or type(self).__name__} is offloaded by accelerate, and load_state_dict writes nothing there: "
+                "load before the model is dispatched, or an adapter with dorac.load_adapter"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional, offload, packed
+from dorac.nn import offloaded
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm
@@ -96,6 +97,8 @@ class DoraQuantLinear(DoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         base_layer = self._modules["base_layer"]
+        if "_hf_hook" in base_layer.__dict__:
+            return offloaded.forward(self, (self,), x)
         base = base_layer(x)  # before the norm: it may pack its weight anew
         if self.merged_norm is not None:
             return base
@@ -137,6 +140,8 @@ class DoraQuantLinear(DoraLinear):
         return (base.to(acc) + delta).to(base.dtype)
 
     def cannot_merge(self) -> str | None:
+        if offload.is_offloaded(self.base_layer):
+            return "it is quantised and offloaded: take accelerate's hooks off first"
         if self.holder.requantised is None:
             return (
                 f"a {self.holder.name} ({type(self.base_layer).__name__}) cannot be quantised again here: keep the "
