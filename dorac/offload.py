@@ -88,6 +88,8 @@ def bare(module: nn.Module) -> Iterator[None]:
 def plain(module: nn.Module) -> Iterator[None]:
     """The module as it is without a hook: its tensors where they compute, its own forward."""
     hook = _offloading(module)
+    if hook is not None and not any(p.is_meta for p in module.parameters(recurse=hook.place_submodules)):
+        hook = None  # somebody else has brought them in, and takes them away
     if hook is not None:
         hook.pre_forward(module)
     try:

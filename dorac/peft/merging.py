@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer, model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dorac import offload
 from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
@@ -36,6 +37,7 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     if is_plain(weight):
         whole(weight)
     for module in base.modules():
+        log.keep(*offload.originals(module).values())
         log.keep_module(module)
         for attribute in ("state", "_hf_hook"):  # bitsandbytes' and accelerate's, which merging writes to
             owned = getattr(module, attribute, None)
@@ -92,7 +94,8 @@ class Merging:
         The merged weight comes back bit for bit, where PEFT merges again, which rounds again.
         """
         if not self.merged:
-            yield dense_weight(self.get_base_layer()).detach()
+            with offload.onloaded(self.get_base_layer()):
+                yield dense_weight(self.get_base_layer()).detach()
             return
         log = Undo()
         try:

@@ -6,6 +6,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, model
 from torch import nn
 
+from dorac import offload
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
 from dorac.peft.state import state
@@ -31,7 +32,8 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
             log.keep_requires_grad(target.parameters())
             log.keep_attribute(target, "__class__")
             target.__class__ = building_class(type(target))
-        _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        with offload.onloaded(*target.modules()):  # the adapter goes to where the weight then is, and takes its norm
+            _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         target.__class__ = built_class(type(target))
         layer = getattr(parent, target_name)
         switch(layer, log)
