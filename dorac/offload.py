@@ -22,6 +22,10 @@ UNKEPT = (
     "it is offloaded to disk, from where each forward reads the weight anew: leave its norm to the forward, or dispatch "
     "the model with a device_map without 'disk'"
 )
+LOAD_BEFORE = (
+    "the adapter is offloaded by accelerate, and loading a state dict writes nothing there: load before the model is "
+    "dispatched, or take the hooks off first (accelerate.hooks.remove_hook_from_submodules(model))"
+)
 _ON_MODULE = ("_hf_hook", "_old_forward", "forward")  # what accelerate puts on a module
 
 
@@ -91,13 +95,24 @@ def plain(module: nn.Module) -> Iterator[None]:
     if hook is not None and not any(p.is_meta for p in module.parameters(recurse=hook.place_submodules)):
         hook = None  # somebody else has brought them in, and takes them away
     if hook is not None:
-        hook.pre_forward(module)
+        _bring_in(hook, module)
     try:
         with bare(module):
             yield
     finally:
         if hook is not None:
             hook.post_forward(module, None)
+
+
+def _bring_in(hook: object, module: nn.Module) -> None:
+    try:
+        hook.pre_forward(module)
+    except KeyError as error:
+        raise RuntimeError(
+            f"{name_of(module)}: accelerate has no value for {error}, which it offloads (PEFT's from_pretrained tells it "
+            "of no magnitude that goes to disk): dispatch the base model, adapt it with get_peft_model, and load the "
+            "adapter with load_adapter"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -446,10 +446,7 @@ class DoraLayer(nn.Module):
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
         if offload.is_offloaded(self):
-            raise ValueError(
-                f"{name or type(self).__name__} is offloaded by accelerate, and load_state_dict writes nothing there: "
-                "load before the model is dispatched, or an adapter with dorac.load_adapter"
-            )
+            raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from dorac import functional
+from dorac import functional, offload
 from dorac.nn import offloaded
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
@@ -33,6 +33,10 @@ class _Layer(Merging, variants.TakesVariants):
     """
 
     MAGNITUDE: type[nn.Module]  # the class of its magnitude vectors
+
+    def _move_adapter_to_device_of_base_layer(self, *args, **kwargs) -> None:
+        with offload.onloaded(self.get_base_layer()):  # to where it computes, not to meta
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
 
     def _norm_keepers(self) -> list[AdapterNorm]:
         return [keeper for magnitude in self.lora_magnitude_vector.values() for keeper in magnitude._keepers()]
