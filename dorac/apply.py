@@ -14,7 +14,7 @@ from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
-from dorac.targets import Target, find_targets, named_places
+from dorac.targets import Target, find_targets, named_places, peft_layers
 from dorac.undo import Undo
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -235,6 +235,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
     """
     root, model = model, bare(model)
     layers = require_layers(model)
+    refuse_offloaded_as_parts(model, layers)
     reshard(model)
     for name, layer in layers.items():
         starts.settle(layer)
@@ -299,6 +300,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             whatever else is raised, the model is what it was.
     """
     layers = {name: layer for name, layer in require_layers(bare(model)).items() if layer.merged}
+    refuse_offloaded_as_parts(bare(model), layers)
     reshard(bare(model))
     for name, layer in layers.items():
         with _blaming(name, layer):
@@ -344,10 +346,23 @@ def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
 
 
+def refuse_offloaded_as_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> None:
+    """The values of such layers are there only while an outer module runs."""
+    reasons = offload.inside_others(model)
+    for name in layers:
+        if name in reasons:
+            raise ValueError(f"{name} {reasons[name]}")
+
+
 def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; a ``ValueError`` if there is none."""
     layers = dora_layers(model)
     if not layers:
+        if found := peft_layers(model):
+            raise ValueError(
+                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter "
+                "or merge_and_unload of the PEFT model"
+            )
         raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
     return layers
 

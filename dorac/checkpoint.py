@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from dorac import adapter_config, checks, notices, offload, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
-from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
+from dorac.apply import (
+    bare,
+    dora_layers,
+    find_saved,
+    refuse_ddp,
+    refuse_offloaded_as_parts,
+    require_layers,
+    reshard,
+    saved_modules,
+    wrap,
+)
 from dorac.bounded import Bounded
 from dorac.nn import DoraLayer, layer_class, norm_cache, starts
 from dorac.nn.kinds import KINDS
@@ -55,6 +65,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     model = bare(model)
     layers = require_layers(model)
     _refuse_root(layers)
+    refuse_offloaded_as_parts(model, layers)
     config = adapter_config.describe(model, layers)
     reshard(model)
     with offload.onloaded(*_saved_parts(model, layers)):
@@ -172,6 +183,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
     adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
     layers = dora_layers(model)
     _refuse_root(layers)
+    refuse_offloaded_as_parts(model, layers)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"the model's adapter is merged ({merged[0]}, ...); unmerge it before loading another")

@@ -1,4 +1,4 @@
-"""Modules whose tensors accelerate keeps elsewhere between forwards: on the host or on disk, with ``meta`` in their place.
+"""Modules whose tensors accelerate keeps elsewhere between forwards, on the host or on disk, and ``meta`` in the model.
 
 ``cpu_offload``, ``disk_offload``, ``dispatch_model`` and ``device_map="auto"`` put a hook on every module that has
 tensors (``module._hf_hook``). It stands around the module's forward: it brings the tensors in as new parameters, moves
@@ -19,8 +19,8 @@ ON_DISK = (
     "(accelerate.hooks.remove_hook_from_submodules(model)), or dispatch it with a device_map without 'disk'"
 )
 UNKEPT = (
-    "it is offloaded to disk, from where each forward reads the weight anew: leave its norm to the forward, or dispatch "
-    "the model with a device_map without 'disk'"
+    "it is offloaded to disk, from where each forward reads the weight anew: leave its norm to the forward, or "
+    "dispatch the model with a device_map without 'disk'"
 )
 LOAD_BEFORE = (
     "the adapter is offloaded by accelerate, and loading a state dict writes nothing there: load before the model is "
@@ -48,10 +48,17 @@ def is_offloaded(module: nn.Module) -> bool:
     return _offloading(module) is not None
 
 
-def offloads_children(module: nn.Module) -> bool:
-    """Whether accelerate brings in all that is in the module as a whole (``preload_module_classes``)."""
-    hook = _offloading(module)
-    return hook is not None and hook.place_submodules
+def inside_others(model: nn.Module) -> dict[str, str]:
+    """Why nothing can be done with modules that accelerate brings in with an outer one as a whole, by their names."""
+    found = {}
+    for outer, module in model.named_modules():
+        hook = _offloading(module)
+        if hook is not None and hook.place_submodules:
+            inner = (name for name, child in module.named_modules(prefix=outer) if child is not module)
+            kind = type(module).__name__
+            reason = f"is offloaded as a part of {outer or kind}: leave {kind} out of preload_module_classes"
+            found |= dict.fromkeys(inner, reason)
+    return found
 
 
 def name_of(module: nn.Module) -> str:
@@ -109,9 +116,9 @@ def _bring_in(hook: object, module: nn.Module) -> None:
         hook.pre_forward(module)
     except KeyError as error:
         raise RuntimeError(
-            f"{name_of(module)}: accelerate has no value for {error}, which it offloads (PEFT's from_pretrained tells it "
-            "of no magnitude that goes to disk): dispatch the base model, adapt it with get_peft_model, and load the "
-            "adapter with load_adapter"
+            f"{name_of(module)}: accelerate has no value for {error}, which it offloads (PEFT's from_pretrained tells "
+            "it of no magnitude that goes to disk): dispatch the base model, adapt it with get_peft_model, and load "
+            "the adapter with load_adapter"
         ) from None
 
 

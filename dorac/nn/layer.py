@@ -12,11 +12,16 @@ from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional, magnitudes, offload
 from dorac.dense import not_dense
-from dorac.nn import merging, norm_cache, offloaded, starts
+from dorac.nn import merging, norm_cache, starts
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.undo import Undo
+
+MIXED = (
+    "{} is adapted by dorac already: adapt a model either with dorac.apply_dora or through PEFT, or call "
+    "dorac.merge(model, unload=True) first"
+)
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -159,7 +164,7 @@ class DoraLayer(nn.Module):
         self._is_built = True
 
     def _make_adapter(self, shapes: Mapping[str, torch.Size], adapter_dtype: torch.dtype | None) -> None:
-        """The adapter's parameters, where the base weight is and with their values, and all that is kept beside them."""
+        """The adapter's parameters, with values and where the base weight is, and what is kept beside them."""
         weight, weight_dtype = self.weight, self._weight_dtype()
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
@@ -340,6 +345,8 @@ class DoraLayer(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         """What is read off the base layer is set there, so that forward sees it."""
+        if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
+            raise TypeError(MIXED.format(type(self).__name__))
         if self._base_has(name) and name not in self.__dict__ and not hasattr(type(self), name):
             setattr(self.base_layer, name, value)
         else:
@@ -442,7 +449,7 @@ class DoraLayer(nn.Module):
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str) -> None:
-        """Raises if the layer, called ``name``, is merged: its base weight is not what state dicts hold; or offloaded."""
+        """Raises if the layer, called ``name``, is merged (its base weight is no state dict's) or offloaded."""
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
         if offload.is_offloaded(self):

@@ -185,8 +185,8 @@ def stop(layers: Iterable[Keeper]) -> None:
 def refresh(layers: Iterable[Keeper]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
 
-    A layer that has been sharded since takes its own from then on, an offloaded one in its next forward; so do all of them until the next refresh if this one
-    does not come to its end.
+    A layer that has been sharded since takes its own from then on; so do all of them until the next refresh if this one
+    does not come to its end. That of an offloaded layer is taken in its next forward.
     """
     _take(layers, seen_by_autograd=True)
 

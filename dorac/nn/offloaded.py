@@ -2,8 +2,8 @@
 
 The adapted layer reads the base layer's weight and does not call that layer. So it does what the hook does around the
 base layer's forward: see :mod:`dorac.offload`. accelerate brings a weight in as a new parameter each time. A kept norm
-(:mod:`dorac.nn.norm_cache`) is then that of the tensor on the host which this is a copy of, and is used while that stays
-as it is; of what lies on disk none is kept. A weight that was brought in is not kept alive.
+(:mod:`dorac.nn.norm_cache`) is then that of the tensor on the host of which this is a copy, and is used while that
+stays as it is; of what lies on disk none is kept. A weight that was brought in is not kept alive.
 """
 
 import contextlib

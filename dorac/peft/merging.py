@@ -109,6 +109,7 @@ class Merging:
 
 def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """PEFT's, of all layers or none."""
+    _refuse_unknown(self, adapter_names)
     report_shared(self.model, state.reported)
     with Undo() as log:
         _keep_layers(log, self.model)
@@ -124,8 +125,11 @@ def unmerge_adapter(self) -> None:
         _refresh_norms(self.model)
 
 
-def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+def unload_and_optionally_merge(
+    self, merge: bool = True, *args, adapter_names: list[str] | None = None, **kwargs
+) -> nn.Module:
     """PEFT's, of all layers or none: a refused merge leaves the adapters in their places."""
+    _refuse_unknown(self, adapter_names)
     if merge:
         report_shared(self.model, state.reported)
     with Undo() as log:
@@ -137,7 +141,14 @@ def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn
         log.keep_module(self.model)  # which has a peft_config
         if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
             log.keep_attribute(self.model.config, "tie_word_embeddings")
-        return _unload_stock(self, merge, *args, **kwargs)
+        return _unload_stock(self, merge, *args, adapter_names=adapter_names, **kwargs)
+
+
+def _refuse_unknown(self, adapter_names: list[str] | None) -> None:
+    """PEFT merges nothing of a name that it does not know, without a word, and unloads all the same."""
+    unknown = [] if isinstance(adapter_names, (str, type(None))) else sorted({*adapter_names} - self.peft_config.keys())
+    if unknown:
+        raise ValueError(f"no adapter {unknown[0]!r} is loaded, only {', '.join(map(repr, self.peft_config))}")
 
 
 def _refresh_norms(root: nn.Module) -> None:
