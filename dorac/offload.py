@@ -142,7 +142,9 @@ def written(log: Undo, *modules: nn.Module) -> Iterator[None]:
     for module in modules:
         if is_on_disk(module):
             raise ValueError(f"{name_of(module)}: {ON_DISK}")
-        log.keep(*originals(module).values())
+        if is_offloaded(module):
+            log.keep(*originals(module).values())
+            log.keep_module(module)
     kept = {module: originals(module) for module in modules}
     with onloaded(*modules):
         yield
