@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dorac.apply import bare, dora_layers
-from dorac.nn import DoraLayer, norm_cache, starts
+from dorac.nn import DoraLayer, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
 
 _WRITTEN = (
@@ -115,7 +115,7 @@ class NormCache:
         Raises:
             RuntimeError: norms that a forward would use are not the present ones; the layers are named.
         """
-        stale = [name or type(layer).__name__ for name, layer in self._layers.items() if norm_cache.is_stale(layer)]
+        stale = [name or type(layer).__name__ for name, layer in self._layers.items() if _is_stale(layer)]
         if stale:
             raise RuntimeError(norm_cache.STALE.format(", ".join(stale)))
 
@@ -133,6 +133,12 @@ class NormCache:
 
     def __reduce__(self) -> tuple:
         return functools.partial(type(self), {}, debug=False), ()
+
+
+def _is_stale(keeper: Keeper) -> bool:
+    layer = keeper if isinstance(keeper, DoraLayer) else keeper.layer
+    with offloaded.norms_of(keeper, layer):
+        return norm_cache.is_stale(keeper)
 
 
 class _StepHooks:

@@ -114,12 +114,21 @@ def plain(module: nn.Module) -> Iterator[None]:
 def _bring_in(hook: object, module: nn.Module) -> None:
     try:
         hook.pre_forward(module)
-    except KeyError as error:
+    except BaseException as error:
+        hook.post_forward(module, None)  # what it has brought in by then
+        if not isinstance(error, KeyError):
+            raise
         raise RuntimeError(
             f"{name_of(module)}: accelerate has no value for {error}, which it offloads (PEFT's from_pretrained tells "
             "it of no magnitude that goes to disk): dispatch the base model, adapt it with get_peft_model, and load "
             "the adapter with load_adapter"
         ) from None
+
+
+def put_away(module: nn.Module) -> None:
+    """The tensors of an offloaded module away, as after its forward."""
+    if any(not p.is_meta for p in module.parameters(recurse=False)):
+        _offloading(module).post_forward(module, None)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def decide_unmerge(layer: "DoraLayer") -> None:
         raise ValueError(offload.ON_DISK)
     if reason := unwritable(layer):
         raise ValueError(reason)
-    with offload.onloaded(layer):
+    with offload.onloaded(layer, layer.base_layer):
         _refuse_zero_scales(layer)
 
 

@@ -33,15 +33,16 @@ def forward(layer: nn.Module, keepers: Iterable[Keeper], *args: object, **kwargs
         return torch.compiler.disable(forward, reason=_REASON)(layer, keepers, *args, **kwargs)
     base = layer._modules["base_layer"]
     inner = [m for m in layer.modules() if m is not layer and m is not base and offload.is_hooked(m)]
-    if layer.training and torch.is_grad_enabled():
+    idle = layer.merged or getattr(layer, "disable_adapters", False)
+    if layer.training and torch.is_grad_enabled() and not idle:
         _refuse_lost_gradients([layer, *inner])
     originals = {module: offload.originals(module) for module in (layer, base, *inner)}
     hook, y = vars(base)["_hf_hook"], None
     with contextlib.ExitStack() as stack:
         for module in inner:
             stack.enter_context(offload.plain(module))
-        args, kwargs = hook.pre_forward(base, *args, **kwargs)
         try:
+            args, kwargs = hook.pre_forward(base, *args, **kwargs)
             with offload.bare(base), _norms(keepers, originals, take=True):
                 y = type(layer).forward(layer, *args, **kwargs)
         finally:
@@ -52,6 +53,7 @@ def forward(layer: nn.Module, keepers: Iterable[Keeper], *args: object, **kwargs
 def _refuse_lost_gradients(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if offload.is_offloaded(module) and any(p.requires_grad for p in module.parameters(recurse=False)):
+            offload.put_away(module)
             raise RuntimeError(
                 f"{offload.name_of(module)}: the adapter is offloaded by accelerate, which trains nothing: dispatch "
                 "the model first and adapt it then, or call eval() if it is not to be trained"
