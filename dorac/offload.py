@@ -34,6 +34,15 @@ def is_hooked(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether another forward than that of its class stands on the module, hooks of accelerate's aside.
+
+    What they have replaced stays there when they are taken off.
+    """
+    forward = vars(module).get("_old_forward" if is_hooked(module) else "forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def _offloading(module: nn.Module) -> object | None:
     """The hook that brings the module's tensors in and takes them away again, if it has one."""
     hook = vars(module).get("_hf_hook")

@@ -94,7 +94,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """The model computes after the block, bit for bit, what it did before, with the same modules, hooks and flags."""
 
     def state() -> list:
-        flags = [(n, id(m), sorted(vars(m)), getattr(m, "merged", None)) for n, m in model.named_modules()]
+        names = {m: sorted(vars(m).keys() - {"keeper"}) for m in model.modules()}  # of norms that may yet be kept
+        flags = [(n, id(m), names[m], getattr(m, "merged", None)) for n, m in model.named_modules()]
         return flags, [(name, p.is_meta, p.requires_grad) for name, p in model.named_parameters()]
 
     training = model.training

@@ -45,8 +45,7 @@ def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] 
             return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
         if parametrize.is_parametrized(module, name):
             return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
-    own_forward = "forward" in vars(module) and not offload.is_hooked(module)
-    if type(module).forward is not stock.forward or own_forward:
+    if type(module).forward is not stock.forward or offload.has_own_forward(module):
         return f"{kind} has a forward of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"

@@ -16,7 +16,7 @@ from dorac import offload
 from dorac.nn import norm_cache
 from dorac.nn.norm_cache import Keeper, Moment
 
-_REASON = "accelerate brings the weights of this layer in and takes them away again, which no graph can hold"
+_REASON = "accelerate brings the weights of this layer in and takes them away again, which a graph cannot hold"
 _Originals = Mapping[nn.Module, Mapping[str, Tensor | None]]
 
 

@@ -36,6 +36,9 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     if is_plain(weight):
         whole(weight)
+    for module in layer.modules():  # PEFT's onload_layer leaves there what it has brought in when a merge fails
+        if offload.is_offloaded(module):
+            log.keep_module(module)
     for module in base.modules():
         log.keep(*offload.originals(module).values())
         log.keep_module(module)
