@@ -129,7 +129,11 @@ def unmerge_adapter(self) -> None:
 
 
 def unload_and_optionally_merge(
-    self, merge: bool = True, *args, adapter_names: list[str] | None = None, **kwargs
+    self,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
 ) -> nn.Module:
     """PEFT's, of all layers or none: a refused merge leaves the adapters in their places."""
     _refuse_unknown(self, adapter_names)
@@ -144,7 +148,7 @@ def unload_and_optionally_merge(
         log.keep_module(self.model)  # which has a peft_config
         if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
             log.keep_attribute(self.model.config, "tie_word_embeddings")
-        return _unload_stock(self, merge, *args, adapter_names=adapter_names, **kwargs)
+        return _unload_stock(self, merge, progressbar, safe_merge, adapter_names)
 
 
 def _refuse_unknown(self, adapter_names: list[str] | None) -> None:
