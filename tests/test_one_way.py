@@ -26,10 +26,7 @@ def test_peft_over_apply_dora(target_modules):
     ours = model()
     dorac.apply_dora(ours, ["0"], r=2)
     before = everything(ours)
-    with (
-        dorac.peft.enable(),
-.* either with "),
-    ):
+    with dorac.peft.enable(), pytest.raises(ValueError, match=r"^0 is adapted by dorac already: .* either with "):
         peft.get_peft_model(ours, config(target_modules))
     assert everything(ours) == before
     dorac.peft.disable()
