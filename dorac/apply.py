@@ -48,8 +48,8 @@ def apply_dora(
 
     Args:
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
-            bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, and let
-            ``peft.prepare_model_for_kbit_training`` come before.
+            bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, let
+            accelerate dispatch it and ``peft.prepare_model_for_kbit_training`` come before.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
             linear layer but the language-model head).
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
@@ -70,7 +70,7 @@ def apply_dora(
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
-            arguments out of range. The model is then unchanged.
+            PEFT has adapted a module of the model; arguments out of range. The model is then unchanged.
     """
     if bias != "none":
         raise ValueError(
@@ -228,9 +228,8 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
             lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (NVFP4,
-            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype. Refused by
-            name.
-            Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
+            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype; a base
+            weight that accelerate offloads to disk (on the host it is written). Refused by name. Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
             kept until all are written: on their device while half of its free memory holds them, then on the host.)
     """
     root, model = model, bare(model)

@@ -54,6 +54,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     compared in every forward: an eager one takes the norm anew, compiled code its own while the scaling is another. So
     do adapters that are added later. ``dorac.peft.disable(model)`` forgets the norms.
 
+    Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
+    weight is there, and again where the host's tensor was written to or replaced.
+
     Args:
         model: with DoRA layers, none of them cached already; trained or not, compiled before or afterwards.
         debug: every forward takes the norm and compares, in eager; with ``torch.compile(fullgraph=True)`` it raises.
@@ -63,8 +66,8 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; parameters that are sharded or offloaded; a base weight of a format
-            that is not known; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded, or offloaded to disk; a base weight of a
+            format that is not known; cached already). The model is then unchanged.
     """
     model = bare(model)
     layers: dict[str, Keeper] = dict(dora_layers(model))

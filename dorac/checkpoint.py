@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite.
+            settings); an adapter without values or with values that are not finite; a model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
@@ -172,7 +172,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
         OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
-            them listed. The path is in the sentence. Then, and whatever else is raised, the model is what it was.
+            them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
+            disk. Then, and whatever else is raised, the model is what it was.
     """
     checks.check_dropout_on(dropout_on)
     root, model = model, bare(model)

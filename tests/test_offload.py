@@ -30,6 +30,7 @@ from offloading import (  # noqa: E402
     unchanged,
 )
 from test_norm_cache import computed_norms  # noqa: E402
+from test_readme import recipe  # noqa: E402
 
 import dorac  # noqa: E402
 
@@ -493,6 +494,14 @@ def test_loaded_with_a_device_map(how, tmp_path):
     dorac.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(TOKENS).logits, reference(TOKENS).logits)
     assert dorac.find_idle(again, TOKENS) == {}
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"name": tmp_path / "model", "dorac": dorac}
+    plain = llama(names["name"])
+    exec(recipe("Offloaded models"), names)
+    assert torch.equal(names["model"](TOKENS).logits, plain(TOKENS).logits)
 
 
 @pytest.mark.full
