@@ -229,7 +229,8 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
             lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (NVFP4,
             transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype; a base
-            weight that accelerate offloads to disk (on the host it is written). Refused by name. Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
+            weight that accelerate offloads to disk (on the host it is written). Refused by name.
+            Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
             kept until all are written: on their device while half of its free memory holds them, then on the host.)
     """
     root, model = model, bare(model)

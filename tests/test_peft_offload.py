@@ -196,8 +196,9 @@ def test_loaded_with_a_device_map(how, tmp_path):
 
 
 @pytest.mark.full
-def test_from_pretrained_forgets_magnitudes_on_disk(tmp_path):
+def test_from_pretrained_forgets_magnitudes_on_disk(tmp_path, monkeypatch):
     """PEFT writes the adapters of what is on disk there, too, and leaves the magnitudes out; stock: a KeyError."""
+    monkeypatch.chdir(tmp_path)  # where PEFT then writes its copies of the model's files
     reference = adapted(llama(tmp_path / "model"), target_modules="all-linear")
     reference.save_pretrained(tmp_path / "adapter")
     model = LOADED["from_pretrained"](tmp_path / "model")
