@@ -180,7 +180,7 @@ def test_experts():
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
 @pytest.mark.parametrize("way", SAMPLE)
-def test_save_and_load(way, first, tmp_path):
+def test_save_and_load(way, first, tmp_path, brought_in):
     model, reference = pair(way, first=first)
     model.eval()
     for name, m in (("offloaded", model), ("reference", reference)):
@@ -202,7 +202,7 @@ def test_save_and_load(way, first, tmp_path):
     assert torch.equal(plain.eval()(TOKENS), reference(TOKENS))
 
 
-def test_modules_to_save(tmp_path):
+def test_modules_to_save(tmp_path, brought_in):
     reference = Net()
     dorac.apply_dora(reference, ["up"], r=2, modules_to_save=["down"])
     draw(adapter(reference))
@@ -216,7 +216,7 @@ def test_modules_to_save(tmp_path):
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
 @pytest.mark.parametrize("way", WAYS)
-def test_merge_unmerge_unload(way, first):
+def test_merge_unmerge_unload(way, first, brought_in):
     model, reference = pair(way, first=first)
     model.eval()
     if way != "cpu_offload":
@@ -248,7 +248,7 @@ def test_merged_then_dispatched_to_disk():
 
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
-def test_a_merge_that_fails_midway(first):
+def test_a_merge_that_fails_midway(first, brought_in):
     model, _ = pair("cpu_offload", first=first)
     model.eval()
     with unchanged(model), failing_at(dorac.nn.DoraConv1d, "write_part", 1), pytest.raises(MemoryError):
@@ -289,7 +289,7 @@ def test_tied_weights_are_found():
 
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
-def test_kept_norms(first):
+def test_kept_norms(first, brought_in):
     model, reference = pair("cpu_offload", first=first)
     for m in (model, reference):
         m.eval()
@@ -301,7 +301,7 @@ def test_kept_norms(first):
     assert model.up.cached_of[0] is None  # no weight that was brought in is held
 
 
-def test_kept_norms_follow_the_optimizer():
+def test_kept_norms_follow_the_optimizer(brought_in):
     model, reference = pair("cpu_offload")
     cache = dorac.cache_norms(model)
     dorac.cache_norms(reference)
@@ -372,7 +372,7 @@ def test_state_dicts_for_an_offloaded_adapter():
             model.load_state_dict(reference.state_dict())
 
 
-def test_reset_parameters():
+def test_reset_parameters(brought_in):
     model, _ = pair("cpu_offload", first="adapt")
     model.eval()
     for name in NAMES:

@@ -101,7 +101,7 @@ def test_adapted_then_dispatched(way):
     assert train(model.train()) == train(reference.train())
 
 
-def test_several_adapters(tmp_path):
+def test_several_adapters(tmp_path, brought_in):
     model, reference = pair("cpu_offload")
     for m in (model, reference):
         m.add_adapter("other", config(target_modules=["up", "down"], r=3))
@@ -126,7 +126,7 @@ def test_several_adapters(tmp_path):
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
 @pytest.mark.parametrize("way", SAMPLE)
-def test_merge_unmerge_unload(way, first):
+def test_merge_unmerge_unload(way, first, brought_in):
     """PEFT keeps what is merged on the host."""
     model, reference = pair(way, first=first)
     for m in (model, reference):
@@ -140,7 +140,7 @@ def test_merge_unmerge_unload(way, first):
 
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
-def test_a_merge_that_fails_midway(first):
+def test_a_merge_that_fails_midway(first, brought_in):
     model, _ = pair("cpu_offload", first=first)
     model.eval()
     with unchanged(model), failing_at(layer.Conv1d, "merge", 1), pytest.raises(MemoryError):
@@ -151,7 +151,7 @@ def test_a_merge_that_fails_midway(first):
 
 
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
-def test_kept_norms(first):
+def test_kept_norms(first, brought_in):
     model, reference = pair("cpu_offload", first=first)
     for m in (model, reference):
         m.eval()
