@@ -33,6 +33,7 @@ from test_norm_cache import computed_norms  # noqa: E402
 from test_readme import recipe  # noqa: E402
 
 import dorac  # noqa: E402
+from dorac.testing import quantised_layers as fake  # noqa: E402
 
 SAMPLE = [way if way == "cpu_offload" else pytest.param(way, marks=pytest.mark.full) for way in WAYS]
 
@@ -119,6 +120,36 @@ def test_hooks_that_move_inputs_only():
     assert train(model) == train(reference)
     dorac.merge(model)
     assert torch.equal(model(TOKENS), dorac.merge(reference)(TOKENS))
+
+
+def quantised(hook):
+    torch.manual_seed(0)
+    plain, layer = nn.Linear(64, 32), fake.Linear4bit(64, 32, dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    layer.to("cpu")
+    if hook is not None:
+        add_hook_to_module(layer, hook)
+    return nn.Sequential(layer)
+
+
+def test_quantised_layers():
+    """Hooks that move inputs are what they have over several GPUs; offloaded ones are refused."""
+    models, x = [quantised(AlignDevicesHook("cpu", io_same_device=True)), quantised(None)], torch.randn(3, 64)
+    for model in models:
+        dorac.apply_dora(model, ["0"], r=2, lora_dropout=0.3)
+        draw(adapter(model))
+        torch.manual_seed(3)
+        model(x).square().sum().backward()
+        dorac.cache_norms(model)
+    assert torch.equal(models[0].eval()(x), models[1].eval()(x))
+    assert_same_adapters(*models)
+    assert torch.equal(*(dorac.merge(model)(x) for model in models))
+    assert torch.equal(*(dorac.unmerge(model)(x) for model in models))
+    offloaded = quantised(AlignDevicesHook("cpu", offload=True, weights_map={"bias": torch.zeros(32)}))
+    with pytest.raises(
+        ValueError, match=r"\n  0: Linear4bit is quantised and offloaded by accelerate: give it a place"
+    ):
+        dorac.apply_dora(offloaded, ["0"])
 
 
 def test_a_forward_that_raises_leaves_the_weights_away():

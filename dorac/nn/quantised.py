@@ -57,6 +57,11 @@ class DoraQuantLinear(DoraLinear):
     def unwrappable(cls, module: nn.Module) -> str | None:
         if packed.holder(module) is None:
             return f"{type(module).__name__} is no quantised linear layer that is known here"
+        if offload.is_offloaded(module):
+            return (
+                f"{type(module).__name__} is quantised and offloaded by accelerate: give it a place in the device_map "
+                "where it computes"
+            )
         return packed.unreadable(module)
 
     @classmethod
