@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from torch import nn
 
 from dorac.apply import saved_modules
 from dorac.bounded import Bounded
-from dorac.names import Names, Pattern, parents, shortened
+from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.notices import listed
-from dorac.targets import named_places, plain_name
+from dorac.targets import named_places
 
 CONFIG_NAME = "adapter_config.json"
 LARGEST_RANK = 2**31 - 1
@@ -59,6 +60,11 @@ _NEUTRAL = {
 _TYPES = _HONOURED | _NEUTRAL
 _WORDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 _WORDS |= {int: "an integer", float: "a number"}
+# PEFT's word for a task whose heads it leaves as they are, and transformers' table of the classes for it.
+_TASKS = {
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
 # An adapter with another dropout is the same function; what the names are of is not a matter of order.
 _DECIDING = sorted(_HONOURED.keys() - {"peft_type", "use_dora", "lora_dropout"})
 
@@ -89,7 +95,7 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         "peft_type": "LORA",
         "use_dora": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "task_type": None,
+        **_built_by(model),
         "inference_mode": True,
         "r": r,
         "lora_alpha": lora_alpha,
@@ -103,6 +109,21 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         "bias": "none",
         "init_lora_weights": True,
     }
+
+
+def _built_by(model: nn.Module) -> dict:
+    """By what PEFT's ``AutoPeftModel`` classes find the class of the base model: a task, or else the class itself."""
+    tables = sys.modules.get("transformers.models.auto.modeling_auto")
+    for cls in type(model).__mro__:
+        there = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+        if there is not cls or not hasattr(cls, "from_pretrained"):
+            continue  # FSDP2 gives a model a class that no module holds
+        for task, table in _TASKS.items() if tables and cls.__module__.startswith("transformers.") else ():
+            if cls.__name__ in getattr(tables, table).values():
+                return {"task_type": task, "auto_mapping": None}
+        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        return {"task_type": None, "auto_mapping": mapping}
+    return {"task_type": None, "auto_mapping": None}
 
 
 def _lora_alpha(layer: DoraLayer) -> float:

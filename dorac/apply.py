@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dorac import notices, offload
+from dorac import notices, offload, pretrained
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
@@ -138,6 +138,7 @@ def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *
     log.keep_module(model)
     setattr(model, SAVED_ATTRIBUTE, saved)
     loading.guard(model)
+    pretrained.install(model, saved, SAVED_ATTRIBUTE, log)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module], log: Undo) -> None:
@@ -282,11 +283,12 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
         return
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     for module in model.modules():
-        if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module):
+        if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module) or pretrained.is_installed(module):
             log.keep_module(module)
             if SAVED_ATTRIBUTE in vars(module):
                 delattr(module, SAVED_ATTRIBUTE)
             loading.unguard(module)
+            pretrained.remove(module)
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, notices, offload, packed
+from dorac import adapter_config, checks, hub, notices, offload, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import (
     bare,
@@ -27,10 +27,11 @@ from dorac.apply import (
     wrap,
 )
 from dorac.bounded import Bounded
+from dorac.names import plain_name
 from dorac.nn import DoraLayer, layer_class, norm_cache, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
-from dorac.targets import Target, find_targets, plain_name
+from dorac.targets import Target, find_targets
 from dorac.undo import Undo
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -38,7 +39,9 @@ _PREFIX = "base_model.model."
 _ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
@@ -57,9 +60,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
 
+    Args:
+        state_dict: the values, where the model's own are in parts: a state dict that a trainer has gathered, of the
+            whole model or of what is trained. The process that calls this writes then, and no other need call it.
+
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite; a model that PEFT has adapted.
+            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them; a
+            model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
@@ -67,12 +75,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _refuse_root(layers)
     refuse_offloaded_as_parts(model, layers)
     config = adapter_config.describe(model, layers)
-    reshard(model)
-    with offload.onloaded(*_saved_parts(model, layers)):
-        _refuse_without_values(layers)
-        notices.warn_untrained(layers, stacklevel=2)
-        parameters = _adapter_tensors(model, layers)
-        tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    if state_dict is None:
+        reshard(model)
+        with offload.onloaded(*_saved_parts(model, layers)):
+            _refuse_without_values(layers)
+            notices.warn_untrained(layers, stacklevel=2)
+            parameters = _adapter_tensors(model, layers)
+    else:
+        parameters = _gathered_tensors(model, layers, state_dict)
+    tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -104,6 +115,26 @@ def _refuse_without_values(layers: dict[str, DoraLayer]) -> None:
                 )
             if not sharded.all_finite(parameter):
                 raise ValueError(f"{name}.{key} is not finite: the adapter is not saved")
+
+
+def _gathered_tensors(
+    model: nn.Module, layers: Mapping[str, DoraLayer], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a state dict of the model under PEFT's keys."""
+    state = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    names = {_key(name, key): f"{name}.{own}" for name, layer in layers.items() for own, key in layer.PEFT_KEYS.items()}
+    names |= {key: key.removeprefix(_PREFIX) for key in _saved_tensors(model, saved_modules(model))}
+    names = {key: plain_name(name) for key, name in names.items()}
+    absent = [name for name in names.values() if name not in state]
+    if absent:
+        raise ValueError(
+            f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in "
+            "it): gather it from the whole model"
+        )
+    for key, name in names.items():
+        if key.endswith(_ENDINGS) and not sharded.all_finite(state[name]):
+            raise ValueError(f"{name} is not finite: the adapter is not saved")
+    return {key: state[name] for key, name in names.items()}
 
 
 def _sort_metadata(path: Path) -> None:
@@ -150,7 +181,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: str = "adapter") -> list[str]:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike, *, revision: str | None = None, dropout_on: str = "adapter"
+) -> list[str]:
     """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
@@ -162,6 +195,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
     (groups, alternatives, classes, repeats, look-ahead).
 
     Args:
+        directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
+            there is no such directory and huggingface_hub is installed.
+        revision: a branch, tag or commit of the repository.
         dropout_on: for a plain model, what the config's dropout is on (the file does not say: PEFT's config has no word
             for it); a wrapped model keeps its own. See :func:`dorac.functional.dora_linear`.
 
@@ -178,7 +214,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
     checks.check_dropout_on(dropout_on)
     root, model = model, bare(model)
     reshard(model)
-    directory = Path(directory)
+    directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
     config = adapter_config.read_config(directory / CONFIG_NAME)
     tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
     adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)

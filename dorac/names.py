@@ -12,6 +12,8 @@ Compile = Callable[[str], "re.Pattern"]
 
 _PLAIN = r"[^.^$*+?{}\[\]\\|()]"  # stands for itself in a regex
 _LITERAL = re.compile(rf"(?:{_PLAIN}|\\\W|\|)*")  # names, as re.escape writes them, and "|" between them
+# What torch.compile and activation checkpointing call the module that they wrap.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 _FIXED = re.compile(rf"(\^?)((?:{_PLAIN}|\\\W|\.)*)(\$?)")  # a name in which a dot may stand for any letter
 
 
@@ -29,6 +31,11 @@ def shortened(value: object) -> str:
     """The value as Python writes it, cut where it would fill the screen."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor where no block of the model is in torch's compiling or checkpointing wrapper."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def endings(name: str) -> Iterator[str]:

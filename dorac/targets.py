@@ -10,7 +10,7 @@ from numbers import Integral
 from torch import nn
 
 from dorac import offload, packed
-from dorac.names import Compile, Names, Pattern, compile_regex, parents
+from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
 
@@ -41,11 +41,6 @@ def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module not in seen:
             seen.add(module)
             waiting += [(f"{name}.{key}", child) for key, child in reversed(module._modules.items())]
-
-
-def plain_name(name: str) -> str:
-    """The name that a module or tensor has where no block of the model is replaced by its ``torch.compile``."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def find_targets(

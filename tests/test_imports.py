@@ -30,6 +30,8 @@ FLOORS = {
     "parallel": 5,
     "peft": 5,
     "targets": 5,
+    "hub": 0,
+    "pretrained": 5,
     "apply": 6,
     "adapter_config": 7,
     "caching": 7,

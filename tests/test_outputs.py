@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dorac
-from dorac.ops import front
+from dorac.ops import eager_over, front
+from dorac.testing import quantised_layers
 
 
 def adapted(bias=False):
@@ -66,6 +67,44 @@ def test_the_gradients_stay(kernels):
     assert gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=2e-2, atol=2e-2 * grad.abs().max().item(), msg=name)
+
+
+def test_a_packed_weight_is_looked_at_once(kernels):
+    """Where the norm is kept: until the weight is another one, whatever was learned of it before."""
+    torch.manual_seed(0)
+    base = quantised_layers.Linear4bit(64, 48, bias=False, compute_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    base.weight.to(kernels)
+    model = nn.Sequential(base).to(kernels)
+    dorac.apply_dora(model, ["0"], r=4, init_lora_weights=False, adapter_dtype=torch.bfloat16)
+    x = torch.randn(5, 64, dtype=torch.bfloat16, device=kernels)
+
+    def gradient():
+        model[0].zero_grad()
+        model(x).square().sum().backward()
+        return model[0].lora_magnitude_vector.grad.clone()
+
+    def step():
+        torch.optim.SGD(model.parameters(), 0.01).step()
+
+    with torch.no_grad():
+        model[0].lora_magnitude_vector[3] = 0  # whose gradient is read from the packed weight
+    dorac.cache_norms(model)
+    dorac.save_outputs(model)
+    seen = []
+    for change in (lambda: None, lambda: None, step, lambda: base.quant_state.absmax.mul_(2)):
+        change()
+        actual = gradient()
+        seen.append(model[0].cached_at.pieces.held)
+    assert seen[0] is seen[1] is seen[2]
+    assert type(seen[3]) is eager_over.Held
+    assert seen[3] is not seen[2]
+    dorac.save_outputs(model, False)
+    expected = gradient()
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+    base.quant_state.absmax = base.quant_state.absmax / 2
+    dorac.save_outputs(model)
+    gradient()
+    assert model[0].cached_at.pieces.held.read[2] is base.quant_state.absmax
 
 
 def test_a_part_of_a_model_and_a_layer():

@@ -484,6 +484,15 @@ def test_a_write_to_what_is_kept_is_an_error(path, device):
             tensors[0].add_(1)  # base is not kept
 
 
+@pytest.mark.parametrize("written", ["absmax", "norm"])
+def test_a_write_to_what_is_held_is_an_error(written, path, device):
+    tensors, norm, weight = kept_layer("bnb_nf4", device)
+    y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, save_output=True, weight=weight)
+    (norm if written == "norm" else weight.absmax).mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the (norm|Bnb4bit weight)"):
+        y.sum().backward()
+
+
 def test_derivatives():
     inputs = linear_inputs((3, 4, 5, 2))
     norm = reference.row_norm(*inputs.tensors()[1:4], S)

@@ -5,6 +5,10 @@ import math
 import pytest
 import torch
 from packed_weights import CASES, FORMATS, factors, on, truth, worst
+from torch.utils.flop_counter import FlopCounterMode
+
+from dorac import functional
+from dorac.ops import eager_norm, eager_over, front
 
 pytest.importorskip("triton")
 
@@ -16,6 +20,7 @@ full = pytest.mark.full
 HALF = (torch.bfloat16, torch.float16)
 READ = [(name, dtype) for name, dtype in CASES if has_kernel(FORMATS[name]((64, 128), dtype)[0])]
 NAMES = list(dict(READ))
+MATRICES = [name for name in NAMES if len(FORMATS[name]((64, 128))[0].shape) == 2]  # the others have experts
 
 
 def check_norm(value, dense, rank, factor_dtype, device, config=None):
@@ -34,6 +39,57 @@ def check_norm(value, dense, rank, factor_dtype, device, config=None):
 @pytest.mark.parametrize(("name", "dtype"), READ)
 def test_formats(name, dtype, shape, factor_dtype, device):
     check_norm(*FORMATS[name](shape, dtype), 4, factor_dtype, device)
+
+
+@pytest.fixture
+def taken(device, monkeypatch):
+    """What ``norm_factored`` was given by the eager way: norms, and None where it was left to the ops."""
+    if device == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled where there is a GPU, and take no tensors of the CPU")
+        monkeypatch.setattr(front, "has_kernels", lambda *tensors: all(t.dtype.itemsize < 8 for t in tensors))
+    given, packed_norm = [], eager_norm.packed_norm
+
+    def spy(*arguments):
+        given.append(packed_norm(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(eager_norm, "packed_norm", spy)
+    return given
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_eager_way(name, factor_dtype, device, taken):
+    """Its norm is the kernel's bit for bit, whose factors may be strided, and a weight that does not fit is refused."""
+    value, _ = FORMATS[name]((33, 128))
+    value = on(value, device)
+    lora_A, lora_B = factors(value.shape, 5, factor_dtype, device)
+    lora_B = lora_B.t().contiguous().t()
+    expected = packed_row_norm(value, lora_A, lora_B, S)
+    for trained in (False, True, True):
+        norm = functional.norm_factored(value, *(t.requires_grad_(trained) for t in (lora_A, lora_B)), S)
+        assert torch.equal(norm, expected)
+        assert not norm.requires_grad
+    assert all(norm is not None for norm in taken)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(functional.norm_factored(value, lora_A, lora_B, S), expected)
+    assert torch.equal(functional.norm_factored(eager_over.held(value), lora_A, lora_B, S), expected)
+    del taken[:]
+    left = [functional.norm_factored(value, lora_A, lora_B, torch.tensor(S, device=device))]
+    assert not taken
+    with FlopCounterMode(display=False):
+        left.append(functional.norm_factored(value, lora_A, lora_B, S))
+    uneven = torch.empty(lora_A.numel() + 1, dtype=factor_dtype, device=device)[1:].view(lora_A.shape)
+    left.append(functional.norm_factored(value, uneven.copy_(lora_A.detach()), lora_B, S))
+    assert taken == [None, None]
+    for norm in left:  # on the CPU in aten
+        torch.testing.assert_close(norm, expected, rtol=2e-5 if factor_dtype is torch.float32 else 2e-6, atol=0)
+    broken = value._replace(**{value._fields[1]: value[1].flatten()[:-1]})
+    with pytest.raises(ValueError, match="must have"):
+        functional.norm_factored(broken, lora_A, lora_B, S)
+    with pytest.raises(ValueError, match="lora_A must be"):
+        functional.norm_factored(value, lora_A[:, 1:], lora_B, S)
 
 
 @pytest.mark.parametrize("shape", [(5, 100), (7, 65), (3, 1)])

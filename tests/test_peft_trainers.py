@@ -201,24 +201,15 @@ def test_trl_over_nf4(casts_magnitudes, tmp_path):
     for name in ("trl", "bitsandbytes", "datasets"):
         pytest.importorskip(name)
     import datasets
+    import tiny_trainers
     import trl
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import BitsAndBytesConfig
 
-    words = {word: number for number, word in enumerate(["<unk>", "</s>", "a", "row", "has", "one", "length"])}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    )
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(words), **sizes), dtype=torch.bfloat16)
-    dense.save_pretrained(tmp_path / "base")
+    base = tiny_trainers.save_base(tmp_path / "base", torch.bfloat16, hidden_size=64, intermediate_size=128)
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base",
+        return tiny_trainers.load(
+            base,
             dtype=torch.bfloat16,
             device_map="cpu",
             quantization_config=BitsAndBytesConfig(
@@ -244,7 +235,6 @@ def test_trl_over_nf4(casts_magnitudes, tmp_path):
             ),
             train_dataset=datasets.Dataset.from_dict({"text": ["a row has one length"] * 40}),
             peft_config=peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
-            processing_class=tokenizer,
         )
         model = trainer.model
         if casts_magnitudes:

@@ -1,10 +1,15 @@
 """The recipes of the README run as they are written, and give what the textbook gives."""
 
 import functools
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny_trainers
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -77,6 +82,66 @@ def test_ensemble_of_adapters(tmp_path):
     assert not torch.allclose(expected[0], expected[1])
     compiled = torch.compile(torch.vmap(names["run"], in_dims=(0, None)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(names["adapters"], x), names["outputs"])
+
+
+# Trainers.
+
+
+def trained_as_written(heading, base, folder, monkeypatch, **names):
+    """The model of a recipe, after it: trained, and with its adapter in PEFT's files."""
+    monkeypatch.chdir(folder)
+    names |= {"torch": torch, "dorac": dorac, "transformers": pytest.importorskip("transformers"), "name": base}
+    exec(recipe(heading), names)
+    tiny_trainers.adapter_files(folder / "out" / "checkpoint-4")
+    loaded = tiny_trainers.load(base)
+    dorac.load_adapter(loaded, folder / "adapter")
+    tiny_trainers.assert_equal(tiny_trainers.trained(loaded), tiny_trainers.trained(names["model"]))
+    assert all(layer.lora_B.abs().min() > 0 for layer in dorac.apply.dora_layers(loaded).values())
+
+
+@pytest.fixture
+def base(tmp_path):
+    pytest.importorskip("transformers")
+    return tiny_trainers.save_base(tmp_path / "base")
+
+
+def test_trainer(base, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    trained_as_written("Trainer", base, tmp_path, monkeypatch, rows=tiny_trainers.Rows())
+
+
+def test_trl(base, tmp_path, monkeypatch):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict(tiny_trainers.TEXTS)
+    trained_as_written("TRL", base, tmp_path, monkeypatch, trl=trl, dataset=dataset)
+
+
+@pytest.mark.full
+def test_trainers_from_an_installed_wheel(base, tmp_path):
+    """Both recipes in an empty folder, with dorac as pip installs it."""
+    pytest.importorskip("trl")
+    source, wheels, site, folder = (tmp_path / name for name in ("source", "wheels", "site", "empty"))
+    folder.mkdir()
+    root = Path(dorac.__file__).parents[1]
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(".git", "tests", "build", "*.egg-info"))
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source]
+    subprocess.run(build, check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, *wheels.iterdir()], check=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+import datasets, dorac, torch, transformers, trl
+assert dorac.__file__.startswith({str(site)!r})
+name = {base!r}
+rows = [{{"input_ids": [2, 3, 4, 5], "labels": [2, 3, 4, 5]}}] * 8
+dataset = datasets.Dataset.from_dict({tiny_trainers.TEXTS!r})
+{recipe("Trainer")}
+{recipe("TRL")}
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    assert len(tiny_trainers.adapter_files(folder / "adapter")["target_modules"]) == 7
 
 
 # Compiling: as written, but for the backend.

@@ -188,7 +188,7 @@ def dora_over(
             return y
     checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
     if save_output:
-        checks.check_weight_over(weight, base, x)
+        checks.check_weight_over(weight.weight if type(weight) is eager_over.Held else weight, base, x)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))
     tensors = base, x, lora_A, lora_B, magnitude, weight_norm, s, bias
     return ops.over.dora_over(*tensors, scaling_number(scaling), base_has_bias)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dorac import checks, ops, packed
 from dorac.numerics import accumulate_dtype
-from dorac.ops import front
+from dorac.ops import eager_norm, eager_over, front
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -78,7 +78,7 @@ def norm_factored(
         ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte; pieces of
             a packed weight that do not fit, ``norm_grad`` over one.
     """
-    if packed.is_packed(weight):
+    if packed.is_packed(weight) or type(weight) is eager_over.Held:
         return _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget)
     checks.check_factors(weight, lora_A, lora_B)
     scaling = checks.check_scaling(scaling)
@@ -92,8 +92,15 @@ def norm_factored(
 
 
 def _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget):
-    checks.check_packed_factors(weight, lora_A, lora_B)
     scaling = checks.check_scaling(scaling)
+    usual = norm_grad is False and weight_sq is None and budget == DEFAULT_BUDGET and not isinstance(scaling, Tensor)
+    if usual and not torch.compiler.is_compiling():
+        norm = eager_norm.packed_norm(weight, lora_A, lora_B, float(scaling))
+        if norm is not None:
+            return norm
+    if type(weight) is eager_over.Held:
+        weight = weight.weight
+    checks.check_packed_factors(weight, lora_A, lora_B)
     checks.check_vector("weight_sq", weight_sq, weight)
     budget = checks.check_budget(budget)
     checks.check_norm_grad(norm_grad)

@@ -356,6 +356,11 @@ def has_kernel(weight: packed.Packed) -> bool:
     return described(weight) is not None
 
 
+def arranged(lora_A: Tensor) -> Tensor:
+    """lora_A's even columns before its odd ones, for bytes of two numbers."""
+    return lora_A.unflatten(-1, (lora_A.shape[-1] // 2, 2)).mT.contiguous().flatten(-2)
+
+
 def packed_row_norm(
     weight: packed.Packed, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, config: NormConfig | None = None
 ) -> Tensor:
@@ -380,7 +385,7 @@ def packed_row_norm(
     if lora_A.dtype is torch.float32:
         lora_A, lora_B = split_factors(lora_A, lora_B, form.halves)
     elif form.halves == 2:
-        lora_A = lora_A.unflatten(-1, (in_features // 2, 2)).mT.contiguous().flatten(-2)
+        lora_A = arranged(lora_A)
     rank, experts = lora_A.shape[-2], batch[0] if batch else 1
     if config is None:
         config = packed_norm_config(experts, out_features, in_features, form.halves, rank)

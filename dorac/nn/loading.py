@@ -47,7 +47,8 @@ class _AllOrNothing:
     """``load_state_dict`` of a module, taken back where it raises.
 
     It keeps copies of what is going to be written, until it is done. What the state dict brings as it is already, the
-    frozen weights of a checkpoint of the whole model, needs none.
+    frozen weights of a checkpoint of the whole model, needs none. With ``strict=False`` a state dict of all that can
+    have changed lacks nothing: frozen weights are no ``missing_keys`` of it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,12 +57,32 @@ class _AllOrNothing:
     def __call__(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> object:
         module = self._module()
         assign = kwargs.get("assign", len(args) > 1 and args[1])  # torch's third; a class may have its own signature
+        strict = kwargs.get("strict", args[0] if args else True)
         with Undo() as log:
             keep_all(module, state_dict, assign, log)
-            return type(module).load_state_dict(module, state_dict, *args, **kwargs)
+            result = type(module).load_state_dict(module, state_dict, *args, **kwargs)
+        if not strict and getattr(result, "missing_keys", None) and trained_names(module) <= state_dict.keys():
+            result.missing_keys.clear()
+        return result
 
     def __reduce__(self) -> tuple:
         return type(self), (self._module(),)  # of a copy: the copy
+
+
+def trained_names(root: nn.Module) -> set[str]:
+    """The keys of a state dict that can have other values than when the model was wrapped.
+
+    Adapters, frozen ones too, since they start at random; parameters that are trained; buffers of the rest.
+    """
+    layers = {module for module in root.modules() if isinstance(module, DoraLayer)}
+    adapted = {part for layer in layers for part in layer.modules()}
+    names = set()
+    for prefix, module in root.named_modules(remove_duplicate=False):
+        keys = [key for key, p in module._parameters.items() if p is not None and (module in layers or p.requires_grad)]
+        if module not in adapted:
+            keys += [key for key in module._buffers if key not in module._non_persistent_buffers_set]
+        names.update(f"{prefix}.{key}" if prefix else key for key in keys)
+    return names
 
 
 def keep_all(root: nn.Module, state_dict: Mapping[str, Any], assign: bool, log: Undo) -> None:

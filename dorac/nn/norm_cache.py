@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
-from dorac.ops import front, sharded
+from dorac.ops import eager_over, front, sharded
 from dorac.ops.norm import row_norms
 
 
@@ -64,7 +64,7 @@ NOTHING_KEPT = {
     "cached_norm": None,
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
     "cached_scaling": None,  # the scaling that it was taken with
-    "cached_source": None,  # the Moment of what offloaded ones of them are copies of, see offloaded.py
+    "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
@@ -80,26 +80,25 @@ _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 class Moment:
     """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
 
-    __slots__ = ("grad_mode", "states")
+    __slots__ = ("grad_mode", "places", "states", "storages")
 
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
-        self.states = [_state(tensor) for tensor in tensors]
+        self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
+        self.states = self._of(tensors)
+        self.storages = [weakref.ref(tensors[i].untyped_storage()) for i in self.places]
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
+    def _of(self, tensors: Sequence[Tensor]) -> list[tuple]:
+        tensors = [tensors[i] for i in self.places]
+        try:
+            return [(t.data_ptr(), t._version, t.stride()) for t in tensors]
+        except RuntimeError:  # of a tensor of inference mode, which has no version
+            return [(t.data_ptr(), _version(t), t.stride()) for t in tensors]
+
     def passed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors have been written to since."""
-        for tensor, state in zip(tensors, self.states, strict=False):  # tensors may go on
-            if state is not None:
-                storage, address, strides, version = state
-                # A storage may lie where another one was; a reference to the old one tells them apart.
-                if (
-                    tensor.data_ptr() != address
-                    or (version is not None and tensor._version != version)
-                    or storage() is not tensor.untyped_storage()
-                    or tensor.stride() != strides
-                ):
-                    return True
-        return False
+        """Whether the tensors have been written to since; others may follow them."""
+        # Where a storage lies that is alive, no other one does.
+        return self._of(tensors) != self.states or None in [storage() for storage in self.storages]
 
     def in_other_grad_mode(self) -> bool:
         """Whether gradients are on where they were off in the last forward, or the other way round.
@@ -113,36 +112,76 @@ class Moment:
 
 
 class PackedMoment(Moment):
-    """That of a packed weight and its factors: the pieces are asked of the module that holds them each time.
+    """That of a packed weight and its factors."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(
+        self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module, earlier: "Moment | None"
+    ) -> None:
+        weight, *others = tensors
+        super().__init__(others, grad_mode)
+        with plainly():
+            lasts = type(earlier) is PackedMoment and earlier.pieces.base() is base
+            lasts = lasts and not earlier.pieces.replaced(weight)
+            self.pieces = earlier.pieces if lasts else Pieces(weight, base)
+
+    def passed(self, tensors: Sequence[Tensor]) -> bool:
+        weight, *others = tensors
+        return super().passed(others) or self.pieces.replaced(weight)
+
+
+plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer slowly through their __torch_function__
+
+
+class Pieces(Moment):
+    """That of a packed weight, whose pieces are asked of the module that holds them each time.
 
     What is written to the weight as a whole counts in its own version, not in that of its pieces.
     """
 
-    __slots__ = ("base", "pieces", "version")
+    __slots__ = ("base", "count", "held", "version")
 
-    def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module) -> None:
-        super().__init__(tensors, grad_mode)
-        self.base, self.version = weakref.ref(base), _version(tensors[0])
-        self.pieces = Moment(packed.stored(base))
+    def __init__(self, weight: Tensor, base: nn.Module) -> None:
+        pieces = [weight, *packed.stored(base)]
+        super().__init__(pieces)
+        self.count, self.base, self.version = len(pieces), weakref.ref(base), _version(weight)
+        self.held: eager_over.Held | packed.Packed | None = None  # the weight for dora_over; None: not looked at yet
 
-    def passed(self, tensors: Sequence[Tensor]) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():  # through which some weights answer slowly
-            if _version(tensors[0]) != self.version or super().passed(tensors):
-                return True
-            base = self.base()
-            pieces = [] if base is None else packed.stored(base)
-            return len(pieces) != len(self.pieces.states) or self.pieces.passed(pieces)
+    def replaced(self, weight: Tensor) -> bool:
+        """Whether the weight or a piece of it has been written to, or another one stands in its place."""
+        base = self.base()
+        if base is None or _version(weight) != self.version:
+            return True
+        pieces = [weight, *packed.stored(base)]
+        return len(pieces) != self.count or self.passed(pieces)
+
+
+def packed_weight(
+    layer: Keeper | None, base: nn.Module, norm: Tensor | None
+) -> "eager_over.Held | packed.Packed | None":
+    """The packed weight of ``base``, for ``dora_over`` in the forward whose norm is ``norm``; None for another one.
+
+    Where that is the norm that the layer keeps, the weight is that of the last forward, and not looked at again.
+    """
+    moment = None if norm is None or layer is None or norm is not layer.cached_norm else layer.cached_at
+    if type(moment) is not PackedMoment or torch.compiler.is_compiling():
+        return packed.of(base)
+    pieces = moment.pieces
+    if pieces.held is None:
+        weight = packed.of(base)
+        pieces.held = eager_over.held(weight) or weight
+    return pieces.held
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
-def _state(tensor: Tensor) -> tuple | None:
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor is one of its own; what others hold is their affair."""
     kind = type(tensor)
-    if kind not in (Tensor, torch.nn.Parameter) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return None  # what it holds is its own affair
-    return weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), _version(tensor)
+    return kind in (Tensor, torch.nn.Parameter) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def uncacheable(layer: Keeper) -> str | None:
@@ -237,7 +276,7 @@ def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) ->
     if grad_mode is None and layer.cached_at is not None:
         grad_mode = layer.cached_at.grad_mode
     base = layer.packed_base()
-    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base)
+    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base, layer.cached_at)
     vars(layer).update(  # setattr is slow
         cached_of=of, cached_scaling=layer.scaling, cached_at=moment, norm_in_doubt=layer.norm_distrusted
     )
@@ -285,17 +324,21 @@ def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tenso
 
     ``inputs``: the layer's ``norm_inputs()``, for who has them at hand.
     """
-    if not layer.caches_norm or not _usable(layer, inputs):
+    if not layer.caches_norm:
         return None
     if torch.compiler.is_compiling():
-        if layer.norm_in_doubt:
+        if not _usable(layer, inputs) or layer.norm_in_doubt:
             return None
         _verify_while_tracing(layer.cached_norm)
-    elif not layer.check_cached_norm:
-        if not _verified(layer):
+    else:
+        with plainly():
+            if not _usable(layer, inputs):
+                return None
+        if not layer.check_cached_norm:
+            if not _verified(layer):
+                return None
+        elif not torch.compiler.disable(_verified)(layer):  # after a break of the graph it would be compiled by itself
             return None
-    elif not torch.compiler.disable(_verified)(layer):  # after a break of the graph it would be compiled by itself
-        return None
     if layer.check_cached_norm:
         _check(layer)
     return layer.cached_norm
@@ -304,8 +347,11 @@ def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tenso
 def _verified(layer: Keeper) -> bool:
     """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
     moment = layer.cached_at
-    if moment is not None and not moment.passed(layer.cached_of) and not moment.in_other_grad_mode():
-        return True
+    if moment is not None:
+        with plainly():
+            lasts = not moment.passed(layer.cached_of)
+        if lasts and not moment.in_other_grad_mode():
+            return True
     if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
         return False
     grad_mode = torch.is_grad_enabled()
@@ -331,7 +377,8 @@ def _verify_while_tracing(norm: Tensor) -> None:
 def written_since(layer: Keeper) -> bool:
     """Whether the host sees that the tensors were written to after the norm was taken of them."""
     moment, of = layer.cached_at, layer.cached_of
-    return of is not None and moment is not None and moment.passed(of)
+    with plainly():
+        return of is not None and moment is not None and moment.passed(of)
 
 
 def is_stale(layer: Keeper) -> bool:
@@ -361,7 +408,7 @@ def _usable(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> bool:
     for weight in inputs[: len(inputs) // 3]:  # the factors follow
         if weight.requires_grad:
             return False
-    return all(map(operator.is_, (*inputs, layer.cached_norm), of))
+    return all(map(operator.is_, inputs, of)) and layer.cached_norm is of[-1]
 
 
 def _check(layer: Keeper) -> None:

@@ -10,7 +10,7 @@ from dorac import functional, offload, packed
 from dorac.nn import offloaded
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
-from dorac.nn.norm_cache import known_norm
+from dorac.nn.norm_cache import known_norm, packed_weight
 from dorac.numerics import accumulate_dtype
 from dorac.undo import Undo
 
@@ -116,7 +116,8 @@ class DoraQuantLinear(DoraLinear):
             if self.dropout_on == "adapter":
                 return self._with_adapter_of(x, base, norm)
         bias = base_layer.bias
-        weight = packed.of(base_layer) if self.save_output and torch.is_grad_enabled() else None
+        keeps = self.save_output and bias is None and torch.is_grad_enabled()
+        weight = packed_weight(self, base_layer, norm) if keeps else None
         return functional.dora_over(
             base,
             x,

@@ -98,11 +98,9 @@ def dora_linear(
         return None
     if plan is False:
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-        if len(plans) >= PLANS:
-            plans.clear()
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = plans[key] = make_plan(*tensors, training, dropped, save_output)
+            plan = keep_plan(key, make_plan(*tensors, training, dropped, save_output))
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
@@ -130,6 +128,13 @@ def _dropout(plan, x, p, training) -> tuple[Tensor, Tensor | None]:
     bits = x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
     plan.pack(mask.contiguous().view(torch.uint8), bits)
     return x_adapter, bits
+
+
+def keep_plan(key: tuple, plan: object) -> object:
+    if len(plans) >= PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
 
 def forget_plans() -> None:

@@ -4,7 +4,9 @@ The product is an argument, and so is its gradient. It stays as it is: inner has
 the dtype that the low-rank branch runs in; anything else is left to ``ops/over.py``, which has the formula.
 
 With a ``weight``, packed or dense, and no bias, y is kept in place of inner, as there; of the weight inner is computed
-again for rows with a faint g, and for all where y has been written to. A second derivative then finds no base.
+again for rows with a faint g, and for all where y has been written to. A second derivative then finds no base. A dense
+weight is saved; a packed one is held as it is (its layer does the same): each of its many tensors would take the time
+that saving takes, most of all under a checkpoint.
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -13,7 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +26,52 @@ from dorac import checks, packed
 from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
 
+MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
+    "DoRA layer"
+)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Weight:
-    """All of a weight but its tensors: how these are put together, and how a kernel reads them if they are packed."""
 
-    form: object  # None: one dense tensor
-    kind: str = ""
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    sizes: tuple = ()
-    pieces: tuple = ()  # shape, dtype and device of each
+class _Kept(NamedTuple):
+    """All that checks and a plan look at in the weight whose y is kept."""
 
-    def value(self, pieces: Sequence[Tensor | None]) -> Tensor | packed.Packed:
-        if self.form is None:
-            return pieces[0]
-        return packed.unflatten(self.kind, pieces, self.shape, self.dtype, self.sizes)
+    form: object  # how a kernel reads a packed weight; None: it is dense
+    aligned: bool  # to 16 bytes
+    shape: tuple[int, ...]
+    others: tuple  # of a packed weight: what is no tensor, and shape, dtype and device of what is one
+
+
+class Held:
+    """A packed weight whose y may be kept: itself, what the kernel reads of it, and the versions of that."""
+
+    __slots__ = ("kept", "read", "versions", "weight")
+
+    def __init__(self, weight: packed.Packed, form: object, read: tuple[Tensor | None, ...]) -> None:
+        self.weight, self.read, self.versions = weight, read, [_version(t) for t in read]
+        bits = 0
+        for tensor in read:
+            if tensor is not None:
+                bits |= tensor.data_ptr()
+        each = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]])
+        self.kept = _Kept(form, not bits & 15, weight.shape, (*weight[weight.PIECES + 1 :], *each))
+
+    def unchanged(self) -> tuple[Tensor | None, ...]:
+        """What the kernel reads; as autograd does, refuses what has been written to since."""
+        if [_version(t) for t in self.read] != self.versions:
+            raise RuntimeError(MODIFIED.format(f"{type(self.weight).__name__} weight", list(self.weight.shape)))
+        return self.read
+
+
+def held(weight: packed.Packed) -> Held | None:
+    """The weight for ``dora_over``, looked at once for many calls; None where no kernel reads it."""
+    from dorac.kernels.packed_norm import described
+
+    form = described(weight) if len(weight.shape) == 2 else None
+    return None if form is None else Held(weight, *form)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,9 +81,10 @@ class Plan:
     dtype: torch.dtype  # of the products
     casts_factors: bool
     holds_bias: bool
-    kept: "_Weight | None"  # how the weight is read where y is kept for backward; None where inner is
+    kept: "_Kept | None"  # the weight where y is kept for backward; None where inner is
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
+    faint: Callable[[tuple, tuple], Callable]  # of dy's and lora_B's strides: the kernel for rows with a faint g
     in_ops: bool = False  # which modes see
 
 
@@ -64,7 +98,7 @@ def dora_over(
     weight_norm: Tensor,
     scaling: float,
     holds_bias: bool,
-    weight: Tensor | packed.Packed | None = None,
+    weight: Tensor | packed.Packed | Held | None = None,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_over``'s."""
     in_ops = not front.unobserved()
@@ -81,7 +115,7 @@ def dora_over(
             or weight_norm.requires_grad
         )
         keeps = training and weight is not None and bias is None and front.has_kernels(base)
-        kept, pieces = _kept(weight, base) if keeps else (None, ())
+        kept, saved, held = _kept(weight, base) if keeps else (None, None, None)
         key = "over", training, holds_bias, kept, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
@@ -93,16 +127,11 @@ def dora_over(
     if plan is False:
         checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
         if kept is not None:
-            checks.check_weight_over(weight, base, x)
-        if len(eager.plans) >= eager.PLANS:
-            eager.plans.clear()
+            checks.check_weight_over(weight if held is None else held.weight, base, x)
+        tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = eager.plans[key] = make_plan(
-                *(base, x, lora_A, lora_B, magnitude, bias, weight_norm),
-                training,
-                bias is not None and holds_bias,
-                kept,
-            )
+            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept)
+        eager.keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
@@ -117,22 +146,19 @@ def dora_over(
         return _forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, *pieces)[0]
+    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, saved)[0]
 
 
-def _kept(weight: Tensor | packed.Packed, base: Tensor) -> tuple[_Weight | None, tuple]:
-    """How the weight is read, and its tensors; None where neither kernel reads it."""
+def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> tuple[_Kept | None, Tensor | None, Held | None]:
+    """How the weight is read, and what backward has of it: saved if dense, held if packed. None: no kernel reads it."""
     if packed.is_packed(weight):
-        from dorac.kernels.packed_norm import described
-
-        if len(weight.shape) != 2 or (form := described(weight)) is None:
-            return None, ()
-        kind, pieces, shape, dtype, sizes = packed.flatten(weight)
-        each = tuple(t if t is None else (t.shape, t.dtype, t.device) for t in pieces)
-        return _Weight(form[0], kind, tuple(shape), dtype, tuple(sizes), each), pieces
+        weight = held(weight)
+    if weight is None or type(weight) is Held:
+        return None if weight is None else weight.kept, None, weight
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    kept = _Weight(None, pieces=(weight.shape, weight.device)) if plain and weight.dtype is base.dtype else None
-    return kept, () if kept is None else (weight,)
+    if not plain or weight.dtype is not base.dtype:
+        return None, None, None
+    return _Kept(None, True, weight.shape, (weight.device,)), weight, None
 
 
 def make_plan(
@@ -145,7 +171,7 @@ def make_plan(
     weight_norm,
     training: bool,
     holds_bias: bool,
-    kept: _Weight | None,
+    kept: _Kept | None,
 ) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     given = [t for t in (x, base, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
@@ -160,6 +186,7 @@ def make_plan(
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
+    from dorac.kernels.faint import faint_launch
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
@@ -180,6 +207,11 @@ def make_plan(
         )
         return strips, *map(eager.bound, launches)
 
+    @functools.lru_cache(maxsize=16)
+    def faint(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
+        launch = faint_launch(tokens, out_features, in_features, rank, kept.form, strides, of_b)
+        return eager.bound(launch) if kept.aligned else launch
+
     return Plan(
         dtype=dtype,
         casts_factors=lora_A.dtype is not dtype,
@@ -187,6 +219,7 @@ def make_plan(
         kept=kept,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
+        faint=faint,
     )
 
 
@@ -218,11 +251,11 @@ def _forward_in_ops(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scalin
 class _Over(torch.autograd.Function):
     """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved.
 
-    ``pieces``: the tensors of the weight where y is kept.
+    ``held``, ``weight``: the packed or the dense weight where y is kept.
     """
 
     @staticmethod
-    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, *pieces):
+    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, weight):
         forward = _forward_in_ops if plan.in_ops else _forward
         y, inner, a, b, h = forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, True)
         if not plan.casts_factors:
@@ -237,24 +270,24 @@ class _Over(torch.autograd.Function):
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        ctx.save_for_backward(x, a, b, weight_norm, h, kept, *pieces, *trained)
+        ctx.norm, ctx.norm_version = weight_norm, _version(weight_norm)  # held, as a packed weight is
+        ctx.save_for_backward(x, a, b, h, kept, weight, *trained)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan, ctx.shapes, ctx.pieces = scaling, plan, (base.shape, x.shape), len(pieces)
+        ctx.scaling, ctx.plan, ctx.shapes, ctx.held = scaling, plan, (base.shape, x.shape), held
         return y, inner
 
     @staticmethod
     def backward(ctx, dy, d_inner):
         if dy is None and d_inner is None:
-            return (None,) * (9 + ctx.pieces)
+            return (None,) * 11
         if d_inner is not None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy, d_inner)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return _Over.backward(ctx, dy, None)
-        x, a, b, norm, h, kept, *rest = ctx.saved_tensors
-        pieces, trained = rest[: ctx.pieces], rest[ctx.pieces :]
+        x, a, b, h, kept, weight, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
-        plan, scaling = ctx.plan, ctx.scaling
+        plan, scaling, held, norm = ctx.plan, ctx.scaling, ctx.held, _norm(ctx)
         needs_base, needs_x, *_ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
@@ -264,36 +297,34 @@ class _Over(torch.autograd.Function):
             dy = dy.clone(memory_format=torch.contiguous_format)
         others, of_y = (None, None, None), plan.kept is not None
         if of_y and (ctx.probe._version != ctx.version or eager.share_memory(dy, kept)):  # y is not y any more
-            kept, of_y = _inner(plan, x, h, b, pieces, scaling), False
+            kept, of_y = _inner(held, weight, x, h, b, scaling), False
         if of_y:
             x, h = (t if t.data_ptr() % 16 == 0 and t.is_contiguous() else t.contiguous().clone() for t in (x, h))
-            others = (x, pieces[0], b) if plan.kept.form is None else others
+            others = (x, weight, b) if held is None else others
         launches = plan.backward(dy.stride(), b.stride(), of_y)
         d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
-        if of_y and plan.kept.form is not None:
-            _faint_rows(plan, pieces, dy, x, h, b, magnitude, norm, scaling, d_m)
+        if of_y and held is not None:
+            faint = plan.faint(dy.stride(), b.stride())
+            faint(*held.unchanged(), dy, x, h, b, magnitude, norm, scaling, d_m)
         d_h = torch.addmm(eager.scalar(d_base.dtype, d_base.device), d_base, b, beta=0, alpha=scaling)
         d_a = eager.wide_mm(d_h.t(), x, lora_A.dtype)
         base_shape, x_shape = ctx.shapes
         dx = torch.mm(d_h, a).view(x_shape) if needs_x else None
-        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * (4 + ctx.pieces)
+        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * 6
 
 
-def _inner(plan, x, h, b, pieces, scaling) -> Tensor:
+def _norm(ctx) -> Tensor:
+    if _version(ctx.norm) != ctx.norm_version:
+        raise RuntimeError(MODIFIED.format("norm", list(ctx.norm.shape)))
+    return ctx.norm
+
+
+def _inner(held: Held | None, weight: Tensor | None, x, h, b, scaling) -> Tensor:
     """inner of rows, of a dense weight."""
-    weight = plan.kept.value(pieces)
-    if plan.kept.form is not None:
-        weight = weight.rows(0, weight.shape[0]).to(x.dtype)
+    if held is not None:
+        held.unchanged()
+        weight = held.weight.rows(0, held.weight.shape[0]).to(x.dtype)
     return torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling)
-
-
-def _faint_rows(plan, pieces, dy, x, h, b, magnitude, norm, scaling, d_m) -> None:
-    from dorac.kernels.faint import faint_launch
-    from dorac.kernels.packed_norm import described
-
-    form, read = described(plan.kept.value(pieces))
-    sizes = *dy.shape, x.shape[1], h.shape[1]
-    faint_launch(*sizes, form, dy.stride(), b.stride())(*read, dy, x, h, b, magnitude, norm, scaling, d_m)
 
 
 _apply = super(torch.autograd.Function, _Over).apply  # see ops/eager.py
@@ -307,9 +338,9 @@ def _seen_gradients(ctx, dy, d_inner):
             return _seen_gradients(ctx, dy, d_inner)
     if ctx.plan.kept is not None and torch.is_grad_enabled():
         raise RuntimeError("dora_over with save_output saves no base, which a second derivative needs: leave it out")
-    x, _, _, norm, h, inner, *rest = ctx.saved_tensors
-    pieces, trained = rest[: ctx.pieces], rest[ctx.pieces :]
+    x, _, _, h, inner, weight, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
+    norm = _norm(ctx)
     dtype, base_shape, x_shape = ctx.plan.dtype, *ctx.shapes
     x, h, inner, dy, d_inner = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, h, inner, dy, d_inner))
     a, b = lora_A.to(dtype), lora_B.to(dtype)
@@ -318,7 +349,7 @@ def _seen_gradients(ctx, dy, d_inner):
     if ctx.plan.kept is not None:  # the kernel makes no product for it: a counter of operations is not to count one
         hides = front.seen_by_modes_alone()
         with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
-            inner = _inner(ctx.plan, x, h, b, pieces, ctx.scaling)
+            inner = _inner(ctx.held, weight, x, h, b, ctx.scaling)
     needs_base, needs_x, *_ = ctx.needs_input_grad
     scaling = torch.full((), ctx.scaling, dtype=torch.float32, device=x.device)
     dx, _, d_a, d_b, d_m, _, _, d_base = linear.gradients(
@@ -333,4 +364,4 @@ def _seen_gradients(ctx, dy, d_inner):
     )
     dx = None if dx is None else dx.view(x_shape)
     d_base = d_base.view(base_shape) if needs_base else None
-    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * (4 + ctx.pieces)
+    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * 6

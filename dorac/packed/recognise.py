@@ -25,17 +25,19 @@ def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
     Raises:
         ValueError: a bitsandbytes weight that is not quantised yet, or one whose statistics are missing.
     """
-    if isinstance(source, nn.Module):
-        blocks, scales = getattr(source, f"{name}_blocks", None), getattr(source, f"{name}_scales", None)
-        if blocks is not None and scales is not None:
-            return _mxfp4(blocks, scales)
-        weight = getattr(source, name, None)
-        if getattr(source, f"{name}_scale_inv", None) is not None and type(source).__name__ == "FP8Linear":
-            return _fp8_linear(weight, source)
-    else:
+    if not isinstance(source, nn.Module):
         weight = source
+    elif (weight := source._parameters.get(name)) is None:  # __getattr__ takes ten times as long
+        weight = getattr(source, name, None)
     read = _READERS.get(kind_of(weight, source))
-    return None if read is None else read(weight, source)
+    if read is not None:
+        return read(weight, source)
+    if weight is None:
+        blocks, scales = getattr(source, f"{name}_blocks", None), getattr(source, f"{name}_scales", None)
+        return None if blocks is None or scales is None else _mxfp4(blocks, scales)
+    if type(source).__name__ == "FP8Linear" and getattr(source, f"{name}_scale_inv", None) is not None:
+        return _fp8_linear(weight, source)
+    return None
 
 
 def stored(source: nn.Module) -> list[Tensor]:
@@ -77,7 +79,8 @@ def _bnb_4bit(weight: Tensor, source: nn.Module | Tensor) -> Bnb4bit | Bnb4bitCp
         state = getattr(source, "quant_state", None)
     if state is None:
         raise ValueError(_unquantised("4-bit", source))
-    codes = weight.data
+    with torch._C.DisableTorchFunctionSubclass():  # through which it answers slowly
+        codes = weight.data
     shape = tuple(state.shape)
     if getattr(state, "packing_format_for_cpu", False):
         return Bnb4bitCpu(codes, state.absmax, state.code, shape, torch.float32, state.blocksize)

@@ -9,7 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional
+from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
@@ -34,28 +35,32 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
     bias = _own(base, "bias")
     if result.dtype not in FLOAT_DTYPES or x.dtype not in FLOAT_DTYPES:
         return None
-    if any(is_partitioned(t) for t in (m, bias, _own(base, "weight"))):
+    if is_partitioned(m) or is_partitioned(bias) or is_partitioned(_own(base, "weight")):
         return None
     scaling = module.scaling[adapter]
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
     save_output = module.__dict__.get("save_output", False) and torch.is_grad_enabled()  # see dorac.save_outputs
     weight = None
     if norm is None or save_output:
-        weight = packed.of(base)
+        weight = norm_cache.packed_weight(magnitude.keeper, base, norm)
         if weight is None:
             weight = dense_weight(base)
             save_output = save_output and is_plain(_own(base, "weight"))  # a copy is not to be kept
     if norm is None:
         norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
+    if p:
+        x = dropout(x)
     device = result.device
+    if any([t.device != device for t in (x, lora_A, lora_B, m, norm)]):
+        x, lora_A, lora_B, m, norm = (t.to(device) for t in (x, lora_A, lora_B, m, norm))
     return functional.dora_over(
         result,
-        (dropout(x) if p else x).to(device),
-        lora_A.to(device),
-        lora_B.to(device),
-        m.to(device),
+        x,
+        lora_A,
+        lora_B,
+        m,
         bias,
-        weight_norm=norm.to(device),
+        weight_norm=norm,
         scaling=scaling,
         base_has_bias=bias is not None,
         save_output=save_output,

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import ModuleType
 
 from torch import nn
 
@@ -45,8 +46,10 @@ class Enabled(contextlib.AbstractContextManager):
 def enable(model: nn.Module | None = None, *, dropout_on: str = "adapter") -> Enabled:
     """Runs PEFT's DoRA on dorac.
 
-    Without a model: whatever PEFT builds or adds from now on. With one: its DoRA adapters, and those added to it later.
-    A second call changes nothing but ``dropout_on``. Modules, parameters, checkpoints and configs stay PEFT's.
+    Without a model: whatever PEFT builds or adds from now on, and what transformers' ``load_adapter`` and
+    ``from_pretrained`` of an adapter read, which lose the magnitudes of a file otherwise. With one: its DoRA adapters,
+    and those added to it later. A second call changes nothing but ``dropout_on``. Modules, parameters, checkpoints and
+    configs stay PEFT's.
 
     Args:
         dropout_on: what the ``lora_dropout`` of these adapters is on. "adapter" is PEFT's meaning, "low_rank" another
@@ -101,6 +104,8 @@ def _stop_building(log: Undo) -> None:
     log.add(partial(state.stock.update, stock))
     for name, function in stock.items():
         _set_method(name, function, log)
+    if keys := _transformers_keys():
+        keys.restore(log)
     state.stock.clear()
 
 
@@ -116,6 +121,17 @@ def _set_method(name: str, function: Callable | None, log: Undo) -> None:
 
     log.add(partial(write, vars(LoraModel).get(name)))
     write(function)
+
+
+def _transformers_keys() -> ModuleType | None:
+    """The module that mends the names under which transformers looks for magnitudes, where it asks PEFT for them."""
+    from peft.import_utils import is_transformers_ge_v5
+
+    if not is_transformers_ge_v5:
+        return None
+    from dorac.peft import transformers_keys
+
+    return transformers_keys
 
 
 def _remember(modules: "weakref.WeakSet[nn.Module]", module: nn.Module, log: Undo) -> None:
@@ -144,6 +160,8 @@ def _enable_everywhere(dropout_on: str) -> Enabled:
         state.stock.update({name: vars(LoraModel).get(name) for name in ours.METHODS})
         for name, function in ours.METHODS.items():
             _set_method(name, function, log)
+        if keys := _transformers_keys():
+            keys.mend(log)
         before = _on_dorac(list(state.roots))
 
         def undo() -> None:
