@@ -64,7 +64,7 @@ NOTHING_KEPT = {
     "cached_norm": None,
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
     "cached_scaling": None,  # the scaling that it was taken with
-    "cached_source": None,  # the Moment of what offloaded ones of them are copies of, see offloaded.py
+    "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one

@@ -7,6 +7,7 @@ stays as it is; of what lies on disk none is kept. A weight that was brought in 
 """
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -90,27 +91,24 @@ def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> I
 
 def _follow(keeper: Keeper, by_id: Mapping[int, Tensor | None], take: bool) -> None:
     inputs = keeper.norm_inputs()
-    held = [by_id[id(t)] for t in inputs if id(t) in by_id]
-    if any(tensor is None for tensor in held):
+    lasting = [by_id.get(id(t), t) for t in inputs]  # what outlives the block
+    if all(map(operator.is_, inputs, lasting)):
+        return
+    if any(t is None for t in lasting) or keeper.packed_base() is not None:
         norm_cache.suspend([keeper])
-    elif held and _is_of(keeper, held):
-        old, moment = keeper.cached_of, keeper.cached_at
-        now = *inputs, old[-1]
-        keeper.cached_of = tuple(t if id(t) in by_id else before for t, before in zip(now, old, strict=True))
-        if moment is not None:
-            states = zip(now, Moment(inputs).states, moment.states, strict=False)
-            moment.states = [state if id(t) in by_id else before for t, state, before in states]
-    elif held and take:  # the forward takes it
+    elif _is_of(keeper, inputs, lasting):
+        keeper.cached_of = *inputs, keeper.cached_of[-1]
+        if keeper.cached_at is not None:
+            keeper.cached_at = Moment(inputs, keeper.cached_at.grad_mode)
+    elif take:  # the forward takes it
         norm_cache.doubt([keeper])
-        keeper.cached_of, keeper.cached_source = (*inputs, keeper.cached_norm), Moment(held)
+        keeper.cached_of, keeper.cached_source = (*inputs, keeper.cached_norm), Moment(lasting)
 
 
-def _is_of(keeper: Keeper, held: list[Tensor]) -> bool:
-    """Whether the kept norm was taken of copies of these tensors as they are."""
-    source = keeper.cached_source
-    return (
-        keeper.cached_of is not None
-        and source is not None
-        and len(source.states) == len(held)
-        and not source.passed(held)
-    )
+def _is_of(keeper: Keeper, inputs: tuple[Tensor, ...], lasting: list[Tensor]) -> bool:
+    """Whether the kept norm was taken of these tensors, as they are, or of copies of them."""
+    of, source = keeper.cached_of, keeper.cached_source
+    if of is None or source is None or source.passed(lasting):
+        return False
+    pairs = zip(inputs, lasting, of, strict=False)  # the norm comes last
+    return all(t is before for t, kept, before in pairs if t is kept)
