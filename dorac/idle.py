@@ -181,11 +181,11 @@ class _WeightUses(TorchDispatchMode):
 
 
 def _weights(layer: DoraLayer) -> Iterator[Tensor]:
-    """The base weights as they lie in memory; none of what is not there, and for offloaded ones what they come from."""
+    """The base weights; of offloaded ones the tensors on the host that they come from, none where there is none."""
     originals = offload.originals(layer.base_layer)
     for name, parameter in layer.base_layer.named_parameters():
         weight = originals.get(name, parameter)
-        if weight is not None and not weight.is_meta and any(parameter is own for own in layer.base_weights()):
+        if weight is not None and any(parameter is own for own in layer.base_weights()):
             yield weight
 
 
