@@ -16,6 +16,7 @@ from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer
 from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.notices import listed
 from dorac.targets import named_places
 
 CONFIG_NAME = "adapter_config.json"
@@ -248,15 +249,20 @@ def _check_values(config: Mapping[str, object]) -> None:
 
 
 def setting_mismatches(layers: Mapping[str, DoraLayer], config: Mapping[str, object]) -> list[str]:
-    """Where the scaling of a wrapped model is not the one that the adapter was trained with."""
+    """Where the rank or the scaling of a wrapped model is not the one that the adapter was trained with."""
     compile = Bounded().compile
-    ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
+    file_ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
     alphas = Pattern("alpha_pattern", config.get("alpha_pattern"), compile)
-    problems = []
+    problems, other_ranks = [], {}
     for name, layer in layers.items():
         plain = plain_name(name)
-        r, lora_alpha = ranks.value(plain, config["r"]), alphas.value(plain, config["lora_alpha"])
+        r, lora_alpha = file_ranks.value(plain, config["r"]), alphas.value(plain, config["lora_alpha"])
+        if r != layer.r:
+            other_ranks.setdefault((layer.r, r), []).append(name)
         scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
         if not math.isclose(scaling, layer.scaling, rel_tol=1e-12):
             problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")
-    return problems
+    return [
+        *(f"wrapped with r = {own}, the file has r = {r}: {listed(names)}" for (own, r), names in other_ranks.items()),
+        *problems,
+    ]

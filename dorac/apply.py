@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dorac import notices, pretrained
+from dorac import notices, offload, pretrained
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
-from dorac.targets import Target, find_targets, named_places
+from dorac.targets import Target, find_targets, named_places, peft_layers
 from dorac.undo import Undo
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -48,8 +48,8 @@ def apply_dora(
 
     Args:
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
-            bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, and let
-            ``peft.prepare_model_for_kbit_training`` come before.
+            bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, let
+            accelerate dispatch it and ``peft.prepare_model_for_kbit_training`` come before.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
             linear layer but the language-model head).
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
@@ -70,7 +70,7 @@ def apply_dora(
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
-            arguments out of range. The model is then unchanged.
+            PEFT has adapted a module of the model; arguments out of range. The model is then unchanged.
     """
     if bias != "none":
         raise ValueError(
@@ -229,13 +229,14 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
             change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
             lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (mxfp4,
-            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype. Refused by
-            name.
+            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype; a base
+            weight that accelerate offloads to disk (on the host it is written). Refused by name.
             Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
             kept until all are written: on their device while half of its free memory holds them, then on the host.)
     """
     root, model = model, bare(model)
     layers = require_layers(model)
+    refuse_offloaded_as_parts(model, layers)
     reshard(model)
     for name, layer in layers.items():
         starts.settle(layer)
@@ -301,6 +302,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             whatever else is raised, the model is what it was.
     """
     layers = {name: layer for name, layer in require_layers(bare(model)).items() if layer.merged}
+    refuse_offloaded_as_parts(bare(model), layers)
     reshard(bare(model))
     for name, layer in layers.items():
         with _blaming(name, layer):
@@ -346,10 +348,23 @@ def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
 
 
+def refuse_offloaded_as_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> None:
+    """The values of such layers are there only while an outer module runs."""
+    reasons = offload.inside_others(model)
+    for name in layers:
+        if name in reasons:
+            raise ValueError(f"{name} {reasons[name]}")
+
+
 def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model by name; a ``ValueError`` if there is none."""
     layers = dora_layers(model)
     if not layers:
+        if found := peft_layers(model):
+            raise ValueError(
+                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter "
+                "or merge_and_unload of the PEFT model"
+            )
         raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
     return layers
 
@@ -369,12 +384,17 @@ def _refuse_tied(model: nn.Module) -> None:
         if isinstance(module, DoraLayer):
             paths.setdefault(module, []).append(f"{name}." if name else "")
     names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(_memory(parameter), []).append(name)
+    memories: dict[int, tuple[str, int]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        originals = offload.originals(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            kept = originals.get(key)
+            memories[id(parameter)] = memory = _memory(parameter if kept is None else kept)
+            names.setdefault(memory, []).append(f"{prefix}.{key}".lstrip("."))
     for layer, prefixes in paths.items():
         for weight in layer.base_weights():
             attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
-            tied = next((name for name in names[_memory(weight)] if not name.startswith(tuple(prefixes))), None)
+            tied = next((n for n in names[memories[id(weight)]] if not n.startswith(tuple(prefixes))), None)
             if tied is not None:
                 own = f"layer.base_layer.{attribute}"
                 raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dorac.apply import bare, dora_layers
-from dorac.nn import DoraLayer, norm_cache, starts
+from dorac.nn import DoraLayer, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
 
 _WRITTEN = (
@@ -54,6 +54,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     compared in every forward: an eager one takes the norm anew, compiled code its own while the scaling is another. So
     do adapters that are added later. ``dorac.peft.disable(model)`` forgets the norms.
 
+    Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
+    weight is there, and again where the host's tensor was written to or replaced.
+
     Args:
         model: with DoRA layers, none of them cached already; trained or not, compiled before or afterwards.
         debug: every forward takes the norm and compares, in eager; with ``torch.compile(fullgraph=True)`` it raises.
@@ -63,8 +66,8 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; parameters that are sharded or offloaded; a base weight of a format
-            that is not known; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded, or offloaded to disk; a base weight of a
+            format that is not known; cached already). The model is then unchanged.
     """
     model = bare(model)
     layers: dict[str, Keeper] = dict(dora_layers(model))
@@ -115,7 +118,7 @@ class NormCache:
         Raises:
             RuntimeError: norms that a forward would use are not the present ones; the layers are named.
         """
-        stale = [name or type(layer).__name__ for name, layer in self._layers.items() if norm_cache.is_stale(layer)]
+        stale = [name or type(layer).__name__ for name, layer in self._layers.items() if _is_stale(layer)]
         if stale:
             raise RuntimeError(norm_cache.STALE.format(", ".join(stale)))
 
@@ -133,6 +136,12 @@ class NormCache:
 
     def __reduce__(self) -> tuple:
         return functools.partial(type(self), {}, debug=False), ()
+
+
+def _is_stale(keeper: Keeper) -> bool:
+    layer = keeper if isinstance(keeper, DoraLayer) else keeper.layer
+    with offloaded.norms_of(keeper, layer):
+        return norm_cache.is_stale(keeper)
 
 
 class _StepHooks:

@@ -13,9 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, hub, notices, packed
+from dorac import adapter_config, checks, hub, notices, offload, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
-from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
+from dorac.apply import (
+    bare,
+    dora_layers,
+    find_saved,
+    refuse_ddp,
+    refuse_offloaded_as_parts,
+    require_layers,
+    reshard,
+    saved_modules,
+    wrap,
+)
 from dorac.bounded import Bounded
 from dorac.names import plain_name
 from dorac.nn import DoraLayer, layer_class, norm_cache, starts
@@ -56,18 +66,21 @@ def save_adapter(
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them.
+            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them; a
+            model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
     layers = require_layers(model)
     _refuse_root(layers)
+    refuse_offloaded_as_parts(model, layers)
     config = adapter_config.describe(model, layers)
     if state_dict is None:
         reshard(model)
-        _refuse_without_values(layers)
-        notices.warn_untrained(layers, stacklevel=2)
-        parameters = _adapter_tensors(model, layers)
+        with offload.onloaded(*_saved_parts(model, layers)):
+            _refuse_without_values(layers)
+            notices.warn_untrained(layers, stacklevel=2)
+            parameters = _adapter_tensors(model, layers)
     else:
         parameters = _gathered_tensors(model, layers, state_dict)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
@@ -195,7 +208,8 @@ def load_adapter(
         OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
-            them listed. The path is in the sentence. Then, and whatever else is raised, the model is what it was.
+            them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
+            disk. Then, and whatever else is raised, the model is what it was.
     """
     checks.check_dropout_on(dropout_on)
     root, model = model, bare(model)
@@ -206,6 +220,7 @@ def load_adapter(
     adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
     layers = dora_layers(model)
     _refuse_root(layers)
+    refuse_offloaded_as_parts(model, layers)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"the model's adapter is merged ({merged[0]}, ...); unmerge it before loading another")
@@ -230,7 +245,8 @@ def load_adapter(
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
-    base_tensors = {key: p for key, p in _embedding_tensors(model, bases).items() if key in tensors}
+    ends = _embeddings(model, bases)
+    base_tensors = {key: p for key, p in _embedding_tensors(ends).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
     problems += [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
@@ -254,15 +270,18 @@ def load_adapter(
                 use_rslora=bool(config.get("use_rslora")),
             )
             layers = dora_layers(model)
-        goals = _adapter_tensors(model, layers) | base_tensors
-        _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
-        with torch.no_grad():
-            for key, parameter in goals.items():
-                log.keep(parameter)
-                parameter.copy_(sharded.like(tensors[key], parameter))
-        _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
         for layer in layers.values():
             layer.keep_norm(log)
+        with offload.written(log, *_saved_parts(model, layers), *(ends.values() if base_tensors else ())):
+            goals = _adapter_tensors(model, layers)
+            goals |= {key: p for key, p in _embedding_tensors(ends).items() if key in base_tensors}
+            _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
+            with torch.no_grad():
+                for key, parameter in goals.items():
+                    log.keep(parameter)
+                    parameter.copy_(sharded.like(tensors[key], parameter))
+            _replace_meta(model, {key: t for key, t in goals.items() if t.is_meta}, tensors, log)
+        for layer in layers.values():
             starts.has_values(layer, loaded=True)
         norm_cache.refresh(layers.values())
     return list(layers)
@@ -289,6 +308,11 @@ def _adapter_tensors(model: nn.Module, layers: dict[str, DoraLayer]) -> dict[str
         for attribute, key in layer.PEFT_KEYS.items()
     }
     return adapters | _saved_tensors(model, saved_modules(model))
+
+
+def _saved_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> list[nn.Module]:
+    """The modules that hold what an adapter's file does."""
+    return [*layers.values(), *(part for name in saved_modules(model) for part in model.get_submodule(name).modules())]
 
 
 def _saved_tensors(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
@@ -325,20 +349,24 @@ def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target
     return saved, find_targets(model, config["target_modules"], saved=saved, compile=Bounded().compile, **options)
 
 
-def _embedding_tensors(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of adapted token embeddings and language-model heads under the keys that PEFT saves them with.
+def _embeddings(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The token embeddings and language-model heads among ``bases``, of which PEFT saves the base weights, too.
 
-    Not those of quantised ones, which are no dense weights.
+    Not quantised ones, which have no dense weights.
     """
     ends = {
         getattr(module, "base_layer", module)
         for getter in ("get_input_embeddings", "get_output_embeddings")
         if hasattr(model, getter) and (module := getattr(model, getter)()) is not None
     }
+    return {name: module for name, module in bases.items() if module in ends and packed.holder(module) is None}
+
+
+def _embedding_tensors(ends: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Their parameters under the keys that PEFT saves them with."""
     return {
         _key(name, f"base_layer.{key}"): parameter
-        for name, module in bases.items()
-        if module in ends and packed.holder(module) is None
+        for name, module in ends.items()
         for key, parameter in module.named_parameters()
     }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dorac import offload
 from dorac.apply import bare, require_layers
 from dorac.dense import not_dense
 from dorac.nn import DoraLayer
@@ -141,7 +142,7 @@ class _WeightUses(TorchDispatchMode):
         # By storage, where a weight begins and ends: many may share one.
         self.spans: dict[int, list[tuple[int, int, DoraLayer]]] = {}
         for layer in layers:
-            for weight in layer.base_weights():
+            for weight in _weights(layer):
                 storage, begin = _place(weight)
                 end = begin + max(1, weight.numel() * weight.element_size())
                 self.spans.setdefault(storage, []).append((begin, end, layer))
@@ -177,6 +178,15 @@ class _WeightUses(TorchDispatchMode):
         tied = set().union(*(self._holders(p) for p in reader.parameters(recurse=False)))
         for layer in layers - tied:
             self.past.setdefault(layer, where)
+
+
+def _weights(layer: DoraLayer) -> Iterator[Tensor]:
+    """The base weights; of offloaded ones the tensors on the host that they come from, none where there is none."""
+    originals = offload.originals(layer.base_layer)
+    for name, parameter in layer.base_layer.named_parameters():
+        weight = originals.get(name, parameter)
+        if weight is not None and any(parameter is own for own in layer.base_weights()):
+            yield weight
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def warn_read_past_forward(
             "where that code runs, the adapter does not: it gets no gradient. dorac.find_idle(model, *inputs) tells "
             "whether it does, exclude_modules leaves modules out"
         )
-    places = (f"{_listed(names)} (in {place})" for place, names in by_place.items())
+    places = (f"{listed(names)} (in {place})" for place, names in by_place.items())
     warnings.warn(
         f"the weight of these modules can be read past their forward; {meaning}:\n  " + "\n  ".join(places),
         RuntimeWarning,
@@ -48,7 +48,7 @@ def warn_dense_copies(modules: Mapping[str, nn.Module], *, stacklevel: int) -> N
     if found:
         warnings.warn(
             "the format of these quantised weights is read through their own dequantisation: each norm takes a dense "
-            f"copy of the weight (dorac.cache_norms: one in an optimizer's step): {_listed(found)}",
+            f"copy of the weight (dorac.cache_norms: one in an optimizer's step): {listed(found)}",
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )
@@ -65,14 +65,15 @@ def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
     names = [n for n, layer in untrained.items() if any(p.requires_grad for p in layer.parameters(recurse=False))]
     if names:
         warnings.warn(
-            f"the adapters of {_listed(names)} have a factor of zeros, as at their start, unlike others of this model. "
+            f"the adapters of {listed(names)} have a factor of zeros, as at their start, unlike others of this model. "
             "If they were to be trained, dorac.find_idle(model, *inputs) tells why they were not",
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

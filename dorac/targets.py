@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 
 from torch import nn
 
-from dorac import packed
+from dorac import offload, packed
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
@@ -90,6 +91,7 @@ def find_targets(
             return False
         return targeted.is_listed(name) or not layers or layer_index(name) in layers
 
+    refuse_peft(model)
     whole = set(saved)
     head = _output_embedding(model)
     refused = _bypassed(model)
@@ -136,6 +138,23 @@ def find_targets(
     return targets
 
 
+def peft_layers(model: nn.Module) -> list[str]:
+    """The names of the modules that PEFT has adapted."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # whoever adapted one has imported it
+    if tuners is None:
+        return []
+    return [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """One model is adapted one way: what saves, merges and switches one kind of layers does not know the other."""
+    if found := peft_layers(model):
+        raise ValueError(
+            f"{found[0]} is adapted by PEFT: go on there (LoraConfig(use_dora=True) under dorac.peft.enable()), or "
+            "call unload() or merge_and_unload() of the PEFT model first"
+        )
+
+
 def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> set[int]:
     layers = [layers_to_transform] if isinstance(layers_to_transform, Integral) else layers_to_transform or []
     if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in layers):
@@ -165,7 +184,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
     """Modules whose weight is read past their forward, or that have no DoRA, with the reason to refuse them."""
-    bypassed = {}
+    bypassed = offload.inside_others(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             bypassed[name] = "MultiheadAttention is not supported: it reads its projections past their forward"

@@ -21,6 +21,19 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=["shared", "copied"])
+def brought_in(request, monkeypatch):
+    """Whether what accelerate brings in lies where it is kept, as on the CPU, or is a copy, as on a GPU."""
+    if request.param == "copied":
+        hooks = pytest.importorskip("accelerate.hooks")
+        stock = hooks.set_module_tensor_to_device
+
+        def copying(*args, value=None, **kwargs):
+            return stock(*args, value=None if value is None else value.clone(), **kwargs)
+
+        monkeypatch.setattr(hooks, "set_module_tensor_to_device", copying)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -1031,6 +1031,16 @@ def test_a_wrapped_model_refuses_another_scaling(settings, message, tmp_path):
     assert plain.blocks[1].down.scaling != model.blocks[1].down.scaling
 
 
+def test_another_rank_is_said_first(tmp_path):
+    dorac.save_adapter(tiny(rank_pattern={"^blocks.1.down": 3}), tmp_path)
+    model = tiny(r=2, lora_alpha=3)
+    before = snapshot(model)
+    first = r"does not fit the model:\n  wrapped with r = 2, the file has r = 4: blocks\.0\.up, .*\n"
+    with pytest.raises(ValueError, match=first + r"  wrapped with r = 2, the file has r = 3: blocks\.1\.down\n  "):
+        dorac.load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
 def test_a_wrapped_model_refuses_other_layers_and_ranks(tmp_path):
     dorac.save_adapter(tiny(modules_to_save=["head"]), tmp_path)
     for other in (

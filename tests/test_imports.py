@@ -24,6 +24,7 @@ FLOORS = {
     "functional": 3,
     "magnitudes": 3,
     "undo": 3,
+    "offload": 3.5,
     "nn": 4,
     "notices": 5,
     "parallel": 5,

@@ -598,6 +598,41 @@ def fsdp(mesh, folder):
         assert not torch.equal(layer.lora_magnitude_vector.full_tensor(), before)
 
 
+def fsdp_offloaded(mesh, folder):
+    """FSDP2's ``CPUOffloadPolicy``: three steps, and on the CPU, whose collectives take what lies there, the rest."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    reference = Mlp()
+    model = copy.deepcopy(reference)
+    for module in (model.up, model.down, model):
+        fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    x, y = torch.randn(4, 24), torch.randn(4, 24)
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-2) for m in (model, reference)
+    ]
+    for _ in range(3):
+        train(model, x[mine], y[mine])
+        train(reference, x, y)
+        assert model.up.lora_A.grad.device.type == "cpu"
+        for optimizer in optimizers:
+            optimizer.step()
+    with torch.no_grad():
+        assert_same(model(x), reference(x))
+    if mesh.device_type != "cpu":
+        return
+    dorac.save_adapter(model, folder / "offloaded")
+    dist.barrier()
+    loaded = Mlp()
+    for m in (loaded, model):
+        dorac.load_adapter(m, folder / "offloaded")
+        assert_same(m.up.lora_A, reference.up.lora_A)
+    dorac.merge(model)
+    assert_same(model.up.weight, dorac.merge(copy.deepcopy(reference)).up.weight)
+    dorac.unmerge(model)
+    assert_same(model(x), reference(x))
+
+
 def recipes(mesh, _folder):
     """README's, as written: layers that start at g = 1 with lora_B zero compute what the plain ones do."""
 
@@ -662,7 +697,10 @@ def compiled(mesh, _folder):
 
 @pytest.mark.parametrize(
     "workers",
-    [(functions, dropped, layouts, forms, experts, tensor_parallel, fsdp, two_dimensional), (recipes, compiled)],
+    [
+        (functions, dropped, layouts, forms, experts, tensor_parallel, fsdp, fsdp_offloaded, two_dimensional),
+        (recipes, compiled),
+    ],
     ids=["eager", "compiled"],
 )
 def test_two_processes_give_the_numbers_of_one(workers, device, tmp_path):

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, offload
 from dorac.functional.conv import spans_groups
+from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer, not_stock
 from dorac.ops import sharded
 
@@ -106,6 +107,8 @@ class _DoraConvNd(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
+        if offload.is_hooked(base):
+            return offloaded.forward(self, (self,), x)
         if self.merged:
             return base(x)
         if self.training:

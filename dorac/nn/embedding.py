@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, offload
 from dorac.functional.embedding import EMBEDDING_BUDGET
+from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer, not_stock
 
 
@@ -22,9 +23,11 @@ def is_scaled(module: nn.Embedding) -> bool:
         return False
     if not (isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)):
         return False
-    if module.weight.is_meta or not module.num_embeddings:
+    if not module.num_embeddings:
         return True
-    with torch.no_grad():
+    with torch.no_grad(), offload.onloaded(module):
+        if module.weight.is_meta:
+            return True
         first = torch.zeros(1, dtype=torch.int64, device=module.weight.device)
         return torch.equal(module(first), scaled(F.embedding(first, module.weight), scale))
 
@@ -118,6 +121,8 @@ class DoraEmbedding(DoraLayer):
         return self.base_layer.embed_scale if self.is_scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if offload.is_hooked(self.base_layer):
+            return offloaded.forward(self, (self,), x)
         if self.merged:
             return self.base_layer(x)
         if self.training:

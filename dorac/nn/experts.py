@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional, offload, packed
+from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer, not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
@@ -242,6 +243,8 @@ class DoraExperts(DoraLayer):
         Raises:
             IndexError: an expert's number out of range, as torch raises it.
         """
+        if offload.is_hooked(self.base_layer):
+            return offloaded.forward(self, (self,), hidden_states, *routing)
         if self.merged:
             return self.base_layer(hidden_states, *routing)
         if self.training:

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from dorac import checks, functional, magnitudes
+from dorac import checks, functional, magnitudes, offload
 from dorac.dense import not_dense
 from dorac.nn import merging, norm_cache, starts
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.undo import Undo
+
+MIXED = (
+    "{} is adapted by dorac already: adapt a model either with dorac.apply_dora or through PEFT, or call "
+    "dorac.merge(model, unload=True) first"
+)
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -40,7 +45,7 @@ def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] 
             return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
         if parametrize.is_parametrized(module, name):
             return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
-    if type(module).forward is not stock.forward or "forward" in vars(module):
+    if type(module).forward is not stock.forward or offload.has_own_forward(module):
         return f"{kind} has a forward of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
@@ -89,7 +94,6 @@ class DoraLayer(nn.Module):
     PEFT_KEYS: ClassVar[dict[str, str]]
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
-    cannot_cache: ClassVar[str | None] = None  # see norm_cache.Keeper
     # What merging has taken out of the base layer, where it is not written in place: see DoraQuantLinear.
     replaced_base: nn.Module | None = None
     # Until then, and while copies are made, what is read and set is the wrapper's own.
@@ -153,6 +157,13 @@ class DoraLayer(nn.Module):
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
 
+        with offload.onloaded(base_layer):
+            self._make_adapter(shapes, adapter_dtype)
+        base_layer.requires_grad_(False)
+        self._is_built = True
+
+    def _make_adapter(self, shapes: Mapping[str, torch.Size], adapter_dtype: torch.dtype | None) -> None:
+        """The adapter's parameters, with values and where the base weight is, and what is kept beside them."""
         weight, weight_dtype = self.weight, self._weight_dtype()
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
@@ -176,8 +187,6 @@ class DoraLayer(nn.Module):
         self.reset_parameters()
         if weight.is_meta:
             starts.wait(self)
-        base_layer.requires_grad_(False)
-        self._is_built = True
 
     def _adopt(self, base_layer: nn.Module) -> None:
         """Takes the layer in, with what forward needs to know of it."""
@@ -190,12 +199,16 @@ class DoraLayer(nn.Module):
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
         with Undo() as log:
             self.keep_norm(log)
-            starts.materialise(self)
-            log.keep(*self.parameters(recurse=False))
-            self._draw_factors()
-            self._reset_magnitudes()
-            starts.after_reset(self)
-            norm_cache.refresh([self])
+            with offload.written(log, self), offload.onloaded(self.base_layer):
+                self._reset_parameters(log)
+
+    def _reset_parameters(self, log: Undo) -> None:
+        starts.materialise(self)
+        log.keep(*self.parameters(recurse=False))
+        self._draw_factors()
+        self._reset_magnitudes()
+        starts.after_reset(self)
+        norm_cache.refresh([self])
 
     def _reset_magnitudes(self) -> None:
         """Sets the magnitude to the norm."""
@@ -331,6 +344,8 @@ class DoraLayer(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         """What is read off the base layer is set there, so that forward sees it."""
+        if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
+            raise TypeError(MIXED.format(type(self).__name__))
         if self._base_has(name) and name not in self.__dict__ and not hasattr(type(self), name):
             setattr(self.base_layer, name, value)
         else:
@@ -347,12 +362,19 @@ class DoraLayer(nn.Module):
         return not isinstance(value, (nn.Parameter, nn.Module)) and not callable(value)
 
     @property
+    def cannot_cache(self) -> str | None:
+        """See norm_cache.Keeper."""
+        return offload.UNKEPT if offload.is_on_disk(self.base_layer) or offload.is_on_disk(self) else None
+
+    @property
     def merged(self) -> bool:
         """Whether the base weight holds ``g * (W + s * lora_B @ lora_A)``."""
         return self.merged_norm is not None
 
     def cannot_merge(self) -> str | None:
         """Why the adapted weight has no place in the base layer, or None if it has."""
+        if offload.is_on_disk(self.base_layer):
+            return offload.ON_DISK
         own = {id(parameter) for parameter in self.base_layer.parameters()}
         if all(id(weight) in own for weight in self.base_weights()):
             return None
@@ -426,9 +448,11 @@ class DoraLayer(nn.Module):
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str) -> None:
-        """Raises if the layer, called ``name``, is merged: its base weight is not what state dicts hold."""
+        """Raises if the layer, called ``name``, is merged (its base weight is no state dict's) or offloaded."""
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
+        if offload.is_offloaded(self):
+            raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""

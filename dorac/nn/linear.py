@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
+from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer, not_stock, parameter
 from dorac.nn.norm_cache import known_norm
 
@@ -103,6 +104,8 @@ class DoraLinear(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self._modules["base_layer"]
+        if "_hf_hook" in base.__dict__:
+            return offloaded.forward(self, (self,), x)
         if self.merged_norm is not None:
             return base(x)
         weight = parameter(base, "weight")

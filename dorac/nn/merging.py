@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dorac import functional
+from dorac import functional, offload
 from dorac.nn import norm_cache
 from dorac.ops import front, sharded
 from dorac.undo import Undo
@@ -39,6 +39,11 @@ def decide_merge(layer: "DoraLayer") -> list[Tensor]:
         )
     if reason := layer.cannot_merge() or unwritable(layer):
         raise ValueError(reason)
+    with offload.onloaded(layer, layer.base_layer):
+        return _norms(layer)
+
+
+def _norms(layer: "DoraLayer") -> list[Tensor]:
     norms = []
     for name, (matrix, lora_A, lora_B, magnitude) in layer.parts().items():
         norm = functional.norm_factored(matrix, lora_A, lora_B, layer.scaling, budget=layer.norm_budget)
@@ -66,10 +71,11 @@ def write_merged(layer: "DoraLayer", norms: list[Tensor], log: Undo) -> None:
     layer.keep_base(log)
     log.keep_module(layer)
     known = []
-    for name, norm in zip(layer.parts(), norms, strict=True):
-        merged, norm = _merged(layer, name, norm)
-        layer.write_part(name, merged)
-        known.append(norm)
+    with offload.written(log, layer.base_layer), offload.onloaded(layer):
+        for name, norm in zip(layer.parts(), norms, strict=True):
+            merged, norm = _merged(layer, name, norm)
+            layer.write_part(name, merged)
+            known.append(norm)
     with torch.inference_mode(False):  # what was made in inference mode could not be moved or copied to outside it
         layer.merged_norm = layer.joined_norms(known).clone()
 
@@ -79,8 +85,15 @@ def decide_unmerge(layer: "DoraLayer") -> None:
     """Raises what unmerging a merged layer would (see :meth:`dorac.nn.DoraLayer.unmerge`)."""
     if layer.replaced_base is not None:
         return
+    if offload.is_on_disk(layer.base_layer):
+        raise ValueError(offload.ON_DISK)
     if reason := unwritable(layer):
         raise ValueError(reason)
+    with offload.onloaded(layer, layer.base_layer):
+        _refuse_zero_scales(layer)
+
+
+def _refuse_zero_scales(layer: "DoraLayer") -> None:
     parts = layer.parts()
     for (name, part), norm in zip(parts.items(), layer.parted_norms(layer.merged_norm), strict=True):
         magnitude, norm = sharded.replicated(part[3]), sharded.replicated(norm)
@@ -100,8 +113,13 @@ def write_unmerged(layer: "DoraLayer", log: Undo) -> None:
     if layer.replaced_base is not None:
         layer.take_back_base()
     else:
-        for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
-            matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
-            layer.write_part(name, matrix)
+        with offload.written(log, layer.base_layer), offload.onloaded(layer):
+            _write_unmerged_parts(layer)
     layer.merged_norm = None
     norm_cache.refresh([layer])
+
+
+def _write_unmerged_parts(layer: "DoraLayer") -> None:
+    for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
+        matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
+        layer.write_part(name, matrix)

@@ -64,6 +64,7 @@ NOTHING_KEPT = {
     "cached_norm": None,
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
     "cached_scaling": None,  # the scaling that it was taken with
+    "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
@@ -224,7 +225,7 @@ def refresh(layers: Iterable[Keeper]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
 
     A layer that has been sharded since takes its own from then on; so do all of them until the next refresh if this one
-    does not come to its end.
+    does not come to its end. That of an offloaded layer is taken in its next forward.
     """
     _take(layers, seen_by_autograd=True)
 
@@ -236,7 +237,7 @@ def _take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool |
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
-            if layer.merged or sharded.any_sharded(*tensors):
+            if layer.merged or sharded.any_sharded(*tensors) or any(t.is_meta for t in tensors):
                 layer.cached_of = None
             else:
                 taken.append((layer, tensors))

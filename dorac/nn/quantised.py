@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dorac import functional, packed
+from dorac import functional, offload, packed
+from dorac.nn import offloaded
 from dorac.nn.base_product import product
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
@@ -59,6 +60,11 @@ class DoraQuantLinear(DoraLinear):
     def unwrappable(cls, module: nn.Module) -> str | None:
         if packed.holder(module) is None:
             return f"{type(module).__name__} is no quantised linear layer that is known here"
+        if offload.is_offloaded(module):
+            return (
+                f"{type(module).__name__} is quantised and offloaded by accelerate: give it a place in the device_map "
+                "where it computes"
+            )
         return packed.unreadable(module)
 
     @classmethod
@@ -99,6 +105,8 @@ class DoraQuantLinear(DoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         base_layer = self._modules["base_layer"]
+        if "_hf_hook" in base_layer.__dict__:
+            return offloaded.forward(self, (self,), x)
         base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew
         if self.merged_norm is not None:
             return base
@@ -141,6 +149,8 @@ class DoraQuantLinear(DoraLinear):
         return (base.to(acc) + delta).to(base.dtype)
 
     def cannot_merge(self) -> str | None:
+        if offload.is_offloaded(self.base_layer):
+            return "it is quantised and offloaded: take accelerate's hooks off first"
         if self.holder.requantised is None:
             return self.holder.cannot_requantise(self.base_layer)
         return super().cannot_merge()

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from dorac import offload
 from dorac.peft.weights import is_fsdp_unit, is_plain, whole
 
 
@@ -13,7 +14,7 @@ def unhooked(module: nn.Module) -> bool:
         or attributes["_forward_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
-        or "forward" in attributes  # accelerate's hooks
+        or ("forward" in attributes and (offload.is_hooked(module) or offload.has_own_forward(module)))
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 
-from dorac import functional, magnitudes, packed
+from dorac import functional, magnitudes, offload, packed
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
@@ -75,6 +75,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         return self
 
     def _load_from_state_dict(self, *args) -> None:
+        if offload.is_offloaded(self):
+            raise ValueError(f"{offload.name_of(self)}: {offload.LOAD_BEFORE}")
         magnitudes.widen(self._parameters.get("weight"))  # before what comes is rounded
         super()._load_from_state_dict(*args)
         norm_cache.refresh(self._keepers())

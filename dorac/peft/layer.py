@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from dorac import functional
+from dorac import functional, offload
+from dorac.nn import offloaded
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.peft import dora, variants
 from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
 from dorac.peft.merging import Merging
+from dorac.peft.norms import AdapterNorm
 from dorac.peft.variants import lone_adapter
 from dorac.peft.weights import is_plain, whole
 
@@ -31,6 +33,13 @@ class _Layer(Merging, variants.TakesVariants):
     """
 
     MAGNITUDE: type[nn.Module]  # the class of its magnitude vectors
+
+    def _move_adapter_to_device_of_base_layer(self, *args, **kwargs) -> None:
+        with offload.onloaded(self.get_base_layer()):  # to where it computes, not to meta
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
+
+    def _norm_keepers(self) -> list[AdapterNorm]:
+        return [keeper for magnitude in self.lora_magnitude_vector.values() for keeper in magnitude._keepers()]
 
     def _magnitude(self, adapter: str, device: torch.device) -> tuple[dora.DoraLinearLayer, Tensor] | None:
         """The module and its weight on this device; None if it has another class or hooks."""
@@ -68,6 +77,8 @@ class Linear(_Layer, layer.Linear):
     save_output = False  # see dorac.save_outputs
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
         adapter = lone_adapter(self, args, kwargs)
         transposed = self.fan_in_fan_out
         parts = None if adapter is None else self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
@@ -100,6 +111,8 @@ class Embedding(_Layer, layer.Embedding):
     MAGNITUDE = dora.DoraEmbeddingLayer
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
         adapter = lone_adapter(self, args, kwargs)
         parts = None if adapter is None else self._parts(x, adapter)
         if parts is None:
@@ -151,6 +164,8 @@ class _ConvNd(_Layer):
     FUNCTION: str
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if "_hf_hook" in self._modules["base_layer"].__dict__:
+            return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
         adapter = lone_adapter(self, args, kwargs)
         parts = None if adapter is None else self._parts(x, adapter, self.STOCK, self.STOCK)
         if parts is None:

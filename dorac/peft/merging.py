@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer, model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dorac import packed
+from dorac import offload, packed
 from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
@@ -36,7 +36,11 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
     weight = own_weight(layer.get_base_layer())
     if is_plain(weight):
         whole(weight)
+    for module in layer.modules():  # PEFT's onload_layer leaves there what it has brought in when a merge fails
+        if offload.is_offloaded(module):
+            log.keep_module(module)
     for module in base.modules():
+        log.keep(*offload.originals(module).values())
         log.keep_module(module)
         for attribute in ("state", "_hf_hook"):  # bitsandbytes' and accelerate's, which merging writes to
             owned = getattr(module, attribute, None)
@@ -80,7 +84,8 @@ class UnmergedWeight:
         The merged weight comes back bit for bit, where PEFT merges again, which rounds again.
         """
         if not self.merged:
-            yield dense_weight(self.get_base_layer()).detach()
+            with offload.onloaded(self.get_base_layer()):
+                yield dense_weight(self.get_base_layer()).detach()
             return
         log = Undo()
         try:
@@ -114,6 +119,7 @@ class Merging(UnmergedWeight):
 
 def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """PEFT's, of all layers or none."""
+    _refuse_unknown(self, adapter_names)
     report_shared(self.model, state.reported)
     with Undo() as log:
         _keep_layers(log, self.model)
@@ -129,8 +135,15 @@ def unmerge_adapter(self) -> None:
         _refresh_norms(self.model)
 
 
-def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+def unload_and_optionally_merge(
+    self,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> nn.Module:
     """PEFT's, of all layers or none: a refused merge leaves the adapters in their places."""
+    _refuse_unknown(self, adapter_names)
     if merge:
         report_shared(self.model, state.reported)
     with Undo() as log:
@@ -142,7 +155,14 @@ def unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn
         log.keep_module(self.model)  # which has a peft_config
         if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
             log.keep_attribute(self.model.config, "tie_word_embeddings")
-        return _unload_stock(self, merge, *args, **kwargs)
+        return _unload_stock(self, merge, progressbar, safe_merge, adapter_names)
+
+
+def _refuse_unknown(self, adapter_names: list[str] | None) -> None:
+    """PEFT merges nothing of a name that it does not know, without a word, and unloads all the same."""
+    unknown = [] if isinstance(adapter_names, (str, type(None))) else sorted({*adapter_names} - self.peft_config.keys())
+    if unknown:
+        raise ValueError(f"no adapter {unknown[0]!r} is loaded, only {', '.join(map(repr, self.peft_config))}")
 
 
 def _refresh_norms(root: nn.Module) -> None:

@@ -6,6 +6,9 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, model
 from torch import nn
 
+from dorac import offload
+from dorac.nn import DoraLayer
+from dorac.nn.layer import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
 from dorac.peft.state import state
@@ -31,7 +34,8 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
             log.keep_requires_grad(target.parameters())
             log.keep_attribute(target, "__class__")
             target.__class__ = building_class(type(target))
-        _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        with offload.onloaded(*target.modules()):  # the adapter goes to where the weight then is, and takes its norm
+            _create_and_replace_stock(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         target.__class__ = built_class(type(target))
         layer = getattr(parent, target_name)
         switch(layer, log)
@@ -39,6 +43,8 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    if name := next((name for name, module in model.named_modules() if isinstance(module, DoraLayer)), None):
+        raise ValueError(MIXED.format(name))
     _inject_adapter_stock(self, model, adapter_name, *args, **kwargs)
     with state.lock:
         report(model, state.reported)

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dorac import packed
+from dorac import offload, packed
 from dorac.nn import norm_cache
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
@@ -76,8 +76,11 @@ class AdapterNorm:
 
     @property
     def cannot_cache(self) -> str | None:
-        if self.layer.merged_adapters:
-            return None  # the norm is taken when it is unmerged
+        offloaded = [module for module in self.layer.modules() if offload.is_offloaded(module)]
+        if any(map(offload.is_on_disk, offloaded)):
+            return offload.UNKEPT
+        if self.layer.merged_adapters or offloaded:
+            return None  # the norm is taken when it is unmerged, or in the next forward
         return self._untakeable()
 
     def _untakeable(self) -> str | None:

@@ -1,0 +1,114 @@
+"""The forward of an adapted layer whose base layer has a hook of accelerate's, and the norms that it may use.
+
+The adapted layer reads the base layer's weight and does not call that layer. So it does what the hook does around the
+base layer's forward: see :mod:`dorac.offload`. accelerate brings a weight in as a new parameter each time. A kept norm
+(:mod:`dorac.nn.norm_cache`) is then that of the tensor on the host of which this is a copy, and is used while that
+stays as it is; of what lies on disk none is kept. A weight that was brought in is not kept alive.
+"""
+
+import contextlib
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dorac import offload
+from dorac.nn import norm_cache
+from dorac.nn.norm_cache import Keeper, Moment
+
+_REASON = "accelerate brings the weights of this layer in and takes them away again, which a graph cannot hold"
+_Originals = Mapping[nn.Module, Mapping[str, Tensor | None]]
+
+
+def forward(layer: nn.Module, keepers: Iterable[Keeper], *args: object, **kwargs: object) -> Tensor:
+    """The forward of a layer with a ``base_layer`` that accelerate has hooked, its own and that hook's.
+
+    Args:
+        keepers: of the layer's norms.
+
+    Raises:
+        RuntimeError: the adapter is offloaded, too, and would be trained: the gradients would be those of copies.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(forward, reason=_REASON)(layer, keepers, *args, **kwargs)
+    base = layer._modules["base_layer"]
+    inner = [m for m in layer.modules() if m is not layer and m is not base and offload.is_hooked(m)]
+    idle = layer.merged or getattr(layer, "disable_adapters", False)
+    if layer.training and torch.is_grad_enabled() and not idle:
+        _refuse_lost_gradients([layer, *inner])
+    originals = {module: offload.originals(module) for module in (layer, base, *inner)}
+    hook, y = vars(base)["_hf_hook"], None
+    with contextlib.ExitStack() as stack:
+        for module in inner:
+            stack.enter_context(offload.plain(module))
+        try:
+            args, kwargs = hook.pre_forward(base, *args, **kwargs)
+            with offload.bare(base), _norms(keepers, originals, take=True):
+                y = type(layer).forward(layer, *args, **kwargs)
+        finally:
+            y = hook.post_forward(base, y)
+    return y
+
+
+def _refuse_lost_gradients(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if offload.is_offloaded(module) and any(p.requires_grad for p in module.parameters(recurse=False)):
+            offload.put_away(module)
+            raise RuntimeError(
+                f"{offload.name_of(module)}: the adapter is offloaded by accelerate, which trains nothing: dispatch "
+                "the model first and adapt it then, or call eval() if it is not to be trained"
+            )
+
+
+@contextlib.contextmanager
+def norms_of(keeper: Keeper, layer: nn.Module) -> Iterator[None]:
+    """All tensors of a layer there for the block, and its norm as a forward would find it."""
+    modules = [module for module in layer.modules() if offload.is_offloaded(module)]
+    originals = {module: offload.originals(module) for module in modules}
+    with offload.onloaded(*modules), _norms([keeper], originals, take=False):
+        yield
+
+
+@contextlib.contextmanager
+def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> Iterator[None]:
+    """The kept norms as those of the tensors that are there for the block.
+
+    Args:
+        take: whether a norm may be taken that is not there.
+    """
+    keepers = [keeper for keeper in keepers if keeper.caches_norm]
+    by_id = {id(m.get_parameter(name)): t for m, of in originals.items() for name, t in of.items()} if keepers else {}
+    for keeper in keepers:
+        _follow(keeper, by_id, take)
+    try:
+        yield
+    finally:
+        for keeper in keepers:
+            if keeper.cached_of is not None:
+                keeper.cached_of = tuple(None if id(t) in by_id else t for t in keeper.cached_of)
+
+
+def _follow(keeper: Keeper, by_id: Mapping[int, Tensor | None], take: bool) -> None:
+    inputs = keeper.norm_inputs()
+    lasting = [by_id.get(id(t), t) for t in inputs]  # what outlives the block
+    if all(map(operator.is_, inputs, lasting)):
+        return
+    if any(t is None for t in lasting) or keeper.packed_base() is not None:
+        norm_cache.suspend([keeper])
+    elif _is_of(keeper, inputs, lasting):
+        keeper.cached_of = *inputs, keeper.cached_of[-1]
+        if keeper.cached_at is not None:
+            keeper.cached_at = Moment(inputs, keeper.cached_at.grad_mode)
+    elif take:  # the forward takes it
+        norm_cache.doubt([keeper])
+        keeper.cached_of, keeper.cached_source = (*inputs, keeper.cached_norm), Moment(lasting)
+
+
+def _is_of(keeper: Keeper, inputs: tuple[Tensor, ...], lasting: list[Tensor]) -> bool:
+    """Whether the kept norm was taken of these tensors, as they are, or of copies of them."""
+    of, source = keeper.cached_of, keeper.cached_source
+    if of is None or source is None or source.passed(lasting):
+        return False
+    pairs = zip(inputs, lasting, of, strict=False)  # the norm comes last
+    return all(t is before for t, kept, before in pairs if t is kept)
