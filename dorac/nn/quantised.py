@@ -97,16 +97,18 @@ class DoraQuantLinear(DoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         base_layer = self._modules["base_layer"]
         base = base_layer(x)  # before the norm: it may pack its weight anew
-        if self.merged_norm is not None:
+        if self.merged_norm is not None or self.runs_base:
             return base
         lora_A, lora_B, magnitude = self._own_parameters()
         norm = known_norm(self) if self.caches_norm else None
         if norm is None:
             norm = self._norm()
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         if self.training and self.lora_dropout:
             x = F.dropout(x, self.lora_dropout)
             if self.dropout_on == "adapter":
-                return self._with_adapter_of(x, base, norm)
+                return self._with_adapter_of(x, base, lora_A, lora_B, functional.magnitude_scale(magnitude, norm))
         bias = base_layer.bias
         weight = packed.of(base_layer) if self.save_output and torch.is_grad_enabled() else None
         return functional.dora_over(
@@ -123,16 +125,14 @@ class DoraQuantLinear(DoraLinear):
             weight=weight,
         )
 
-    def _with_adapter_of(self, x: Tensor, base: Tensor, norm: Tensor) -> Tensor:
+    def _with_adapter_of(self, x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor) -> Tensor:
         """``base`` and what DoRA changes for the x that dropout left."""
-        lora_A, lora_B, magnitude = self._own_parameters()
         lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
         other = self.base_layer(x)
-        acc = accumulate_dtype(other, lora, norm)
+        acc = accumulate_dtype(other, lora, g)
         other = other.to(acc)
         if (bias := self.base_layer.bias) is not None:
             other = other - bias.to(acc)
-        g = functional.magnitude_scale(magnitude, norm)
         delta = functional.compose(other, lora, g, self._scaling, delta=True)
         return (base.to(acc) + delta).to(base.dtype)
 

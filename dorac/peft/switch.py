@@ -222,6 +222,18 @@ def switch(root: nn.Module, log: Undo) -> None:
     _remember(state.roots, root, log)
 
 
+def tuners(model: nn.Module) -> list[nn.Module]:
+    """What PEFT itself switches off to have the base model, where one of the adapters runs on dorac; else nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from dorac.peft.variants import OnDorac
+
+    found = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    variants = (variant for module in found for variant in getattr(module, "lora_variant", {}).values())
+    return found if any(isinstance(variant, OnDorac) for variant in variants) else []
+
+
 _Values = list[tuple[dict[str, object], str, str | None]]  # attributes, a name among them, and its value or None
 
 
