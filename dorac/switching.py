@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from dorac import checks
 from dorac.apply import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
 from dorac.nn import DoraLayer, loading, merging, starts
 from dorac.undo import Undo
@@ -145,7 +146,12 @@ def set_strength(model: nn.Module, strength: float | Tensor) -> None:
     Raises:
         TypeError, ValueError: a strength that is none; no adapter in the model; a merged layer. Nothing changes then.
     """
-    layers = require_layers(bare(model))
+    model = bare(model)
+    layers, tuners = dora_layers(model), _tuners(model)
+    if not tuners:
+        require_layers(model)
+    elif isinstance(checks.check_scaling(strength, "strength"), Tensor):
+        raise TypeError("strength must be a number where PEFT's layers are to have it, got a tensor")
     with Undo() as log:
         for name, layer in layers.items():
             layer.keep_strength(log)
@@ -153,3 +159,8 @@ def set_strength(model: nn.Module, strength: float | Tensor) -> None:
                 layer.strength = strength
             except ValueError as error:
                 raise ValueError(f"{name or type(layer).__name__}: {error}") from None
+        for layer in tuners:
+            for adapter in getattr(layer, "lora_variant", ()):
+                if adapter in layer.active_adapters:
+                    log.add(partial(layer.scaling.__setitem__, adapter, layer.scaling[adapter]))
+                    layer.set_scale(adapter, strength)

@@ -70,7 +70,8 @@ def at_strength(
 def _shares(weights: Sequence[float | Tensor], scales: Sequence[Tensor], least: float) -> tuple[Tensor, list[Tensor]]:
     """``h = 1 + sum w_i (g_i - 1)`` and each ``w_i g_i / h``, with ``|h|`` at least ``least`` times what it sums up."""
     acc = accumulate_dtype(*scales)
-    weights = [weight.to(acc) if isinstance(weight, Tensor) else weight for weight in weights]
+    if torch.compiler.is_compiling() or any(isinstance(weight, Tensor) for weight in weights):
+        weights = [scaling_tensor(weight, scales[0], acc) for weight in weights]
     parts = [weight * g.to(acc) for weight, g in zip(weights, scales, strict=True)]
     rest = (1 - sum(weights)) * torch.ones_like(parts[0])
     h = rest + sum(parts)

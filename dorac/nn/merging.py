@@ -61,21 +61,28 @@ def decide_merge(layer: "DoraLayer") -> list[Tensor]:
 
 def _merged(layer: "DoraLayer", name: str, norm: Tensor) -> tuple[Tensor, Tensor]:
     """The merged matrix of a part and its norm."""
-    part, scale_norm = _at_strength(layer, layer.parts()[name], norm)
+    part, scale_norm = at_strength(layer.parts()[name], norm, layer._strength)
     merged, _ = functional.merge_weight(*part, scaling=layer.scaling, weight_norm=scale_norm, budget=layer.norm_budget)
     if not merged.is_meta and not sharded.all_finite(merged):
         raise ValueError(f"the merged {name} is not finite in {merged.dtype}: the adapter is not, or g is too large")
     return merged, norm
 
 
-def _at_strength(layer: "DoraLayer", part: tuple[Tensor, ...], norm: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The part and the norm that give the layer's weight at its strength; the factors are rounded nowhere."""
-    if layer._strength is None:
+def at_strength(part: tuple[Tensor, ...], norm: Tensor, strength: float | Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The part and the norm that give its weight at a strength, None for 1; the factors are rounded nowhere."""
+    if strength is None:
         return part, norm
     matrix, lora_A, lora_B, magnitude = part
     wide = accumulate_dtype(lora_A, lora_B)
-    lora_B, magnitude, norm = functional.at_strength(lora_B.to(wide), magnitude, norm, layer.strength)
+    lora_B, magnitude, norm = functional.at_strength(lora_B.to(wide), magnitude, norm, strength)
     return (matrix, lora_A.to(wide), lora_B, magnitude), norm
+
+
+def refuse_lost(magnitude: Tensor, norm: Tensor, strength: float | Tensor | None) -> None:
+    """Raises a ``ValueError`` that names rows which no longer hold their base weight; both as for that strength."""
+    if strength is not None:
+        magnitude = magnitude.where(magnitude.abs() >= LOST, 0.0)
+    functional.invertible_scale(magnitude, norm)
 
 
 @torch.no_grad()
@@ -101,14 +108,12 @@ def decide_unmerge(layer: "DoraLayer") -> None:
         raise ValueError(reason)
     parts = layer.parts()
     for (name, part), norm in zip(parts.items(), layer.parted_norms(layer.merged_norm), strict=True):
-        part, norm = _at_strength(layer, part, norm)
+        part, norm = at_strength(part, norm, layer._strength)
         magnitude, norm = sharded.replicated(part[3]), sharded.replicated(norm)
         if len(parts) == 1:  # a convolution's rows are its output channels, not those of a group's matrix
             magnitude, norm = magnitude.flatten(), norm.flatten()
-        if layer._strength is not None:
-            magnitude = magnitude.where(magnitude.abs() >= LOST, 0.0)
         try:
-            functional.invertible_scale(magnitude, norm)
+            refuse_lost(magnitude, norm, layer._strength)
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if len(parts) > 1 else str(error)) from None
 
@@ -122,7 +127,7 @@ def write_unmerged(layer: "DoraLayer", log: Undo) -> None:
         layer.take_back_base()
     else:
         for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
-            part, norm = _at_strength(layer, part, norm)
+            part, norm = at_strength(part, norm, layer._strength)
             matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
             layer.write_part(name, matrix)
     layer.merged_norm = None

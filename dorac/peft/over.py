@@ -36,7 +36,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         return None
     if any(is_partitioned(t) for t in (m, bias, _own(base, "weight"))):
         return None
-    scaling = module.scaling[adapter]
+    scaling, strength = magnitude.split(module.scaling[adapter])
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
     save_output = module.__dict__.get("save_output", False) and torch.is_grad_enabled()  # see dorac.save_outputs
     weight = None
@@ -47,6 +47,8 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
             save_output = save_output and is_plain(_own(base, "weight"))  # a copy is not to be kept
     if norm is None:
         norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
+    if strength is not None:
+        lora_B, m, norm = functional.at_strength(lora_B, m.to(norm.device), norm, strength)
     device = result.device
     return functional.dora_over(
         result,

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import torch
 from torch import nn
 
 from dorac import checks
@@ -16,6 +17,7 @@ from dorac.undo import Undo
 SUPPORTED = ">=0.21,<0.22"
 _INSTALL = f'pip install "peft{SUPPORTED}"'
 DROPOUT_ON = "dora_dropout_on"  # where an enabled LoraModel has what the dropout of later adapters is on
+_OWN_SCALING = "own_scaling"  # of a magnitude under the drop-in, see DoraLinearLayer.split
 
 
 def require_peft() -> None:
@@ -218,6 +220,7 @@ def switch(root: nn.Module, log: Undo) -> None:
             _replace_variants(module, classes, log)
             if ours.isdisjoint(map(type, module.lora_variant.values())):
                 continue  # plain LoRA, or another variant of it
+            _set_own_scalings(module, ours, log)
         _set_class(module, classes, log)
     _remember(state.roots, root, log)
 
@@ -287,6 +290,8 @@ def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = 
             continue
         if hasattr(module, "lora_variant"):
             _replace_variants(module, classes, log)
+        if type(module) in classes and _OWN_SCALING in vars(module):
+            log.add(partial(vars(module).__setitem__, _OWN_SCALING, vars(module).pop(_OWN_SCALING)))
         _set_class(module, classes, log)
 
 
@@ -303,6 +308,20 @@ def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
         if getattr(module, "_dora_cache", None):
             log.add(partial(module._dora_cache.update, dict(module._dora_cache)))
             module._dora_cache.clear()
+
+
+def _set_own_scalings(module: nn.Module, ours: set[type], log: Undo) -> None:
+    """Tells the magnitudes of a layer which scaling is the adapter's own, of which PEFT's is a multiple."""
+    from dorac.nn.layer import scaling_factor
+
+    for adapter, variant in module.lora_variant.items():
+        magnitude = vars(module.lora_magnitude_vector[adapter])
+        if type(variant) in ours and magnitude.get(_OWN_SCALING) is None:
+            log.add(partial(magnitude.pop, _OWN_SCALING, None))
+            rank_stabilised = module.use_rslora.get(adapter, False)
+            own = scaling_factor(module.r[adapter], module.lora_alpha[adapter], rank_stabilised)
+            scaling = module.scaling[adapter]
+            magnitude[_OWN_SCALING] = torch.full_like(scaling, own) if isinstance(scaling, torch.Tensor) else own
 
 
 def _replace_variants(module: nn.Module, classes: dict[type, type], log: Undo) -> None:

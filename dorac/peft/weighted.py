@@ -108,11 +108,10 @@ def _groups(layer: LoraLayer) -> int:
 
 def _norm(layer: LoraLayer, adapter: str) -> Tensor:
     """The norm that the adapter has by itself, whatever is merged into the base weight now."""
+    magnitude = layer.lora_magnitude_vector[adapter]
     with layer._unmerged_base_weight() as weight:
         pair = (factor.to(weight.device) for factor in factors(layer, adapter))
-        return layer.lora_magnitude_vector[adapter].factored_norm(
-            weight, *pair, layer.scaling[adapter], groups=_groups(layer)
-        )
+        return magnitude.factored_norm(weight, *pair, magnitude.split(layer.scaling[adapter])[0], groups=_groups(layer))
 
 
 def _combine(
@@ -126,6 +125,8 @@ def _combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``A [G, rank/G, in]``, ``B [G, out/G, rank/G]`` of D for scaling 1, and c ``[out]``; G groups, 1 but for conv."""
     groups = _groups(layer)
+    split = {a: layer.lora_magnitude_vector[a].split(layer.scaling[a]) for a, _ in present}
+    present = [(a, w if split[a][1] is None else w * split[a][1]) for a, w in present]  # at the strengths they have now
     scales, As, Bs = [], [], []
     for adapter, _ in present:
         lora_A, lora_B = factors(layer, adapter)
@@ -140,14 +141,14 @@ def _combine(
             f"the combination leaves row {lost[0]} of {name} without its base weight, which no DoRA adapter does"
         )
     rows = [(g / base_scale).to(b).view(groups, -1, 1) for g, b in zip(scales, Bs, strict=True)]
-    strengths = [weight * layer.scaling[adapter] for adapter, weight in present]
+    shares = [weight * split[adapter][0] for adapter, weight in present]
     if kind == "linear":
-        roots = [math.sqrt(abs(s)) for s in strengths]
-        lora_A = sum(math.copysign(q, s) * a for q, s, a in zip(roots, strengths, As, strict=True))
+        roots = [math.sqrt(abs(s)) for s in shares]
+        lora_A = sum(math.copysign(q, s) * a for q, s, a in zip(roots, shares, As, strict=True))
         lora_B = sum(q * row * b for q, row, b in zip(roots, rows, Bs, strict=True))
     else:
         lora_A = torch.cat(As, dim=1)
-        lora_B = torch.cat([s * row * b for s, row, b in zip(strengths, rows, Bs, strict=True)], dim=2)
+        lora_B = torch.cat([s * row * b for s, row, b in zip(shares, rows, Bs, strict=True)], dim=2)
     if kind == "svd":
         lora_A, lora_B = _truncated(lora_A, lora_B, rank // groups, clamp, driver)
     missing = rank // groups - lora_A.shape[1]  # of a layer that not all adapters adapt, or with a rank of its own
