@@ -222,3 +222,36 @@ def test_base_model_of_a_merged_one():
     dorac.merge(model)
     with pytest.raises(ValueError, match="0 is merged"):
         dorac.base_model(model)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_another_adapter_into_compiled_code(kind, cached, grad, tmp_path):
+    """``load_adapter`` of one that is like that which is there: no graph is compiled anew, whatever the norms do."""
+
+    def model_of(seed):
+        torch.manual_seed(0)
+        _, model, _ = wrapped(kind)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model[0].parameters(recurse=False):
+                parameter.mul_(0.5 + torch.rand_like(parameter))
+        return nn.ModuleDict({"net": model})
+
+    models = [model_of(seed) for seed in range(3)]
+    x = LAYERS[kind][1]()
+    outputs = []
+    for number, other in enumerate(models[1:]):
+        dorac.save_adapter(other, tmp_path / str(number))
+        outputs.append(other["net"](x).detach())
+    model = models[0]
+    if cached:
+        dorac.cache_norms(model)
+    run = torch.compile(model["net"], fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        run(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for number, y in enumerate(outputs):
+                dorac.load_adapter(model, tmp_path / str(number))
+                torch.testing.assert_close(run(x), y)

@@ -88,12 +88,14 @@ def disable(model: nn.Module | None = None) -> None:
         if model is not None:
             _restore([model], log)
             _forget(state.models, model, log)
+            _set_hotswap(log)
             return
         _stop_building(log)
         _restore(list(state.roots), log)
         for known in (state.roots, state.models, state.reported):
             log.add(partial(known.update, list(known)))
             known.clear()
+        _set_hotswap(log)
 
 
 def _stop_building(log: Undo) -> None:
@@ -104,6 +106,17 @@ def _stop_building(log: Undo) -> None:
     for name, function in stock.items():
         _set_method(name, function, log)
     state.stock.clear()
+
+
+def _set_hotswap(log: Undo) -> None:
+    """Gives PEFT dorac's functions that swap adapters while anything is enabled, else its own."""
+    from peft.utils import hotswap as module
+
+    from dorac.peft import hotswap
+
+    for name, function in (hotswap.FUNCTIONS if state.stock or state.models else hotswap.STOCK).items():
+        log.keep_attribute(module, name)
+        setattr(module, name, function)
 
 
 def _set_method(name: str, function: Callable | None, log: Undo) -> None:
@@ -146,12 +159,14 @@ def _enable_everywhere(dropout_on: str) -> Enabled:
         state.stock.update({name: vars(LoraModel).get(name) for name in ours.METHODS})
         for name, function in ours.METHODS.items():
             _set_method(name, function, log)
+        _set_hotswap(log)
         before = _on_dorac(list(state.roots))
 
         def undo() -> None:
             with state.lock, Undo() as log:
                 _stop_building(log)
                 _restore(list(state.roots), log, keep=[*before, *state.models])
+                _set_hotswap(log)
 
         return Enabled(undo)
 
@@ -163,6 +178,7 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
         switch(model, log)
         values = set_dropout_on(model.modules(), dropout_on, log)
         _remember(state.models, model, log)
+        _set_hotswap(log)
         _report(model, log)
 
         def undo() -> None:
@@ -171,6 +187,7 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
                 _restore([model], log, keep=before)
                 if not known:
                     _forget(state.models, model, log)
+                _set_hotswap(log)
 
         return Enabled(undo)
 

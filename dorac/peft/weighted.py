@@ -98,7 +98,7 @@ def add_weighted_adapter(
         new_A.copy_(lora_A.reshape(new_A.shape))
         new_B.copy_((lora_B / scaling).reshape(new_B.shape))
         magnitude = layer.lora_magnitude_vector[adapter_name]
-        norm = _norm(layer, adapter_name)
+        norm = adapter_norm(layer, adapter_name)
         magnitude.weight.copy_(norm * base_scale.to(norm.device).view(norm.shape))
 
 
@@ -106,7 +106,7 @@ def _groups(layer: LoraLayer) -> int:
     return getattr(layer.get_base_layer(), "groups", 1)
 
 
-def _norm(layer: LoraLayer, adapter: str) -> Tensor:
+def adapter_norm(layer: LoraLayer, adapter: str) -> Tensor:
     """The norm that the adapter has by itself, whatever is merged into the base weight now."""
     magnitude = layer.lora_magnitude_vector[adapter]
     with layer._unmerged_base_weight() as weight:
@@ -133,7 +133,7 @@ def _combine(
         acc = accumulate_dtype(lora_A)
         As.append(lora_A.to(acc).unflatten(0, (groups, -1)).flatten(2))
         Bs.append(lora_B.to(acc).unflatten(0, (groups, -1)).flatten(2))
-        scales.append(layer.lora_magnitude_vector[adapter].mag_scale(_norm(layer, adapter)).flatten())
+        scales.append(layer.lora_magnitude_vector[adapter].mag_scale(adapter_norm(layer, adapter)).flatten())
     base_scale = 1 + sum(weight * (g - 1) for (_, weight), g in zip(present, scales, strict=True))
     lost = (base_scale == 0).nonzero().flatten().tolist()
     if lost:
