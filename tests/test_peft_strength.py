@@ -14,7 +14,6 @@ from peft_models import KINDS, off_init, stock_model, target, twins  # noqa: E40
 import dorac  # noqa: E402
 import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
-from dorac.testing import quantised_layers as fake  # noqa: E402
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 STRENGTHS = (0.0, 0.3, 1.7, -0.8)
@@ -191,13 +190,6 @@ def test_weights_agree_everywhere(kind, weights):
         torch.testing.assert_close(ours, y)
 
 
-def nf4_model():
-    linear = nn.Linear(64, 12)
-    layer = fake.Linear4bit(64, 12, dtype=linear.weight.dtype)
-    layer.load_state_dict(linear.state_dict())
-    return nn.Sequential(layer.to("cpu"))
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_over_a_hooked_layer_and_cached_norms(cached):
     """PEFT's sequence, with ``dora_over``; a strength takes no norm anew."""
@@ -311,3 +303,40 @@ def test_strength_of_a_model_with_both_ways():
     with pytest.raises(TypeError, match="strength must be a number"):
         dorac.set_strength(both, torch.tensor(0.5))
     assert both[1].strength == 0.5
+
+
+def test_weights_of_diffusers(tmp_path):
+    """``set_adapters(..., weights)``, ``fuse_lora`` at a scale, and ``hotswap`` of a UNet's adapter."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+    name = "mid_block.resnets.0.conv1"  # the block is linear in what the first of its convolutions makes
+    config = {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": [name, "to_q"]}
+    with dorac.peft.enable():
+        for adapter in ("one", "two"):
+            unet.add_adapter(peft.LoraConfig(**config), adapter_name=adapter)
+    dorac.peft.enable(unet)
+    off_init(unet)
+    layer, x = unet.get_submodule(name), torch.randn(2, 16, 4, 4)
+    with torch.no_grad():
+        unet.set_adapters("one")
+        low, high = layer.base_layer(x), layer(x)
+        assert not torch.allclose(low, high, atol=1e-3)
+        unet.set_adapters("one", 0.3)
+        torch.testing.assert_close(layer(x), low + 0.3 * (high - low))
+        unet.set_adapters(["one", "two"], [0.3, 0.0])
+        torch.testing.assert_close(layer(x), low + 0.3 * (high - low))
+        unet.set_adapters("one", 1.0)
+        unet.fuse_lora(lora_scale=0.3)
+        torch.testing.assert_close(layer(x), low + 0.3 * (high - low), rtol=1e-4, atol=1e-5)
+        unet.unfuse_lora()
+        torch.testing.assert_close(layer.base_layer(x), low, rtol=1e-4, atol=1e-5)
