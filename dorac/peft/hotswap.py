@@ -14,7 +14,6 @@ from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from dorac.apply import bare
 from dorac.nn.layer import scaling_factor
 from dorac.peft import norms
 from dorac.peft.variants import OnDorac
@@ -27,7 +26,7 @@ _convert_scalings_stock = hotswap._convert_scalings_to_tensor
 
 def _layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
     """The layers whose adapter, or with None each of whose adapters, runs on dorac."""
-    for name, layer in bare(model).named_modules():
+    for name, layer in getattr(model, "_orig_mod", model).named_modules():
         if isinstance(layer, LoraLayer):
             for other, variant in layer.lora_variant.items():
                 if isinstance(variant, OnDorac) and adapter in (None, other):

@@ -62,7 +62,8 @@ def merged(module: nn.Module, adapter: str, *, safe_merge: bool) -> Tensor:
             base_weight, *(f.to(base_weight.device) for f in factors(module, adapter)), scaling
         )
     module._cache_store(f"{adapter}-weight_norm", norm)
-    module._cache_store(f"{adapter}-strength", strength)  # whatever PEFT's scaling is when it is unmerged
+    if strength is not None:  # whatever PEFT's scaling is when it is unmerged
+        module._cache_store(f"{adapter}-strength", strength)
     weight = dense_weight(module.get_base_layer()).detach()
     part, norm = _part(module, adapter, weight, norm, strength)
     matrix, _ = functional.merge_weight(*part, scaling=scaling, weight_norm=norm)
@@ -86,8 +87,8 @@ def unmerged(module: nn.Module, adapter: str, weight: Tensor) -> Tensor:
         ValueError: rows whose g is zero or not finite; the adapter stays merged.
     """
     norm = module._caches[f"{adapter}-weight_norm"]
-    scaling, strength = module.lora_magnitude_vector[adapter].split(module.scaling[adapter])
-    strength = module._caches.get(f"{adapter}-strength", strength)
+    scaling, _ = module.lora_magnitude_vector[adapter].split(module.scaling[adapter])
+    strength = module._caches.get(f"{adapter}-strength")
     norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
     try:
         part, norm = _part(module, adapter, weight, norm, strength)
