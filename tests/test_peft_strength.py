@@ -15,6 +15,7 @@ import dorac  # noqa: E402
 import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
 
+FULL = pytest.mark.full
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 STRENGTHS = (0.0, 0.3, 1.7, -0.8)
 
@@ -225,7 +226,9 @@ def test_norms_of_dora_caching_stay():
         assert again[1] is kept[1]
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+@pytest.mark.parametrize(
+    "kind", ["linear", *(pytest.param(k, marks=pytest.mark.full) for k in ("embedding", "conv2d"))]
+)
 @pytest.mark.parametrize("cached", [False, True])
 def test_compiled(kind, cached):
     """One graph for the adapter, two for other strengths (in the second they are symbolic); then none."""

@@ -12,6 +12,7 @@ from peft_models import KINDS, stock_model, target, twins  # noqa: E402
 import dorac  # noqa: E402
 import dorac.peft  # noqa: E402
 
+FULL = pytest.mark.full
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -65,7 +66,9 @@ def test_modules_to_save_are_the_originals():
     assert not torch.equal(trained, head.original_module(x))
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+@pytest.mark.parametrize(
+    "kind", ["linear", *(pytest.param(k, marks=pytest.mark.full) for k in ("embedding", "conv2d"))]
+)
 def test_compiled_once_for_each_mode(kind):
     _, model = twins(kind, dtype=torch.float32)
     x = KINDS[kind].input(0, torch.float32)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from test_adapters import dense, weight_and_adapters
-from test_switching import KINDS, wrapped
+from test_switching import KINDS, sample, wrapped
 from torch import nn
 
 import dorac
@@ -361,7 +361,7 @@ def test_all_or_nothing():
         dorac.set_strength(nn.Linear(2, 2), 1.0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "nf4"])
+@sample("linear")
 def test_compiled(kind):
     """A graph for strength 1, one for 0 and two for others (the second has it symbolic); then none."""
     base, model, x = wrapped(kind)

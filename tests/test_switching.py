@@ -52,6 +52,13 @@ def wrapped(kind: str, **options) -> tuple[nn.Module, nn.Module, torch.Tensor]:
 KINDS = pytest.mark.parametrize("kind", LAYERS)
 
 
+def sample(*kinds):
+    """These kinds in CI, the others under the marker full."""
+    return pytest.mark.parametrize(
+        "kind", [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.full) for kind in LAYERS]
+    )
+
+
 @KINDS
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_disabled_is_the_base_bit_for_bit(kind, mode):
@@ -153,7 +160,7 @@ def test_modules_trained_whole_are_named():
         dorac.base_model(model)
 
 
-@KINDS
+@sample("linear", "nf4")
 def test_compiled_once_for_each_mode(kind):
     base, model, x = wrapped(kind)
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -225,8 +232,8 @@ def test_base_model_of_a_merged_one():
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.full)])
+@sample("linear", "nf4")
 def test_another_adapter_into_compiled_code(kind, cached, grad, tmp_path):
     """``load_adapter`` of one that is like that which is there: no graph is compiled anew, whatever the norms do."""
 
