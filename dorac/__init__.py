@@ -6,12 +6,15 @@ from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.idle import find_idle
 from dorac.outputs import save_outputs
+from dorac.switching import base_model, disabled, set_strength
 
 __version__ = "0.1.0"
 __all__ = [
     "NormCache",
     "apply_dora",
+    "base_model",
     "cache_norms",
+    "disabled",
     "find_idle",
     "functional",
     "load_adapter",
@@ -20,5 +23,6 @@ __all__ = [
     "ops",
     "save_adapter",
     "save_outputs",
+    "set_strength",
     "unmerge",
 ]

@@ -50,9 +50,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
 
-    In models of PEFT's ``set_peft_model_state_dict`` and ``load_adapter`` are such a ``load_state_dict``. A scaling is
-    compared in every forward: an eager one takes the norm anew, compiled code its own while the scaling is another. So
-    do adapters that are added later. ``dorac.peft.disable(model)`` forgets the norms.
+    In models of PEFT's ``set_peft_model_state_dict`` and ``load_adapter`` are such a ``load_state_dict``. A strength
+    (``set_scale``, ``rescale_adapter_scale``) leaves the norms as they are. Adapters that are added later take their
+    own norm. ``dorac.peft.disable(model)`` forgets the norms.
 
     Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
     weight is there, and again where the host's tensor was written to or replaced.

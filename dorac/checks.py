@@ -139,6 +139,13 @@ def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
     _check_rows("magnitude", magnitude, weight_norm.shape, weight_norm, "weight_norm")
 
 
+def check_scaled_rows(lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor) -> None:
+    """A magnitude for these norms, and a ``lora_B [out, r, *]`` with a row for each."""
+    check_magnitude(magnitude, weight_norm)
+    _check_float("lora_B", lora_B)
+    _check_rows("weight_norm", weight_norm, lora_B.shape[: max(1, weight_norm.ndim)], lora_B, "lora_B")
+
+
 def check_budget(budget: int) -> int:
     """A number of bytes, returned as Python's."""
     budget = python_number(budget)

@@ -46,7 +46,7 @@ def dense_combination(weight, adapters, weights):
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_strength_is_linear_in_delta_and_magnitude(strength):
     weight, (adapter, *_) = weight_and_adapters()
-    moved = functional.scale_adapter(weight, *adapter[:3], strength, scaling=adapter.scaling)
+    moved = functional.scale_in_norm(weight, *adapter[:3], strength, scaling=adapter.scaling)
     torch.testing.assert_close(dense(weight, moved), dense_combination(weight, [adapter], [strength]))
     merged, _ = functional.merge_weight(weight, *moved[:3], scaling=moved.scaling)
     torch.testing.assert_close(merged, dense(weight, moved))
@@ -61,13 +61,13 @@ def test_strength_0_is_the_base_and_1_the_adapter(dtype, experts):
     layer = expert_inputs(3, dtype=dtype) if experts else linear_inputs("odd", dtype=dtype)
     layer.weight[..., 3, :] = 0
     args = (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
-    off = functional.scale_adapter(*args, 0.0, scaling=0.7)
+    off = functional.scale_in_norm(*args, 0.0, scaling=0.7)
     norm = functional.norm_factored(layer.weight, *off[:2], off.scaling)
     assert torch.equal(functional.magnitude_scale(off.magnitude, norm), torch.ones_like(norm))
     merged, _ = functional.merge_weight(layer.weight, *off[:3], scaling=off.scaling)
     assert torch.equal(merged, layer.weight)
 
-    on = functional.scale_adapter(*args, 1.0, scaling=0.7)
+    on = functional.scale_in_norm(*args, 1.0, scaling=0.7)
     assert on.scaling == 0.7
     assert all(torch.equal(a, b) for a, b in zip(on[:3], args[1:], strict=True))
     assert on.lora_A is layer.lora_A
@@ -77,7 +77,7 @@ def test_strength_0_is_the_base_and_1_the_adapter(dtype, experts):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_combination_is_the_dense_formula(weights, dtype):
     weight, adapters = weight_and_adapters(dtype=dtype)
-    combined = functional.combine_adapters(weight, adapters, weights)
+    combined = functional.combine_in_norm(weight, adapters, weights)
     wide = torch.promote_types(dtype, torch.float32)
     assert combined.lora_A.shape == (9, 24)
     assert all(t.dtype == wide for t in combined[:3])
@@ -94,22 +94,22 @@ def test_combination_is_the_dense_formula(weights, dtype):
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_one_weight_of_one_gives_that_adapter(chosen):
     weight, adapters = weight_and_adapters()
-    combined = functional.combine_adapters(weight, adapters, [float(i == chosen) for i in range(3)])
+    combined = functional.combine_in_norm(weight, adapters, [float(i == chosen) for i in range(3)])
     assert torch.equal(combined.magnitude, adapters[chosen].magnitude)
     torch.testing.assert_close(dense(weight, combined), dense(weight, adapters[chosen]))
 
 
 def test_combination_of_one_is_strength():
     weight, (adapter, *_) = weight_and_adapters()
-    moved = functional.scale_adapter(weight, *adapter[:3], 0.4, scaling=adapter.scaling)
-    combined = functional.combine_adapters(weight, [adapter], [0.4])
+    moved = functional.scale_in_norm(weight, *adapter[:3], 0.4, scaling=adapter.scaling)
+    combined = functional.combine_in_norm(weight, [adapter], [0.4])
     torch.testing.assert_close(dense(weight, combined), dense(weight, moved))
 
 
 def test_combination_of_experts():
     layers = [expert_inputs(3, (1, 17, 24, rank)) for rank in (2, 4)]
     adapters = [Adapter(x.lora_A, x.lora_B, x.magnitude, 0.7) for x in layers]
-    combined = functional.combine_adapters(layers[0].weight, adapters, [0.6, -0.2])
+    combined = functional.combine_in_norm(layers[0].weight, adapters, [0.6, -0.2])
     assert combined.lora_B.shape == (3, 17, 6)
     truth = dense_combination(layers[0].weight, adapters, [0.6, -0.2])
     torch.testing.assert_close(dense(layers[0].weight, combined), truth)
@@ -125,7 +125,7 @@ def test_in_a_module():
     adapter = Adapter(
         layer.lora_A.detach(), layer.lora_B.detach(), layer.lora_magnitude_vector.detach().clone(), layer.scaling
     )
-    moved = functional.scale_adapter(weight, *adapter[:3], 0.5, scaling=layer.scaling)
+    moved = functional.scale_in_norm(weight, *adapter[:3], 0.5, scaling=layer.scaling)
     with torch.no_grad():
         layer.lora_magnitude_vector.copy_(moved.magnitude)
     layer.scaling = moved.scaling
@@ -139,11 +139,11 @@ def test_strength_and_weights_as_tensors_compile_and_differentiate():
     x = torch.randn(3, 24, dtype=torch.float64)
 
     def strength(a):
-        moved = functional.scale_adapter(weight, *adapters[0][:3], a, scaling=0.7)
+        moved = functional.scale_in_norm(weight, *adapters[0][:3], a, scaling=0.7)
         return functional.dora_linear(x, weight, *moved[:3], scaling=moved.scaling).sum()
 
     def combined(a):
-        result = functional.combine_adapters(weight, adapters, [a, 0.2, 1 - a])
+        result = functional.combine_in_norm(weight, adapters, [a, 0.2, 1 - a])
         return functional.dora_linear(x, weight, *result[:3], scaling=result.scaling).sum()
 
     for function in (strength, combined):
@@ -189,37 +189,37 @@ WEIGHT, ADAPTERS = weight_and_adapters()
     ("call", "error", "message"),
     [
         (
-            lambda: functional.scale_adapter(WEIGHT, *ADAPTERS[0][:3], float("inf"), scaling=1.0),
+            lambda: functional.scale_in_norm(WEIGHT, *ADAPTERS[0][:3], float("inf"), scaling=1.0),
             ValueError,
             "strength must be finite",
         ),
         (
-            lambda: functional.scale_adapter(WEIGHT, *ADAPTERS[0][:3], "1", scaling=1.0),
+            lambda: functional.scale_in_norm(WEIGHT, *ADAPTERS[0][:3], "1", scaling=1.0),
             TypeError,
             "strength must be a number",
         ),
         (
-            lambda: functional.scale_adapter(WEIGHT, *ADAPTERS[0][:3], 1.0, scaling=float("nan")),
+            lambda: functional.scale_in_norm(WEIGHT, *ADAPTERS[0][:3], 1.0, scaling=float("nan")),
             ValueError,
             "scaling must be finite",
         ),
         (
-            lambda: functional.scale_adapter(WEIGHT[:3], *ADAPTERS[0][:3], 1.0, scaling=1.0),
+            lambda: functional.scale_in_norm(WEIGHT[:3], *ADAPTERS[0][:3], 1.0, scaling=1.0),
             ValueError,
             "lora_B must be",
         ),
         (
-            lambda: functional.combine_adapters(WEIGHT, ADAPTERS, [1.0]),
+            lambda: functional.combine_in_norm(WEIGHT, ADAPTERS, [1.0]),
             ValueError,
             "weights must be one number for each .*got 1 for 3",
         ),
-        (lambda: functional.combine_adapters(WEIGHT, [], []), ValueError, "weights must be one number for each"),
+        (lambda: functional.combine_in_norm(WEIGHT, [], []), ValueError, "weights must be one number for each"),
         (
-            lambda: functional.combine_adapters(WEIGHT, ADAPTERS, [1.0, float("nan"), 0.0]),
+            lambda: functional.combine_in_norm(WEIGHT, ADAPTERS, [1.0, float("nan"), 0.0]),
             ValueError,
             "weights must be finite",
         ),
-        (lambda: functional.combine_adapters(WEIGHT[:, :5], ADAPTERS, [1.0] * 3), ValueError, "lora_A must be"),
+        (lambda: functional.combine_in_norm(WEIGHT[:, :5], ADAPTERS, [1.0] * 3), ValueError, "lora_A must be"),
         (lambda: functional.stack_adapters([]), ValueError, "adapters must hold at least one"),
         (
             lambda: functional.stack_adapters([ADAPTERS[0], Adapter(*(t[:3] for t in ADAPTERS[0][:3]), 1.0)]),
@@ -256,7 +256,7 @@ def test_peft_combines_silently_wrong():
         for n in "ab"
     ]
     weight = layer.base_layer.weight
-    combined = functional.combine_adapters(weight, adapters, [0.5, 0.5])
+    combined = functional.combine_in_norm(weight, adapters, [0.5, 0.5])
     x = torch.randn(8, 24)
     ours = functional.dora_linear(x, weight, *combined[:3], layer.base_layer.bias, scaling=combined.scaling)
     truth = x.double() @ dense_combination(weight.detach(), adapters, [0.5, 0.5]).T + layer.base_layer.bias

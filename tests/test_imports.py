@@ -38,6 +38,7 @@ FLOORS = {
     "checkpoint": 8,
     "idle": 7,
     "outputs": 0,
+    "switching": 7,
     "packed": 0,
     "testing": 8,
     "cli": 8,

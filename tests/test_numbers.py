@@ -74,13 +74,17 @@ def test_numbers_of_the_other_arguments():
     assert torch.equal(merged, functional.merge_weight(*adapter, scaling=2.0, budget=4096)[0])
     back = functional.unmerge_weight(merged, *rest, scaling=np.int64(2), weight_norm=norm, budget=np.int64(4096))
     torch.testing.assert_close(back, weight)
-    scaled = functional.scale_adapter(*adapter, np.float32(0.5), scaling=np.int64(2))
-    plain = functional.scale_adapter(*adapter, 0.5, scaling=2.0)
-    combined = functional.combine_adapters(weight, [plain, plain], [np.float32(0.5), np.int64(1)])
-    for mine, other in zip(scaled, plain, strict=True):
-        torch.testing.assert_close(mine, other)
-    for mine, other in zip(combined, functional.combine_adapters(weight, [plain, plain], [0.5, 1.0]), strict=True):
-        torch.testing.assert_close(mine, other)
+    for scale, combine in (
+        (functional.scale_adapter, functional.combine_adapters),
+        (functional.scale_in_norm, functional.combine_in_norm),
+    ):
+        scaled = scale(*adapter, np.float32(0.5), scaling=np.int64(2))
+        plain = scale(*adapter, 0.5, scaling=2.0)
+        for mine, other in zip((*scaled[:3], float(scaled[3])), plain, strict=True):
+            torch.testing.assert_close(mine, other)
+        combined = combine(weight, [plain, plain], [np.float32(0.5), np.int64(1)])
+        for mine, other in zip(combined, combine(weight, [plain, plain], [0.5, 1.0]), strict=True):
+            torch.testing.assert_close(mine, other)
     stacked = functional.stack_adapters([functional.Adapter(*rest, np.int64(2)), plain])
     assert stacked.scaling.tolist() == [2.0, 1.0]
     for bad in (True, np.bool_(True), np.float32(4096), "4096"):

@@ -424,6 +424,7 @@ DIRECT = [
     base_is_trained,
     cast_and_back,
 ]
+STRENGTHS = {set_scale: 3, scale_layer: 0.5, scaling_in_the_dictionary: -0.5 / 1.5}  # stock PEFT scales BA alone
 AS_PEFT = [
     another_variant,
     own_forward,
@@ -440,6 +441,11 @@ AS_PEFT = [
 ]
 
 
+def seeded(model, x):
+    torch.manual_seed(1)
+    return model(x)
+
+
 @pytest.mark.filterwarnings("ignore:Adapter other was active")
 @pytest.mark.parametrize("change", [*DIRECT, *AS_PEFT], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", SOME)
@@ -452,6 +458,7 @@ def test_changes(kind, change, calls):
     assert_same(ours, stock, x)
     assert len(calls) == 1
     before = run(ours, x)
+    low, high = target(ours).base_layer(x), seeded(ours, x)
     calls.clear()
     with contextlib.ExitStack() as changes:
         for model in (stock, ours):
@@ -459,6 +466,9 @@ def test_changes(kind, change, calls):
             changes.enter_context(change(target(model), model))
         if change in (merged, disabled):
             torch.testing.assert_close(ours(x), stock(x))
+        elif change in STRENGTHS:
+            strength = 1 if kind == "embedding" and change is scale_layer else STRENGTHS[change]  # PEFT passes it by
+            torch.testing.assert_close(seeded(ours, x), low + strength * (high - low))
         else:
             assert_same(ours, stock, x)
         assert bool(calls) == direct

@@ -12,7 +12,15 @@ functions trace under ``torch.compile(fullgraph=True)`` and never change their i
 Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
 """
 
-from dorac.functional.adapters import Adapter, combine_adapters, scale_adapter, stack_adapters
+from dorac.functional.adapters import (
+    Adapter,
+    at_strength,
+    combine_adapters,
+    combine_in_norm,
+    scale_adapter,
+    scale_in_norm,
+    stack_adapters,
+)
 from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
 from dorac.functional.embedding import dora_embedding
 from dorac.functional.grouped import dora_linear_grouped
@@ -23,7 +31,9 @@ from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
 
 __all__ = [
     "Adapter",
+    "at_strength",
     "combine_adapters",
+    "combine_in_norm",
     "compose",
     "conv_matrices",
     "dora_conv1d",
@@ -42,6 +52,7 @@ __all__ = [
     "norm_factored",
     "norm_factored_conv",
     "scale_adapter",
+    "scale_in_norm",
     "stack_adapters",
     "unmerge_weight",
 ]

@@ -94,7 +94,8 @@ class _DoraConvNd(DoraLayer):
 
     def _norm(self) -> Tensor:
         base = self.base_layer
-        return functional.norm_factored_conv(base.weight, self.lora_A, self.lora_B, self.scaling, groups=base.groups)
+        tensors = base.weight, self.lora_A, self.lora_B, self.scaling
+        return functional.norm_factored_conv(*tensors, groups=base.groups, norm_grad=self.norm_grad)
 
     def cannot_merge(self) -> str | None:
         if self.grouped_lora_A:
@@ -109,20 +110,24 @@ class _DoraConvNd(DoraLayer):
         base = self.base_layer
         if offload.is_hooked(base):
             return offloaded.forward(self, (self,), x)
-        if self.merged:
+        if self.merged or self.runs_base:
             return base(x)
         if self.training:
             self._widen_magnitudes()
+        weight, lora_A, lora_B, magnitude = base.weight, *self._own_parameters()
+        magnitude, norm = magnitude.flatten(), self._known_norm()
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         return type(self).FUNCTION(
             x,
-            base.weight,
-            self.lora_A,
-            self.lora_B,
-            self.lora_magnitude_vector.flatten(),
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
             base.bias,
             scaling=self.scaling,
-            weight_norm=self._known_norm(),
-            norm_grad=self.norm_grad,
+            weight_norm=norm,
+            norm_grad=self.norm_grad and norm is None,
             stride=base.stride,
             padding=base.padding,
             dilation=base.dilation,

@@ -123,19 +123,23 @@ class DoraEmbedding(DoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         if offload.is_hooked(self.base_layer):
             return offloaded.forward(self, (self,), x)
-        if self.merged:
+        if self.merged or self.runs_base:
             return self.base_layer(x)
         if self.training:
             self._widen_magnitudes()
+        weight, lora_A, lora_B, magnitude = self.base_layer.weight, *self._own_parameters()
+        norm = self._known_norm()
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         y = functional.dora_embedding(
             x,
-            self.base_layer.weight,
-            self.lora_embedding_A,
-            self.lora_embedding_B,
-            self.lora_magnitude_vector,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
             scaling=self.scaling,
-            weight_norm=self._known_norm(),
-            norm_grad=self.norm_grad,
+            weight_norm=norm,
+            norm_grad=self.norm_grad and norm is None,
             padding_idx=self.base_layer.padding_idx,
             scale_grad_by_freq=self.base_layer.scale_grad_by_freq,
             sparse=self.base_layer.sparse,

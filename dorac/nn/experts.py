@@ -228,12 +228,11 @@ class DoraExperts(DoraLayer):
 
     def _norm(self) -> Tensor:
         """The norms of all projections side by side."""
-        return self.joined_norms(
-            [
-                functional.init_magnitude(self._matrices(projection), *self._adapter(projection)[:2], self.scaling)
-                for projection in self.projections
-            ]
-        )
+        return self.joined_norms([self._norm_of(projection) for projection in self.projections])
+
+    def _norm_of(self, projection: str) -> Tensor:
+        tensors = self._matrices(projection), *self._adapter(projection)[:2], self.scaling
+        return functional.norm_factored(*tensors, norm_grad=self.norm_grad)
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the base layer: hidden states ``[tokens, hidden]``, then the router's indices and weights ``[tokens, k]``.
@@ -245,7 +244,7 @@ class DoraExperts(DoraLayer):
         """
         if offload.is_hooked(self.base_layer):
             return offloaded.forward(self, (self,), hidden_states, *routing)
-        if self.merged:
+        if self.merged or self.runs_base:
             return self.base_layer(hidden_states, *routing)
         if self.training:
             self._widen_magnitudes()
@@ -254,15 +253,22 @@ class DoraExperts(DoraLayer):
     def _project(self, projection: str, x: Tensor, **offsets: Tensor) -> Tensor:
         """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without."""
         matrices, norms = self._matrices(projection), self._known_norm()
+        lora_A, lora_B, magnitude = self._adapter(projection)
+        norm = None if norms is None else self.parted_norms(norms)[self.projections.index(projection)]
+        if self._strength is not None:
+            norm = self._norm_of(projection) if norm is None else norm
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         layer = functional.dora_linear_grouped if offsets else functional.dora_linear
         return layer(
             x if packed.is_packed(matrices) else x.to(matrices.dtype),
             matrices,
-            *self._adapter(projection),
+            lora_A,
+            lora_B,
+            magnitude,
             getattr(self.base_layer, f"{projection}_bias", None),
             scaling=self.scaling,
-            weight_norm=None if norms is None else self.parted_norms(norms)[self.projections.index(projection)],
-            norm_grad=self.norm_grad,
+            weight_norm=norm,
+            norm_grad=self.norm_grad and norm is None,
             dropout_p=self.lora_dropout if self.training else 0.0,
             dropout_on=self.dropout_on,
             **offsets,

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from dorac import checks, functional, magnitudes, offload
 from dorac.dense import not_dense
 from dorac.nn import merging, norm_cache, starts
+from dorac.nn.switched import Switched
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -58,7 +59,7 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return own[name] if name in own else getattr(module, name)  # parametrised, or FSDP's
 
 
-class DoraLayer(nn.Module):
+class DoraLayer(Switched, nn.Module):
     """A frozen base layer with its adapter. A subclass names its parameters, sees its weight as a matrix and runs.
 
     The factors and the magnitude are trained; the magnitude is float32 (float64 for a float64 layer) and stays so under
@@ -156,6 +157,7 @@ class DoraLayer(nn.Module):
         self.init_lora_weights = init_lora_weights
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
+        self.switch(disabled=False)
 
         with offload.onloaded(base_layer):
             self._make_adapter(shapes, adapter_dtype)
@@ -284,7 +286,8 @@ class DoraLayer(nn.Module):
 
     def _norm(self) -> Tensor:
         """The norm that the magnitude is divided by, as many elements as it has."""
-        return functional.init_magnitude(*self.norm_operands(), self.scaling, budget=self.norm_budget)
+        operands = self.norm_operands()
+        return functional.norm_factored(*operands, self.scaling, norm_grad=self.norm_grad, budget=self.norm_budget)
 
     def norm_operands(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The matrix and the factors of the norm, or None where it is not that of one matrix."""
@@ -443,8 +446,8 @@ class DoraLayer(nn.Module):
         return super().train(mode)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "scaling":  # torch's assignment of a parameter passes by the property
-            raise TypeError("scaling must be a number or a 0-d float tensor, got an nn.Parameter: give a tensor of it")
+        if name in ("scaling", "strength"):  # torch's assignment of a parameter passes by the property
+            raise TypeError(f"{name} must be a number or a 0-d float tensor, got an nn.Parameter: give a tensor of it")
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str) -> None:
@@ -488,13 +491,15 @@ class DoraLayer(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.switch(disabled=False)
         self.follow_parameters()
 
     def extra_repr(self) -> str:
         dropout = f"lora_dropout={self.lora_dropout:g}"
         if self.dropout_on != "adapter":
             dropout += f", dropout_on={self.dropout_on}"
-        return f"r={self.r}, scaling={self.scaling:g}, {dropout}, merged={self.merged}"
+        strength = "" if self._strength is None else f", strength={self.strength:g}"
+        return f"r={self.r}, scaling={self.scaling:g}{strength}, {dropout}, merged={self.merged}"
 
 
 def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:

@@ -106,12 +106,15 @@ class DoraLinear(DoraLayer):
         base = self._modules["base_layer"]
         if "_hf_hook" in base.__dict__:
             return offloaded.forward(self, (self,), x)
-        if self.merged_norm is not None:
+        if self.merged_norm is not None or self.runs_base:
             return base(x)
         weight = parameter(base, "weight")
         lora_A, lora_B, magnitude = self._own_parameters()
         if magnitude.dtype in HALF and self.training:
             widen(magnitude)
+        norm = known_norm(self, (weight, lora_A, lora_B)) if self.caches_norm else None
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         return functional.dora_linear(
             x,
             weight.t() if self.fan_in_fan_out else weight,
@@ -120,8 +123,8 @@ class DoraLinear(DoraLayer):
             magnitude,
             parameter(base, "bias"),
             scaling=self._scaling,
-            weight_norm=known_norm(self, (weight, lora_A, lora_B)) if self.caches_norm else None,
-            norm_grad=self.norm_grad,
+            weight_norm=norm,
+            norm_grad=self.norm_grad and norm is None,
             dropout_p=self.lora_dropout if self.training else 0.0,
             dropout_on=self.dropout_on,
             save_output=self.save_output,

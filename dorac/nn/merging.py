@@ -11,11 +11,16 @@ from torch import Tensor
 
 from dorac import functional, offload
 from dorac.nn import norm_cache
+from dorac.numerics import accumulate_dtype
 from dorac.ops import front, sharded
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
     from dorac.nn.layer import DoraLayer
+
+
+# Below this share of itself a base weight that is merged at a strength is gone in the rounding of what was added to it.
+LOST = 1e-6
 
 
 def unwritable(layer: "DoraLayer") -> str | None:
@@ -37,6 +42,8 @@ def decide_merge(layer: "DoraLayer") -> list[Tensor]:
             f"{type(layer).__name__}.merge cannot be exported: it changes the layer and reads values of the merged "
             "weight; merge before exporting"
         )
+    if layer.disabled:
+        raise ValueError("the adapter is switched off: leave dorac.disabled before merging")
     if reason := layer.cannot_merge() or unwritable(layer):
         raise ValueError(reason)
     with offload.onloaded(layer, layer.base_layer):
@@ -49,7 +56,9 @@ def _norms(layer: "DoraLayer") -> list[Tensor]:
         norm = functional.norm_factored(matrix, lora_A, lora_B, layer.scaling, budget=layer.norm_budget)
         # No element of a row is larger than its norm: |g V| <= |m|. Only where that says too little is V computed.
         bound = (2 * magnitude).to(matrix.dtype)
-        if not norm.is_meta and not (sharded.all_finite(norm) and sharded.all_finite(bound)):
+        if not norm.is_meta and not (
+            layer._strength is None and sharded.all_finite(norm) and sharded.all_finite(bound)
+        ):
             _merged(layer, name, norm)
         norms.append(norm)
     return norms
@@ -57,12 +66,28 @@ def _norms(layer: "DoraLayer") -> list[Tensor]:
 
 def _merged(layer: "DoraLayer", name: str, norm: Tensor) -> tuple[Tensor, Tensor]:
     """The merged matrix of a part and its norm."""
-    merged, norm = functional.merge_weight(
-        *layer.parts()[name], scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget
-    )
+    part, scale_norm = at_strength(layer.parts()[name], norm, layer._strength)
+    merged, _ = functional.merge_weight(*part, scaling=layer.scaling, weight_norm=scale_norm, budget=layer.norm_budget)
     if not merged.is_meta and not sharded.all_finite(merged):
         raise ValueError(f"the merged {name} is not finite in {merged.dtype}: the adapter is not, or g is too large")
     return merged, norm
+
+
+def at_strength(part: tuple[Tensor, ...], norm: Tensor, strength: float | Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The part and the norm that give its weight at a strength, None for 1; the factors are rounded nowhere."""
+    if strength is None:
+        return part, norm
+    matrix, lora_A, lora_B, magnitude = part
+    wide = accumulate_dtype(lora_A, lora_B)
+    lora_B, magnitude, norm = functional.at_strength(lora_B.to(wide), magnitude, norm, strength)
+    return (matrix, lora_A.to(wide), lora_B, magnitude), norm
+
+
+def refuse_lost(magnitude: Tensor, norm: Tensor, strength: float | Tensor | None) -> None:
+    """Raises a ``ValueError`` that names rows which no longer hold their base weight; both as for that strength."""
+    if strength is not None:
+        magnitude = magnitude.where(magnitude.abs() >= LOST, 0.0)
+    functional.invertible_scale(magnitude, norm)
 
 
 @torch.no_grad()
@@ -96,11 +121,12 @@ def decide_unmerge(layer: "DoraLayer") -> None:
 def _refuse_zero_scales(layer: "DoraLayer") -> None:
     parts = layer.parts()
     for (name, part), norm in zip(parts.items(), layer.parted_norms(layer.merged_norm), strict=True):
+        part, norm = at_strength(part, norm, layer._strength)
         magnitude, norm = sharded.replicated(part[3]), sharded.replicated(norm)
         if len(parts) == 1:  # a convolution's rows are its output channels, not those of a group's matrix
             magnitude, norm = magnitude.flatten(), norm.flatten()
         try:
-            functional.invertible_scale(magnitude, norm)
+            refuse_lost(magnitude, norm, layer._strength)
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if len(parts) > 1 else str(error)) from None
 
@@ -121,5 +147,6 @@ def write_unmerged(layer: "DoraLayer", log: Undo) -> None:
 
 def _write_unmerged_parts(layer: "DoraLayer") -> None:
     for (name, part), norm in zip(layer.parts().items(), layer.parted_norms(layer.merged_norm), strict=True):
+        part, norm = at_strength(part, norm, layer._strength)
         matrix = functional.unmerge_weight(*part, scaling=layer.scaling, weight_norm=norm, budget=layer.norm_budget)
         layer.write_part(name, matrix)

@@ -108,16 +108,18 @@ class DoraQuantLinear(DoraLinear):
         if "_hf_hook" in base_layer.__dict__:
             return offloaded.forward(self, (self,), x)
         base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew
-        if self.merged_norm is not None:
+        if self.merged_norm is not None or self.runs_base:
             return base
         lora_A, lora_B, magnitude = self._own_parameters()
         norm = known_norm(self) if self.caches_norm else None
         if norm is None:
             norm = self._norm()
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         if self.training and self.lora_dropout:
             x = F.dropout(x, self.lora_dropout)
             if self.dropout_on == "adapter":
-                return self._with_adapter_of(x, base, norm)
+                return self._with_adapter_of(x, base, lora_A, lora_B, functional.magnitude_scale(magnitude, norm))
         bias = base_layer.bias
         keeps = self.save_output and bias is None and torch.is_grad_enabled()
         weight = packed_weight(self, base_layer, norm) if keeps else None
@@ -135,16 +137,14 @@ class DoraQuantLinear(DoraLinear):
             weight=weight,
         )
 
-    def _with_adapter_of(self, x: Tensor, base: Tensor, norm: Tensor) -> Tensor:
+    def _with_adapter_of(self, x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor) -> Tensor:
         """``base`` and what DoRA changes for the x that dropout left."""
-        lora_A, lora_B, magnitude = self._own_parameters()
         lora = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
         other = product(self.base_layer, self.holder, x)
-        acc = accumulate_dtype(other, lora, norm)
+        acc = accumulate_dtype(other, lora, g)
         other = other.to(acc)
         if (bias := self.base_layer.bias) is not None:
             other = other - bias.to(acc)
-        g = functional.magnitude_scale(magnitude, norm)
         delta = functional.compose(other, lora, g, self._scaling, delta=True)
         return (base.to(acc) + delta).to(base.dtype)
 

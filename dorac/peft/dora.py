@@ -54,6 +54,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
     """
 
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
+    own_scaling: float | Tensor | None = None  # lora_alpha / r; a tensor where PEFT's scaling is one. See split()
     keeper: AdapterNorm | None = None  # of the norm under dorac.cache_norms
 
     def train(self, mode: bool = True) -> Self:
@@ -104,6 +105,22 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         """The norm that :func:`dorac.cache_norms` keeps, if it is that of these parameters now."""
         keeper = self.keeper
         return None if keeper is None else keeper.known((parameter(base_layer, "weight"), lora_A, lora_B), scaling)
+
+    def split(self, scaling: float | Tensor) -> tuple[float | Tensor, float | Tensor | None]:
+        """The adapter's own scaling s and the strength a, where PEFT's ``scaling`` is ``a s``; None for the strength 1.
+
+        ``set_scale``, ``scale_layer`` and ``rescale_adapter_scale`` multiply the scaling by a strength: read like this,
+        the weight is ``W + a (W' - W)``. A layer that no model of PEFT's holds has its scaling as it is given.
+        """
+        own = self.own_scaling
+        if isinstance(own, Tensor):
+            return own, torch.where(own == 0, 1.0, scaling / own)
+        if own is None or isinstance(scaling, Tensor):
+            return scaling, None
+        if scaling == own or own == 0:
+            return own, None
+        strength = scaling / own
+        return own, None if abs(strength - 1) < 1e-12 else strength  # a division took a multiplication back
 
     def keeps_norms(self) -> bool:
         """Whether norms are kept now; forgets those there are if not. Compiled code neither keeps nor forgets."""
@@ -239,6 +256,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         Returns:
             ``[*, out]``, float32, or float64 if anything is: the sum with the base layer's output is rounded, once.
         """
+        scaling, strength = self.split(scaling)
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
             weight = None
@@ -262,7 +280,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
                 base = linear_from_copy(x, self._matrix(weight.clone() if will_be_released else weight))
             else:
                 base = without_bias(base_result, base_layer.bias)
-        return self._delta(base, lora, g, scaling)
+        return self._delta(base, lora, g, scaling, strength)
 
     @staticmethod
     def _lora_and_norm(
@@ -280,10 +298,13 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         return gathered([*self.parameters(), *(p for m in modules for p in m.parameters())])
 
     @staticmethod
-    def _delta(base: Tensor, lora: Tensor, g: Tensor, scaling: float, dim: int = -1) -> Tensor:
+    def _delta(
+        base: Tensor, lora: Tensor, g: Tensor, scaling: float | Tensor, strength: float | Tensor | None, dim: int = -1
+    ) -> Tensor:
         g = g.flatten().to(base.device)
         wide = accumulate_dtype(base, lora, g)  # the caller rounds once, after its sum
-        return functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
+        change = functional.compose(base.to(wide), lora, g, scaling, delta=True, dim=dim)
+        return change if strength is None else strength * change
 
     def __repr__(self) -> str:
         return "lora.dora." + nn.Module.__repr__(self)  # stock PEFT's subclasses say it twice
@@ -301,6 +322,14 @@ def without_bias(base_result: Tensor, bias: Tensor | None, trailing: int = 0) ->
     """The base layer's output before its bias, in float32 or float64; ``trailing`` dimensions follow the outputs'."""
     base_result = base_result.to(accumulate_dtype(base_result))
     return base_result if bias is None else base_result - bias.to(base_result).view(-1, *[1] * trailing)
+
+
+def is_zero(strength: float | Tensor | None) -> bool:
+    """Whether a layer at this strength is its base layer, bit for bit.
+
+    Compiled code does not ask: a scaling that a graph only compares, Dynamo takes for a constant in all graphs after.
+    """
+    return not torch.compiler.is_compiling() and not isinstance(strength, Tensor) and strength == 0
 
 
 class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
@@ -329,6 +358,7 @@ class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
             lora_A: ``[vocab, r]``, lora_B: ``[r, dim]``, the transposes of what PEFT stores.
             embed_fn: looks x up in lora_A.
         """
+        scaling, strength = self.split(scaling)
         stored_A, stored_B = partitioned_base(lora_A), partitioned_base(lora_B)
         with gathered([*self.parameters(), *base_layer.parameters(), stored_A, stored_B]):
             if stored_A is not lora_A:
@@ -342,8 +372,11 @@ class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
             lora = embed_fn(x, lora_A) @ lora_B
         g = g.to(lora.device)
         if base_result is None:
-            return g, (g * scaling) * lora.to(g.dtype)
-        return g, self._delta(base_result, lora, g, scaling)
+            change = (g * scaling) * lora.to(g.dtype)
+            if strength is not None:
+                g, change = (1 - strength) + strength * g, strength * change
+            return g, change
+        return g, self._delta(base_result, lora, g, scaling, strength)
 
 
 _PLACEMENT = ("stride", "padding", "dilation", "padding_mode")  # of a convolution's windows
@@ -370,6 +403,7 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         The weight of lora_A is applied with the stride, padding, dilation and padding mode of the base layer.
         """
         groups = base_layer.groups
+        scaling, strength = self.split(scaling)
         with self._gathered(base_layer, lora_A, lora_B) as will_be_released:
             weight = dense_weight(base_layer)
             known = self.known_norm(base_layer, lora_A.weight, lora_B.weight, scaling)
@@ -397,7 +431,7 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
                 base = self._filter(x, kept.to(x.dtype), base_layer, groups)
             else:
                 base = without_bias(base_result, base_layer.bias, trailing=weight.ndim - 2)
-        return self._delta(base, lora, g, scaling, dim=base.ndim + 1 - ndim)
+        return self._delta(base, lora, g, scaling, strength, dim=base.ndim + 1 - ndim)
 
     def _filter(self, x: Tensor, weight: Tensor, base_layer: nn.Module, groups: int) -> Tensor:
         padding = base_layer.padding

@@ -85,10 +85,14 @@ class Linear(_Layer, layer.Linear):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
-        scaling = self.scaling[adapter]
+        scaling, strength = module.split(self.scaling[adapter])
         norm = module.known_norm(base, lora_A, lora_B, scaling)
-        if norm is None and module.keeps_norms():  # else the function takes it
+        if norm is None and (strength is not None or module.keeps_norms()):  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
+        if strength is not None:
+            if dora.is_zero(strength):
+                return base(x)
+            lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return functional.dora_linear(
             x,
             weight.t() if transposed else weight,
@@ -118,10 +122,14 @@ class Embedding(_Layer, layer.Embedding):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude = parts
-        scaling = self.scaling[adapter]
+        scaling, strength = module.split(self.scaling[adapter])
         norm = module.known_norm(base, lora_A, lora_B, scaling)
-        if norm is None and module.keeps_norms():  # else the function takes it
+        if norm is None and (strength is not None or module.keeps_norms()):  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
+        if strength is not None:
+            if dora.is_zero(strength):
+                return base(x)
+            lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return functional.dora_embedding(
             x,
             weight,
@@ -171,16 +179,22 @@ class _ConvNd(_Layer):
         if parts is None:
             return super().forward(x, *args, **kwargs)
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
-        scaling, groups = self.scaling[adapter], base.groups
+        groups, magnitude = base.groups, magnitude.flatten()
+        scaling, strength = module.split(self.scaling[adapter])
         norm = module.known_norm(base, lora_A, lora_B, scaling)
-        if norm is None and module.keeps_norms():
+        if norm is None and (strength is not None or module.keeps_norms()):
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter)
+        norm = None if norm is None else norm.flatten()
+        if strength is not None:
+            if dora.is_zero(strength):
+                return base(x)
+            lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return getattr(functional, self.FUNCTION)(
             x,
             weight,
             lora_A,
             lora_B,
-            magnitude.flatten(),
+            magnitude,
             parameter(base, "bias"),
             scaling=scaling,
             stride=base.stride,
@@ -188,7 +202,7 @@ class _ConvNd(_Layer):
             dilation=base.dilation,
             groups=groups,
             padding_mode=base.padding_mode,
-            weight_norm=None if norm is None else norm.flatten(),
+            weight_norm=norm,
             dropout_p=p,
             dropout_on=self.lora_variant[adapter].dropout_on,
         )

@@ -45,7 +45,7 @@ class AdapterNorm:
 
     @property
     def scaling(self) -> float | Tensor:
-        return self.layer.scaling[self.adapter]
+        return self.magnitude.split(self.layer.scaling[self.adapter])[0]
 
     _scaling = scaling
 

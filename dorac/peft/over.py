@@ -37,7 +37,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         return None
     if is_partitioned(m) or is_partitioned(bias) or is_partitioned(_own(base, "weight")):
         return None
-    scaling = module.scaling[adapter]
+    scaling, strength = magnitude.split(module.scaling[adapter])
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
     save_output = module.__dict__.get("save_output", False) and torch.is_grad_enabled()  # see dorac.save_outputs
     weight = None
@@ -50,6 +50,8 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
     if p:
         x = dropout(x)
+    if strength is not None:
+        lora_B, m, norm = functional.at_strength(lora_B, m.to(norm.device), norm, strength)
     device = result.device
     if any([t.device != device for t in (x, lora_A, lora_B, m, norm)]):
         x, lora_A, lora_B, m, norm = (t.to(device) for t in (x, lora_A, lora_B, m, norm))

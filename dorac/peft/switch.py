@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from dorac import checks
@@ -17,6 +18,7 @@ from dorac.undo import Undo
 SUPPORTED = ">=0.21,<0.22"
 _INSTALL = f'pip install "peft{SUPPORTED}"'
 DROPOUT_ON = "dora_dropout_on"  # where an enabled LoraModel has what the dropout of later adapters is on
+_OWN_SCALING = "own_scaling"  # of a magnitude under the drop-in, see DoraLinearLayer.split
 
 
 def require_peft() -> None:
@@ -89,12 +91,14 @@ def disable(model: nn.Module | None = None) -> None:
         if model is not None:
             _restore([model], log)
             _forget(state.models, model, log)
+            _set_hotswap(log)
             return
         _stop_building(log)
         _restore(list(state.roots), log)
         for known in (state.roots, state.models, state.reported):
             log.add(partial(known.update, list(known)))
             known.clear()
+        _set_hotswap(log)
 
 
 def _stop_building(log: Undo) -> None:
@@ -107,6 +111,17 @@ def _stop_building(log: Undo) -> None:
     if keys := _transformers_keys():
         keys.restore(log)
     state.stock.clear()
+
+
+def _set_hotswap(log: Undo) -> None:
+    """Gives PEFT dorac's functions that swap adapters while anything is enabled, else its own."""
+    from peft.utils import hotswap as module
+
+    from dorac.peft import hotswap
+
+    for name, function in (hotswap.FUNCTIONS if state.stock or state.models else hotswap.STOCK).items():
+        log.keep_attribute(module, name)
+        setattr(module, name, function)
 
 
 def _set_method(name: str, function: Callable | None, log: Undo) -> None:
@@ -162,12 +177,14 @@ def _enable_everywhere(dropout_on: str) -> Enabled:
             _set_method(name, function, log)
         if keys := _transformers_keys():
             keys.mend(log)
+        _set_hotswap(log)
         before = _on_dorac(list(state.roots))
 
         def undo() -> None:
             with state.lock, Undo() as log:
                 _stop_building(log)
                 _restore(list(state.roots), log, keep=[*before, *state.models])
+                _set_hotswap(log)
 
         return Enabled(undo)
 
@@ -179,6 +196,7 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
         switch(model, log)
         values = set_dropout_on(model.modules(), dropout_on, log)
         _remember(state.models, model, log)
+        _set_hotswap(log)
         _report(model, log)
 
         def undo() -> None:
@@ -187,6 +205,7 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
                 _restore([model], log, keep=before)
                 if not known:
                     _forget(state.models, model, log)
+                _set_hotswap(log)
 
         return Enabled(undo)
 
@@ -238,8 +257,21 @@ def switch(root: nn.Module, log: Undo) -> None:
             _replace_variants(module, classes, log)
             if ours.isdisjoint(map(type, module.lora_variant.values())):
                 continue  # plain LoRA, or another variant of it
+            _set_own_scalings(module, ours, log)
         _set_class(module, classes, log)
     _remember(state.roots, root, log)
+
+
+def tuners(model: nn.Module) -> list[nn.Module]:
+    """What PEFT itself switches off to have the base model, where one of the adapters runs on dorac; else nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from dorac.peft.variants import OnDorac
+
+    found = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    variants = (variant for module in found for variant in getattr(module, "lora_variant", {}).values())
+    return found if any(isinstance(variant, OnDorac) for variant in variants) else []
 
 
 _Values = list[tuple[dict[str, object], str, str | None]]  # attributes, a name among them, and its value or None
@@ -295,6 +327,8 @@ def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = 
             continue
         if hasattr(module, "lora_variant"):
             _replace_variants(module, classes, log)
+        if type(module) in classes and _OWN_SCALING in vars(module):
+            log.add(partial(vars(module).__setitem__, _OWN_SCALING, vars(module).pop(_OWN_SCALING)))
         _set_class(module, classes, log)
 
 
@@ -311,6 +345,20 @@ def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
         if getattr(module, "_dora_cache", None):
             log.add(partial(module._dora_cache.update, dict(module._dora_cache)))
             module._dora_cache.clear()
+
+
+def _set_own_scalings(module: nn.Module, ours: set[type], log: Undo) -> None:
+    """Tells the magnitudes of a layer which scaling is the adapter's own, of which PEFT's is a multiple."""
+    from dorac.nn.layer import scaling_factor
+
+    for adapter, variant in module.lora_variant.items():
+        magnitude = vars(module.lora_magnitude_vector[adapter])
+        if type(variant) in ours and magnitude.get(_OWN_SCALING) is None:
+            log.add(partial(magnitude.pop, _OWN_SCALING, None))
+            rank_stabilised = module.use_rslora.get(adapter, False)
+            own = scaling_factor(module.r[adapter], module.lora_alpha[adapter], rank_stabilised)
+            scaling = module.scaling[adapter]
+            magnitude[_OWN_SCALING] = torch.full_like(scaling, own) if isinstance(scaling, torch.Tensor) else own
 
 
 def _replace_variants(module: nn.Module, classes: dict[type, type], log: Undo) -> None:

@@ -12,6 +12,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from dorac import functional
+from dorac.nn import merging
 from dorac.peft import dora, over
 from dorac.peft.weights import dense_weight, gathered, is_plain, whole
 
@@ -55,20 +56,27 @@ def merged(module: nn.Module, adapter: str, *, safe_merge: bool) -> Tensor:
     The norm is kept for :func:`unmerged`, under the key and in the shape that stock PEFT keeps it.
     """
     magnitude = module.lora_magnitude_vector[adapter]
-    scaling = module.scaling[adapter]
+    scaling, strength = magnitude.split(module.scaling[adapter])
     with module._unmerged_base_weight(safe_merge=safe_merge) as base_weight:
         norm = magnitude.factored_norm(
             base_weight, *(f.to(base_weight.device) for f in factors(module, adapter)), scaling
         )
     module._cache_store(f"{adapter}-weight_norm", norm)
+    if strength is not None:  # whatever PEFT's scaling is when it is unmerged
+        module._cache_store(f"{adapter}-strength", strength)
     weight = dense_weight(module.get_base_layer()).detach()
-    matrix, _ = functional.merge_weight(
-        *matrices(module, adapter, weight),
-        whole(magnitude.weight, norm.numel()).flatten().to(weight.device),
-        scaling=scaling,
-        weight_norm=norm.flatten().to(weight.device),
-    )
+    part, norm = _part(module, adapter, weight, norm, strength)
+    matrix, _ = functional.merge_weight(*part, scaling=scaling, weight_norm=norm)
     return as_stored(module, adapter, matrix, weight)
+
+
+def _part(
+    module: nn.Module, adapter: str, weight: Tensor, norm: Tensor, strength: float | Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The matrix, the factors and the magnitude, and the norm, that give the weight at a strength."""
+    norm = norm.flatten().to(weight.device)
+    magnitude = whole(module.lora_magnitude_vector[adapter].weight, norm.numel()).flatten().to(weight.device)
+    return merging.at_strength((*matrices(module, adapter, weight), magnitude), norm, strength)
 
 
 @torch.no_grad()
@@ -78,19 +86,19 @@ def unmerged(module: nn.Module, adapter: str, weight: Tensor) -> Tensor:
     Raises:
         ValueError: rows whose g is zero or not finite; the adapter stays merged.
     """
-    norm = module._caches[f"{adapter}-weight_norm"].flatten().to(weight.device)
-    magnitude = whole(module.lora_magnitude_vector[adapter].weight, norm.numel()).flatten().to(weight.device)
+    norm = module._caches[f"{adapter}-weight_norm"]
+    scaling, _ = module.lora_magnitude_vector[adapter].split(module.scaling[adapter])
+    strength = module._caches.get(f"{adapter}-strength")
+    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
     try:
-        matrix = functional.unmerge_weight(
-            *matrices(module, adapter, weight),
-            magnitude,
-            scaling=module.scaling[adapter],
-            weight_norm=norm.to(torch.promote_types(norm.dtype, torch.float32)),
-        )
+        part, norm = _part(module, adapter, weight, norm, strength)
+        merging.refuse_lost(*part[3:], norm, strength)
+        matrix = functional.unmerge_weight(*part, scaling=scaling, weight_norm=norm)
     except BaseException:
         module.merged_adapters.append(adapter)  # PEFT has already taken it off the end
         raise
     module._cache_pop(f"{adapter}-weight_norm")
+    module._caches.pop(f"{adapter}-strength", None)
     return as_stored(module, adapter, matrix, weight)
 
 
@@ -110,6 +118,17 @@ def with_names(function: FunctionType, names: dict[str, Any]) -> FunctionType:
 def _with_layers(variant: type, name: str) -> staticmethod:
     """A static method of PEFT's variant over the magnitude layers of :mod:`dorac.peft.dora`."""
     return staticmethod(with_names(getattr(variant, name), {layer: getattr(dora, layer) for layer in dora.__all__}))
+
+
+def _init(variant: type) -> staticmethod:
+    """PEFT's ``init`` of a variant, over dorac's layers; the scaling is the adapter's own then."""
+    build = _with_layers(variant, "init").__func__
+
+    def init(module: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        build(module, adapter_name, **kwargs)
+        module.lora_magnitude_vector[adapter_name].own_scaling = module.scaling[adapter_name]
+
+    return staticmethod(init)
 
 
 def overflows(merged_weight: Tensor, *origins: Tensor) -> bool:
@@ -157,10 +176,17 @@ def lone_adapter(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
     return active if isinstance(module.lora_variant.get(active), OnDorac) else None
 
 
+def _is_off(module: nn.Module, adapter: str) -> bool:
+    """Whether the adapter is at strength 0."""
+    return dora.is_zero(module.lora_magnitude_vector[adapter].split(module.scaling[adapter])[1])
+
+
 def _of_dropped(variant: type) -> staticmethod:
     """PEFT's ``forward`` of a variant, or with dropout on the low-rank branch the change to the output there is."""
 
     def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if _is_off(module, active_adapter):
+            return result
         if module.lora_variant[active_adapter].dropout_on == "adapter":
             return variant.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
         return result + module.lora_magnitude_vector[active_adapter](
@@ -179,11 +205,13 @@ def _of_dropped(variant: type) -> staticmethod:
 class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
     """Linear layers."""
 
-    init = _with_layers(variants.DoraLinearVariant, "init")
+    init = _init(variants.DoraLinearVariant)
     added = _of_dropped(variants.DoraLinearVariant)
 
     @staticmethod
     def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if _is_off(module, active_adapter):
+            return result
         if lone_adapter(module, (), {}) == active_adapter:
             y = over.adapted(module, active_adapter, x, result)
             if y is not None:
@@ -194,10 +222,12 @@ class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
 class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
     """Embeddings."""
 
-    init = _with_layers(variants.DoraEmbeddingVariant, "init")
+    init = _init(variants.DoraEmbeddingVariant)
 
     @staticmethod
     def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if _is_off(module, active_adapter):
+            return result
         # Stock PEFT's forward transposes the factors; of a parted one autograd would remember that it has no elements.
         with gathered(factors(module, active_adapter)):
             return variants.DoraEmbeddingVariant.forward(
@@ -208,21 +238,21 @@ class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
 class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):
     """Convolutions of one dimension."""
 
-    init = _with_layers(variants.DoraConv1dVariant, "init")
+    init = _init(variants.DoraConv1dVariant)
     forward = _of_dropped(variants.DoraConv1dVariant)
 
 
 class DoraConv2dVariant(OnDorac, variants.DoraConv2dVariant):
     """Convolutions of two dimensions."""
 
-    init = _with_layers(variants.DoraConv2dVariant, "init")
+    init = _init(variants.DoraConv2dVariant)
     forward = _of_dropped(variants.DoraConv2dVariant)
 
 
 class DoraConv3dVariant(OnDorac, variants.DoraConv3dVariant):
     """Convolutions of three dimensions."""
 
-    init = _with_layers(variants.DoraConv3dVariant, "init")
+    init = _init(variants.DoraConv3dVariant)
     forward = _of_dropped(variants.DoraConv3dVariant)
 
 

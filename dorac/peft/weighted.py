@@ -98,7 +98,7 @@ def add_weighted_adapter(
         new_A.copy_(lora_A.reshape(new_A.shape))
         new_B.copy_((lora_B / scaling).reshape(new_B.shape))
         magnitude = layer.lora_magnitude_vector[adapter_name]
-        norm = _norm(layer, adapter_name)
+        norm = adapter_norm(layer, adapter_name)
         magnitude.weight.copy_(norm * base_scale.to(norm.device).view(norm.shape))
 
 
@@ -106,13 +106,12 @@ def _groups(layer: LoraLayer) -> int:
     return getattr(layer.get_base_layer(), "groups", 1)
 
 
-def _norm(layer: LoraLayer, adapter: str) -> Tensor:
+def adapter_norm(layer: LoraLayer, adapter: str) -> Tensor:
     """The norm that the adapter has by itself, whatever is merged into the base weight now."""
+    magnitude = layer.lora_magnitude_vector[adapter]
     with layer._unmerged_base_weight() as weight:
         pair = (factor.to(weight.device) for factor in factors(layer, adapter))
-        return layer.lora_magnitude_vector[adapter].factored_norm(
-            weight, *pair, layer.scaling[adapter], groups=_groups(layer)
-        )
+        return magnitude.factored_norm(weight, *pair, magnitude.split(layer.scaling[adapter])[0], groups=_groups(layer))
 
 
 def _combine(
@@ -126,13 +125,15 @@ def _combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``A [G, rank/G, in]``, ``B [G, out/G, rank/G]`` of D for scaling 1, and c ``[out]``; G groups, 1 but for conv."""
     groups = _groups(layer)
+    split = {a: layer.lora_magnitude_vector[a].split(layer.scaling[a]) for a, _ in present}
+    present = [(a, w if split[a][1] is None else w * split[a][1]) for a, w in present]  # at the strengths they have now
     scales, As, Bs = [], [], []
     for adapter, _ in present:
         lora_A, lora_B = factors(layer, adapter)
         acc = accumulate_dtype(lora_A)
         As.append(lora_A.to(acc).unflatten(0, (groups, -1)).flatten(2))
         Bs.append(lora_B.to(acc).unflatten(0, (groups, -1)).flatten(2))
-        scales.append(layer.lora_magnitude_vector[adapter].mag_scale(_norm(layer, adapter)).flatten())
+        scales.append(layer.lora_magnitude_vector[adapter].mag_scale(adapter_norm(layer, adapter)).flatten())
     base_scale = 1 + sum(weight * (g - 1) for (_, weight), g in zip(present, scales, strict=True))
     lost = (base_scale == 0).nonzero().flatten().tolist()
     if lost:
@@ -140,14 +141,14 @@ def _combine(
             f"the combination leaves row {lost[0]} of {name} without its base weight, which no DoRA adapter does"
         )
     rows = [(g / base_scale).to(b).view(groups, -1, 1) for g, b in zip(scales, Bs, strict=True)]
-    strengths = [weight * layer.scaling[adapter] for adapter, weight in present]
+    shares = [weight * split[adapter][0] for adapter, weight in present]
     if kind == "linear":
-        roots = [math.sqrt(abs(s)) for s in strengths]
-        lora_A = sum(math.copysign(q, s) * a for q, s, a in zip(roots, strengths, As, strict=True))
+        roots = [math.sqrt(abs(s)) for s in shares]
+        lora_A = sum(math.copysign(q, s) * a for q, s, a in zip(roots, shares, As, strict=True))
         lora_B = sum(q * row * b for q, row, b in zip(roots, rows, Bs, strict=True))
     else:
         lora_A = torch.cat(As, dim=1)
-        lora_B = torch.cat([s * row * b for s, row, b in zip(strengths, rows, Bs, strict=True)], dim=2)
+        lora_B = torch.cat([s * row * b for s, row, b in zip(shares, rows, Bs, strict=True)], dim=2)
     if kind == "svd":
         lora_A, lora_B = _truncated(lora_A, lora_B, rank // groups, clamp, driver)
     missing = rank // groups - lora_A.shape[1]  # of a layer that not all adapters adapt, or with a rank of its own
