@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dorac.apply import saved_modules
+from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, shortened
 from dorac.nn import DoraLayer
@@ -101,6 +101,7 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
         "bias": "none",
         "init_lora_weights": True,
+        **config_record(model),
     }
 
 

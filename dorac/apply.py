@@ -5,11 +5,12 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dorac import notices
+from dorac import lora_config, notices
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
@@ -17,13 +18,17 @@ from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places
 from dorac.undo import Undo
 
+if TYPE_CHECKING:
+    import peft
+
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
 
 
+@lora_config.takes_lora_config
 def apply_dora(
     model: nn.Module,
-    target_modules: str | Sequence[str],
+    target_modules: "str | Sequence[str] | peft.LoraConfig | None" = None,
     r: int = 8,
     lora_alpha: float = 8,
     *,
@@ -41,17 +46,21 @@ def apply_dora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
     grouped_lora_A: bool = False,
+    record: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
-    The arguments mean what they mean in PEFT's ``LoraConfig``.
+    The arguments mean what they mean in PEFT's ``LoraConfig``, and one of those may stand in their place:
+    ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside a config go the arguments that it has no field for.
+    Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
 
     Args:
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
             bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, and let
             ``peft.prepare_model_for_kbit_training`` come before.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
-            linear layer but the language-model head).
+            linear layer but the language-model head). None takes what PEFT has for the model's architecture, where
+            PEFT is installed.
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
             :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad.
         exclude_modules: a list of names or endings, or a regex; never adapted.
@@ -62,6 +71,8 @@ def apply_dora(
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
+        record: fields of ``adapter_config.json`` that say nothing about the layers (``task_type``, ``revision``, ...),
+            to be saved with the adapter.
 
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
@@ -70,14 +81,18 @@ def apply_dora(
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
-            arguments out of range. The model is then unchanged.
+            arguments out of range; a config that asks for what dorac does not have (each field by name), or one beside
+            arguments that it has fields for. The model is then unchanged.
     """
+    lora_config.check_record(record or {})
     if bias != "none":
         raise ValueError(
             f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself"
         )
     refuse_ddp(model)
     model = bare(model)
+    if target_modules is None:
+        target_modules = lora_config.default_targets(model)
     saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
@@ -90,6 +105,7 @@ def apply_dora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
+        stacklevel=4,
     )
     if grouped_lora_A:
         targets = [
@@ -110,15 +126,20 @@ def apply_dora(
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
+            stacklevel=4,
         )
+        if record:
+            setattr(model, lora_config.RECORD_ATTRIBUTE, {**config_record(model), **record})
     return [target.name for target in targets]
 
 
-def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, **options) -> None:
+def wrap(
+    model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *, stacklevel: int = 3, **options
+) -> None:
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
     modules = {target.name: target.module for target in targets}
-    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=3)
-    notices.warn_dense_copies(modules, stacklevel=3)
+    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
+    notices.warn_dense_copies(modules, stacklevel=stacklevel)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:
@@ -155,6 +176,11 @@ def saved_modules(model: nn.Module) -> list[str]:
         for name in vars(module).get(SAVED_ATTRIBUTE, [])
     ]
     return list(dict.fromkeys(names))
+
+
+def config_record(model: nn.Module) -> dict[str, object]:
+    """What the saved config of a wrapped model says beside its layers: see ``record`` of :func:`apply_dora`."""
+    return vars(model).get(lora_config.RECORD_ATTRIBUTE, {})
 
 
 def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: bool = True) -> list[str]:
@@ -281,10 +307,11 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
         return
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     for module in model.modules():
-        if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module):
+        left = [name for name in (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE) if name in vars(module)]
+        if left or loading.is_guarded(module):
             log.keep_module(module)
-            if SAVED_ATTRIBUTE in vars(module):
-                delattr(module, SAVED_ATTRIBUTE)
+            for name in left:
+                delattr(module, name)
             loading.unguard(module)
 
 

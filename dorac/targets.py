@@ -60,6 +60,7 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
     compile: Compile = re.compile,
+    stacklevel: int = 3,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
@@ -137,7 +138,7 @@ def find_targets(
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if unused := pattern.unused():
-            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel)
     return targets
 
 

@@ -14,6 +14,7 @@ PACKAGE = Path(dorac.__file__).parent
 FLOORS = {
     "bounded": 0,
     "dense": 0,
+    "lora_config": 0,
     "names": 0,
     "numerics": 0,
     "reference": 0,
