@@ -6,6 +6,7 @@ from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.idle import find_idle
 from dorac.outputs import save_outputs
+from dorac.trained import parameter_groups, print_trainable_parameters
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "parameter_groups",
+    "print_trainable_parameters",
     "save_adapter",
     "save_outputs",
     "unmerge",

@@ -30,6 +30,7 @@ FLOORS = {
     "parallel": 5,
     "peft": 5,
     "targets": 5,
+    "trained": 5,
     "apply": 6,
     "adapter_config": 7,
     "caching": 7,
