@@ -13,7 +13,7 @@ from torch import nn
 from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, shortened
-from dorac.nn import DoraLayer
+from dorac.nn import DoraLayer, residual
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.targets import named_places, plain_name
 
@@ -82,7 +82,7 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         usual = collections.Counter(values.values()).most_common(1)[0][0]
         return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
-    r, rank_pattern = usual_and_pattern(lambda layer: layer.r)
+    r, rank_pattern = usual_and_pattern(residual.saved_rank)
     lora_alpha, alpha_pattern = usual_and_pattern(_lora_alpha)
     return {
         "peft_type": "LORA",
@@ -107,10 +107,10 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
 
 def _lora_alpha(layer: DoraLayer) -> float:
     """The alpha of the layer's scaling, which may have been set since it was made."""
-    scaling = float(layer.scaling)
-    if scaling == scaling_factor(layer.r, layer.lora_alpha, layer.use_rslora):
+    scaling, r = float(layer.scaling), residual.saved_rank(layer)
+    if scaling == scaling_factor(r, layer.lora_alpha, layer.use_rslora):
         return layer.lora_alpha
-    return scaling / scaling_factor(layer.r, 1, layer.use_rslora)
+    return scaling / scaling_factor(r, 1, layer.use_rslora)
 
 
 def _shortest_names(model: nn.Module, layers: Mapping[str, DoraLayer]) -> list[str] | str:

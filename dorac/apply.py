@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from dorac.names import Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
-from dorac.targets import Target, find_targets, named_places
+from dorac.targets import Target, find_targets, named_places, plain_name, with_eva_ranks
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
@@ -46,13 +46,12 @@ def apply_dora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
     grouped_lora_A: bool = False,
-    record: Mapping[str, object] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    config: "peft.LoraConfig | None" = None,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
-    The arguments mean what they mean in PEFT's ``LoraConfig``, and one of those may stand in their place:
-    ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside a config go the arguments that it has no field for.
-    Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
+    The arguments mean what they mean in PEFT's ``LoraConfig``, and one of those may stand in their place.
 
     Args:
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
@@ -62,7 +61,13 @@ def apply_dora(
             linear layer but the language-model head). None takes what PEFT has for the model's architecture, where
             PEFT is installed.
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
-            :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad.
+            :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad. For linear layers
+            init_lora_weights may also be a start of PEFT's, by PEFT's own code: "pissa", "pissa_niter_[number]",
+            "olora", "orthogonal"; "corda" and "lora_ga" after PEFT's ``preprocess_corda`` or ``preprocess_loraga`` with
+            the same config; "eva" with the ``eva_state_dict`` that ``peft.get_eva_state_dict(model, data, config)``
+            returns, which gives the layers ranks, and none to some. The output at the start is the frozen model's, to a
+            rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
+            and :func:`dorac.save_adapter`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -71,8 +76,10 @@ def apply_dora(
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
-        record: fields of ``adapter_config.json`` that say nothing about the layers (``task_type``, ``revision``, ...),
-            to be saved with the adapter.
+        eva_state_dict: for the start "eva".
+        config: PEFT's ``LoraConfig`` in the place of all that it has fields for; it may come second as well,
+            ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside it go the arguments that it has no field for.
+            Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
 
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
@@ -84,7 +91,6 @@ def apply_dora(
             arguments out of range; a config that asks for what dorac does not have (each field by name), or one beside
             arguments that it has fields for. The model is then unchanged.
     """
-    lora_config.check_record(record or {})
     if bias != "none":
         raise ValueError(
             f"bias must be 'none', got {bias!r}: dorac trains no biases; set requires_grad on them yourself"
@@ -114,6 +120,17 @@ def apply_dora(
             else target
             for target in targets
         ]
+    inits = None
+    if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
+        from dorac.peft import inits  # imported only for a start of PEFT's
+
+        inits.check(init_lora_weights, {t.name: t.module for t in targets}, config, eva_state_dict)
+    if eva_state_dict is not None:
+        if init_lora_weights != "eva":
+            raise ValueError(f"eva_state_dict is for init_lora_weights='eva', got {init_lora_weights!r}")
+        eva_state_dict = {key.removeprefix("base_model.model."): t for key, t in eva_state_dict.items()}
+        adjust_alpha = getattr(getattr(config, "eva_config", None), "adjust_scaling_factors", True)
+        targets = with_eva_ranks(targets, eva_state_dict, adjust_alpha=adjust_alpha)
     with Undo() as log:
         wrap(
             model,
@@ -123,13 +140,18 @@ def apply_dora(
             lora_dropout=lora_dropout,
             dropout_on=dropout_on,
             use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
+            init_lora_weights=init_lora_weights if inits is None else True,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
             stacklevel=4,
         )
-        if record:
-            setattr(model, lora_config.RECORD_ATTRIBUTE, {**config_record(model), **record})
+        if inits is not None:
+            layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
+            if inits.takes_out(init_lora_weights):
+                _refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
+            inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
+        if config is not None:
+            setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
     return [target.name for target in targets]
 
 
@@ -179,7 +201,7 @@ def saved_modules(model: nn.Module) -> list[str]:
 
 
 def config_record(model: nn.Module) -> dict[str, object]:
-    """What the saved config of a wrapped model says beside its layers: see ``record`` of :func:`apply_dora`."""
+    """What the saved config of a wrapped model repeats of the config that it was wrapped with."""
     return vars(model).get(lora_config.RECORD_ATTRIBUTE, {})
 
 
@@ -266,7 +288,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    _refuse_tied(model)
+    _refuse_tied(model, layers.values(), "merging")
     for name, layer in layers.items():
         finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
@@ -387,11 +409,12 @@ def _memory(parameter: Tensor) -> tuple[str, int]:
     return "id", id(parameter)
 
 
-def _refuse_tied(model: nn.Module) -> None:
-    """A base weight that something outside its wrapper reads too must not be merged into."""
+def _refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
+    """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
+    layers = set(layers)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DoraLayer):
+        if module in layers:
             paths.setdefault(module, []).append(f"{name}." if name else "")
     names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -403,6 +426,6 @@ def _refuse_tied(model: nn.Module) -> None:
             if tied is not None:
                 own = f"layer.base_layer.{attribute}"
                 raise ValueError(
-                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: merging would change both. Give the "
+                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: {deed} would change both. Give the "
                     f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
                 )

@@ -17,7 +17,7 @@ from dorac import adapter_config, checks, notices, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
-from dorac.nn import DoraLayer, layer_class, norm_cache, starts
+from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, plain_name
@@ -45,6 +45,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     (``dropout_on``) is not in the file, PEFT's config having no word for it: training may go on with
     ``load_adapter(..., dropout_on=...)``, and nothing else depends on it.
 
+    An adapter that began as a part of its base weight (PiSSA, OLoRA, CorDA, LoRA-GA) is saved as one of twice the rank
+    over the weight that was there before: ``lora_A`` is ``[lora_A; lora_A0]``, ``lora_B`` ``[lora_B, -lora_B0]``. A
+    model that began in such a way takes it back into its own rank; for every other it is an adapter of that rank.
+
     A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
 
     Raises:
@@ -61,6 +65,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     notices.warn_untrained(layers, stacklevel=2)
     parameters = _adapter_tensors(model, layers)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    for layer, keys in _over_residuals(layers):
+        tensors |= zip(keys, residual.over_original(layer, *(tensors[key] for key in keys)), strict=True)
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -179,6 +185,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
         targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
+        for layer, keys in _over_residuals(layers):
+            shapes = layer.adapter_shapes(layer.base_layer, residual.saved_rank(layer))
+            expected |= {key: shapes[name] for key, name in zip(keys, residual.INITIAL, strict=True)}
     else:
         refuse_ddp(root)
         problems = []
@@ -221,6 +230,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
             layers = dora_layers(model)
         goals = _adapter_tensors(model, layers) | base_tensors
         _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
+        for layer, keys in _over_residuals(layers):
+            tensors |= zip(keys, residual.adopt(layer, *(tensors[key] for key in keys), log), strict=True)
         with torch.no_grad():
             for key, parameter in goals.items():
                 log.keep(parameter)
@@ -236,6 +247,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
 def _key(module: str, name: str) -> str:
     """PEFT's key of a tensor of a module, whether that is compiled or not."""
     return _PREFIX + plain_name(f"{module}.{name}")
+
+
+def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[DoraLayer, list[str]]]:
+    """The layers that began as a part of their base weights, with PEFT's keys of lora_A and lora_B."""
+    return [
+        (layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
+        for name, layer in layers.items()
+        if residual.has_residual(layer)
+    ]
 
 
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:

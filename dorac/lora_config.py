@@ -30,6 +30,8 @@ _ARGUMENTS = (
 _RECORDED = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
 # ... and those that change nothing here: each layer knows how its weight lies, the others belong to refused ones.
 _NEUTRAL = ("peft_type", "peft_version", "use_dora", "fan_in_fan_out", "megatron_core", "qalora_group_size")
+# Settings of starts, by the start that they are for.
+_OF_STARTS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
 # The heads that PEFT trains whole for a task, where the model has them.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -46,24 +48,31 @@ def is_config(value: object) -> bool:
 
 
 def takes_lora_config(apply: Callable) -> Callable:
-    """Has ``apply(model, target_modules, ...)`` take a ``LoraConfig`` in the place of ``target_modules``.
+    """Has ``apply(model, target_modules, ..., config=None)`` take a ``LoraConfig`` as ``config`` or second.
 
     Raises:
-        TypeError: arguments beside the config that the config has a field for.
+        TypeError: arguments beside the config that the config has a field for; a config that is none.
         ValueError: see :func:`arguments_of`.
     """
 
     @functools.wraps(apply)
     def taking(model: nn.Module, target_modules: object = None, *args: object, **options: object) -> object:
-        if not is_config(target_modules):
+        if is_config(target_modules) and options.get("config") is None:
+            config, target_modules = target_modules, None
+        else:
+            config = options.get("config")
+        if config is None:
             return apply(model, target_modules, *args, **options)
-        said_twice = [*_ARGUMENTS[1 : 1 + len(args)], *(name for name in _ARGUMENTS if name in options)]
-        if said_twice:
+        if not is_config(config):
+            raise TypeError(f"config must be a LoraConfig of PEFT's, got {type(config).__name__}")
+        beside = [name for name in _ARGUMENTS if name in options]
+        beside += _ARGUMENTS[1 : 1 + len(args)]
+        beside += ["target_modules"] if target_modules is not None else []
+        if beside:
             raise TypeError(
-                f"{apply.__name__} got {', '.join(said_twice)} beside a {type(target_modules).__name__}: set it in the "
-                "config"
+                f"{apply.__name__} got {', '.join(sorted(beside))} beside a {type(config).__name__}: set that there"
             )
-        return apply(model, **arguments_of(target_modules, model), record=recorded(target_modules), **options)
+        return apply(model, **arguments_of(config, model), **{**options, "config": config})
 
     return taking
 
@@ -85,6 +94,7 @@ def arguments_of(config: object, model: nn.Module) -> dict[str, object]:
             "read a saved adapter with dorac.load_adapter"
         )
     known = {*_ARGUMENTS, *_RECORDED, *_NEUTRAL, "inference_mode"}
+    known.add(_OF_STARTS.get(getattr(config, "init_lora_weights", None)))
     foreign = {k: v for k, v in vars(config).items() if not k.startswith("_") and k not in known and _is_set(config, k)}
     if foreign:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))
@@ -114,12 +124,6 @@ def recorded(config: object) -> dict[str, object]:
     """What the saved config repeats of this one, in JSON's types."""
     fields = {name: getattr(config, name, None) for name in _RECORDED}
     return {name: getattr(value, "value", value) for name, value in fields.items() if value is not None}
-
-
-def check_record(record: Mapping[str, object]) -> None:
-    """Refuses what is no field of this kind with a ``ValueError``."""
-    if foreign := sorted(record.keys() - set(_RECORDED)):
-        raise ValueError(f"record may hold {', '.join(_RECORDED)}, got {', '.join(foreign)}")
 
 
 def default_targets(model: nn.Module) -> str | list[str]:

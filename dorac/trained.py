@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from dorac import checks
-from dorac.nn import DoraLayer
+from dorac.nn import DoraLayer, residual
 
 # What the name of an adapter's parameter says of it, in dorac.nn and in PEFT; the first that it holds counts.
 _ROLES = {
@@ -15,6 +15,8 @@ _ROLES = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
 }
+
+_INITIAL = tuple(residual.INITIAL.values())  # which PEFT does not keep
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -25,8 +27,8 @@ def print_trainable_parameters(model: nn.Module) -> None:
     ``modules_to_save``, which this model does not have.
     """
     trainable = total = 0
-    for parameter in model.parameters():
-        count = _elements(parameter)
+    for name, parameter in model.named_parameters():
+        count = 0 if name.endswith(_INITIAL) else _elements(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     percent = 100 * trainable / total if total else 0.0

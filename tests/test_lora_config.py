@@ -100,14 +100,24 @@ def test_what_the_config_has_no_field_for_goes_beside_it():
 
 @pytest.mark.parametrize(
     ("args", "options", "said"),
-    [((8,), {}, "r"), ((4, 8), {}, "r, lora_alpha"), ((), {"r": 8}, "r"), ((), {"use_rslora": False}, "use_rslora")],
+    [((8,), {}, "r"), ((4, 8), {}, "lora_alpha, r"), ((), {"r": 8}, "r"), ((), {"use_rslora": False}, "use_rslora")],
 )
 def test_an_argument_beside_the_config_is_refused(args, options, said):
     """Also with the value that it has by default: which of the two counts nobody could tell."""
     model = Model()
-    with pytest.raises(TypeError, match=f"^apply_dora got {said} beside a LoraConfig: set it in the config$"):
+    with pytest.raises(TypeError, match=f"^apply_dora got {said} beside a LoraConfig: set that there$"):
         dorac.apply_dora(model, lora_config(), *args, **options)
     assert not dora_layers(model)
+
+
+def test_by_its_own_name():
+    model = Model()
+    assert dorac.apply_dora(model, config=lora_config(r=3)) == ["blocks.0.up", "blocks.1.up"]
+    assert model.blocks[0].up.r == 3
+    with pytest.raises(TypeError, match="got target_modules beside a LoraConfig"):
+        dorac.apply_dora(Model(), ["up"], config=lora_config())
+    with pytest.raises(TypeError, match="config must be a LoraConfig of PEFT's, got dict"):
+        dorac.apply_dora(Model(), config={"r": 3})
 
 
 FOREIGN = {
@@ -192,8 +202,6 @@ def test_what_the_saved_config_repeats(tmp_path):
     assert dorac.load_adapter(Model(), tmp_path) == ["blocks.0.up", "blocks.1.up"]
     plain = dorac.merge(model, unload=True)
     assert "dora_config_record" not in vars(plain)
-    with pytest.raises(ValueError, match=r"record may hold task_type, .*, got r"):
-        dorac.apply_dora(Model(), ["up"], record={"r": 3})
 
 
 def test_heads_of_tasks_are_trained_whole(tmp_path):

@@ -188,6 +188,8 @@ class DoraLayer(nn.Module):
         """Draws new factors and sets the magnitude to the norm, so that g = 1; refused while merged."""
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
+        if "initial_lora_A" in self._parameters:
+            raise ValueError("the adapter began as a part of its base weight, which a new one would not bring back")
         with Undo() as log:
             self.keep_norm(log)
             starts.materialise(self)
