@@ -306,7 +306,7 @@ REFUSED = {
     "alpha": (Model, {"alpha_pattern": {"1.up": "8"}}, TypeError, "lora_alpha must be a number, got '8'"),
     "dropout": (Model, {"lora_dropout": 1.0}, ValueError, "lora_dropout must be in"),
     "dropout_on": (Model, {"dropout_on": "x"}, ValueError, "dropout_on must be 'adapter' or 'low_rank', got 'x'"),
-    "init": (Model, {"init_lora_weights": "olora"}, ValueError, "init_lora_weights must be"),
+    "init": (Model, {"init_lora_weights": "xavier"}, ValueError, "init_lora_weights must be"),
     "dtype": (Model, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be"),
     "saved nothing": (Model, {"modules_to_save": ["score"]}, ValueError, "modules_to_save: 'score' matches no module"),
     "saved tied": (
