@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import lora_config, notices
-from dorac.names import Names, parents
+from dorac.names import ModuleNames, Names, parents
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
@@ -152,7 +152,7 @@ def apply_dora(
             inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
-    return [target.name for target in targets]
+    return ModuleNames(target.name for target in targets)
 
 
 def wrap(
@@ -257,7 +257,7 @@ def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
             )
 
 
-def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
+def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
     """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
 
     A quantised weight is quantised anew, in its own format, with the error that this makes, and kept until the adapter
@@ -269,8 +269,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             parameters still frozen but for those in ``modules_to_save``.
 
     Returns:
-        ``model``; the plain layer if ``model`` itself is an adapted layer and ``unload`` is set. A ``RuntimeWarning``
-        names layers whose weight the code of the model can read past their forward: that will see the merged one.
+        With ``unload`` the plain model: ``model``, or the plain layer if ``model`` itself is an adapted layer. Else
+        None, since the change is made in place. A ``RuntimeWarning`` names layers whose weight the code of the model
+        can read past their forward: that will see the merged one.
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
@@ -311,7 +312,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         else:
             log.keep_module(model)
             loading.guard(model)
-    return layers[""].base_layer if unload and "" in layers else root
+    if not unload:
+        return None
+    return layers[""].base_layer if "" in layers else root
 
 
 @contextlib.contextmanager
@@ -337,11 +340,8 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
             loading.unguard(module)
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: nn.Module) -> None:
     """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``; a quantised one exactly.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named). Then, and
@@ -357,7 +357,6 @@ def unmerge(model: nn.Module) -> nn.Module:
             if layer.merged:  # not yet unmerged under another name
                 with _blaming(name, layer):
                     merging.write_unmerged(layer, log)
-    return model
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from dorac import adapter_config, checks, notices, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import bare, dora_layers, find_saved, refuse_ddp, require_layers, reshard, saved_modules, wrap
 from dorac.bounded import Bounded
+from dorac.names import ModuleNames
 from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
@@ -241,7 +242,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, dropout_on: 
             layer.keep_norm(log)
             starts.has_values(layer, loaded=True)
         norm_cache.refresh(layers.values())
-    return list(layers)
+    return ModuleNames(layers)
 
 
 def _key(module: str, name: str) -> str:

@@ -41,6 +41,17 @@ def _elements(parameter: Tensor) -> int:
     return parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed ZeRO-3 leaves it empty
 
 
+class ParameterGroups(list):
+    """A list of the groups that an optimizer takes, each a dictionary, shown in a line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"{group['name']}: {sum(map(_elements, group['params'])):,d} parameters in {len(group['params'])} tensors, "
+            f"lr {group['lr']:g}, weight_decay {group['weight_decay']:g}"
+            for group in self
+        )
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float | Tensor,
@@ -50,7 +61,7 @@ def parameter_groups(
     embedding_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     magnitude_weight_decay: float = 0.0,
-) -> list[dict[str, object]]:
+) -> "ParameterGroups":
     """The trained parameters of ``model`` in groups: ``torch.optim.AdamW(dorac.parameter_groups(model, lr))``.
 
     | ``name`` of the group | holds | learning rate | weight decay |
@@ -106,7 +117,7 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[roles.get(id(parameter), "other")]["params"].append(parameter)
-    held = [group for group in groups.values() if group["params"]]
+    held = ParameterGroups(group for group in groups.values() if group["params"])
     if not held:
         raise ValueError(f"{type(model).__name__} has no parameter that is trained: adapt it first, or unfreeze some")
     return held

@@ -297,3 +297,12 @@ def sharded_models(folder):
 def test_sharded_models(tmp_path):
     """DDP and FSDP2: the same sentence on each rank, and each parameter with its rate."""
     run(sharded_models, tmp_path, "cpu", str(tmp_path))
+
+
+def test_what_a_notebook_shows():
+    groups = dorac.parameter_groups(adapted(), 1e-3, lora_plus_ratio=16, weight_decay=0.1)
+    assert repr(groups).splitlines()[:2] == [
+        "lora_A: 96 parameters in 4 tensors, lr 0.001, weight_decay 0.1",
+        "lora_B: 96 parameters in 4 tensors, lr 0.016, weight_decay 0.1",
+    ]
+    assert len(repr(groups).splitlines()) == len(groups) == 5
