@@ -255,6 +255,21 @@ def test_state_dicts_are_whole(tmp_path):
         drawn.load_state_dict(model.state_dict())
 
 
+def test_a_base_weight_without_its_residual_is_refused():
+    model = trained(begun("pissa"))
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    whole = {key: t for key, t in before.items() if "lora_" not in key}
+    for module, state, name in (
+        (model, whole, "blocks.0.up"),
+        (nn.Sequential(model), {f"0.{key}": t for key, t in whole.items()}, "0.blocks.0.up"),
+        (model.blocks[0].up, {"base_layer.weight": torch.ones(16, 8)}, "DoraLinear"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} began as a part of its base weight, which the state dict holds"):
+            module.load_state_dict(state, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    model.load_state_dict({"head.weight": before["head.weight"] * 2}, strict=False)  # what is not of these layers
+
+
 def test_merge_unmerge_and_copies():
     model = trained(begun("olora"))
     expected, residuals = model(TOKENS), [m.base_layer.weight.clone() for m in dora_layers(model).values()]
@@ -472,5 +487,6 @@ def sharded(folder):
         torch.testing.assert_close(model(TOKENS), other(TOKENS))
 
 
+@pytest.mark.full
 def test_sharded(tmp_path):
     run_processes(sharded, tmp_path, "cpu", str(tmp_path))
