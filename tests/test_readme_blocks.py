@@ -17,10 +17,13 @@ from test_readme import README
 
 import dorac
 
+ELSEWHERE = ("Trainer", "TRL")  # run by test_readme.py
 BLOCKS = {}
 for section in re.split(r"^#+ ", README, flags=re.MULTILINE)[1:]:
+    heading = section.partition("\n")[0]
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
-        BLOCKS[f"{section.partition(chr(10))[0]}, {number + 1}"] = code
+        if heading not in ELSEWHERE:
+            BLOCKS[f"{heading}, {number + 1}"] = code
 
 SMALL = "model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))\n"
 ADAPTED = SMALL + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n"
