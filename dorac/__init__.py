@@ -7,6 +7,7 @@ from dorac.checkpoint import load_adapter, save_adapter
 from dorac.idle import find_idle
 from dorac.outputs import save_outputs
 from dorac.switching import base_model, disabled, set_strength
+from dorac.trained import parameter_groups, print_trainable_parameters
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "parameter_groups",
+    "print_trainable_parameters",
     "save_adapter",
     "save_outputs",
     "set_strength",

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from dorac.apply import saved_modules
+from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
-from dorac.nn import DoraLayer
+from dorac.nn import DoraLayer, residual
 from dorac.nn.layer import check_hyperparameters, scaling_factor
 from dorac.notices import listed
 from dorac.targets import named_places
@@ -89,7 +89,7 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         usual = collections.Counter(values.values()).most_common(1)[0][0]
         return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
-    r, rank_pattern = usual_and_pattern(lambda layer: layer.r)
+    r, rank_pattern = usual_and_pattern(residual.saved_rank)
     lora_alpha, alpha_pattern = usual_and_pattern(_lora_alpha)
     return {
         "peft_type": "LORA",
@@ -108,6 +108,7 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
         "bias": "none",
         "init_lora_weights": True,
+        **config_record(model),
     }
 
 
@@ -128,10 +129,10 @@ def _built_by(model: nn.Module) -> dict:
 
 def _lora_alpha(layer: DoraLayer) -> float:
     """The alpha of the layer's scaling, which may have been set since it was made."""
-    scaling = float(layer.scaling)
-    if scaling == scaling_factor(layer.r, layer.lora_alpha, layer.use_rslora):
+    scaling, r = float(layer.scaling), residual.saved_rank(layer)
+    if scaling == scaling_factor(r, layer.lora_alpha, layer.use_rslora):
         return layer.lora_alpha
-    return scaling / scaling_factor(layer.r, 1, layer.use_rslora)
+    return scaling / scaling_factor(r, 1, layer.use_rslora)
 
 
 def _shortest_names(model: nn.Module, layers: Mapping[str, DoraLayer]) -> list[str] | str:

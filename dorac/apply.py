@@ -4,26 +4,31 @@ import bisect
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dorac import notices, offload, pretrained
-from dorac.names import Names, parents
+from dorac import lora_config, notices, offload, pretrained
+from dorac.names import ModuleNames, Names, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
-from dorac.targets import Target, find_targets, named_places, peft_layers
+from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
 from dorac.undo import Undo
+
+if TYPE_CHECKING:
+    import peft
 
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
 
 
+@lora_config.takes_lora_config
 def apply_dora(
     model: nn.Module,
-    target_modules: str | Sequence[str],
+    target_modules: "str | Sequence[str] | peft.LoraConfig | None" = None,
     r: int = 8,
     lora_alpha: float = 8,
     *,
@@ -41,19 +46,28 @@ def apply_dora(
     modules_to_save: Sequence[str] | None = None,
     bias: str = "none",
     grouped_lora_A: bool = False,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    config: "peft.LoraConfig | None" = None,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
 
-    The arguments mean what they mean in PEFT's ``LoraConfig``.
+    The arguments mean what they mean in PEFT's ``LoraConfig``, and one of those may stand in their place.
 
     Args:
         model: any module that contains layers of the kinds that ``dorac.nn`` adapts, quantised linear layers of
             bitsandbytes, torchao and HQQ among them (:class:`dorac.nn.DoraQuantLinear`). Quantise it first, let
             accelerate dispatch it and ``peft.prepare_model_for_kbit_training`` come before.
         target_modules: a list of names or dotted name endings, a regex for the whole name, or "all-linear" (every
-            linear layer but the language-model head).
+            linear layer but the language-model head). None takes what PEFT has for the model's architecture, where
+            PEFT is installed.
         r, lora_alpha, lora_dropout, dropout_on, use_rslora, init_lora_weights, adapter_dtype, norm_grad: see
-            :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad.
+            :class:`dorac.nn.DoraLayer`; of these ``LoraConfig`` has no dropout_on and no norm_grad. For linear layers
+            init_lora_weights may also be a start of PEFT's, by PEFT's own code: "pissa", "pissa_niter_[number]",
+            "olora", "orthogonal"; "corda" and "lora_ga" after PEFT's ``preprocess_corda`` or ``preprocess_loraga`` with
+            the same config; "eva" with the ``eva_state_dict`` that ``peft.get_eva_state_dict(model, data, config)``
+            returns, which gives the layers ranks, and none to some. The output at the start is the frozen model's, to a
+            rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
+            and :func:`dorac.save_adapter`.
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -62,6 +76,10 @@ def apply_dora(
         modules_to_save: endings of names of modules that are trained whole and saved with the adapter; never adapted.
         bias: only "none"; training biases is refused.
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
+        eva_state_dict: for the start "eva".
+        config: PEFT's ``LoraConfig`` in the place of all that it has fields for; it may come second as well,
+            ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside it go the arguments that it has no field for.
+            Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
 
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
@@ -70,7 +88,8 @@ def apply_dora(
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
-            PEFT has adapted a module of the model; arguments out of range. The model is then unchanged.
+            PEFT has adapted a module of the model; arguments out of range; a config that asks for what dorac does not
+            have (each field by name), or one beside arguments that it has fields for. The model is then unchanged.
     """
     if bias != "none":
         raise ValueError(
@@ -78,6 +97,8 @@ def apply_dora(
         )
     refuse_ddp(model)
     model = bare(model)
+    if target_modules is None:
+        target_modules = lora_config.default_targets(model)
     saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
@@ -90,6 +111,7 @@ def apply_dora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
+        stacklevel=4,
     )
     if grouped_lora_A:
         targets = [
@@ -98,6 +120,17 @@ def apply_dora(
             else target
             for target in targets
         ]
+    inits = None
+    if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
+        from dorac.peft import inits  # imported only for a start of PEFT's
+
+        inits.check(init_lora_weights, {t.name: t.module for t in targets}, config, eva_state_dict)
+    if eva_state_dict is not None:
+        if init_lora_weights != "eva":
+            raise ValueError(f"eva_state_dict is for init_lora_weights='eva', got {init_lora_weights!r}")
+        eva_state_dict = {key.removeprefix("base_model.model."): t for key, t in eva_state_dict.items()}
+        adjust_alpha = getattr(getattr(config, "eva_config", None), "adjust_scaling_factors", True)
+        targets = with_eva_ranks(targets, eva_state_dict, adjust_alpha=adjust_alpha)
     with Undo() as log:
         wrap(
             model,
@@ -107,18 +140,28 @@ def apply_dora(
             lora_dropout=lora_dropout,
             dropout_on=dropout_on,
             use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
+            init_lora_weights=init_lora_weights if inits is None else True,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
+            stacklevel=4,
         )
-    return [target.name for target in targets]
+        if inits is not None:
+            layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
+            if inits.takes_out(init_lora_weights):
+                _refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
+            inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
+        if config is not None:
+            setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
+    return ModuleNames(target.name for target in targets)
 
 
-def wrap(model: nn.Module, targets: list[Target], saved: list[str], log: Undo, **options) -> None:
+def wrap(
+    model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *, stacklevel: int = 3, **options
+) -> None:
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
     modules = {target.name: target.module for target in targets}
-    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=3)
-    notices.warn_dense_copies(modules, stacklevel=3)
+    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
+    notices.warn_dense_copies(modules, stacklevel=stacklevel)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:
@@ -156,6 +199,11 @@ def saved_modules(model: nn.Module) -> list[str]:
         for name in vars(module).get(SAVED_ATTRIBUTE, [])
     ]
     return list(dict.fromkeys(names))
+
+
+def config_record(model: nn.Module) -> dict[str, object]:
+    """What the saved config of a wrapped model repeats of the config that it was wrapped with."""
+    return vars(model).get(lora_config.RECORD_ATTRIBUTE, {})
 
 
 def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: bool = True) -> list[str]:
@@ -210,7 +258,7 @@ def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
             )
 
 
-def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
+def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
     """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
 
     A quantised weight is quantised anew, in its own format, with the error that this makes, and kept until the adapter
@@ -222,8 +270,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
             parameters still frozen but for those in ``modules_to_save``.
 
     Returns:
-        ``model``; the plain layer if ``model`` itself is an adapted layer and ``unload`` is set. A ``RuntimeWarning``
-        names layers whose weight the code of the model can read past their forward: that will see the merged one.
+        With ``unload`` the plain model: ``model``, or the plain layer if ``model`` itself is an adapted layer. Else
+        None, since the change is made in place. A ``RuntimeWarning`` names layers whose weight the code of the model
+        can read past their forward: that will see the merged one.
 
     Raises:
         ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
@@ -242,7 +291,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    _refuse_tied(model)
+    _refuse_tied(model, layers.values(), "merging")
     for name, layer in layers.items():
         finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
@@ -265,7 +314,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module:
         else:
             log.keep_module(model)
             loading.guard(model)
-    return layers[""].base_layer if unload and "" in layers else root
+    if not unload:
+        return None
+    return layers[""].base_layer if "" in layers else root
 
 
 @contextlib.contextmanager
@@ -283,19 +334,17 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
         return
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     for module in model.modules():
-        if SAVED_ATTRIBUTE in vars(module) or loading.is_guarded(module) or pretrained.is_installed(module):
+        left = [name for name in (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE) if name in vars(module)]
+        if left or loading.is_guarded(module) or pretrained.is_installed(module):
             log.keep_module(module)
-            if SAVED_ATTRIBUTE in vars(module):
-                delattr(module, SAVED_ATTRIBUTE)
+            for name in left:
+                delattr(module, name)
             loading.unguard(module)
             pretrained.remove(module)
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: nn.Module) -> None:
     """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``; a quantised one exactly.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named). Then, and
@@ -312,7 +361,6 @@ def unmerge(model: nn.Module) -> nn.Module:
             if layer.merged:  # not yet unmerged under another name
                 with _blaming(name, layer):
                     merging.write_unmerged(layer, log)
-    return model
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -377,11 +425,12 @@ def _memory(parameter: Tensor) -> tuple[str, int]:
     return "id", id(parameter)
 
 
-def _refuse_tied(model: nn.Module) -> None:
-    """A base weight that something outside its wrapper reads too must not be merged into."""
+def _refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
+    """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
+    layers = set(layers)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DoraLayer):
+        if module in layers:
             paths.setdefault(module, []).append(f"{name}." if name else "")
     names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
     memories: dict[int, tuple[str, int]] = {}
@@ -398,6 +447,6 @@ def _refuse_tied(model: nn.Module) -> None:
             if tied is not None:
                 own = f"layer.base_layer.{attribute}"
                 raise ValueError(
-                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: merging would change both. Give the "
+                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: {deed} would change both. Give the "
                     f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
                 )

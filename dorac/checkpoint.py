@@ -27,8 +27,8 @@ from dorac.apply import (
     wrap,
 )
 from dorac.bounded import Bounded
-from dorac.names import plain_name
-from dorac.nn import DoraLayer, layer_class, norm_cache, starts
+from dorac.names import ModuleNames, plain_name
+from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets
@@ -58,6 +58,10 @@ def save_adapter(
     (``dropout_on``) is not in the file, PEFT's config having no word for it: training may go on with
     ``load_adapter(..., dropout_on=...)``, and nothing else depends on it.
 
+    An adapter that began as a part of its base weight (PiSSA, OLoRA, CorDA, LoRA-GA) is saved as one of twice the rank
+    over the weight that was there before: ``lora_A`` is ``[lora_A; lora_A0]``, ``lora_B`` ``[lora_B, -lora_B0]``. A
+    model that began in such a way takes it back into its own rank; for every other it is an adapter of that rank.
+
     A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
 
     Args:
@@ -84,6 +88,8 @@ def save_adapter(
     else:
         parameters = _gathered_tensors(model, layers, state_dict)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
+    for layer, keys in _over_residuals(layers):
+        tensors |= zip(keys, residual.over_original(layer, *(tensors[key] for key in keys)), strict=True)
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -229,6 +235,9 @@ def load_adapter(
         targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
+        for layer, keys in _over_residuals(layers):
+            shapes = layer.adapter_shapes(layer.base_layer, residual.saved_rank(layer))
+            expected |= {key: shapes[name] for key, name in zip(keys, residual.INITIAL, strict=True)}
     else:
         refuse_ddp(root)
         problems = []
@@ -272,10 +281,14 @@ def load_adapter(
             layers = dora_layers(model)
         for layer in layers.values():
             layer.keep_norm(log)
-        with offload.written(log, *_saved_parts(model, layers), *(ends.values() if base_tensors else ())):
+        residuals = dict(_over_residuals(layers))
+        written = *_saved_parts(model, layers), *(layer.base_layer for layer in residuals)
+        with offload.written(log, *written, *(ends.values() if base_tensors else ())):
             goals = _adapter_tensors(model, layers)
             goals |= {key: p for key, p in _embedding_tensors(ends).items() if key in base_tensors}
             _refuse(directory, [problem for key, t in goals.items() if (problem := _overflow(key, tensors[key], t))])
+            for layer, keys in residuals.items():
+                tensors |= zip(keys, residual.adopt(layer, *(tensors[key] for key in keys), log), strict=True)
             with torch.no_grad():
                 for key, parameter in goals.items():
                     log.keep(parameter)
@@ -284,12 +297,21 @@ def load_adapter(
         for layer in layers.values():
             starts.has_values(layer, loaded=True)
         norm_cache.refresh(layers.values())
-    return list(layers)
+    return ModuleNames(layers)
 
 
 def _key(module: str, name: str) -> str:
     """PEFT's key of a tensor of a module, whether that is compiled or not."""
     return _PREFIX + plain_name(f"{module}.{name}")
+
+
+def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[DoraLayer, list[str]]]:
+    """The layers that began as a part of their base weights, with PEFT's keys of lora_A and lora_B."""
+    return [
+        (layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
+        for name, layer in layers.items()
+        if residual.has_residual(layer)
+    ]
 
 
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:

@@ -52,6 +52,15 @@ def parents(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
+class ModuleNames(list):
+    """A list of names, which a notebook shows in one line however many they are."""
+
+    def __repr__(self) -> str:
+        if len(self) <= 4:
+            return super().__repr__()
+        return f"[{self[0]!r}, {self[1]!r}, ..., {self[-1]!r}] ({len(self)} modules)"
+
+
 class Names:
     """A regex for the whole name, or a collection of names and their dotted endings.
 

@@ -100,6 +100,8 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
         lora_A: in_features,
         lora_B: rows,
         magnitude: rows,
+        "initial_lora_A": in_features,  # see dorac.nn.residual
+        "initial_lora_B": rows,
     }
 
     def partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 
-from torch import nn
+from torch import Tensor, nn
 
 from dorac import offload, packed
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
@@ -56,6 +56,7 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
     compile: Compile = re.compile,
+    stacklevel: int = 3,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
@@ -134,7 +135,7 @@ def find_targets(
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if unused := pattern.unused():
-            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel)
     return targets
 
 
@@ -153,6 +154,26 @@ def refuse_peft(model: nn.Module) -> None:
             f"{found[0]} is adapted by PEFT: go on there (LoraConfig(use_dora=True) under dorac.peft.enable()), or "
             "call unload() or merge_and_unload() of the PEFT model first"
         )
+
+
+def with_eva_ranks(targets: list[Target], eva_state_dict: Mapping[str, Tensor], *, adjust_alpha: bool) -> list[Target]:
+    """The targets with the ranks that PEFT's EVA gave them, without those that it gave none.
+
+    Args:
+        eva_state_dict: from a module's plain name to its lora_A, ``[rank, in]``.
+        adjust_alpha: whether alpha grows with the rank, so that the scaling stays.
+    """
+    ranked = []
+    for target in targets:
+        lora_A = eva_state_dict.get(plain_name(target.name))
+        if lora_A is None:
+            ranked.append(target)
+        elif rank := lora_A.shape[0]:
+            alpha = target.lora_alpha * rank / target.r if adjust_alpha and rank != target.r else target.lora_alpha
+            ranked.append(dataclasses.replace(target, r=rank, lora_alpha=alpha))
+    if not ranked:
+        raise ValueError("eva_state_dict gives every module the rank 0")
+    return ranked
 
 
 def _layer_numbers(layers_to_transform: int | Sequence[int] | None) -> set[int]:

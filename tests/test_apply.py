@@ -256,7 +256,7 @@ def test_a_model_in_ddp(tmp_path):
         ddp = nn.parallel.DistributedDataParallel(model)
         dorac.save_adapter(ddp, tmp_path)
         assert dorac.load_adapter(ddp, tmp_path) == NAMES
-        assert dorac.merge(ddp) is ddp
+        assert dorac.merge(ddp) is None
         assert all(layer.merged for layer in dora_layers(model).values())
         plain = nn.parallel.DistributedDataParallel(Model())
         for adapt in (
@@ -278,9 +278,9 @@ def test_a_compiled_model():
     assert saved_modules(model) == ["head"]
     train_a_bit(model)
     before = model(TOKENS)
-    assert dorac.merge(compiled) is compiled
+    assert dorac.merge(compiled) is None
     assert all(layer.merged for layer in dora_layers(model).values())
-    assert dorac.unmerge(compiled) is compiled
+    assert dorac.unmerge(compiled) is None
     assert not any(layer.merged for layer in dora_layers(model).values())
     assert dorac.merge(compiled, unload=True) is compiled
     assert not dora_layers(model)
@@ -306,7 +306,7 @@ REFUSED = {
     "alpha": (Model, {"alpha_pattern": {"1.up": "8"}}, TypeError, "lora_alpha must be a number, got '8'"),
     "dropout": (Model, {"lora_dropout": 1.0}, ValueError, "lora_dropout must be in"),
     "dropout_on": (Model, {"dropout_on": "x"}, ValueError, "dropout_on must be 'adapter' or 'low_rank', got 'x'"),
-    "init": (Model, {"init_lora_weights": "olora"}, ValueError, "init_lora_weights must be"),
+    "init": (Model, {"init_lora_weights": "xavier"}, ValueError, "init_lora_weights must be"),
     "dtype": (Model, {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be"),
     "saved nothing": (Model, {"modules_to_save": ["score"]}, ValueError, "modules_to_save: 'score' matches no module"),
     "saved tied": (
@@ -365,13 +365,13 @@ def test_merging_keeps_the_logits(build, names):
     adapted(model, names, rank_pattern={names[0]: 2}, use_rslora=True)
     before = logits(model)
     assert (before - plain).abs().max() > 1e-3
-    assert dorac.merge(model) is model
+    assert dorac.merge(model) is None
     assert all(layer.merged for layer in dora_layers(model).values())
     torch.testing.assert_close(logits(model), before)
     merged = snapshot(model)
-    assert dorac.merge(model) is model
+    assert dorac.merge(model) is None
     assert_unchanged(model, merged)
-    assert dorac.unmerge(model) is model
+    assert dorac.unmerge(model) is None
     torch.testing.assert_close(logits(model), before)
     assert dorac.merge(model, unload=True) is model
     torch.testing.assert_close(logits(model), before)
@@ -384,7 +384,8 @@ def test_unmerging_restores_the_weights(build, dtype):
     model = adapted(build().to(dtype), ["up", "down", "c_attn", "c_fc"])
     layers = dora_layers(model)
     before = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
-    dorac.unmerge(dorac.merge(model))
+    dorac.merge(model)
+    dorac.unmerge(model)
     for name, layer in layers.items():
         assert not layer.merged
         weight = before[name].double()
@@ -527,9 +528,9 @@ def test_a_model_that_is_itself_an_adapter():
     train_a_bit(layer)
     x = torch.randn(3, 6, dtype=torch.float64)
     before = layer(x)
-    assert dorac.merge(layer) is layer
+    assert dorac.merge(layer) is None
     torch.testing.assert_close(base_layer(x), before)
-    assert dorac.unmerge(layer) is layer
+    assert dorac.unmerge(layer) is None
     torch.testing.assert_close(layer(x), before)
     layer.lora_magnitude_vector.data[1] = 0
     layer.merge()
@@ -626,3 +627,32 @@ def test_work_grows_with_the_model_and_not_with_its_square(tmp_path):
     growth = {name: (large[name] - middle[name]) / (middle[name] - small[name]) for name in large}
     assert max(growth.values()) < 2.1, growth
     assert min(growth.values()) > 1.8, growth
+
+
+# --- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_notebook_shows_fits_a_page(tmp_path):
+    """Nothing that a call returns, and no layer's repr, grows with the model."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(500)))
+    names = dorac.apply_dora(model, "all-linear", r=2)
+    assert names == [str(i) for i in range(500)]
+    assert isinstance(names, list)
+    assert repr(names) == "['0', '1', ..., '499'] (500 modules)"
+    assert repr(dorac.apply_dora(Model(), ["up"])) == "['blocks.0.up', 'blocks.1.up']"
+    shown = [
+        dorac.save_adapter(model, tmp_path),
+        dorac.load_adapter(model, tmp_path),
+        dorac.cache_norms(model),
+        dorac.save_outputs(model),
+        dorac.parameter_groups(model, 1e-3),
+        dorac.print_trainable_parameters(model),
+        model.load_state_dict(model.state_dict()),
+        dorac.merge(model),
+        dorac.unmerge(model),
+        model[0].merge(),
+        model[0].unmerge(),
+        model[0].reset_parameters(),
+    ]
+    assert all(len(repr(value)) < 300 for value in shown)
+    assert len(repr(model[0]).splitlines()) == 4

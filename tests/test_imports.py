@@ -14,6 +14,7 @@ PACKAGE = Path(dorac.__file__).parent
 FLOORS = {
     "bounded": 0,
     "dense": 0,
+    "lora_config": 0,
     "names": 0,
     "numerics": 0,
     "reference": 0,
@@ -32,6 +33,7 @@ FLOORS = {
     "targets": 5,
     "hub": 0,
     "pretrained": 5,
+    "trained": 5,
     "apply": 6,
     "adapter_config": 7,
     "caching": 7,

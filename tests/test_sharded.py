@@ -315,7 +315,8 @@ def two_dimensional(mesh, _folder):
     x, y = torch.randn(4, 24), torch.randn(4, 24)
     train(reference, x, y)
     adapted = reference(x).detach()
-    merged = dorac.merge(copy.deepcopy(reference))
+    merged = copy.deepcopy(reference)
+    dorac.merge(merged)
     for shape in ((1, 2), (2, 1)):
         grid = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("dp", "tp"))
         model = copy.deepcopy(reference)

@@ -324,7 +324,7 @@ def test_adapted_modules_are_refused_by_name_and_skipped_by_all_linear():
     ("arguments", "error", "message"),
     [
         ({"target_modules": "(q_proj"}, ValueError, r"target_modules is not a valid regex: '\(q_proj'"),
-        ({"target_modules": None}, TypeError, "target_modules must be a string or a list of strings, got None"),
+        ({"target_modules": 3}, TypeError, "target_modules must be a string or a list of strings, got 3"),
         ({"target_modules": [1]}, TypeError, r"target_modules must be .* got \[1\]"),
         ({"exclude_modules": "*"}, ValueError, r"exclude_modules is not a valid regex: '\*'"),
         ({"exclude_modules": [nn.Linear]}, TypeError, "exclude_modules must be a string or a list of strings"),

@@ -199,6 +199,8 @@ class DoraLayer(Switched, nn.Module):
         """Draws new factors and sets the magnitude to the norm, so that g = 1; refused while merged."""
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
+        if "initial_lora_A" in self._parameters:
+            raise ValueError("the adapter began as a part of its base weight, which a new one would not bring back")
         with Undo() as log:
             self.keep_norm(log)
             with offload.written(log, self), offload.onloaded(self.base_layer):
@@ -450,12 +452,21 @@ class DoraLayer(Switched, nn.Module):
             raise TypeError(f"{name} must be a number or a 0-d float tensor, got an nn.Parameter: give a tensor of it")
         super().register_parameter(name, param)
 
-    def refuse_loading(self, name: str) -> None:
-        """Raises if the layer, called ``name``, is merged (its base weight is no state dict's) or offloaded."""
+    def refuse_loading(self, name: str, state_dict: Mapping[str, object]) -> None:
+        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict holds.
+
+        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`).
+        """
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
         if offload.is_offloaded(self):
             raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
+        weight, initial = (f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A"))
+        if "initial_lora_A" in self._parameters and weight in state_dict and initial not in state_dict:
+            raise ValueError(
+                f"{name or type(self).__name__} began as a part of its base weight, which the state dict holds whole: "
+                "load base weights before the model is adapted"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""
@@ -469,7 +480,7 @@ class DoraLayer(Switched, nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
-        self.refuse_loading(prefix.rstrip("."))
+        self.refuse_loading(prefix.rstrip("."), state_dict)
         self._widen_magnitudes()
         starts.before_load(self, state_dict, prefix)
         errors = len(error_msgs)

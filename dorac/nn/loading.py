@@ -128,7 +128,7 @@ def _refuse_unfit(
     """
     layers = [(n, m) for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, DoraLayer)]
     for name, layer in layers:
-        layer.refuse_loading(f"{prefix}{name}")
+        layer.refuse_loading(f"{prefix}{name}", state_dict)
     if _other_hooks(root):
         return  # which may yet make the tensors fit
     misfits = []
