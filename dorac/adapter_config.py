@@ -108,8 +108,14 @@ def describe(model: nn.Module, layers: Mapping[str, DoraLayer]) -> dict:
         "modules_to_save": [plain_name(name) for name in saved_modules(model)] or None,
         "bias": "none",
         "init_lora_weights": True,
-        **config_record(model),
+        **_recorded(model),
     }
+
+
+def _recorded(model: nn.Module) -> dict:
+    """What the config that the model was wrapped with says; a task there is in place of the model's class."""
+    record = config_record(model)
+    return {"auto_mapping": None} | record if "task_type" in record else record
 
 
 def _built_by(model: nn.Module) -> dict:
@@ -258,8 +264,8 @@ def setting_mismatches(layers: Mapping[str, DoraLayer], config: Mapping[str, obj
     for name, layer in layers.items():
         plain = plain_name(name)
         r, lora_alpha = file_ranks.value(plain, config["r"]), alphas.value(plain, config["lora_alpha"])
-        if r != layer.r:
-            other_ranks.setdefault((layer.r, r), []).append(name)
+        if r != (own := residual.saved_rank(layer)):
+            other_ranks.setdefault((own, r), []).append(name)
         scaling = scaling_factor(r, lora_alpha, bool(config.get("use_rslora")))
         if not math.isclose(scaling, layer.scaling, rel_tol=1e-12):
             problems.append(f"scaling of {name}: the model has {layer.scaling:g}, the file {scaling:g}")

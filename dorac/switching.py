@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dorac import checks
 from dorac.apply import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
-from dorac.nn import DoraLayer, loading, merging, starts
+from dorac.nn import DoraLayer, loading, merging, residual, starts
 from dorac.undo import Undo
 
 
@@ -26,6 +26,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     A merged layer is unmerged for the block, to ``2 eps * max(|V|, |W|)`` of the base weight (a quantised one exactly),
     and put back afterwards, bit for bit: what merging wrote is kept meanwhile.
+
+    Into a layer that began as a part of its base weight (PiSSA, OLoRA, CorDA, LoRA-GA) that part is put back for the
+    block, to a rounding of the base weight; PEFT leaves it out.
 
     For a reference model that is a module of its own see :func:`base_model`.
 
@@ -46,6 +49,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     log = Undo()
     try:
         _unmerge(model, list(layers), tuners, log)
+        for layer in layers:
+            if residual.has_residual(layer):
+                residual.put_back(layer, log)
         for layer in layers:
             log.add(partial(layer.switch, layer.disabled))
             layer.switch(disabled=True)
@@ -111,7 +117,8 @@ def base_model(model: nn.Module) -> nn.Module:
     shard them twice: use :func:`disabled` there.
 
     Raises:
-        ValueError: no DoRA layer of ``dorac.nn`` in the model; a merged one.
+        ValueError: no DoRA layer of ``dorac.nn`` in the model; a merged one, one that began as a part of its base
+            weight.
 
     Warns:
         RuntimeWarning: as :func:`disabled`.
@@ -122,6 +129,11 @@ def base_model(model: nn.Module) -> nn.Module:
         starts.settle(layer)
         if layer.merged:
             raise ValueError(f"{name or type(layer).__name__} is merged: unmerge it, the base model is not there now")
+        if residual.has_residual(layer):
+            raise ValueError(
+                f"{name or type(layer).__name__} began as a part of its base weight, which is not there: use "
+                "dorac.disabled, or load the adapter over the original weight"
+            )
     _warn_trained_whole(model, stacklevel=3)
     memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for layer in dict.fromkeys(layers.values()):

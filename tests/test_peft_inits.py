@@ -215,6 +215,31 @@ def test_loaded_into_a_model_that_began_so(init, tmp_path):
     assert (again / "adapter_model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_switched_off(init):
+    """What was taken out of the base weight is part of the base model; no strength is related to the residual."""
+    model, ids = trained(begun(init)).eval(), TOKENS
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    y = model(ids)
+    with dorac.disabled(model):
+        off = model(ids)
+    torch.testing.assert_close(off, make().eval()(ids))
+    assert not torch.allclose(off, y, atol=1e-3)
+    assert torch.equal(model(ids), y)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    if init == "orthogonal":
+        torch.testing.assert_close(dorac.base_model(model)(ids), off)
+        dorac.set_strength(model, 0)
+        torch.testing.assert_close(model(ids), off)
+        return
+    with pytest.raises(ValueError, match="began as a part of its base weight, which is not there"):
+        dorac.base_model(model)
+    with pytest.raises(ValueError, match="began as a part of its base weight, which a strength is not related to"):
+        dorac.set_strength(model, 0.5)
+    dorac.set_strength(model, 1)
+    assert torch.equal(model(ids), y)
+
+
 def test_a_refused_load_leaves_the_residual(tmp_path):
     model = trained(begun("pissa"))
     dorac.save_adapter(trained(begun("olora")), tmp_path)

@@ -298,8 +298,9 @@ def test_a_scaling_of_zero_is_no_strength():
 
 def test_strength_of_a_model_with_both_ways():
     _, model = twins("linear", dtype=torch.float32)
-    both = nn.Sequential(model, nn.Linear(12, 4))
-    dorac.apply_dora(both, ["1"], r=2, init_lora_weights=False)
+    other = nn.Sequential(nn.Linear(12, 4))
+    dorac.apply_dora(other, ["0"], r=2, init_lora_weights=False)
+    both = nn.Sequential(model, *other)
     dorac.set_strength(both, 0.5)
     assert both[1].strength == 0.5
     assert target(model).scaling["default"] == 0.75

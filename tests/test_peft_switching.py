@@ -97,8 +97,9 @@ def test_what_stays_off():
 
 def test_both_ways_in_one_model():
     _, model = twins("linear", dtype=torch.float32)
-    both = torch.nn.Sequential(model, torch.nn.Linear(12, 4))
-    dorac.apply_dora(both, ["1"], r=2, init_lora_weights=False)
+    other = torch.nn.Sequential(torch.nn.Linear(12, 4))
+    dorac.apply_dora(other, ["0"], r=2, init_lora_weights=False)
+    both = torch.nn.Sequential(model, *other)
     x = KINDS["linear"].input(0, torch.float32)
     y = both[1].base_layer(base_of(model)(x))
     with dorac.disabled(both):

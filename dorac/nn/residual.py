@@ -48,6 +48,13 @@ def _change(layer: DoraLayer, *products: tuple[int, Tensor, Tensor]) -> None:
     layer.write_part("weight", changed)
 
 
+@torch.no_grad()
+def put_back(layer: DoraLayer, log: Undo) -> None:
+    """Puts back what was taken out, rounded once; the layer's adapter is not one over that."""
+    layer.keep_base(log)
+    _change(layer, (1, *(getattr(layer, name) for name in INITIAL.values())))
+
+
 def over_original(layer: DoraLayer, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors over the residual as factors over the original weight."""
     initial_A, initial_B = (sharded.whole(getattr(layer, name).detach()) for name in INITIAL.values())

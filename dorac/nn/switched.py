@@ -38,6 +38,11 @@ class Switched:
         if self.merged:
             raise ValueError("the adapter is merged; unmerge it before setting its strength")
         value = checks.check_scaling(value, "strength")
+        if "initial_lora_A" in self._parameters and (isinstance(value, Tensor) or value != 1):
+            raise ValueError(
+                "the adapter began as a part of its base weight, which a strength is not related to: save it, and load "
+                "it over the original weight"
+            )
         self._strength = value if isinstance(value, Tensor) or value != 1 else None
         self.switch(self.disabled)
 
