@@ -107,7 +107,10 @@ def recompiles(row: Row, device: str) -> None:
     for layer in layers[:2]:
         for size in SIZES[:3]:
             step(layer, size)
-    assert counter.frame_count <= 4  # the first, and one for each of scaling, length and batch as it becomes symbolic
+    # The first, and one for each of scaling, length and batch as it becomes symbolic; PEFT's scaling is compared with
+    # lora_alpha / r of its layer, another number.
+    of_peft = next(name for name, other in ROWS.items() if other is row).startswith("PEFT")
+    assert counter.frame_count <= 4 + of_peft
     with torch.compiler.set_stance("fail_on_recompile"):
         for layer in layers:
             for size in SIZES:

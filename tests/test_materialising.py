@@ -436,12 +436,12 @@ def test_from_pretrained_into_a_class_that_wraps(tmp_path):
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     saved = Wrapped(transformers.LlamaConfig(tie_word_embeddings=False, **sizes, **heads)).eval()
     base = {key: tensor for key, tensor in saved.state_dict().items() if "lora" not in key}
-    saved.save_pretrained(tmp_path / "base", state_dict=base)
+    Wrapped.save_pretrained(saved, tmp_path / "base", state_dict=base)  # the class's own, which writes the whole model
     model = Wrapped.from_pretrained(tmp_path / "base")
     tokens = torch.arange(5)[None]
     assert [type(layer) for layer in dora_layers(model).values()] == [DoraEmbedding, DoraLinear]
     torch.testing.assert_close(model(tokens).logits, saved(tokens).logits)
-    moved(saved).save_pretrained(tmp_path / "all")
+    Wrapped.save_pretrained(moved(saved), tmp_path / "all")
     torch.testing.assert_close(Wrapped.from_pretrained(tmp_path / "all")(tokens).logits, saved(tokens).logits)
     dorac.save_adapter(saved, tmp_path / "adapter")  # over values that were drawn
     dorac.load_adapter(model, tmp_path / "adapter")
@@ -543,7 +543,7 @@ def test_from_pretrained_initialises_a_head_that_is_in_no_checkpoint(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     saved = Wrapped(transformers.LlamaConfig(vocab_size=11, num_labels=3, pad_token_id=0, **sizes))
     state = {key: t for key, t in saved.state_dict().items() if not key.startswith("score")}
-    saved.save_pretrained(tmp_path, state_dict=state)
+    Wrapped.save_pretrained(saved, tmp_path, state_dict=state)
     model = Wrapped.from_pretrained(tmp_path).eval()
     assert model(TOKENS).logits.isfinite().all()
     assert torch.equal(model.score.lora_magnitude_vector, model.score.base_layer.weight.norm(dim=1))
