@@ -237,6 +237,38 @@ def check_linear(
         _check_rows("bias", bias, rows, weight, "weight")
 
 
+def check_projection(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    weight_norm: Tensor | None,
+) -> None:
+    """The tensors of a layer of a block, whose adapter may be plain LoRA's, or none."""
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError(f"lora_A and lora_B come together, got {'lora_B' if lora_A is None else 'lora_A'} alone")
+    for name, tensor, of, needed in (
+        ("magnitude", magnitude, "lora_A and lora_B", lora_A),
+        ("weight_norm", weight_norm, "a magnitude", magnitude),
+    ):
+        if tensor is not None and needed is None:
+            raise ValueError(f"{name} needs {of}, got None")
+    _check_float("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    if lora_A is not None:
+        check_factors(weight, lora_A, lora_B)
+    _check_float("x", x)
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [*, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
+    _check_device("x", x, weight)
+    check_activation_dtype(x, weight)
+    for name, vector in (("magnitude", magnitude), ("bias", bias), ("weight_norm", weight_norm)):
+        check_vector(name, vector, weight)
+
+
 def check_over(
     base: Tensor,
     x: Tensor,

@@ -21,6 +21,7 @@ from dorac.functional.adapters import (
     scale_in_norm,
     stack_adapters,
 )
+from dorac.functional.blocks import Projection, dora_linears, dora_mlp
 from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
 from dorac.functional.embedding import dora_embedding
 from dorac.functional.grouped import dora_linear_grouped
@@ -31,6 +32,7 @@ from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
 
 __all__ = [
     "Adapter",
+    "Projection",
     "at_strength",
     "combine_adapters",
     "combine_in_norm",
@@ -43,6 +45,8 @@ __all__ = [
     "dora_linear",
     "dora_linear_grouped",
     "dora_linear_mixed",
+    "dora_linears",
+    "dora_mlp",
     "dora_over",
     "init_magnitude",
     "invertible_scale",

@@ -1,0 +1,154 @@
+"""Several adapted linear layers as one function: projections of one input, and a whole MLP.
+
+Written as the layers that they are made of, which is what is traced, transformed and compiled; in eager on a GPU with
+kernels ``ops/eager_linears.py`` and ``ops/eager_mlp.py`` compute them in one ``autograd.Function`` each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac import checks, ops
+from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
+from dorac.numerics import accumulate_dtype
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Projection(NamedTuple):
+    """One linear layer of a block: with DoRA, or without a magnitude plain LoRA, or without factors as it is.
+
+    Attributes:
+        weight: ``[out, in]``, frozen or not, any strides.
+        lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's.
+        magnitude: m, ``[out]``, any float dtype; best kept in float32. None: ``y = x W^T + s (x A^T) B^T + b``.
+        bias: ``[out]``.
+        weight_norm: n, ``[out]``, if it is known, from :func:`norm_factored` on the same weight, factors and scaling.
+        scaling: s, a finite number or a 0-d tensor.
+        dropout_p: probability with which elements of x are zeroed on the adapter's side. Projections of one x with one
+            dropout_p share the mask.
+        save_output: saves y for backward in place of ``x W^T + s (x A^T) B^T``, see :func:`dora_linear`.
+    """
+
+    weight: Tensor
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    weight_norm: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    save_output: bool = False
+
+
+def dora_linears(x: Tensor, projections: Sequence[Projection], *, dropout_on: str = "adapter") -> tuple[Tensor, ...]:
+    """:func:`dora_linear` for several projections of one x, as q, k and v of attention: ``y_i = g_i * (...) + b_i``.
+
+    Args:
+        x: ``[*, in]``, the dtype of the weights (under autocast any float dtype).
+        projections: at least one, each with its own rank, scaling, dtype and bias.
+        dropout_on: "adapter" or "low_rank", see :func:`dora_linear`.
+
+    Returns:
+        ``[*, out_i]`` each. Gradients as :func:`dora_linear`'s; that of x is the sum over the projections.
+
+    Raises:
+        TypeError, ValueError: what :func:`dora_linear` raises, with the number of the projection; no projection.
+
+    Source: arXiv 2402.09353, equation 5 with the norm of section 4.3, for each projection.
+    """
+    checks.check_dropout_on(dropout_on)
+    projections = tuple(projections)
+    if not projections:
+        raise ValueError("projections must hold at least one, got none")
+    projections = tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
+    return _project(x, projections, dropout_on)
+
+
+def dora_mlp(
+    x: Tensor,
+    gate: Projection | None,
+    up: Projection,
+    down: Projection,
+    *,
+    activation: str = "silu",
+    dropout_on: str = "adapter",
+) -> Tensor:
+    """An MLP of adapted layers: ``y = down(activation(gate(x)) * up(x))``, without a gate ``down(activation(up(x)))``.
+
+    Args:
+        x: ``[*, in]``, the dtype of the weights (under autocast any float dtype).
+        gate, up: ``[inner, in]`` weights. down: ``[out, inner]``. Each as :func:`dora_linears` takes it; ``gate`` and
+            ``up`` share x and a mask of dropout, down's input has its own.
+        activation: "silu" (SwiGLU), "gelu" (by erf), "gelu_tanh" or "relu".
+        dropout_on: "adapter" or "low_rank", see :func:`dora_linear`.
+
+    Returns:
+        ``[*, out]``. Gradients as :func:`dora_linear`'s.
+
+    Raises:
+        TypeError, ValueError: what :func:`dora_linear` raises, with the projection's name; another activation; sizes
+            of gate, up and down that do not fit.
+
+    Source: arXiv 2402.09353, equation 5 with the norm of section 4.3; gated MLPs: arXiv 2002.05202.
+    """
+    checks.check_dropout_on(dropout_on)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    act = ACTIVATIONS[activation]
+    up = _checked(x, up, "up")
+    if gate is None:
+        inner = act(*_project(x, (up,), dropout_on))
+    else:
+        gate = _checked(x, gate, "gate")
+        if gate.weight.shape[0] != up.weight.shape[0]:
+            sizes = f"{gate.weight.shape[0]} and {up.weight.shape[0]}"
+            raise ValueError(f"gate and up must have as many outputs as each other, got {sizes}")
+        gated, inner = _project(x, (gate, up), dropout_on)
+        inner = act(gated) * inner
+    down = _checked(inner, down, "down")
+    return _project(inner, (down,), dropout_on)[0]
+
+
+def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
+    """The projection with its numbers as Python's; errors carry its name."""
+    if not isinstance(projection, Projection):
+        raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
+    try:
+        scaling = checks.check_scaling(projection.scaling)
+        dropout_p = checks.check_dropout(projection.dropout_p)
+        checks.check_projection(x, *projection[:6])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return projection._replace(scaling=scaling, dropout_p=dropout_p)
+
+
+def _project(x: Tensor, projections: tuple[Projection, ...], dropout_on: str) -> tuple[Tensor, ...]:
+    dropped: dict[float, Tensor] = {}
+    for p in projections:
+        if p.dropout_p and p.lora_A is not None and p.dropout_p not in dropped:
+            dropped[p.dropout_p] = F.dropout(x, p.dropout_p)
+    return tuple(_projected(x, p, dropped.get(p.dropout_p), dropout_on) for p in projections)
+
+
+def _projected(x: Tensor, p: Projection, x_adapter: Tensor | None, dropout_on: str) -> Tensor:
+    if p.lora_A is None:
+        return F.linear(x, p.weight, p.bias)
+    dtype = accumulate_dtype(p.weight, p.lora_A, p.lora_B)
+    s = scaling_tensor(p.scaling, p.weight, dtype)
+    magnitude, norm = p.magnitude, p.weight_norm
+    if magnitude is None:  # g = 1
+        magnitude = norm = p.weight.new_ones(p.weight.shape[0], dtype=dtype)
+    elif norm is None:
+        norm = norm_factored(p.weight, p.lora_A, p.lora_B, s)
+    tensors = x, p.weight, p.lora_A, p.lora_B, magnitude, norm, s, p.bias, scaling_number(p.scaling)
+    if x_adapter is None:
+        return ops.linear.dora_linear(*tensors)
+    return ops.linear.dora_linear(*tensors, x_adapter, dropout_on == "low_rank" or p.magnitude is None)
