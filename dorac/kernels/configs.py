@@ -62,6 +62,7 @@ class MlpBackwardConfig(ColumnConfig):
     """The same with the ranks beside them that are taken along; none where ``block_r`` is 0."""
 
     block_r: int = 0
+    down: bool = False  # so is down's low-rank part of dz
 
 
 def _power(value: int, low: int, high: int) -> int:
@@ -188,4 +189,4 @@ def mlp_backward_config(tokens: int, features: int, rank: int) -> MlpBackwardCon
     block_o, warps = (128, 8) if rank <= 32 else (64, 4)
     strips = max(1, min(2 * PROCESSORS // -(-features // block_o), tokens // 256))
     rows = -(-tokens // (32 * strips)) * 32
-    return MlpBackwardConfig(32, block_o, rows, warps, 3, _power(rank, 16, 64))
+    return MlpBackwardConfig(32, block_o, rows, warps, 3, _power(rank, 16, 64), down=rank <= 16)

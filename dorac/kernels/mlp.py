@@ -196,6 +196,18 @@ def mlp_kernel(
 
 
 @triton.jit
+def _tiles(
+    dz_ptr, up_ptr, gate_ptr, start_t, start_o, T, O, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, EVEN: tl.constexpr
+):
+    dz_TO = load_tile(dz_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
+    up_TO = load_tile(up_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
+    if gate_ptr is None:
+        return dz_TO, up_TO, up_TO
+    else:
+        return dz_TO, up_TO, load_tile(gate_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
+
+
+@triton.jit
 def mlp_backward_kernel(
     dz_ptr,  # contiguous, as all activations here
     up_ptr,  # inner of either layer
@@ -207,8 +219,8 @@ def mlp_backward_kernel(
     n_up_ptr,
     bias_up_ptr,
     h_ptr,  # [T, RG + RU]
-    d_h_ptr,  # [T, RD], of down's low-rank branch: with it down's lora_A, dz is without d_h lora_A
-    a_ptr,
+    d_h_ptr,  # [T, RD], of down's low-rank branch
+    a_ptr,  # down's lora_A where dz is without d_h lora_A
     d_gate_ptr,  # of the product x W^T
     d_up_ptr,  # may be dz
     z_ptr,  # may be dz
@@ -236,7 +248,10 @@ def mlp_backward_kernel(
     """The gradients of both products, z where it is wanted, and partial sums ``[S, K, O]``.
 
     The K rows are four of magnitudes and biases (:data:`HEAD`), and what is taken along of the gradients of gate's and
-    up's lora_B and down's lora_A, rank by rank. As products with factors these need nothing that is not here already.
+    up's lora_B and down's lora_A, rank by rank: of tiles that are here already.
+
+    Triton's pipeline does not load ahead what reaches a product through registers alone; where there are products, the
+    tiles of the next step are asked for by hand. The first rows are asked for twice.
     """
     start_o = tl.program_id(0) * BLOCK_O
     strip = tl.program_id(1)
@@ -259,21 +274,32 @@ def mlp_backward_kernel(
         d_b_up_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     if d_h_ptr is not None:
         d_a_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
+    if a_ptr is not None:
         a_RO = load_tile(
             a_ptr, 0, start_o, RD, O, stride_ar, stride_ao, BLOCK_R, BLOCK_O, EVEN and EVEN_R, False
         )
     begin = strip * rows_per_program
     rows = tl.minimum(rows_per_program, T - begin)
+    if BLOCK_R:
+        start = begin + (tl.cdiv(rows, BLOCK_T) - 1) * BLOCK_T
+        tiles = _tiles(dz_ptr, up_ptr, gate_ptr, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
     for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         start = begin + (tl.cdiv(rows - done, BLOCK_T) - 1) * BLOCK_T
-        dz_TO = load_tile(dz_ptr, start, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False).to(tl.float32)
+        if BLOCK_R:
+            dz_TO, inner_up_TO, inner_TO = tiles
+            before = tl.maximum(start - BLOCK_T, begin)
+            tiles = _tiles(dz_ptr, up_ptr, gate_ptr, before, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
+        else:
+            dz_TO, inner_up_TO, inner_TO = _tiles(
+                dz_ptr, up_ptr, gate_ptr, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN
+            )
+        dz_TO, inner_up_TO, inner_TO = dz_TO.to(tl.float32), inner_up_TO.to(tl.float32), inner_TO.to(tl.float32)
         if d_h_ptr is not None:
             d_h_TR = load_tile(d_h_ptr, start, 0, T, RD, RD, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
+        if a_ptr is not None:
             dz_TO = product(d_h_TR, a_RO, dz_TO, False)
-        inner_up_TO = load_tile(up_ptr, start, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False).to(tl.float32)
         up_TO = g_up_O[None, :] * inner_up_TO + b_up_O[None, :]
         if gate_ptr is not None:
-            inner_TO = load_tile(gate_ptr, start, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False).to(tl.float32)
             act_TO, slope_TO = activated(g_gate_O[None, :] * inner_TO + b_gate_O[None, :], ACTIVATION)
             z_TO = act_TO * up_TO
             d_TO = dz_TO * up_TO * slope_TO
@@ -453,18 +479,22 @@ def mlp_backward_launches(
     features: int,
     ranks: tuple[int, int, int],
     along: tuple[bool, bool, bool],
-    of_a: tuple[int, int],
+    of_a: tuple[int, int] | None,
     sums: tuple[bool, bool],
     activation: str,
     config: MlpBackwardConfig,
 ) -> tuple[tuple[int, int, int], Launch, Launch]:
     """The shape of the partial sums, the launch, and the one that adds them up.
 
+    Tensors of the first: dz, inner of up and gate, magnitude, norm and bias of gate and of up, h, d_h, lora_A, d_gate,
+    d_up, z, the partial sums. Of the second: these, norms of gate and up, scalings of gate and up, the gradients of
+    magnitude of gate and up, of their biases, their lora_B, and down's lora_A.
+
     Args:
         ranks: of gate, up and down, 0 without factors.
         along: whether the gradients of gate's and up's lora_B and of down's lora_A are taken along; each rank at most
             ``config.block_r``.
-        of_a: strides of down's lora_A.
+        of_a: strides of down's lora_A, of which the kernel makes its part of dz; None where dz is whole.
         sums: whether the biases of gate and up have gradients.
     """
     assert not any(rank > config.block_r for rank, taken in zip(ranks, along, strict=True) if taken)
@@ -472,7 +502,7 @@ def mlp_backward_launches(
     launch = Launch(
         mlp_backward_kernel,
         (cdiv(features, config.block_o), strips, 1),
-        (tokens, features, *ranks, config.rows, *of_a),
+        (tokens, features, *ranks, config.rows, *(of_a or (0, 0))),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
