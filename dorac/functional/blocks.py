@@ -14,14 +14,8 @@ from torch import Tensor
 from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops import eager, eager_linears
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    "relu": F.relu,
-}
+from dorac.ops import eager, eager_linears, eager_mlp
+from dorac.ops.eager_mlp import ACTIVATIONS
 
 
 class Projection(NamedTuple):
@@ -108,19 +102,38 @@ def dora_mlp(
     checks.check_dropout_on(dropout_on)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+    def check() -> tuple[Projection | None, Projection, Projection]:
+        return _checked_mlp(x, gate, up, down)
+
+    layers = (up, down) if gate is None else (gate, up, down)
+    if not torch.compiler.is_compiling() and all(type(p) is Projection for p in layers):
+        y = eager_mlp.dora_mlp(x, gate, up, down, activation, check)
+        if y is not None:
+            return y
+    gate, up, down = check()
     act = ACTIVATIONS[activation]
-    up = _checked(x, up, "up")
     if gate is None:
         inner = act(*_project(x, (up,), dropout_on))
     else:
-        gate = _checked(x, gate, "gate")
-        if gate.weight.shape[0] != up.weight.shape[0]:
-            sizes = f"{gate.weight.shape[0]} and {up.weight.shape[0]}"
-            raise ValueError(f"gate and up must have as many outputs as each other, got {sizes}")
         gated, inner = _project(x, (gate, up), dropout_on)
         inner = act(gated) * inner
-    down = _checked(inner, down, "down")
     return _project(inner, (down,), dropout_on)[0]
+
+
+def _checked_mlp(
+    x: Tensor, gate: Projection | None, up: Projection, down: Projection
+) -> tuple[Projection | None, Projection, Projection]:
+    up = _checked(x, up, "up")
+    features = up.weight.shape[0]
+    if gate is not None:
+        gate = _checked(x, gate, "gate")
+        if gate.weight.shape[0] != features:
+            raise ValueError(
+                f"gate and up must have as many outputs as each other, got {gate.weight.shape[0]} and {features}"
+            )
+    between = x.new_empty(()).expand(*x.shape[:-1], features)  # of what down gets, all that is looked at
+    return gate, up, _checked(between, down, "down")
 
 
 def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
