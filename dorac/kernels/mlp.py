@@ -19,7 +19,7 @@ import triton.language as tl
 from dorac.kernels.compose import GROUP
 from dorac.kernels.configs import MlpBackwardConfig, TileConfig
 from dorac.kernels.launch import Launch, cdiv
-from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum
+from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum, to_bfloat16
 
 HEAD = 4  # rows of partial sums: of the magnitudes of gate and up, and of their biases
 _HEAD = tl.constexpr(HEAD)
@@ -41,6 +41,14 @@ def activated(x, ACTIVATION: tl.constexpr):
         return x * sigmoid, sigmoid + x * slope * (sigmoid * (1 - sigmoid))
     else:  # relu, which passes NaN on
         return tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
+
+
+@triton.jit
+def _rounded(x, like_ptr):
+    if like_ptr.dtype.element_ty == tl.bfloat16:
+        return to_bfloat16(x)
+    else:
+        return x.to(like_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -93,7 +101,7 @@ def _inner(
                 b_ptr, start_o, start_r, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False
             )
             acc_TO = product(h_TR, b_OR.T, acc_TO, False)
-        inner_TO = (base_TO.to(tl.float32) + number(scaling_ptr) * acc_TO).to(base_ptr.dtype.element_ty)
+        inner_TO = _rounded(base_TO.to(tl.float32) + number(scaling_ptr) * acc_TO, base_ptr)
         if WANT_INNER:
             store_tile(base_ptr, inner_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
         return inner_TO.to(tl.float32)
@@ -192,7 +200,7 @@ def mlp_kernel(
         z_TO, _ = activated(z_TO, ACTIVATION)
     else:
         z_TO *= act_TO
-    store_tile(z_ptr, z_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+    store_tile(z_ptr, _rounded(z_TO, z_ptr), start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
 
 
 @triton.jit
@@ -307,7 +315,7 @@ def mlp_backward_kernel(
                 m_gate_TO += d_TO * inner_TO
             if SUM_GATE:
                 sum_gate_TO += d_TO
-            d_TO = (g_gate_O[None, :] * d_TO).to(d_gate_ptr.dtype.element_ty)
+            d_TO = _rounded(g_gate_O[None, :] * d_TO, d_gate_ptr)
             store_tile(d_gate_ptr, d_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
             if LOW_GATE:
                 h_TR = load_tile(h_ptr, start, 0, T, RG, RG + RU, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
@@ -319,12 +327,12 @@ def mlp_backward_kernel(
             m_up_TO += d_TO * inner_up_TO
         if SUM_UP:
             sum_up_TO += d_TO
-        d_TO = (g_up_O[None, :] * d_TO).to(d_up_ptr.dtype.element_ty)
+        d_TO = _rounded(g_up_O[None, :] * d_TO, d_up_ptr)
         store_tile(d_up_ptr, d_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
         if LOW_UP:
             h_TR = load_tile(h_ptr + RG, start, 0, T, RU, RG + RU, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
             d_b_up_OR = product(d_TO.T, h_TR, d_b_up_OR, False)
-        z_TO = z_TO.to(up_ptr.dtype.element_ty)
+        z_TO = _rounded(z_TO, up_ptr)
         if z_ptr is not None:
             store_tile(z_ptr, z_TO, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
         if d_h_ptr is not None:
@@ -366,13 +374,13 @@ def _of_magnitude(parts_ptr, norm_ptr, d_m_ptr, cols_O, mask_O, size, strips):
     total_O = strip_sum(parts_ptr, cols_O, mask_O, size, strips)
     norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
     d_m_O = tl.where(norm_O <= 1e-12, 0.0, total_O / norm_O)
-    tl.store(d_m_ptr + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
+    tl.store(d_m_ptr + cols_O, _rounded(d_m_O, d_m_ptr), mask=mask_O)
 
 
 @triton.jit
 def _of_bias(parts_ptr, d_bias_ptr, cols_O, mask_O, size, strips):
     total_O = strip_sum(parts_ptr, cols_O, mask_O, size, strips)
-    tl.store(d_bias_ptr + cols_O, total_O.to(d_bias_ptr.dtype.element_ty), mask=mask_O)
+    tl.store(d_bias_ptr + cols_O, _rounded(total_O, d_bias_ptr), mask=mask_O)
 
 
 @triton.jit
@@ -385,7 +393,7 @@ def _of_factor(parts_ptr, scaling, d_ptr, start_o, O, R, stride_r, stride_o, siz
             parts_ptr, ranks_R[:, None] * O + cols_O[None, :], mask_RO, size, strips
         )
         pointers = d_ptr + ranks_R[:, None] * stride_r + cols_O[None, :] * stride_o
-        tl.store(pointers, total_RO.to(d_ptr.dtype.element_ty), mask=mask_RO)
+        tl.store(pointers, _rounded(total_RO, d_ptr), mask=mask_RO)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ joins the layers is one kernel in either direction (``kernels/mlp.py``):
 - Backward computes gate, up and z of them again, and writes the gradients of both products, the second over that of z.
   In the same pass go the magnitudes' gradients, and up to a rank those of gate's and up's lora_B and down's lora_A. As
   inner is kept, no magnitude is too small for its gradient, and no bias is too large.
-
-With ``lora_B`` of rank r of all features between the layers F, the gradient of x is accumulated inside the products.
+- Unless backward is asked to keep the graph, gradients are written over what was kept, and take no memory of their own.
+- The gradient of x is accumulated inside the products with the weights.
 
 Taken are adapters that are trained whole over frozen weights, all of them, or no training at all, without dropout.
 Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors. Second
@@ -368,6 +368,7 @@ class _MLP(torch.autograd.Function):
         ctx.save_for_backward(x, cast, h, h_down, *inners, *norms, *frozen, *trained)
         ctx.set_materialize_grads(False)
         ctx.scalings, ctx.plan = scalings, plan
+        ctx.overwrites, ctx.overwritten = not plan.in_ops and front.saves_for_itself(), False
         return y
 
     @staticmethod
@@ -409,6 +410,8 @@ def _for_kernel(tensor: Tensor | None) -> Tensor | None:
 
 def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
+    if ctx.overwritten:  # by a backward pass that raised before its end
+        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     x, cast, (h, h_down), inners, layers = _saved(ctx)
     a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
     gate, up, down = layers
@@ -425,9 +428,13 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     else:
         dz = torch.mm(d_h_down, a_down).addmm_(d_base, down[WEIGHT])
     del d_base
-    arguments = plan, layers, dz, inners, h, d_h_down, a_down if down_inside else None, scalings, needs_bias
-    d_gate, d_up, z = (_join_in_ops if in_ops else _join_backward)(*arguments, grads)
-    del dz
+    arguments = plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads
+    if in_ops:
+        d_gate, d_up, z = _join_in_ops(*arguments)
+    else:
+        ctx.overwritten = ctx.overwrites and not front.keeps_graph()
+        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, ctx.overwritten)
+    del dz, inners
     if z is not None:
         grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
     del z
@@ -477,13 +484,13 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
     return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
 
 
-def _join_backward(plan, layers, dz, inners, h, d_h_down, a_down, scalings, needs_bias, grads):
+def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads, a_down, overwrites):
     """The gradients of gate's and up's products, and z where down's lora_A has no gradient here."""
     gate, up, down = layers
     inner_gate, inner_up, h = (_for_kernel(t) for t in (*inners[:DOWN], h))
     along, wants_z = plan.along, plan.ranks[DOWN] > 0 and not plan.along[DOWN]
-    d_gate = None if inner_gate is None else torch.empty_like(dz)
-    d_up, z = (torch.empty_like(dz), dz) if wants_z else (dz, None)
+    d_gate = inner_gate if overwrites or inner_gate is None else torch.empty_like(dz)
+    d_up, z = (inner_up if overwrites else torch.empty_like(dz), dz) if wants_z else (dz, None)
     parts = dz.new_empty(plan.parts, dtype=torch.float32)
     plan.part(
         *(dz, inner_up, inner_gate),
@@ -504,7 +511,7 @@ def _join_backward(plan, layers, dz, inners, h, d_h_down, a_down, scalings, need
     return d_gate, d_up, z
 
 
-def _join_in_ops(plan, layers, dz, inners, h, d_h_down, a_down, scalings, needs_bias, grads):
+def _join_in_ops(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads):
     """:func:`_join_backward` in aten."""
     gate, up, _ = layers
     with torch.enable_grad():
