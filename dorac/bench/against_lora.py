@@ -159,8 +159,9 @@ def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]
     ``gpu_ratio``, ``wall_ratio`` and ``peak_ratio`` divide by the compiled plain LoRA that takes the least GPU time (on
     the CPU the least wall time), ``gpu_ratio_eager`` and so on of an eager variant by the eager one. ``gpu_peft``,
     ``wall_peft`` and ``peak_peft`` divide by PEFT's LoRA in the same mode, where that is among the variants,
-    ``gpu_fused`` and so on by fused plain LoRA. With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and ``wall_ratio_second`` divide by the time of the
-    plain LoRA in the same mode and theirs. Of wall times measured in turns a ratio is the median of the turns' ratios.
+    ``gpu_fused`` and so on by fused plain LoRA. With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and
+    ``wall_ratio_second`` divide by the time of the plain LoRA in the same mode and theirs. Of wall times measured in
+    turns a ratio is the median of the turns' ratios.
     """
     named = {record["variant"]: record for record in records}
     products = named.get(SECOND_PRODUCTS)
