@@ -7,7 +7,6 @@ from functools import partial
 
 from torch import nn
 
-from dorac import offload
 from dorac.apply import bare
 from dorac.hooks import unhooked
 from dorac.nn import DoraLinear, blocks, shared
@@ -127,8 +126,8 @@ class _Found:
 
 def _look(module: nn.Module) -> _Found | str:
     """What block a module is, or why its layers have to be called by themselves."""
-    if offload.is_hooked(module) or offload.has_own_forward(module):
-        return "it has a forward of its own (patched, or hooked by accelerate)"
+    if "forward" in vars(module):
+        return "it has a forward of its own (patched, or put there by accelerate's hooks)"
     roles = blocks.mlp(module)
     if not isinstance(roles, str):
         called = *roles.linears, roles.act, *roles.between
