@@ -4,6 +4,7 @@ from dorac import functional, nn, ops
 from dorac.apply import apply_dora, merge, unmerge
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
+from dorac.fusing import Fusion, fuse, unfuse
 from dorac.idle import find_idle
 from dorac.outputs import save_outputs
 from dorac.switching import base_model, disabled, set_strength
@@ -11,6 +12,7 @@ from dorac.trained import parameter_groups, print_trainable_parameters
 
 __version__ = "0.1.0"
 __all__ = [
+    "Fusion",
     "NormCache",
     "apply_dora",
     "base_model",
@@ -18,6 +20,7 @@ __all__ = [
     "disabled",
     "find_idle",
     "functional",
+    "fuse",
     "load_adapter",
     "merge",
     "nn",
@@ -27,5 +30,6 @@ __all__ = [
     "save_adapter",
     "save_outputs",
     "set_strength",
+    "unfuse",
     "unmerge",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dorac import lora_config, notices, offload, pretrained
 from dorac.names import ModuleNames, Names, parents, plain_name
-from dorac.nn import DoraLayer, layer_class, loading, merging, starts
+from dorac.nn import DoraLayer, blocks, layer_class, loading, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
@@ -333,6 +333,7 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
     if "" in layers:
         return
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
+    blocks.restore(model.modules(), log)
     for module in model.modules():
         left = [name for name in (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE) if name in vars(module)]
         if left or loading.is_guarded(module) or pretrained.is_installed(module):

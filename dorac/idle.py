@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dorac import offload
 from dorac.apply import bare, require_layers
 from dorac.dense import not_dense
-from dorac.nn import DoraLayer
+from dorac.nn import DoraLayer, shared
 from dorac.ops import sharded
 
 # Operations that take no more of a tensor than its shape, dtype and device.
@@ -62,7 +62,7 @@ def find_idle(model: nn.Module, *args, **kwargs) -> dict[str, str]:
     uses = _WeightUses(names)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with _random_state_kept(model), torch.inference_mode(False), torch.enable_grad():
-        with torch.compiler.set_stance("force_eager"), uses:
+        with torch.compiler.set_stance("force_eager"), shared.apart(), uses:
             output = torch.func.functional_call(model, buffers, args, kwargs)
         reached = _reached([p for parameters in trained.values() for p in parameters], output)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dorac import checks
 from dorac.apply import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
-from dorac.nn import DoraLayer, loading, merging, residual, starts
+from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
 from dorac.undo import Undo
 
 
@@ -139,6 +139,7 @@ def base_model(model: nn.Module) -> nn.Module:
     for layer in dict.fromkeys(layers.values()):
         memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
     plain = copy.deepcopy(model, memo)
+    blocks.restore(plain.modules(), Undo())
     for module in plain.modules():
         vars(module).pop(SAVED_ATTRIBUTE, None)
         loading.unguard(module)

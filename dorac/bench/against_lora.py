@@ -13,7 +13,9 @@ from dorac.bench import measure, report
 
 PLAIN_LORA = ("lora-sum", "lora-addmm")
 PEFT_LORA = "peft-lora"
+LORA_FUSED = "lora-fused"
 SECOND_PRODUCTS = "second-products"
+BASE_PRODUCTS = "base-products"
 _RATIOS = {"gpu": "gpu_us", "wall": "wall_us", "peak": "peak_mib"}
 
 
@@ -80,8 +82,11 @@ def measure_steps(
     return [*records.values()]
 
 
-def second_products(weights: Iterable[Tensor], x: Tensor) -> measure.Callback:
-    """The least that PEFT's meaning of dropout takes beside LoRA: a product with every weight in either direction."""
+def products(weights: Iterable[Tensor], x: Tensor, forwards: int = 1, backwards: int = 1) -> measure.Callback:
+    """So many products with every weight in either direction.
+
+    One in each is the least that PEFT's meaning of dropout takes beside LoRA.
+    """
     weights, tokens = [*weights], x.numel() // x.shape[-1]
     rows = {features: x.new_empty(tokens, features).normal_() for w in weights for features in w.shape}
     operands = [(w, *(rows[features] for features in w.shape)) for w in weights]
@@ -89,8 +94,10 @@ def second_products(weights: Iterable[Tensor], x: Tensor) -> measure.Callback:
     @torch.no_grad()
     def step() -> None:
         for weight, dy, rows in operands:
-            F.linear(rows, weight)
-            torch.mm(dy, weight)
+            for _ in range(forwards):
+                F.linear(rows, weight)
+            for _ in range(backwards):
+                torch.mm(dy, weight)
 
     return step
 
@@ -98,10 +105,10 @@ def second_products(weights: Iterable[Tensor], x: Tensor) -> measure.Callback:
 def beside(
     weights: Iterable[Tensor], x: Tensor, args: argparse.Namespace, phase: str
 ) -> dict[str, Callable[[], measure.Callback]]:
-    """:func:`second_products` where there is dropout."""
+    """The second :func:`products` where there is dropout."""
     if not args.dropout or phase != "train":
         return {}
-    return {SECOND_PRODUCTS: functools.partial(second_products, weights, x)}
+    return {SECOND_PRODUCTS: functools.partial(products, weights, x)}
 
 
 def _step(build, compile_args, x, dy, micro_batches, autocast) -> measure.Callback:
@@ -151,9 +158,10 @@ def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]
 
     ``gpu_ratio``, ``wall_ratio`` and ``peak_ratio`` divide by the compiled plain LoRA that takes the least GPU time (on
     the CPU the least wall time), ``gpu_ratio_eager`` and so on of an eager variant by the eager one. ``gpu_peft``,
-    ``wall_peft`` and ``peak_peft`` divide by PEFT's LoRA in the same mode, where that is among the variants.
-    With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and ``wall_ratio_second`` divide by the time of the
-    plain LoRA in the same mode and theirs. Of wall times measured in turns a ratio is the median of the turns' ratios.
+    ``wall_peft`` and ``peak_peft`` divide by PEFT's LoRA in the same mode, where that is among the variants,
+    ``gpu_fused`` and so on by fused plain LoRA. With a record of :data:`SECOND_PRODUCTS`, ``gpu_ratio_second`` and
+    ``wall_ratio_second`` divide by the time of the plain LoRA in the same mode and theirs. Of wall times measured in
+    turns a ratio is the median of the turns' ratios.
     """
     named = {record["variant"]: record for record in records}
     products = named.get(SECOND_PRODUCTS)
@@ -166,6 +174,8 @@ def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]
             ratios |= {f"{what}_ratio_eager": _ratio(record, eager, key) for what, key in _RATIOS.items()}
         if peft := named.get(f"{PEFT_LORA}-{mode}"):
             ratios |= {f"{what}_peft": _ratio(record, peft, key) for what, key in _RATIOS.items()}
+        if fused := named.get(f"{LORA_FUSED}-{mode}"):
+            ratios |= {f"{what}_fused": _ratio(record, fused, key) for what, key in _RATIOS.items()}
         if products:
             lora = eager if mode == "eager" else compiled
             ratios |= {

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import tempfile
@@ -14,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from dorac.bench import against_lora, measure, model, options, report
 from dorac.bench.measure import MIB
-from dorac.nn import DoraLayer
+from dorac.nn import DoraLayer, blocks, shared
 
 _VARIANTS = (
     *("lora-sum-compiled", "lora-addmm-compiled", "dorac-every-compiled", "dorac-cached-compiled"),
     *("lora-sum-eager", "lora-addmm-eager", "dorac-every-eager", "dorac-cached-eager", "peft-dora-eager"),
+    *("lora-fused-eager", "dorac-fused-eager", "dorac-fused-cached-eager"),
 )
 DEFAULTS = {
     device: {
@@ -39,8 +41,10 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One record per rank and variant of forward and backward of the stack.
 
     ``peak_mib``: most memory allocated beyond what was allocated before. ``saved_mib``: what forward leaves for
-    backward beyond parameters, buffers and the input, listed in ``saved``. ``peak_ratio`` and ``saved_ratio`` divide by
-    the plain LoRA, compiled or eager as the variant, that takes least.
+    backward beyond parameters, buffers and the input, listed in ``saved``; of an eager variant ``saved_qkv`` and
+    ``saved_mlp`` list it for the projections of one attention and for one MLP by themselves, with their input.
+    ``peak_ratio`` and ``saved_ratio`` divide by the plain LoRA, compiled or eager as the variant, that takes least,
+    ``peak_fused`` and ``saved_fused`` of an eager variant by fused plain LoRA.
     """
     stack = model.build_stack(args)
     weights = model.linear_weights(stack)
@@ -76,14 +80,31 @@ def measure_memory(
     for _ in range(measure.WARM_UP):
         step()
     norms = (m.cached_norm for m in module.modules() if isinstance(m, DoraLayer) and m.cached_norm is not None)
-    saved = saved_for_backward(lambda: forward(leaf), [leaf, *parameters, *module.buffers(), *norms])
+    held = [*parameters, *module.buffers(), *norms]
+    saved = saved_for_backward(lambda: forward(leaf), [leaf, *held])
+    of_blocks = {} if compile_args is not None else saved_by_blocks(module, leaf, held)
     peak, total = peak_mib(step, x.device)
     return {
         "peak_mib": peak,
         "total_mib": total,
         "saved_mib": sum(t.untyped_storage().nbytes() for t in saved) / MIB,
         "saved": by_shape(saved),
+        **of_blocks,
     }
+
+
+def saved_by_blocks(stack: model.Stack, x: Tensor, held: list[Tensor]) -> dict[str, list[dict[str, object]]]:
+    """What the projections of the first layer's attention, and its MLP, keep for backward, their input included."""
+    layer = stack.llama.layers[0]
+    attention = layer.self_attn
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def project() -> list[Tensor]:
+        with shared.together(projections) if blocks.is_fused(attention) else contextlib.nullcontext():
+            return [layer(x) for layer in projections]
+
+    parts = {"saved_qkv": project, "saved_mlp": lambda: layer.mlp(x)}
+    return {name: by_shape(saved_for_backward(run, held)) for name, run in parts.items()}
 
 
 def saved_for_backward(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> list[Tensor]:
@@ -141,15 +162,17 @@ def peak_of(events: list[dict]) -> int:
 
 
 def related_to_lora(records: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The records of one rank with ``peak_ratio`` and ``saved_ratio`` to the least of plain LoRA in the same mode."""
+    """The records of one rank with their ratios to the least of plain LoRA in the same mode, and to the fused one."""
     related = []
     for record in records:
         mode = record["variant"].rpartition("-")[2]
         names = [f"{name}-{mode}" for name in against_lora.PLAIN_LORA]
         loras = [other for other in records if other["variant"] in names]
         ratios = {}
+        fused = [other for other in records if other["variant"] == f"{against_lora.LORA_FUSED}-{mode}"]
         for what in ("peak", "saved"):
-            least = min((other[f"{what}_mib"] for other in loras), default=None)
-            ratios[f"{what}_ratio"] = record[f"{what}_mib"] / least if least else None
+            for ratio, others in (("ratio", loras), ("fused", fused)):
+                least = min((other[f"{what}_mib"] for other in others), default=None)
+                ratios[f"{what}_{ratio}"] = record[f"{what}_mib"] / least if least else None
         related.append(record | ratios)
     return related

@@ -23,11 +23,25 @@ VARIANTS = peers.VARIANTS | {
     for mode in ("compiled", "eager")
     for name, each in CACHED.items()
 }
+# Blocks by dorac.fuse, of DoRA's layers and of plain LoRA's: compiled code is that of the layers.
+FUSED = {
+    f"{name}-eager": peers.Variant(build, None)
+    for name, build in (
+        (against_lora.LORA_FUSED, peers.LoraProjection),
+        ("dorac-fused", peers.dorac_every),
+        ("dorac-fused-cached", peers.dorac_every),
+        ("dorac-peft-fused", peers.dorac_peft),
+        ("dorac-peft-fused-cached", peers.dorac_peft),
+    )
+} | {"dorac-fused-cached-compiled": peers.VARIANTS["dorac-every-compiled"]}
+VARIANTS |= FUSED
 # Those that take somebody else's layer.
 OVER_QUANTISED = tuple(
     name
     for name in VARIANTS
-    if name.startswith(("peft-lora", "peft-dora-eager", "dorac-")) and not name.startswith("dorac-once")
+    if name.startswith(("peft-lora", "peft-dora-eager", "dorac-"))
+    and not name.startswith("dorac-once")
+    and name not in FUSED
 )
 _CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
@@ -153,10 +167,22 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             autocast=args.autocast,
             kernels=compiled if args.profile else (),
             # Nobody has PEFT's second products over a quantised base for themselves; its library may refuse anything.
-            beside=None if quantised else against_lora.beside([*weights.values()], x, args, phase),
+            beside=None if quantised else beside([*weights.values()], x, args, phase),
             failures=(Exception,) if quantised else measure.CANNOT_RUN,
         )
         yield from against_lora.related_to_lora([record | size | {"phase": phase} for record in records])
+
+
+def beside(
+    weights: list[Tensor], x: Tensor, args: argparse.Namespace, phase: str
+) -> dict[str, Callable[[], measure.Callback]]:
+    """:func:`against_lora.beside`, and the products with the base weights alone beside fused plain LoRA."""
+    steps = against_lora.beside(weights, x, args, phase)
+    if f"{against_lora.LORA_FUSED}-eager" in args.variants:
+        products = 1 + args.checkpointing if phase == "train" else 1
+        make = functools.partial(against_lora.products, weights, x, products, int(phase == "train"))
+        steps[against_lora.BASE_PRODUCTS] = make
+    return steps
 
 
 class Stack(nn.Module):
@@ -224,7 +250,9 @@ def build_variant(
 ) -> Stack:
     """The stack adapted in one of ``VARIANTS``."""
     stack = adapt(stack, layers, VARIANTS[name].build)
-    if name.rpartition("-")[0] in CACHED:
+    if name in FUSED and (left := dorac.fuse(stack).left):
+        raise RuntimeError(f"{name}: dorac.fuse has left {left}")
+    if name.rpartition("-")[0].endswith("-cached"):
         dorac.cache_norms(stack)
     if checkpointing:
         stack.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

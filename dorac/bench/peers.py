@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dorac
 from dorac import functional, packed, quantise
+from dorac.nn import shared
 
 SCALING = 2.0
 
@@ -100,6 +101,25 @@ class LoraAddmm(_Adapted):
         down = (SCALING * F.linear(self.factor_input(rows), self.lora_A)).to(x.dtype)
         y = torch.addmm(F.linear(rows, self.weight), down, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
+
+
+@shared.fusable
+class LoraProjection(_Adapted):
+    """Plain LoRA through :func:`dorac.functional.dora_linears`, which ``dorac.fuse`` makes blocks of, as of DoRA."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.out_features, self.in_features = layer.weight.shape
+        self.dropout_p = layer.dropout
+
+    def projection(self, x: Tensor) -> tuple[functional.Projection, str]:
+        dropout_p = self.dropout_p if self.training else 0.0
+        factors = self.lora_A, self.lora_B
+        return functional.Projection(self.weight, *factors, scaling=SCALING, dropout_p=dropout_p), "low_rank"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = shared.taken(self, x)
+        return functional.dora_linears(x, self.projection(x)[:1], dropout_on="low_rank")[0] if y is None else y
 
 
 class _AdaptedWithMagnitude(_Adapted):

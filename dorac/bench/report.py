@@ -20,10 +20,15 @@ PACKAGES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "torchao"
 # Kept in the JSON; the table shows what they lead to.
 HIDDEN = (
     *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch"),
-    *("bytes", "flops", "kernels", "saved", "turns_us"),
+    *("bytes", "flops", "kernels", "saved", "saved_qkv", "saved_mlp", "turns_us"),
 )
 # Lists of records within a record, each printed as a table of its own under this heading.
-DETAILS = {"kernels": "kernels of one iteration", "saved": "saved for backward, beyond parameters and input"}
+DETAILS = {
+    "kernels": "kernels of one iteration",
+    "saved": "saved for backward, beyond parameters and input",
+    "saved_qkv": "saved by q, k and v of one attention, with their input",
+    "saved_mlp": "saved by one MLP, with its input",
+}
 WIDEST = 80  # characters of a cell; names of GPU kernels run to hundreds
 PLOTTED = (
     ("gpu_ratio", "GPU time relative to compiled plain LoRA"),

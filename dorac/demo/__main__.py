@@ -58,6 +58,8 @@ def run(options: Options) -> int:
 
 def _fine_tune(options: Options, lm, tokenizer, source, batches, held_out) -> int:
     wrapped = dorac.apply_dora(lm, "all-linear", options.rank, 2 * options.rank)
+    if options.fuse:
+        print(dorac.fuse(lm))
     if options.compile:
         model.compile_blocks(lm)
     if options.cache_norms:

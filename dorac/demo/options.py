@@ -29,6 +29,7 @@ class Options:
     micro_batches: int
     random_lengths: bool
     cache_norms: bool
+    fuse: bool
     lr: float
     seed: int
     device: torch.device
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cut each step's blocks to a length from 2 to --seq-len; a recompilation after the first two is an error",
     )
     add("--cache-norms", action="store_true", help="compute norms once per step; with --compare, beside every forward")
+    add("--fuse", action="store_true", help="compute attention and MLP blocks as blocks (dorac.fuse)")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the adapters' start and the order of the blocks (default: 0)")
     cli.add_device(parser)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
-from dorac.nn import offloaded
+from dorac.nn import offloaded, shared
 from dorac.nn.layer import DoraLayer, not_stock, parameter
 from dorac.nn.norm_cache import known_norm
 
@@ -19,6 +19,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
+@shared.fusable
 class DoraLinear(DoraLayer):
     """Adapts an ``nn.Linear`` (or GPT-2 ``Conv1D``) with DoRA: ``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b``.
 
@@ -106,22 +107,19 @@ class DoraLinear(DoraLayer):
         base = self._modules["base_layer"]
         if "_hf_hook" in base.__dict__:
             return offloaded.forward(self, (self,), x)
+        y = shared.taken(self, x)
+        if y is not None:
+            return y
         if self.merged_norm is not None or self.runs_base:
             return base(x)
-        weight = parameter(base, "weight")
-        lora_A, lora_B, magnitude = self._own_parameters()
-        if magnitude.dtype in HALF and self.training:
-            widen(magnitude)
-        norm = known_norm(self, (weight, lora_A, lora_B)) if self.caches_norm else None
-        if self._strength is not None:
-            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
+        weight, lora_A, lora_B, magnitude, bias, norm = self._operands(base)
         return functional.dora_linear(
             x,
-            weight.t() if self.fan_in_fan_out else weight,
+            weight,
             lora_A,
             lora_B,
             magnitude,
-            parameter(base, "bias"),
+            bias,
             scaling=self._scaling,
             weight_norm=norm,
             norm_grad=self.norm_grad and norm is None,
@@ -129,6 +127,29 @@ class DoraLinear(DoraLayer):
             dropout_on=self.dropout_on,
             save_output=self.save_output,
         )
+
+    def _operands(self, base: nn.Module) -> tuple[Tensor | None, ...]:
+        """The matrix, the factors, the magnitude, the bias and, if it is known, the norm for a forward."""
+        weight = parameter(base, "weight")
+        lora_A, lora_B, magnitude = self._own_parameters()
+        if magnitude.dtype in HALF and self.training:
+            widen(magnitude)
+        norm = known_norm(self, (weight, lora_A, lora_B)) if self.caches_norm else None
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
+        weight = weight.t() if self.fan_in_fan_out else weight
+        return weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm
+
+    def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
+        """See :class:`dorac.nn.shared.Fusable`."""
+        base = self._modules["base_layer"]
+        if self.merged_norm is not None or self.runs_base or self.norm_grad or "_hf_hook" in base.__dict__:
+            return None
+        if not shared.fits(x, parameter(base, "weight")) or not all(map(shared.is_plain, self._own_parameters())):
+            return None
+        dropout_p = self.lora_dropout if self.training else 0.0
+        operands = self._operands(base)
+        return functional.Projection(*operands, self._scaling, dropout_p, self.save_output), self.dropout_on
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

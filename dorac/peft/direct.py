@@ -2,20 +2,8 @@
 
 from torch import Tensor, nn
 
-from dorac import offload
+from dorac.hooks import unhooked
 from dorac.peft.weights import is_fsdp_unit, is_plain, whole
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether nothing but its own forward would run if this module was called, hooks of all modules aside."""
-    attributes = module.__dict__
-    return not (
-        attributes["_forward_pre_hooks"]
-        or attributes["_forward_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or ("forward" in attributes and (offload.is_hooked(module) or offload.has_own_forward(module)))
-    )
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:

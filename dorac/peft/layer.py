@@ -12,9 +12,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from dorac import functional, offload
-from dorac.nn import offloaded
+from dorac.nn import offloaded, shared
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
+from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.peft import dora, variants
 from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
 from dorac.peft.merging import Merging
@@ -70,6 +71,7 @@ class _Layer(Merging, variants.TakesVariants):
         return None if magnitude is None else (base, magnitude[0], (weight, lora_A, lora_B), magnitude[1], p)
 
 
+@shared.fusable
 class Linear(_Layer, layer.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
@@ -79,11 +81,38 @@ class Linear(_Layer, layer.Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if "_hf_hook" in self._modules["base_layer"].__dict__:
             return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
+        y = None if args or kwargs else shared.taken(self, x)
+        if y is not None:
+            return y
         adapter = lone_adapter(self, args, kwargs)
-        transposed = self.fan_in_fan_out
-        parts = None if adapter is None else self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
-        if parts is None:
+        found = None if adapter is None else self._operands(x, adapter)
+        if found is None:
             return super().forward(x, *args, **kwargs)
+        projection, budget = found
+        if projection.lora_A is None:
+            return self._modules["base_layer"](x)
+        weight, lora_A, lora_B, magnitude, bias, norm, scaling, p, _ = projection
+        return functional.dora_linear(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            bias,
+            scaling=scaling,
+            weight_norm=norm,
+            dropout_p=p,
+            dropout_on=self.lora_variant[adapter].dropout_on,
+            save_output=self.save_output,
+            budget=budget,
+        )
+
+    def _operands(self, x: Tensor, adapter: str) -> tuple[functional.Projection, int] | None:
+        """What the layer with this adapter computes for x, and the budget of its norm; None: what PEFT's does."""
+        transposed = self.fan_in_fan_out
+        parts = self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
+        if parts is None:
+            return None
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
         scaling, strength = module.split(self.scaling[adapter])
         norm = module.known_norm(base, lora_A, lora_B, scaling)
@@ -91,22 +120,22 @@ class Linear(_Layer, layer.Linear):
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         if strength is not None:
             if dora.is_zero(strength):
-                return base(x)
+                return functional.Projection(weight), module.norm_budget
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
-        return functional.dora_linear(
-            x,
-            weight.t() if transposed else weight,
-            lora_A,
-            lora_B,
-            magnitude,
-            parameter(base, "bias"),
-            scaling=scaling,
-            weight_norm=norm,
-            dropout_p=p,
-            dropout_on=self.lora_variant[adapter].dropout_on,
-            save_output=self.save_output,
-            budget=module.norm_budget,
-        )
+        if transposed:
+            weight = weight.t()
+        operands = weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm
+        return functional.Projection(*operands, scaling, p, self.save_output), module.norm_budget
+
+    def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
+        """See :class:`dorac.nn.shared.Fusable`."""
+        adapter = None if "_hf_hook" in self._modules["base_layer"].__dict__ else lone_adapter(self, (), {})
+        found = None if adapter is None else self._operands(x, adapter)
+        if found is None or found[0].lora_A is None or not shared.fits(x, found[0].weight):
+            return None
+        if found[1] != DEFAULT_BUDGET and found[0].weight_norm is None:
+            return None
+        return found[0], self.lora_variant[adapter].dropout_on
 
 
 class Embedding(_Layer, layer.Embedding):

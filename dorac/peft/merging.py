@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import offload, packed
+from dorac.nn import blocks
 from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
@@ -155,6 +156,7 @@ def unload_and_optionally_merge(
         log.keep_module(self.model)  # which has a peft_config
         if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
             log.keep_attribute(self.model.config, "tie_word_embeddings")
+        blocks.restore(self.model.modules(), log)
         return _unload_stock(self, merge, progressbar, safe_merge, adapter_names)
 
 
