@@ -212,8 +212,11 @@ def norm_of(p: Projection) -> Tensor:
     return reference.row_norm(*(t.detach().double() for t in p[:3]), p.scaling)
 
 
-def check(x, layers, dy, actual, activation="silu", norm_error=0.0) -> None:
-    """Every result within its bound and its RMS beside the textbook's; gradients for what requires one alone."""
+def check(x, layers, dy, actual, activation="silu", norm_error=0.0, averages=True) -> None:
+    """Every result within its bound, its RMS beside the textbook's; gradients for what requires one alone.
+
+    ``averages``: no few numbers outweigh the rest, whose roundings would not average out.
+    """
     truth = textbook(x, layers, dy, activation, torch.float64)
     dense = textbook(x, layers, dy, activation, next(p.weight.dtype for p in layers if p))
     expected = bounds(x, layers, dy, activation, norm_error)
@@ -224,7 +227,7 @@ def check(x, layers, dy, actual, activation="silu", norm_error=0.0) -> None:
     for name, value in truth.items():
         near = expected[name]
         torch.testing.assert_close(near.value, value, rtol=1e-9, atol=1e-9 * value.abs().max().item())
-        Budget(value, near.error, dense[name] if len(dy) > 1 else None).check(actual[name], name)
+        Budget(value, near.error, dense[name] if averages and len(dy) > 1 else None).check(actual[name], name)
 
 
 def composed(monkeypatch, function):
@@ -338,7 +341,7 @@ def rows_of_every_kind(p: Projection, name: str) -> Projection:
     """Magnitudes of zero, of little and of either sign, a bias far above the rest, and a zero row."""
     p = p._replace(**{n: getattr(p, n).detach().clone() for n in ("weight", "lora_B", "magnitude", "bias")})
     p.magnitude[:4] = torch.tensor([0.0, 1e-4, -1e-3, -1.0])
-    p.bias[4] = 100.0
+    p.bias[4] = 20.0
     p.weight[5], p.lora_B[5] = 0, 0
     trained = {n: getattr(p, n).requires_grad_() for n in ("lora_B", "magnitude", "bias")}
     return p._replace(weight_norm=functional.norm_factored(*(t.detach() for t in p[:3]), p.scaling), **trained)
@@ -351,7 +354,7 @@ def test_rows_of_every_kind(dtype, activation, path, device):
     layers = [rows_of_every_kind(p, name) for p, name in zip(layers, NAMES, strict=True)]
     actual = run(x, layers, activation=activation)
     assert path == ["training"]
-    check(x, layers, cotangent(actual["y"]), actual, activation)
+    check(x, layers, cotangent(actual["y"]), actual, activation, averages=False)
     for name in NAMES:
         assert actual[f"{name} magnitude"][5] == 0
         assert actual[f"{name} magnitude"][0] != 0
@@ -673,7 +676,7 @@ SAVED = {
 }
 
 
-def seen_in_part(device, call, over_forward, over_backward, kinds=DORA, activation="silu", leaves_=True, **options):
+def seen_in_part(device, call, over_forward, over_backward, kinds=DORA, activation="silu", **options):
     """The gradients of an MLP that ``call`` runs, with modes over it."""
     leaf = options.pop("leaves", True)
     x, autocast = drawn_x(torch.bfloat16, device, (T, I)), "factor_dtype" in options
@@ -845,7 +848,7 @@ BAD = {
     "down": lambda g, u, d: ((g, u, g), r"down: x must be \[\*, in\] with in = 40, got shape \[33, 72\]"),
     "scaling": lambda g, u, d: ((g._replace(scaling=float("nan")), u, d), "gate: scaling must be finite, got nan"),
     "dtype": lambda g, u, d: ((g, u, d._replace(weight=d.weight.int())), "down: weight must be"),
-    "magnitude": lambda g, u, d: ((g, u._replace(magnitude=u.magnitude[1:]), d), r"up: magnitude must be \[72\]"),
+    "magnitude": lambda g, u, d: ((g, u._replace(magnitude=u.magnitude[1:]), d), r"up: magnitude must be \[out\] = \[72\], got shape \[71\]"),
 }
 
 

@@ -391,6 +391,8 @@ _apply = super(torch.autograd.Function, _MLP).apply
 def _saved(ctx) -> tuple:
     """x; what holds the cast factors; h; inner; and the layers' tensors, norms among them."""
     plan, (x, cast, h, h_down, *kept) = ctx.plan, ctx.saved_tensors
+    if ctx.overwritten:  # by a backward pass that raised before its end
+        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     inners, norms, frozen, saved = kept[:3], kept[3:6], kept[6:12], kept[12:]
     rest = iter(saved or eager.unchanged(ctx))
     layers = []
@@ -410,8 +412,6 @@ def _for_kernel(tensor: Tensor | None) -> Tensor | None:
 
 def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
-    if ctx.overwritten:  # by a backward pass that raised before its end
-        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     x, cast, (h, h_down), inners, layers = _saved(ctx)
     a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
     gate, up, down = layers
@@ -426,7 +426,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if d_h_down is None or down_inside:
         dz = torch.mm(d_base, down[WEIGHT])
     else:
-        dz = torch.mm(d_h_down, a_down).addmm_(d_base, down[WEIGHT])
+        dz = _added(torch.mm(d_h_down, a_down), d_base, down[WEIGHT], in_ops)
     del d_base
     arguments = plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads
     if in_ops:
@@ -457,9 +457,14 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if needs_x:
         for d_base, matrix in ((d_h, a), (d_gate, gate[WEIGHT]), (d_up, up[WEIGHT])):
             if d_base is not None:
-                dx = torch.mm(d_base, matrix) if dx is None else dx.addmm_(d_base, matrix)
+                dx = torch.mm(d_base, matrix) if dx is None else _added(dx, d_base, matrix, in_ops)
         dx = dx.view(x.shape)
     return dx, None, None, *(grad for of_layer in grads for grad in of_layer)
+
+
+def _added(onto: Tensor, left: Tensor, right: Tensor, in_ops: bool) -> Tensor:
+    """``onto + left @ right``, where it lies; counters of operations do not know that."""
+    return torch.addmm(onto, left, right) if in_ops else onto.addmm_(left, right)
 
 
 def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
