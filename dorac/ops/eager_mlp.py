@@ -208,34 +208,36 @@ def _in_order(layers: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
     return [t for t in factors if t is not None]
 
 
-def _in_one(plan: Plan, layers: Sequence[Sequence[Tensor | None]]) -> Tensor | None:
-    """Where factors are cast, what holds them all."""
+def _cast(plan: Plan, factors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    """What holds them all where they are cast, and the factors in the dtype of the products."""
     if not plan.casts:
-        return None
-    factors = _in_order(layers)
+        return None, factors
     if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
-        return torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
+        cast = torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
+        return cast, _of_one(cast, factors)
     cast = factors[0].new_empty(plan.size, dtype=plan.dtype)
-    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, factors), factors)
-    return cast
+    parts = _of_one(cast, factors)
+    torch._foreach_copy_(parts, factors)
+    return cast, parts
 
 
-def _for_products(plan: Plan, layers: Sequence[Sequence[Tensor | None]], cast: Tensor | None) -> list[Tensor | None]:
-    """A ``[R, I]`` of gate and up, B of either, A and B of down, in the dtype of the products; None without factors."""
-    factors = _in_order(layers)
-    if cast is not None:
-        factors = torch._C._nn.unflatten_dense_tensors(cast, factors)
+def _of_one(cast: Tensor | None, factors: list[Tensor]) -> list[Tensor]:
+    return factors if cast is None else torch._C._nn.unflatten_dense_tensors(cast, factors)
+
+
+def _for_products(plan: Plan, factors: list[Tensor], cast: Tensor | None) -> list[Tensor | None]:
+    """A ``[R, I]`` of gate and up, B of either, A and B of down; None without factors."""
+    if 0 not in plan.ranks:
+        a_gate, a_up, *others = factors
+        if cast is None:
+            return [torch.cat((a_gate, a_up)), *others]
+        rank, in_features = plan.ranks[GATE] + plan.ranks[UP], a_up.shape[1]
+        return [cast[: rank * in_features].view(rank, in_features), *others]
     rest = iter(factors)
-    a_of = [next(rest) for rank in plan.ranks[:DOWN] if rank]
-    if len(a_of) < 2:
-        a = a_of[0] if a_of else None
-    elif cast is None:
-        a = torch.cat(a_of)
-    else:
-        rank, in_features = sum(plan.ranks[:DOWN]), a_of[0].shape[1]
-        a = cast[: rank * in_features].view(rank, in_features)
-    b_gate, b_up, down = (bool(rank) for rank in plan.ranks)
-    return [a, *(next(rest) if there else None for there in (b_gate, b_up, down, down))]
+    there = [rank > 0 for rank in plan.ranks]
+    a_of = [next(rest) for _ in range(sum(there[:DOWN]))]
+    a = None if not a_of else a_of[0] if len(a_of) == 1 else torch.cat(a_of)
+    return [a, *(next(rest) if t else None for t in (*there, there[DOWN]))]
 
 
 def _without_autocast(plan, *arguments):
@@ -252,8 +254,8 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, scalings, tensors):
     """y; what holds the cast factors; the norms; h of gate and up together, and of down; inner of each in training."""
     gate, up, down = layers = _layers(tensors)
-    cast = _in_one(plan, layers)
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    cast, factors = _cast(plan, _in_order(layers))
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
     norms = [
         eager.computed_norm(dora, layer[WEIGHT], layer[LORA_A], layer[LORA_B], s)
         if dora is not None and layer[NORM] is None
@@ -304,8 +306,8 @@ def _forward_in_ops(plan, x, scalings, tensors):
     """:func:`_forward`."""
     gate, up, down = layers = _layers(tensors)
     with front.autocast_off(x):
-        cast = _in_one(plan, layers)
-        a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+        cast, factors = _cast(plan, _in_order(layers))
+        a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
         a_of = (None, None) if a is None else a.split(plan.ranks[:DOWN])
         rows = x.reshape(-1, x.shape[-1])
         _, n_gate, h_gate, inner_gate = _layer_in_ops(rows, gate, a_of[GATE], b_gate, scalings[GATE])
@@ -413,7 +415,8 @@ def _for_kernel(tensor: Tensor | None) -> Tensor | None:
 def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
     x, cast, (h, h_down), inners, layers = _saved(ctx)
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    factors = _of_one(cast, _in_order(layers))
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
     gate, up, down = layers
     rows, dy = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, dy))
     grads: list[list[Tensor | None]] = [[None] * TENSORS for _ in layers]
