@@ -15,7 +15,7 @@ from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_linears, eager_mlp
-from dorac.ops.eager_mlp import ACTIVATIONS
+from dorac.ops.mlp import ACTIVATIONS
 
 
 class Projection(NamedTuple):
