@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from dorac import functional, reference
+from dorac import functional, ops, reference
 from dorac.functional import Projection
 from dorac.ops import eager, eager_linears, eager_mlp, front
 from dorac.testing import Budget
@@ -30,11 +30,11 @@ pytest.importorskip("triton")
 from dorac.kernels import configs
 
 HALF = [torch.bfloat16, torch.float16]
-ACTIVATIONS = [*eager_mlp.ACTIVATIONS]
+ACTIVATIONS = [*ops.mlp.ACTIVATIONS]
 NAMES = ("gate", "up", "down")
 TENSORS = ("weight", "lora_A", "lora_B", "magnitude", "bias")
 DORA, LORA = ("dora",) * 3, ("lora",) * 3
-T, I, F, O = 33, 40, 72, 24
+TOKENS, IN, FEATURES, OUT = 33, 40, 72, 24
 RANKS, SCALINGS = (8, 5, 16), (0.7, -1.5, 2.0)
 full = pytest.mark.full
 
@@ -59,7 +59,7 @@ def path(device, monkeypatch) -> list[str]:
     return taken
 
 
-def mlp(*kinds: str | None, sizes=(I, F, O), ranks=RANKS, **options) -> list[Projection | None]:
+def mlp(*kinds: str | None, sizes=(IN, FEATURES, OUT), ranks=RANKS, **options) -> list[Projection | None]:
     """gate, up and down of these kinds, the first None without a gate."""
     inputs, features, out = sizes
     shapes = (features, inputs), (features, inputs), (out, features)
@@ -212,8 +212,11 @@ def norm_of(p: Projection) -> Tensor:
     return reference.row_norm(*(t.detach().double() for t in p[:3]), p.scaling)
 
 
-def check(x, layers, dy, actual, activation="silu", norm_error=0.0) -> None:
-    """Every result within its bound and its RMS beside the textbook's; gradients for what requires one alone."""
+def check(x, layers, dy, actual, activation="silu", norm_error=0.0, averages=True) -> None:
+    """Every result within its bound, its RMS beside the textbook's; gradients for what requires one alone.
+
+    ``averages``: no few numbers outweigh the rest, whose roundings would not average out.
+    """
     truth = textbook(x, layers, dy, activation, torch.float64)
     dense = textbook(x, layers, dy, activation, next(p.weight.dtype for p in layers if p))
     expected = bounds(x, layers, dy, activation, norm_error)
@@ -224,7 +227,7 @@ def check(x, layers, dy, actual, activation="silu", norm_error=0.0) -> None:
     for name, value in truth.items():
         near = expected[name]
         torch.testing.assert_close(near.value, value, rtol=1e-9, atol=1e-9 * value.abs().max().item())
-        Budget(value, near.error, dense[name] if len(dy) > 1 else None).check(actual[name], name)
+        Budget(value, near.error, dense[name] if averages and len(dy) > 1 else None).check(actual[name], name)
 
 
 def composed(monkeypatch, function):
@@ -256,7 +259,7 @@ KINDS += [(None, "dora", "dora"), (None, "lora", "plain"), ("plain", "plain", "d
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["silu", *(pytest.param(a, marks=full) for a in ACTIVATIONS[1:])])
 def test_values_and_gradients(dtype, kinds, factors, bias, activation, path, device):
-    x = drawn_x(dtype, device, (T, I))
+    x = drawn_x(dtype, device, (TOKENS, IN))
     layers = mlp(*kinds, dtype=dtype, factor_dtype=factors, bias=bias, device=device)
     autocast = None if factors is None else dtype
     actual = run(x, layers, autocast=autocast, activation=activation)
@@ -271,7 +274,7 @@ def test_values_and_gradients(dtype, kinds, factors, bias, activation, path, dev
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kinds", [DORA, (None, "dora", "lora")], ids=str)
 def test_activations(activation, kinds, path, device):
-    x, layers = drawn_x(torch.float16, device, (T, I)), mlp(*kinds, dtype=torch.float16, device=device)
+    x, layers = drawn_x(torch.float16, device, (TOKENS, IN)), mlp(*kinds, dtype=torch.float16, device=device)
     actual = run(x, layers, activation=activation)
     assert path == ["training"]
     check(x, layers, cotangent(actual["y"]), actual, activation)
@@ -316,7 +319,7 @@ def test_configs(config, kinds, path, monkeypatch, device):
     monkeypatch.setattr(configs, "mlp_config", lambda *sizes: forward)
     monkeypatch.setattr(configs, "mlp_backward_config", lambda *sizes: backward)
     ranks = (8, 16, 20) if config == "one inside" else (8, 16, 5)
-    x = drawn_x(torch.float16, device, (65, I))
+    x = drawn_x(torch.float16, device, (65, IN))
     layers = mlp(*kinds, ranks=ranks, dtype=torch.float16, device=device)
     actual = run(x, layers)
     assert path == ["training"]
@@ -338,7 +341,7 @@ def rows_of_every_kind(p: Projection, name: str) -> Projection:
     """Magnitudes of zero, of little and of either sign, a bias far above the rest, and a zero row."""
     p = p._replace(**{n: getattr(p, n).detach().clone() for n in ("weight", "lora_B", "magnitude", "bias")})
     p.magnitude[:4] = torch.tensor([0.0, 1e-4, -1e-3, -1.0])
-    p.bias[4] = 100.0
+    p.bias[4] = 20.0
     p.weight[5], p.lora_B[5] = 0, 0
     trained = {n: getattr(p, n).requires_grad_() for n in ("lora_B", "magnitude", "bias")}
     return p._replace(weight_norm=functional.norm_factored(*(t.detach() for t in p[:3]), p.scaling), **trained)
@@ -347,11 +350,11 @@ def rows_of_every_kind(p: Projection, name: str) -> Projection:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_rows_of_every_kind(dtype, activation, path, device):
-    x, layers = drawn_x(dtype, device, (T, I)), mlp(*DORA, dtype=dtype, device=device)
+    x, layers = drawn_x(dtype, device, (TOKENS, IN)), mlp(*DORA, dtype=dtype, device=device)
     layers = [rows_of_every_kind(p, name) for p, name in zip(layers, NAMES, strict=True)]
     actual = run(x, layers, activation=activation)
     assert path == ["training"]
-    check(x, layers, cotangent(actual["y"]), actual, activation)
+    check(x, layers, cotangent(actual["y"]), actual, activation, averages=False)
     for name in NAMES:
         assert actual[f"{name} magnitude"][5] == 0
         assert actual[f"{name} magnitude"][0] != 0
@@ -359,7 +362,7 @@ def test_rows_of_every_kind(dtype, activation, path, device):
 
 @pytest.mark.parametrize("factors", [None, torch.float32])
 def test_norms_computed(factors, path, device):
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     layers = mlp(*DORA, dtype=torch.bfloat16, factor_dtype=factors, given=False, device=device)
     actual = run(x, layers, autocast=None if factors is None else torch.bfloat16)
     assert path == ["training"]
@@ -377,12 +380,12 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_layouts_of_x(edit, path, monkeypatch, device):
-    x = EDITS[edit](drawn_x(torch.bfloat16, device, (T, I)).detach()).requires_grad_()
+    x = EDITS[edit](drawn_x(torch.bfloat16, device, (TOKENS, IN)).detach()).requires_grad_()
     layers = mlp("dora", "lora", "dora", dtype=torch.bfloat16, device=device)
     both(monkeypatch, path, lambda: run(x, layers))
     path.clear()
     y = functional.dora_mlp(x, *layers)
-    assert y.shape == (*x.shape[:-1], O)
+    assert y.shape == (*x.shape[:-1], OUT)
     y.add_(1)  # a consumer in place
     assert path == ["training"]
 
@@ -390,8 +393,8 @@ def test_layouts_of_x(edit, path, monkeypatch, device):
 @pytest.mark.parametrize("how", DY)
 @pytest.mark.parametrize("kinds", [DORA, LORA], ids=str)
 def test_gradients_of_any_layout(how, kinds, path, monkeypatch, device):
-    x, layers = drawn_x(torch.float16, device, (T, I)), mlp(*kinds, dtype=torch.float16, device=device)
-    dy = DY[how](cotangent(x.new_empty(T, O)))
+    x, layers = drawn_x(torch.float16, device, (TOKENS, IN)), mlp(*kinds, dtype=torch.float16, device=device)
+    dy = DY[how](cotangent(x.new_empty(TOKENS, OUT)))
     both(monkeypatch, path, lambda: run(x, layers, dy), torch.float16)
 
 
@@ -401,7 +404,7 @@ def transposed(p: Projection) -> Projection:
 
 def test_transposed_and_mixed_factors(path, monkeypatch, device):
     """Transposed weights and factors, and under autocast factors of two dtypes and x in float32."""
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     gate, up, down = mlp(*DORA, dtype=torch.bfloat16, device=device, transposed=True)
     both(monkeypatch, path, lambda: run(x, (gate, transposed(up), transposed(down))))
     path.clear()
@@ -413,7 +416,7 @@ def test_transposed_and_mixed_factors(path, monkeypatch, device):
 @pytest.mark.parametrize("kinds", [DORA, LORA], ids=str)
 @pytest.mark.parametrize("frozen", ["x", "bias"])
 def test_frozen(kinds, frozen, path, device):
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*kinds, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*kinds, dtype=torch.bfloat16, device=device)
     for tensor in [x] if frozen == "x" else [p.bias for p in layers]:
         tensor.requires_grad_(False)
     actual = run(x, layers)
@@ -442,33 +445,33 @@ NOT_TAKEN = {
 
 @pytest.mark.parametrize("case", NOT_TAKEN)
 def test_arrangements_that_are_not_taken(case, path, monkeypatch, device):
-    x = drawn_x(torch.float16, device, (T, I))
+    x = drawn_x(torch.float16, device, (TOKENS, IN))
     layers = NOT_TAKEN[case](*mlp(*DORA, dtype=torch.float16, device=device))
     both(monkeypatch, path, lambda: run(x, layers), torch.float16, taken=())
 
 
 def test_nothing_to_train_before_down_is_not_taken(path, monkeypatch, device):
-    x = drawn_x(torch.float16, device, (T, I)).detach()
+    x = drawn_x(torch.float16, device, (TOKENS, IN)).detach()
     layers = mlp("plain", "plain", "dora", dtype=torch.float16, device=device)
     both(monkeypatch, path, lambda: run(x, [detached(p, "bias") for p in layers]), torch.float16, taken=())
 
 
 def test_no_tokens_and_dropout_are_not_taken(path, device):
     layers = mlp(*DORA, dtype=torch.float16, device=device)
-    x = drawn_x(torch.float16, device, (0, I))
+    x = drawn_x(torch.float16, device, (0, IN))
     y = functional.dora_mlp(x, *layers)
     y.sum().backward()
-    assert y.shape == (0, O)
+    assert y.shape == (0, OUT)
     assert not layers[0].lora_B.grad.any()
     dropping = [p._replace(dropout_p=0.5) for p in layers]
-    functional.dora_mlp(drawn_x(torch.float16, device, (T, I)), *dropping).sum().backward()
+    functional.dora_mlp(drawn_x(torch.float16, device, (TOKENS, IN)), *dropping).sum().backward()
     assert not path
 
 
 @pytest.mark.parametrize("kinds", [DORA, ("plain", "dora", "lora")], ids=str)
 @pytest.mark.parametrize("factors", [None, torch.float32])
 def test_two_runs_give_the_same_bits(kinds, factors, path, device):
-    x = drawn_x(torch.bfloat16, device, (300, I))
+    x = drawn_x(torch.bfloat16, device, (300, IN))
     layers = mlp(*kinds, dtype=torch.bfloat16, factor_dtype=factors, given=False, device=device)
     runs = [run(x, layers, autocast=torch.bfloat16 if factors else None) for _ in range(2)]
     assert path == ["training"] * 2
@@ -480,7 +483,7 @@ def test_two_runs_give_the_same_bits(kinds, factors, path, device):
 @pytest.mark.parametrize("ranks", [RANKS, (80, 5, 80)])
 def test_backward_twice_adds_up(kinds, ranks, path, device):
     """The first, which keeps the graph, writes over nothing that the second needs."""
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     layers = mlp(*kinds, ranks=ranks, dtype=torch.bfloat16, device=device)
     y = functional.dora_mlp(x, *layers)
     dy = cotangent(y)
@@ -496,14 +499,14 @@ def test_backward_twice_adds_up(kinds, ranks, path, device):
 
 def test_what_is_kept_is_written_over(path, monkeypatch, device):
     """Where the graph is not kept and no hook looks on; a pass that raised after that cannot be repeated."""
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     seen = []
 
     def kept(retain=False, hooks=None):
         with hooks or contextlib.nullcontext():
             y = functional.dora_mlp(x, *layers)
         inner = y.grad_fn.saved_tensors[4]
-        assert inner.shape == (T, F)
+        assert inner.shape == (TOKENS, FEATURES)
         before = inner.clone()
         y.backward(cotangent(y), retain_graph=retain)
         return torch.equal(inner, before)
@@ -527,7 +530,7 @@ def test_what_is_kept_is_written_over(path, monkeypatch, device):
 @pytest.mark.parametrize("name", TENSORS[:4])
 @pytest.mark.parametrize("layer", range(3))
 def test_a_parameter_that_has_been_written_to_is_refused(name, layer, path, device):
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     y = functional.dora_mlp(x, *layers)
     with torch.no_grad():
         getattr(layers[layer], name).mul_(2)
@@ -538,7 +541,7 @@ def test_a_parameter_that_has_been_written_to_is_refused(name, layer, path, devi
 @pytest.mark.parametrize("kinds", [DORA, ("lora", "plain", "dora"), (None, "dora", "lora")], ids=str)
 @pytest.mark.parametrize("factors", [None, torch.float32])
 def test_second_derivatives(kinds, factors, path, monkeypatch, device):
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     layers = mlp(*kinds, dtype=torch.bfloat16, factor_dtype=factors, device=device)
     named = {name: t for name, t in leaves(x, layers).items() if t.requires_grad}
 
@@ -561,9 +564,9 @@ def test_second_derivatives(kinds, factors, path, monkeypatch, device):
 
 def test_batched_gradients(path, monkeypatch, device):
     """``is_grads_batched`` is a vmap of torch.autograd's own."""
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     named = {name: t for name, t in leaves(x, layers).items() if t.requires_grad}
-    dy = torch.stack([cotangent(x.new_empty(T, O)), -cotangent(x.new_empty(T, O))])
+    dy = torch.stack([cotangent(x.new_empty(TOKENS, OUT)), -cotangent(x.new_empty(TOKENS, OUT))])
 
     def batched():
         y = functional.dora_mlp(x, *layers)
@@ -575,7 +578,7 @@ def test_batched_gradients(path, monkeypatch, device):
 @pytest.mark.parametrize("other", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("again", [True, False])
 def test_backward_inside_autocast(other, again, path, device):
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     layers, gradients = mlp(*DORA, dtype=torch.bfloat16, factor_dtype=torch.float32, device=device), []
     for inside in (False, True):
         with torch.autocast(device, torch.bfloat16):
@@ -590,7 +593,7 @@ def test_backward_inside_autocast(other, again, path, device):
 @pytest.mark.parametrize("kinds", [DORA, LORA], ids=str)
 def test_keeping(keeping, kinds, path, monkeypatch, device):
     how = KEEPING[keeping]
-    x, layers = drawn_x(torch.bfloat16, device, (3, 11, I)), mlp(*kinds, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (3, 11, IN)), mlp(*kinds, dtype=torch.bfloat16, device=device)
 
     def step():
         for t in leaves(x, layers).values():
@@ -610,25 +613,25 @@ def test_keeping(keeping, kinds, path, monkeypatch, device):
 def test_saved_bytes(kinds, factors, path, device):
     """x, h, casts of the factors, inner of gate and up; of down h, and with DoRA inner."""
     layers = mlp(*kinds, dtype=torch.bfloat16, factor_dtype=factors, bias=False, device=device)
-    x, kept = drawn_x(torch.bfloat16, device, (32, I)), {}
+    x, kept = drawn_x(torch.bfloat16, device, (32, IN)), {}
 
     def pack(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast(device, torch.bfloat16, enabled=factors is not None):
-            functional.dora_mlp(x, *layers)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=factors is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+        functional.dora_mlp(x, *layers)
     assert path == ["training"]
     there = [p for p in layers if p]
     given = [x, *(t for p in there for t in (p.weight, p.weight_norm) if t is not None)]
     assert all(kept.pop(t.untyped_storage().data_ptr()) == t.untyped_storage().nbytes() for t in given)
     ranks = [len(p.lora_A) for p in there]
-    expected = [32 * F * 2] * (len(there) - 1) + [32 * sum(ranks[:-1]) * 2, 32 * ranks[-1] * 2]
+    expected = [32 * FEATURES * 2] * (len(there) - 1) + [32 * sum(ranks[:-1]) * 2, 32 * ranks[-1] * 2]
     if factors is not None:
         expected.append(2 * sum(p.lora_A.numel() + p.lora_B.numel() for p in there))
     if there[-1].magnitude is not None:
-        expected.append(32 * O * 2)
+        expected.append(32 * OUT * 2)
     assert sorted(kept.values()) == sorted(expected)
 
 
@@ -643,7 +646,7 @@ def no_launches(device, monkeypatch):
 
 @pytest.mark.usefixtures("no_launches")
 def test_what_is_kept_goes_with_the_graph(path, device):
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     gc.disable()
     try:
         for backward in (True, False):
@@ -673,10 +676,10 @@ SAVED = {
 }
 
 
-def seen_in_part(device, call, over_forward, over_backward, kinds=DORA, activation="silu", leaves_=True, **options):
+def seen_in_part(device, call, over_forward, over_backward, kinds=DORA, activation="silu", **options):
     """The gradients of an MLP that ``call`` runs, with modes over it."""
     leaf = options.pop("leaves", True)
-    x, autocast = drawn_x(torch.bfloat16, device, (T, I)), "factor_dtype" in options
+    x, autocast = drawn_x(torch.bfloat16, device, (TOKENS, IN)), "factor_dtype" in options
     layers = used = mlp(*kinds, dtype=torch.bfloat16, device=device, **options)
     if not leaf:
         used = [p._replace(**{n: t.view_as(t) for n, t in p._asdict().items() if torch.is_tensor(t)}) for p in layers]
@@ -731,7 +734,7 @@ def test_selective_checkpointing_sees_the_ops(case, saved, over, path, monkeypat
 
 
 def test_a_dispatch_mode_sees_the_ops(path, device):
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     with Ops() as forward:
         y = functional.dora_mlp(x, *layers)
     with Ops() as backward:
@@ -743,7 +746,7 @@ def test_a_dispatch_mode_sees_the_ops(path, device):
 @pytest.mark.parametrize("kinds", [DORA, LORA, ("plain", "dora", "plain")], ids=str)
 def test_flops_are_those_of_the_composition(kinds, path, monkeypatch, device):
     def flops():
-        x = drawn_x(torch.bfloat16, device, (T, I))
+        x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
         layers = mlp(*kinds, dtype=torch.bfloat16, device=device, bias=False)
         with FlopCounterMode(display=False) as counter:
             functional.dora_mlp(x, *layers).sum().backward()
@@ -751,7 +754,7 @@ def test_flops_are_those_of_the_composition(kinds, path, monkeypatch, device):
 
     counted = flops()
     assert not path
-    assert counted == composed(monkeypatch, flops) > 4 * T * F * (2 * I + O)
+    assert counted == composed(monkeypatch, flops) > 4 * TOKENS * FEATURES * (2 * IN + OUT)
 
 
 def traced(x, layers):
@@ -784,7 +787,7 @@ STEPS_ASIDE = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("observer", STEPS_ASIDE)
 def test_steps_aside(observer, path, device):
-    x = drawn_x(torch.bfloat16, device, (T, I)).detach()
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN)).detach()
     layers = [detached(p, *TENSORS) for p in mlp(*DORA, dtype=torch.bfloat16, device=device)]
     functional.dora_mlp(x, *layers)  # a plan is there
     assert path == ["inference"]
@@ -809,9 +812,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_plan_serves_another_combination(change, path, monkeypatch, device):
     """Called as it was, then with another layer for up, with another activation, and again as it was."""
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     gate, up, down = mlp(*DORA, dtype=torch.bfloat16, device=device)
-    options = {"kind": "dora", "out": F, "rank": 5, "seed": 1, "scaling": -1.5, "inputs": I} | CHANGES[change]
+    options = {"kind": "dora", "out": FEATURES, "rank": 5, "seed": 1, "scaling": -1.5, "inputs": IN} | CHANGES[change]
     other = projection(dtype=torch.bfloat16, device=device, **options)
     for middle, activation in ((up, "silu"), (other, "silu"), (up, "relu"), (up, "silu")):
         path.clear()
@@ -821,7 +824,7 @@ def test_no_plan_serves_another_combination(change, path, monkeypatch, device):
 
 def test_switches_between_two_calls(path, monkeypatch, device):
     """Gradients and autocast's dtype: each call has its own plan, and comes out as without."""
-    x = drawn_x(torch.bfloat16, device, (T, I))
+    x = drawn_x(torch.bfloat16, device, (TOKENS, IN))
     layers = mlp(*DORA, dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
     for training, dtype in [*itertools.product((True, False), (torch.bfloat16, torch.float16, None))] * 2:
         path.clear()
@@ -845,14 +848,17 @@ BAD = {
     "down": lambda g, u, d: ((g, u, g), r"down: x must be \[\*, in\] with in = 40, got shape \[33, 72\]"),
     "scaling": lambda g, u, d: ((g._replace(scaling=float("nan")), u, d), "gate: scaling must be finite, got nan"),
     "dtype": lambda g, u, d: ((g, u, d._replace(weight=d.weight.int())), "down: weight must be"),
-    "magnitude": lambda g, u, d: ((g, u._replace(magnitude=u.magnitude[1:]), d), r"up: magnitude must be \[72\]"),
+    "magnitude": lambda g, u, d: (
+        (g, u._replace(magnitude=u.magnitude[1:]), d),
+        r"up: magnitude must be \[out\] = \[72\], got shape \[71\]",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_a_sentence(case, path, device):
     """Before any work, in the first call and in a later one, and no plan remains of it."""
-    x, layers = drawn_x(torch.bfloat16, device, (T, I)), mlp(*DORA, dtype=torch.bfloat16, device=device)
+    x, layers = drawn_x(torch.bfloat16, device, (TOKENS, IN)), mlp(*DORA, dtype=torch.bfloat16, device=device)
     bad, sentence = BAD[case](*layers)
     for _ in range(2):
         with pytest.raises((TypeError, ValueError), match=sentence):
@@ -869,14 +875,14 @@ def test_bad_input_gets_a_sentence(case, path, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kinds", [DORA, LORA], ids=str)
 def test_cuda_graphs(kinds, path):
-    x, layers = drawn_x(torch.bfloat16, "cuda", (T, I)), mlp(*kinds, dtype=torch.bfloat16, device="cuda")
+    x, layers = drawn_x(torch.bfloat16, "cuda", (TOKENS, IN)), mlp(*kinds, dtype=torch.bfloat16, device="cuda")
     trained = [t for t in leaves(x, layers).values() if t.requires_grad]
 
     def step():
         y = functional.dora_mlp(x, *layers)
         return y.detach(), *torch.autograd.grad(y, trained, cotangent_on_device)
 
-    cotangent_on_device = cotangent(x.new_empty(T, O))
+    cotangent_on_device = cotangent(x.new_empty(TOKENS, OUT))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         expected = step()

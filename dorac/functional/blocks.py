@@ -15,7 +15,7 @@ from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_linears, eager_mlp
-from dorac.ops.eager_mlp import ACTIVATIONS
+from dorac.ops.mlp import ACTIVATIONS
 
 
 class Projection(NamedTuple):
@@ -132,8 +132,9 @@ def _checked_mlp(
             raise ValueError(
                 f"gate and up must have as many outputs as each other, got {gate.weight.shape[0]} and {features}"
             )
-    between = x.new_empty(()).expand(*x.shape[:-1], features)  # of what down gets, all that is looked at
-    return gate, up, _checked(between, down, "down")
+    # Of what down gets, all that is looked at: no memory, and nothing that a mode may keep.
+    between = x[..., :1] if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    return gate, up, _checked(between.expand(*x.shape[:-1], features), down, "down")
 
 
 def _checked(x: Tensor, projection: Projection, name: str) -> Projection:

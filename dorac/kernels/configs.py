@@ -185,8 +185,8 @@ def mlp_config(tokens: int, features: int, rank: int) -> TileConfig:
 def mlp_backward_config(tokens: int, features: int, rank: int) -> MlpBackwardConfig:
     """About two programs per processor where products are taken along, whose sums stay in registers for a strip."""
     if rank == 0 or rank > MLP_RANK:
-        return MlpBackwardConfig(**dataclasses.asdict(column_config(tokens, features)))
-    block_o, warps = (128, 8) if rank <= 32 else (64, 4)
+        return MlpBackwardConfig(**dataclasses.asdict(column_config(tokens, features)) | {"block_t": 16})
+    block_o = 128 if rank <= 16 else 64  # or the sums spill
     strips = max(1, min(2 * PROCESSORS // -(-features // block_o), tokens // 256))
     rows = -(-tokens // (32 * strips)) * 32
-    return MlpBackwardConfig(32, block_o, rows, warps, 3, _power(rank, 16, 64), down=rank <= 16)
+    return MlpBackwardConfig(32, block_o, rows, 8, 3, _power(rank, 16, 64), down=rank <= 16)

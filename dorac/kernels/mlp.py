@@ -283,9 +283,7 @@ def mlp_backward_kernel(
     if d_h_ptr is not None:
         d_a_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     if a_ptr is not None:
-        a_RO = load_tile(
-            a_ptr, 0, start_o, RD, O, stride_ar, stride_ao, BLOCK_R, BLOCK_O, EVEN and EVEN_R, False
-        )
+        a_RO = load_tile(a_ptr, 0, start_o, RD, O, stride_ar, stride_ao, BLOCK_R, BLOCK_O, EVEN and EVEN_R, False)
     begin = strip * rows_per_program
     rows = tl.minimum(rows_per_program, T - begin)
     if BLOCK_R:
@@ -389,9 +387,7 @@ def _of_factor(parts_ptr, scaling, d_ptr, start_o, O, R, stride_r, stride_o, siz
     for start_r in range(0, R, 16):
         ranks_R = start_r + tl.arange(0, 16)
         mask_RO = (ranks_R < R)[:, None] & (cols_O < O)[None, :]
-        total_RO = scaling * strip_sum(
-            parts_ptr, ranks_R[:, None] * O + cols_O[None, :], mask_RO, size, strips
-        )
+        total_RO = scaling * strip_sum(parts_ptr, ranks_R[:, None] * O + cols_O[None, :], mask_RO, size, strips)
         pointers = d_ptr + ranks_R[:, None] * stride_r + cols_O[None, :] * stride_o
         tl.store(pointers, _rounded(total_RO, d_ptr), mask=mask_RO)
 

@@ -26,17 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, front, linear
-from dorac.ops.compose import magnitude_scale
+from dorac.ops import eager, front, linear, mlp
 from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _trained_as_usual
-from dorac.ops.norm import norm_factored
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    "relu": F.relu,
-}
 GATE, UP, DOWN = range(3)
 
 
@@ -208,34 +200,36 @@ def _in_order(layers: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
     return [t for t in factors if t is not None]
 
 
-def _in_one(plan: Plan, layers: Sequence[Sequence[Tensor | None]]) -> Tensor | None:
-    """Where factors are cast, what holds them all."""
+def _cast(plan: Plan, factors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    """What holds them all where they are cast, and the factors in the dtype of the products."""
     if not plan.casts:
-        return None
-    factors = _in_order(layers)
+        return None, factors
     if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
-        return torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
+        cast = torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
+        return cast, _of_one(cast, factors)
     cast = factors[0].new_empty(plan.size, dtype=plan.dtype)
-    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, factors), factors)
-    return cast
+    parts = _of_one(cast, factors)
+    torch._foreach_copy_(parts, factors)
+    return cast, parts
 
 
-def _for_products(plan: Plan, layers: Sequence[Sequence[Tensor | None]], cast: Tensor | None) -> list[Tensor | None]:
-    """A ``[R, I]`` of gate and up, B of either, A and B of down, in the dtype of the products; None without factors."""
-    factors = _in_order(layers)
-    if cast is not None:
-        factors = torch._C._nn.unflatten_dense_tensors(cast, factors)
+def _of_one(cast: Tensor | None, factors: list[Tensor]) -> list[Tensor]:
+    return factors if cast is None else torch._C._nn.unflatten_dense_tensors(cast, factors)
+
+
+def _for_products(plan: Plan, factors: list[Tensor], cast: Tensor | None) -> list[Tensor | None]:
+    """A ``[R, I]`` of gate and up, B of either, A and B of down; None without factors."""
+    if 0 not in plan.ranks:
+        a_gate, a_up, *others = factors
+        if cast is None:
+            return [torch.cat((a_gate, a_up)), *others]
+        rank, in_features = plan.ranks[GATE] + plan.ranks[UP], a_up.shape[1]
+        return [cast[: rank * in_features].view(rank, in_features), *others]
     rest = iter(factors)
-    a_of = [next(rest) for rank in plan.ranks[:DOWN] if rank]
-    if len(a_of) < 2:
-        a = a_of[0] if a_of else None
-    elif cast is None:
-        a = torch.cat(a_of)
-    else:
-        rank, in_features = sum(plan.ranks[:DOWN]), a_of[0].shape[1]
-        a = cast[: rank * in_features].view(rank, in_features)
-    b_gate, b_up, down = (bool(rank) for rank in plan.ranks)
-    return [a, *(next(rest) if there else None for there in (b_gate, b_up, down, down))]
+    there = [rank > 0 for rank in plan.ranks]
+    a_of = [next(rest) for _ in range(sum(there[:DOWN]))]
+    a = None if not a_of else a_of[0] if len(a_of) == 1 else torch.cat(a_of)
+    return [a, *(next(rest) if t else None for t in (*there, there[DOWN]))]
 
 
 def _without_autocast(plan, *arguments):
@@ -252,8 +246,8 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, scalings, tensors):
     """y; what holds the cast factors; the norms; h of gate and up together, and of down; inner of each in training."""
     gate, up, down = layers = _layers(tensors)
-    cast = _in_one(plan, layers)
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    cast, factors = _cast(plan, _in_order(layers))
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
     norms = [
         eager.computed_norm(dora, layer[WEIGHT], layer[LORA_A], layer[LORA_B], s)
         if dora is not None and layer[NORM] is None
@@ -265,7 +259,9 @@ def _forward(plan, x, scalings, tensors):
     inner_gate = None if gate[WEIGHT] is None else torch.mm(rows, gate[WEIGHT].t())
     inner_up = torch.mm(rows, up[WEIGHT].t())
     if h is not None and not plan.inside:
-        for inner, columns, b, s in zip((inner_gate, inner_up), _split(plan, h), (b_gate, b_up), scalings, strict=False):
+        for inner, columns, b, s in zip(
+            (inner_gate, inner_up), _split(plan, h), (b_gate, b_up), scalings, strict=False
+        ):
             if b is not None:
                 inner.addmm_(columns, b.t(), alpha=s)
     z = torch.empty_like(inner_up) if plan.training else inner_up
@@ -304,53 +300,20 @@ def _forward_in_ops(plan, x, scalings, tensors):
     """:func:`_forward`."""
     gate, up, down = layers = _layers(tensors)
     with front.autocast_off(x):
-        cast = _in_one(plan, layers)
-        a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+        cast, factors = _cast(plan, _in_order(layers))
+        a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
         a_of = (None, None) if a is None else a.split(plan.ranks[:DOWN])
         rows = x.reshape(-1, x.shape[-1])
-        _, n_gate, h_gate, inner_gate = _layer_in_ops(rows, gate, a_of[GATE], b_gate, scalings[GATE])
-        _, n_up, h_up, inner_up = _layer_in_ops(rows, up, a_of[UP], b_up, scalings[UP])
+        _, n_gate, h_gate, inner_gate = mlp.layer_forward(rows, gate, a_of[GATE], b_gate, scalings[GATE])
+        _, n_up, h_up, inner_up = mlp.layer_forward(rows, up, a_of[UP], b_up, scalings[UP])
         hs = [t for t in (h_gate, h_up) if t is not None]
         h = torch.cat(hs, 1) if hs else None
-        gated = None if inner_gate is None else _scaled(inner_gate, gate[MAGNITUDE], n_gate, gate[BIAS])
-        z = _joined(plan, gated, _scaled(inner_up, up[MAGNITUDE], n_up, up[BIAS])).to(plan.dtype)
-        y, n_down, h_down, inner_down = _layer_in_ops(z, down, a_down, b_down, scalings[DOWN])
+        gated = None if inner_gate is None else mlp.scaled(inner_gate, gate[MAGNITUDE], n_gate, gate[BIAS])
+        z = mlp.joined(plan.activation, gated, mlp.scaled(inner_up, up[MAGNITUDE], n_up, up[BIAS])).to(plan.dtype)
+        y, n_down, h_down, inner_down = mlp.layer_forward(z, down, a_down, b_down, scalings[DOWN])
         y = _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
     inner_down = None if plan.dora[DOWN] is None else inner_down
     return y, cast, [n_gate, n_up, n_down], h, h_down, (inner_gate, inner_up, inner_down)
-
-
-def _layer_in_ops(rows, layer, a, b, scaling):
-    """y, norm, h and inner of a layer, which may not be there."""
-    weight, lora_A, lora_B, magnitude, bias, norm = layer
-    if weight is None:
-        return None, None, None, None
-    if magnitude is None:
-        inner, h = rows @ weight.t(), None
-        if a is not None and a.numel():
-            h = rows @ a.t()
-            inner = torch.addmm(inner, h, b.t(), alpha=scaling)
-        return inner if bias is None else inner + bias.to(inner.dtype), None, h, inner
-    s = torch.full((), scaling, dtype=torch.float32, device=rows.device)
-    if norm is None:
-        norm = norm_factored(weight, lora_A, lora_B, s)
-    y, inner, h = linear.forward(
-        rows, weight, a, b, magnitude, norm, s, bias, None, scaling, "fused", True, False, True
-    )
-    return y, norm, h, inner
-
-
-def _scaled(inner: Tensor, magnitude: Tensor | None, norm: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``g * inner + b`` in float32."""
-    y = inner.to(torch.float32)
-    if magnitude is not None:
-        y = magnitude_scale(magnitude, norm) * y
-    return y if bias is None else y + bias.to(torch.float32)
-
-
-def _joined(plan: Plan, gated: Tensor | None, up: Tensor) -> Tensor:
-    act = ACTIVATIONS[plan.activation]
-    return act(up) if gated is None else act(gated) * up
 
 
 class _MLP(torch.autograd.Function):
@@ -391,6 +354,8 @@ _apply = super(torch.autograd.Function, _MLP).apply
 def _saved(ctx) -> tuple:
     """x; what holds the cast factors; h; inner; and the layers' tensors, norms among them."""
     plan, (x, cast, h, h_down, *kept) = ctx.plan, ctx.saved_tensors
+    if ctx.overwritten:  # by a backward pass that raised before its end
+        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     inners, norms, frozen, saved = kept[:3], kept[3:6], kept[6:12], kept[12:]
     rest = iter(saved or eager.unchanged(ctx))
     layers = []
@@ -410,10 +375,9 @@ def _for_kernel(tensor: Tensor | None) -> Tensor | None:
 
 def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
-    if ctx.overwritten:  # by a backward pass that raised before its end
-        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     x, cast, (h, h_down), inners, layers = _saved(ctx)
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    factors = _of_one(cast, _in_order(layers))
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
     gate, up, down = layers
     rows, dy = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, dy))
     grads: list[list[Tensor | None]] = [[None] * TENSORS for _ in layers]
@@ -426,7 +390,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if d_h_down is None or down_inside:
         dz = torch.mm(d_base, down[WEIGHT])
     else:
-        dz = torch.mm(d_h_down, a_down).addmm_(d_base, down[WEIGHT])
+        dz = _added(torch.mm(d_h_down, a_down), d_base, down[WEIGHT], in_ops)
     del d_base
     arguments = plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads
     if in_ops:
@@ -457,9 +421,14 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if needs_x:
         for d_base, matrix in ((d_h, a), (d_gate, gate[WEIGHT]), (d_up, up[WEIGHT])):
             if d_base is not None:
-                dx = torch.mm(d_base, matrix) if dx is None else dx.addmm_(d_base, matrix)
+                dx = torch.mm(d_base, matrix) if dx is None else _added(dx, d_base, matrix, in_ops)
         dx = dx.view(x.shape)
     return dx, None, None, *(grad for of_layer in grads for grad in of_layer)
+
+
+def _added(onto: Tensor, left: Tensor, right: Tensor, in_ops: bool) -> Tensor:
+    """``onto + left @ right``, where it lies; counters of operations do not know that."""
+    return torch.addmm(onto, left, right) if in_ops else onto.addmm_(left, right)
 
 
 def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
@@ -513,27 +482,10 @@ def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, 
 
 def _join_in_ops(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads):
     """:func:`_join_backward` in aten."""
-    gate, up, _ = layers
-    with torch.enable_grad():
-        joined = [
-            None if inner is None else _scaled(inner, layer[MAGNITUDE], layer[NORM], layer[BIAS]).detach()
-            for inner, layer in zip(inners, (gate, up), strict=False)
-        ]
-        leaves = [t.requires_grad_() for t in joined if t is not None]
-        z = _joined(plan, *joined)
-    d_of = torch.autograd.grad(z, leaves, dz.to(torch.float32))
-    d_bases = [None, None]
-    for i, d in zip((GATE, UP) if len(d_of) == 2 else (UP,), d_of, strict=True):
-        _, _, _, magnitude, bias, norm = layers[i]
-        if needs_bias[i]:
-            grads[i][BIAS] = d.sum(0).to(bias.dtype)
-        if magnitude is not None:
-            d_g = (d * inners[i].to(torch.float32)).sum(0)
-            d_m = torch.where(norm <= linear.ZERO_ROW_NORM, 0.0, magnitude_scale(d_g, norm))
-            grads[i][MAGNITUDE] = d_m.to(magnitude.dtype)
-            d = magnitude_scale(magnitude, norm) * d
-        d_bases[i] = d.to(plan.dtype)
-    return *d_bases, None if d_h_down is None else z.detach().to(plan.dtype)
+    z, of = mlp.join_backward(plan.activation, layers[:DOWN], inners[:DOWN], dz, needs_bias[:DOWN])
+    for i, (_, d_m, d_bias) in enumerate(of):
+        grads[i][MAGNITUDE], grads[i][BIAS] = d_m, d_bias
+    return of[GATE][0], of[UP][0], None if d_h_down is None else z
 
 
 def _gradients_again(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -541,24 +493,10 @@ def _gradients_again(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     plan, again = ctx.plan, torch.is_grad_enabled()
     x, _, _, _, layers = _saved(ctx)
     with torch.enable_grad():
-        gated = None if layers[GATE][WEIGHT] is None else _layer(plan, x, layers[GATE], ctx.scalings[GATE])
-        z = _joined(plan, gated, _layer(plan, x, layers[UP], ctx.scalings[UP]))
-        y = _layer(plan, z, layers[DOWN], ctx.scalings[DOWN])
+        gated = None if layers[GATE][WEIGHT] is None else mlp.layer(plan.dtype, x, layers[GATE], ctx.scalings[GATE])
+        z = mlp.joined(plan.activation, gated, mlp.layer(plan.dtype, x, layers[UP], ctx.scalings[UP]))
+        y = mlp.layer(plan.dtype, z, layers[DOWN], ctx.scalings[DOWN])
     flat = [x, None, None, *(t for layer in layers for t in layer)]
     chosen = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-    grads = dict(
-        zip(chosen, torch.autograd.grad(y, [flat[i] for i in chosen], dy, create_graph=again), strict=True)
-    )
+    grads = dict(zip(chosen, torch.autograd.grad(y, [flat[i] for i in chosen], dy, create_graph=again), strict=True))
     return tuple(grads.get(i) for i in range(len(flat)))
-
-
-def _layer(plan: Plan, x: Tensor, layer: Sequence[Tensor | None], scaling: float) -> Tensor:
-    weight, lora_A, lora_B, magnitude, bias, norm = layer
-    if magnitude is None:
-        y = F.linear(x, weight, None if bias is None else bias.to(plan.dtype))
-        if lora_A is None:
-            return y
-        return y + scaling * F.linear(F.linear(x, lora_A.to(plan.dtype)), lora_B.to(plan.dtype))
-    s = torch.full((), scaling, dtype=torch.float32, device=x.device)
-    factors = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
-    return linear.dora_linear(x, weight, *factors, magnitude, norm, s, bias, scaling)
