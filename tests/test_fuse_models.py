@@ -40,7 +40,7 @@ FAMILIES = {
     "gemma2": ("Gemma2Config", _HEADS, {0: 2, 3: 2}),
     "gemma3": ("Gemma3TextConfig", _HEADS, {0: 2, 3: 2}),
     "phi": ("PhiConfig", _SIZES, {0: 2, 3: 2}),
-    "phi3": ("Phi3Config", _GROUPED, {}),
+    "phi3": ("Phi3Config", _GROUPED, {0: 2}),
     "gpt_neox": ("GPTNeoXConfig", _SIZES, {0: 2}),
     "gpt2": (
         "GPT2Config",
