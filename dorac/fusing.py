@@ -130,7 +130,7 @@ def _look(module: nn.Module) -> _Found | str:
         return "it has a forward of its own (patched, or put there by accelerate's hooks)"
     roles = blocks.mlp(module)
     if not isinstance(roles, str):
-        called = *roles.linears, roles.act, *roles.between
+        called = *roles.linears, *([] if roles.act is None else [roles.act]), *roles.between
         found = _Found(str(roles), partial(blocks.fuse_mlp, roles=roles))
     else:
         others = (name for name, m in module.named_children() if _is_adapted(m) and type(m) not in shared.classes)

@@ -279,8 +279,46 @@ def test_model(bench, device):
     check_ratios(trained, device)
 
 
-PEFTS = ("lora-sum-eager", "lora-addmm-eager", "peft-lora-eager", "dorac-once-eager", "dorac-peft-eager")
 QUICK = ("--ranks", "2", "--tokens", "8", "--turns", "3")
+FUSED = ("lora-fused-eager", "dorac-every-eager", "dorac-fused-eager", "dorac-peft-fused-cached-eager")
+
+
+def test_fused_blocks_compute_what_layers_do():
+    args = arguments(layers=1, hidden=32, intermediate=48, heads=4, kv_heads=2)
+    stack, x = model.build_stack(args), torch.randn(1, 6, 32)
+    layers = model.draw_layers(model.linear_weights(stack), 4, args)
+    with torch.no_grad():
+        outputs = {name: model.build_variant(stack, layers, name)(x) for name in model.FUSED}
+        lora, dora = (
+            model.adapt(stack, layers, peers.VARIANTS[f"{name}-eager"].build)(x) for name in ("lora-sum", "dorac-every")
+        )
+    torch.testing.assert_close(outputs.pop("lora-fused-eager"), lora)
+    assert not torch.allclose(lora, dora)
+    for y in outputs.values():
+        torch.testing.assert_close(y, dora)
+
+
+def test_model_in_fused_blocks(bench):
+    """Related to plain LoRA in the same blocks, beside the products with the base weights alone."""
+    given = (*STACK, *QUICK, "--autocast", "--phases", "train", "--micro-batches", "0", "--variants", *FUSED)
+    *records, products = bench("model", *given)["records"]
+    assert products["variant"] == "base-products"
+    assert products["wall_us"] > 0
+    assert [record["wall_fused"] for record in records[:1]] == [1.0]
+    for record in records:
+        ratios = [own / lora for own, lora in zip(record["turns_us"], records[0]["turns_us"], strict=True)]
+        assert record["wall_fused"] == pytest.approx(statistics.median(ratios))
+
+
+def test_memory_of_fused_blocks(bench):
+    first, *_, last = bench("memory", *STACK, "--ranks", "2", "--tokens", "8", "--variants", *FUSED)["records"]
+    assert (first["peak_fused"], first["saved_fused"]) == (1.0, 1.0)
+    assert last["saved_fused"] == pytest.approx(last["saved_mib"] / first["saved_mib"])
+    for block, width in (("saved_qkv", "32]"), ("saved_mlp", "48]")):
+        assert any(row["tensor"].endswith(width) and row["mib"] > 0 for row in last[block])
+
+
+PEFTS = ("lora-sum-eager", "lora-addmm-eager", "peft-lora-eager", "dorac-once-eager", "dorac-peft-eager")
 
 
 def test_model_with_pefts_defaults(bench, device, monkeypatch):

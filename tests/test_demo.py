@@ -453,6 +453,19 @@ def test_norms_once_train_alike_to_the_bit(run, capsys):
     assert "norms once: losses the same, bit for bit, step" in printed
 
 
+def test_fused_blocks_train_alike(run, capsys):
+    pytest.importorskip("peft")
+    losses = []
+    for given in ((), ("--fuse",)):
+        assert run(*COMPARE, *given) == 0
+        printed = capsys.readouterr().out
+        assert ("fused: model.layers.0.mlp and 2 more" in printed) == bool(given)
+        rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
+        losses.append([float(row[1]) for row in rows])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(losses[0]) == 8
+
+
 def test_norms_that_are_not_refreshed_fail_the_comparison(run, capsys, monkeypatch):
     pytest.importorskip("peft")
     norms, refresh = dorac.nn.norm_cache, dorac.nn.norm_cache.refresh

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dorac
@@ -53,6 +54,85 @@ class Clamped(GatedMLP):
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
+
+
+class WrittenTo(GatedMLP):
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        gate[..., 0] = 0
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+class Halved(GatedMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(0.5) * self.up_proj(x))
+
+
+class Widened(GatedMLP):
+    def forward(self, x):
+        return self.down_proj((self.act_fn(self.gate_proj(x).float()) * self.up_proj(x).float()).to(x.dtype))
+
+
+class Noisy(GatedMLP):
+    """Another function in training."""
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate + 1 if self.training else gate) * self.up_proj(x))
+
+
+class Twice(GatedMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.gate_proj(x)) + self.up_proj(x)[..., :HIDDEN]
+
+
+class Hooked(GatedMLP):
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        if gate.requires_grad:
+            gate.register_hook(lambda gradient: 2 * gradient)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+class OfFunctions(nn.Module):
+    """As torchtitan and Meta write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(INNER, HIDDEN, bias=False)
+        self.w3 = nn.Linear(HIDDEN, INNER, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class OfTanhGelu(OfFunctions):
+    def forward(self, x):
+        return self.w2(self.w3(x) * F.gelu(self.w1(x), approximate="tanh"))
+
+
+class Joined(nn.Module):
+    """Gate and up in one layer, as in Phi-3."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down, self.act = nn.Linear(HIDDEN, 2 * INNER), nn.Linear(INNER, HIDDEN), nn.ReLU()
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return self.down(up * self.act(gate))
+
+
+class JoinedGateLast(Joined):
+    def forward(self, x):
+        up, gate = self.both(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+class JoinedTwice(Joined):
+    def forward(self, x):
+        gate, _ = self.both(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * gate)
 
 
 class DroppedMLP(nn.Module):
@@ -279,10 +359,38 @@ def test_hooks_on_the_block_and_the_other_layers_run(calls):
     assert calls == [3, 0]
 
 
-def test_the_function_of_an_mlp_is_looked_at_not_its_names(calls, monkeypatch):
-    model = adapted(Clamped)
+@pytest.mark.parametrize(
+    "mlp", [Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice], ids=lambda mlp: mlp.__name__
+)
+def test_another_function_of_the_same_layers_is_left(calls, mlp):
+    model = adapted(mlp)
     report = dorac.fuse(model)
     assert report.left == {"mlp": "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))"}
+    assert_same(results(model, draw()), results(adapted(mlp), draw()))
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("mlp", "what"),
+    [
+        (OfFunctions, "w1, w3, w2 with silu"),
+        (OfTanhGelu, "w1, w3, w2 with gelu_tanh"),
+        (Joined, "both, down with relu"),
+        (JoinedGateLast, "both, down with relu"),
+    ],
+)
+def test_other_ways_to_write_an_mlp(calls, mlp, what, cached):
+    model = adapted(mlp)
+    expected = results(model, draw())
+    if cached:
+        dorac.cache_norms(model)
+    assert dorac.fuse(model).fused["mlp"] == f"an MLP of {what}"
+    assert_same(results(model, draw()), expected)
+    assert calls == [3, 0]
+
+
+def test_what_a_class_and_its_activation_become(calls, monkeypatch):
     model = adapted()
     model.mlp.act_fn = nn.Tanh()
     assert "Tanh, is none of silu" in dorac.fuse(model).left["mlp"]

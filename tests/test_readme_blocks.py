@@ -82,6 +82,7 @@ PRELUDES = {
     + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n"
     + "dorac.save_adapter(model, 'adapter')\nadapted = model\n",
     "Offloaded models, 1": MODEL_FILES + TRAIN,
+    "Fused blocks, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n",
     "QDoRA, 1": MODEL_FILES + TRAIN,
     "PEFT, 1": SMALL + TRAIN,
     "Block by block, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2)\n",
@@ -114,6 +115,7 @@ assert not any(type(m).__module__.startswith('dorac') for m in loaded.modules())
 torch.testing.assert_close(loaded.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 """,
     "Offloaded models, 1": "train(model)",
+    "Fused blocks, 1": "assert not report.left\nassert 'layers.1.mlp' in ' '.join(report.fused)",
     "QDoRA, 1": "assert any('Linear4bit' in type(m).__name__ for m in model.modules())",
     "PEFT, 1": "train(model)",
     "Block by block, 1": TRAIN + "train(model)",
@@ -129,6 +131,7 @@ NEEDS = {
     "With PEFT's config, 1": ["peft", "transformers"],
     "From an adapter to a plain model, 1": ["transformers"],
     "Offloaded models, 1": ["accelerate", "transformers"],
+    "Fused blocks, 1": ["transformers"],
     "QDoRA, 1": ["bitsandbytes", "transformers", "accelerate"],
     "PEFT, 1": ["peft"],
     "Block by block, 1": ["transformers"],

@@ -118,8 +118,11 @@ class LoraProjection(_Adapted):
         return functional.Projection(self.weight, *factors, scaling=SCALING, dropout_p=dropout_p), "low_rank"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = shared.taken(self, x)
-        return functional.dora_linears(x, self.projection(x)[:1], dropout_on="low_rank")[0] if y is None else y
+        if not torch.compiler.is_dynamo_compiling() and shared.here.together is not None:
+            y = shared.here.together.take(self, x)
+            if y is not None:
+                return y
+        return functional.dora_linears(x, self.projection(x)[:1], dropout_on="low_rank")[0]
 
 
 class _AdaptedWithMagnitude(_Adapted):

@@ -116,7 +116,7 @@ def compare_with_peft(model: nn.Module, batches: Iterator[Tensor], options: Opti
     if drop_in is not None:
         models[DROP_IN] = drop_in
     for ours in models.values() if options.fuse else ():
-        dorac.fuse(ours)
+        print(dorac.fuse(ours))
     if options.compile:
         for ours in models.values():
             compile_blocks(ours)

@@ -74,14 +74,17 @@ class FusedMLP(_Fused):
         if block is None or not isinstance(x, Tensor) or shared.is_apart() or not block.holds(self):
             return None
         modules, roles = self._modules, block.roles
-        act = modules.get(roles.act)
-        if act is not block.act or not shared.is_plainly_called(act):
-            return None
+        if roles.act is not None:
+            act = modules.get(roles.act)
+            if act is not block.act or not shared.is_plainly_called(act):
+                return None
         if not all(_is_off(modules.get(name)) for name in roles.between):
             return None
         operands, dropout_on = _projections([modules.get(name) for name in roles.linears], x) or (None, None)
         if operands is None:
             return None
+        if roles.is_joined:
+            operands = *_halves(operands[0], roles.gate_comes_last), operands[1]
         gate = None if roles.gate is None else operands[0]
         up, down = operands[-2:]
         y = functional.dora_mlp(x, gate, up, down, activation=roles.activation, dropout_on=dropout_on)
@@ -93,7 +96,7 @@ class FusedMLP(_Fused):
 class _MLP:
     """What a fused MLP computes, and whose forward that was found in."""
 
-    def __init__(self, roles: recorded.MLP, act: nn.Module, forward: Callable | None) -> None:
+    def __init__(self, roles: recorded.MLP, act: nn.Module | None, forward: Callable | None) -> None:
         self.roles, self.act, self.forward = roles, act, forward
 
     def __getstate__(self) -> dict:
@@ -143,6 +146,16 @@ def _projections(layers: list[nn.Module | None], x: Tensor) -> tuple[list[functi
     return operands, found[1]
 
 
+def _halves(
+    joined: functional.Projection, gate_comes_last: bool
+) -> tuple[functional.Projection, functional.Projection]:
+    """Gate and up of a layer that is both: each row of a weight has its own norm, magnitude and bias."""
+    names = ("weight", "lora_B", "magnitude", "bias", "weight_norm")
+    parts = {name: (None, None) if (t := getattr(joined, name)) is None else t.chunk(2) for name in names}
+    first, last = (joined._replace(**{name: part[i] for name, part in parts.items()}) for i in (0, 1))
+    return (last, first) if gate_comes_last else (first, last)
+
+
 def _plain(layer: nn.Module | None, x: Tensor) -> functional.Projection | None:
     """A linear layer without an adapter."""
     if layer is None or not (type(layer) is nn.Linear or is_conv1d(layer)) or not shared.is_plainly_called(layer):
@@ -176,10 +189,10 @@ def mlp(module: nn.Module) -> recorded.MLP | str:
     return recorded.mlp(module, stock_class(module), {name: _sizes(child) for name, child in linears.items()})
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int, Tensor]:
+def _sizes(layer: nn.Module) -> tuple[int, int]:
     if type(layer) in shared.classes or type(layer) is nn.Linear:
-        return layer.in_features, layer.out_features, layer.weight
-    return *layer.weight.shape, layer.weight
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)
 
 
 def projections_of_one(module: nn.Module) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]] | str:
@@ -208,7 +221,7 @@ def projections_of_one(module: nn.Module) -> tuple[tuple[str, ...], tuple[tuple[
 
 def fuse_mlp(module: nn.Module, roles: recorded.MLP, log: Undo) -> None:
     """Makes the module a :class:`FusedMLP`."""
-    block = _MLP(roles, module._modules[roles.act], stock_class(module).forward)
+    block = _MLP(roles, module._modules.get(roles.act), stock_class(module).forward)
     _fuse(module, FusedMLP, block, log)
 
 

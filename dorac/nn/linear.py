@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
@@ -107,9 +108,10 @@ class DoraLinear(DoraLayer):
         base = self._modules["base_layer"]
         if "_hf_hook" in base.__dict__:
             return offloaded.forward(self, (self,), x)
-        y = shared.taken(self, x)
-        if y is not None:
-            return y
+        if not is_dynamo_compiling() and shared.here.together is not None:
+            y = shared.here.together.take(self, x)
+            if y is not None:
+                return y
         if self.merged_norm is not None or self.runs_base:
             return base(x)
         weight, lora_A, lora_B, magnitude, bias, norm = self._operands(base)

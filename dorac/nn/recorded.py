@@ -7,6 +7,7 @@ children, and a mode that notes every function of torch, the forward says it its
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from dorac.functional.blocks import ACTIVATIONS
 
 _PRODUCTS = ("mul", "__mul__", "multiply")
-_KNOWN = ", ".join(ACTIVATIONS)
+# What gives no tensor and changes none, and what gives the tensor itself where there is nothing to do.
+_ASKING = ("__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous")
+_NOTHING_TO_DO = ("to", "contiguous", "type_as", "type", "__get__")
+_FUNCTIONS = ("silu", "gelu", "relu")  # as they are noted: with "=" before their name in ACTIVATIONS
 NOT_AN_MLP = "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))"
 
 
@@ -23,41 +27,48 @@ NOT_AN_MLP = "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(
 class MLP:
     """Names of children: ``after(down(between(act(gate(x)) * up(x))))``, without a gate ``act(up(x))``.
 
-    ``activation``: what ``act`` computes, by its name in :data:`dorac.functional.blocks.ACTIVATIONS`. ``between`` and
-    ``after`` are modules of dropout.
+    Attributes:
+        gate, up, down: the linear layers. One layer may be gate and up, each a half of its outputs.
+        act: a module, or None where it is a function.
+        activation: what it computes, by its name in :data:`dorac.functional.blocks.ACTIVATIONS`.
+        between, after: modules of dropout.
+        gate_comes_last: of a layer that is gate and up.
     """
 
     gate: str | None
     up: str
     down: str
-    act: str
+    act: str | None
     activation: str
     between: tuple[str, ...]
     after: tuple[str, ...]
+    gate_comes_last: bool
+
+    @property
+    def is_joined(self) -> bool:
+        return self.gate == self.up
 
     @property
     def linears(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
+        return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name is not None))
 
     def __str__(self) -> str:
         return f"an MLP of {', '.join(self.linears)} with {self.activation}"
 
 
-def mlp(module: nn.Module, cls: type[nn.Module], linears: dict[str, tuple[int, int, Tensor]]) -> MLP | str:
+def mlp(module: nn.Module, cls: type[nn.Module], linears: Mapping[str, tuple[int, int]]) -> MLP | str:
     """What ``cls.forward`` computes of the module if it is an MLP, or why it is none that is known.
 
     Args:
-        linears: by name the children that are linear layers: their sizes ``in, out`` and their weight.
+        linears: by name the children that are linear layers: their sizes ``in, out``.
     """
     answers = [_mlp(module, cls, linears, training) for training in (True, False)]
     return answers[0] if answers[0] == answers[1] else NOT_AN_MLP
 
 
-def _mlp(
-    module: nn.Module, cls: type[nn.Module], linears: dict[str, tuple[int, int, Tensor]], training: bool
-) -> MLP | str:
+def _mlp(module: nn.Module, cls: type[nn.Module], linears: Mapping[str, tuple[int, int]], training: bool) -> MLP | str:
     others = {name: child for name, child in module._modules.items() if child is not None and name not in linears}
-    if not 2 <= len(linears) <= 3 or not 1 <= len(others) <= 3:
+    if not 2 <= len(linears) <= 3 or len(others) > 3:
         return NOT_AN_MLP
     own = [*module._parameters, *module._buffers]
     if own or any(next(child.parameters(), None) is not None for child in others.values()):
@@ -66,17 +77,15 @@ def _mlp(
     if len([a for a in arguments if a.default is a.empty]) != 2:  # self, x
         return NOT_AN_MLP
     steps = _Steps()
-    stands = {name: _Stand(name, steps, size, weight) for name, (_, size, weight) in linears.items()}
-    stands |= {name: _Stand(name, steps) for name in others}
     copy = object.__new__(cls)
+    stands = {name: _Stand(name, steps, *linears.get(name, ())) for name in (*linears, *others)}
     vars(copy).update(vars(module), _modules=stands, training=training)
-    # A first layer takes x: the widths of the others may be another.
-    for size, _, weight in linears.values():
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        x = torch.empty(1, 2, size, dtype=dtype, device="meta")
-        steps.clear()
+    for size, _ in dict.fromkeys(linears.values()):  # a first layer takes x
+        # Of a dtype that nobody casts to: a cast to float32 is something in between, in float32 too.
+        x = torch.empty(1, 2, size, dtype=torch.float64, device="meta", requires_grad=True)
+        steps.noted.clear()
         try:
-            with torch.no_grad(), steps:
+            with torch.enable_grad(), steps:
                 y = cls.forward(copy, x)
         except Exception:  # whatever the class does that is not what an MLP does
             continue
@@ -87,101 +96,115 @@ def _mlp(
 
 
 class _Steps(TorchFunctionMode):
-    """Notes what is computed: the function's or the child's name, its inputs and its output."""
+    """Notes what is computed or changed: the function's or the child's name, its inputs and its output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[tuple[str, tuple, object]] = []
-        self.quiet = False
-
-    def clear(self) -> None:
-        self.noted.clear()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size)
-        if made and not self.quiet and not any(result is arg for arg in args):
-            self.noted.append((getattr(func, "__name__", ""), (*args, *(kwargs or {}).values()), result))
+        kwargs = kwargs or {}
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        same = any(result is arg for arg in args)
+        if isinstance(result, Tensor):
+            if not (same and name in _NOTHING_TO_DO):
+                self.noted.append((_function(name, args, kwargs), args, result))
+        elif name == "chunk" and (args[1:], kwargs) in (((2, -1), {}), ((2,), {"dim": -1})):
+            self.noted += [(f"half {i}", args, half) for i, half in enumerate(result)]
+        elif name not in _ASKING:
+            self.noted.append((name, args, result))
         return result
+
+
+def _function(name: str, args: tuple, kwargs: dict) -> str:
+    """An activation's name in ACTIVATIONS, or the function's own."""
+    if name not in _FUNCTIONS or len(args) != 1 or kwargs.pop("inplace", False):
+        return name
+    form = {"none": "", "tanh": "_tanh"}.get(kwargs.pop("approximate", "none"))
+    return name if kwargs or form is None else f"={name}{form}"
 
 
 class _Stand(nn.Module):
     """In the place of a child: gives a tensor of its output's size, and of one that is no linear layer its input's."""
 
-    def __init__(self, name: str, steps: _Steps, size: int | None = None, weight: Tensor | None = None) -> None:
+    def __init__(self, name: str, steps: _Steps, in_features: int | None = None, size: int | None = None) -> None:
         super().__init__()
-        self.name, self.steps, self.size = name, [steps], size
-        if weight is not None:
-            self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self.name, self.noted, self.size = name, steps.noted, size
+        if size is not None:
+            self.weight = torch.empty(size, in_features, dtype=torch.float64, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        (steps,) = self.steps
-        steps.quiet = True
-        y = x.new_empty((*x.shape[:-1], x.shape[-1] if self.size is None else self.size))
-        steps.quiet = False
-        steps.noted.append((f".{self.name}", (x,), y))
+        with torch._C.DisableTorchFunction():
+            y = x.new_empty((*x.shape[:-1], self.size or x.shape[-1])).requires_grad_()
+        self.noted.append((f".{self.name}", (x,), y))
         return y
 
 
-def _roles(steps: _Steps, x: Tensor, y: object, linears: dict) -> dict | None:
+def _roles(steps: _Steps, x: Tensor, y: object, linears: Mapping[str, tuple[int, int]]) -> dict | None:
     """Which child has which part, if y is an MLP's output for x and nothing else was computed."""
     made = {id(result): (name, args) for name, args, result in steps.noted}
     unused = [id(result) for _, _, result in steps.noted]
 
-    def origin(tensor: object) -> tuple[str | None, tuple]:
-        """What made a tensor: a child's name with a dot before it, or a function's."""
-        if id(tensor) in unused:
-            unused.remove(id(tensor))
-            return made[id(tensor)]
-        return None, ()
+    def origin(tensor: object) -> tuple[str, tuple]:
+        """What made a tensor, a child's name with a dot before it or a function's; it counts as used."""
+        if id(tensor) not in unused:
+            return "", (None,)
+        unused.remove(id(tensor))
+        return made[id(tensor)]
 
-    def skip_dropout(tensor: object) -> tuple[list[str], str | None, tuple]:
-        passed = []
-        name, args = origin(tensor)
-        while name is not None and name.startswith(".") and name[1:] not in linears and len(args) == 1:
-            passed.append(name[1:])
+    def is_linear(name: str) -> bool:
+        return name[:1] == "." and name[1:] in linears
+
+    def behind(tensor: object) -> tuple[list[str], str, tuple]:
+        """The activation and dropout that a tensor has passed, the last first, and what made it before them."""
+        passed, (name, args) = [], origin(tensor)
+        while name[:1] in (".", "=") and not is_linear(name):
+            passed.append(name)
             name, args = origin(args[0])
         return passed, name, args
 
-    after, down, args = skip_dropout(y)
-    if down is None or down[1:] not in linears:
+    after, down, args = behind(y)
+    if not is_linear(down):
         return None
-    # Of what stands before the last layer, the activation of an MLP without a gate is the innermost.
-    between, name, args = skip_dropout(args[0])
-    if name in _PRODUCTS and len(args) == 2:
-        gate_first = None
-        for gated, plain in (args, args[::-1]):
-            if gate_first is None and id(plain) in made and made[id(plain)][0][1:] in linears:
-                gate_first = gated, plain
-        if gate_first is None:
-            return None
-        acts, gate, gate_args = skip_dropout(gate_first[0])
-        up, up_args = origin(gate_first[1])
-        if len(acts) != 1 or gate is None or gate[1:] not in linears or gate_args[0] is not x or up_args[0] is not x:
+    between, up, args = behind(args[0])
+    gate, gate_comes_last = None, False
+    if up in _PRODUCTS and len(args) == 2:
+        gated, plain = args if made.get(id(args[0]), " ")[0][:1] in (".", "=") else args[::-1]
+        if is_linear(made.get(id(gated), (" ",))[0]):
+            gated, plain = plain, gated
+        acts, gate, of_gate = behind(gated)
+        up, args = origin(plain)
+        if {gate, up} == {"half 0", "half 1"} and of_gate[0] is args[0]:
+            gate_comes_last = gate == "half 1"
+            up, args = origin(args[0])
+            gate, of_gate = up, args
+            if not is_linear(up) or linears[up[1:]][1] % 2:
+                return None
+        if len(acts) != 1 or not is_linear(gate) or of_gate[0] is not x:
             return None
         act = acts[0]
+    elif between:
+        act = between.pop()  # the first that it has passed
     else:
-        if not between or name is None or name[1:] not in linears or args[0] is not x:
-            return None
-        act, gate, up = between.pop(), None, name
-    names = [name and name[1:] for name in (gate, up, down)]
-    if unused or sorted(filter(None, names)) != sorted(linears):
         return None
-    gate, up, down = names
-    return {"gate": gate, "up": up, "down": down, "act": act, "between": between[::-1], "after": after[::-1]}
+    if unused or not is_linear(up) or args[0] is not x or {gate or up, up, down} != {f".{name}" for name in linears}:
+        return None
+    parts = {"gate": gate and gate[1:], "up": up[1:], "down": down[1:], "gate_comes_last": gate_comes_last}
+    return parts | {"act": act, "between": between[::-1], "after": after[::-1]}
 
 
-def _with_activation(found: dict, others: dict[str, nn.Module]) -> MLP | str:
-    for name in (*found["between"], *found["after"]):
-        if type(others[name]) not in (nn.Dropout, nn.Identity):
-            return NOT_AN_MLP
-    if len({found["act"], *found["between"], *found["after"]}) != len(others):
+def _with_activation(found: dict, others: Mapping[str, nn.Module]) -> MLP | str:
+    act, dropouts = found["act"], [*found["between"], *found["after"]]
+    if sorted(name[1:] for name in (act, *dropouts) if name[0] == ".") != sorted(others):
         return NOT_AN_MLP
-    act = others[found["act"]]
-    activation = activation_of(act)
+    if not all(name[0] == "." and type(others[name[1:]]) in (nn.Dropout, nn.Identity) for name in dropouts):
+        return NOT_AN_MLP
+    activation = act[1:] if act[0] == "=" else activation_of(others[act[1:]])
     if activation is None:
-        return f"its activation, {type(act).__name__}, is none of {_KNOWN}"
-    return MLP(**found | {"activation": activation, **{k: tuple(found[k]) for k in ("between", "after")}})
+        kind, known = type(others[act[1:]]).__name__, ", ".join(ACTIVATIONS)
+        return f"its activation, {kind}, is none of {known}"
+    found = {name: tuple(one[1:] for one in part) if isinstance(part, list) else part for name, part in found.items()}
+    return MLP(**found | {"act": act[1:] if act[0] == "." else None, "activation": activation})
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ known of the forward, and nothing taken for granted: another x (another tensor, 
 grad mode or autocast, and the layer computes for itself. What nobody came for is dropped when the block's forward ends.
 
 :func:`apart` is for who looks at single layers.
+
+Compiled code computes layer by layer, and does not look at the thread's variable.
 """
 
 import contextlib
@@ -23,7 +25,11 @@ from dorac.hooks import unhooked
 
 
 class Fusable(Protocol):
-    """A layer whose class is in :data:`classes`: its forward asks :func:`taken` first."""
+    """A layer whose class is in :data:`classes`.
+
+    Its forward, where it is not compiled, returns ``shared.here.together.take(self, x)`` if there is such a block and
+    that is no None.
+    """
 
     in_features: int
     out_features: int
@@ -43,44 +49,38 @@ def fusable(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Here(threading.local):
+    """What holds in this thread."""
+
     together: "Together | None" = None
     apart: bool = False
 
 
-_here = _Here()
+here = _Here()
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Every layer computes for itself in the block, in this thread."""
-    before, _here.apart = _here.apart, True
+    before, here.apart = here.apart, True
     try:
         yield
     finally:
-        _here.apart = before
+        here.apart = before
 
 
 def is_apart() -> bool:
     """Whether someone asks for that, or has hooks on all modules."""
-    return _here.apart or _has_any_global_hook()
+    return here.apart or _has_any_global_hook()
 
 
 @contextlib.contextmanager
 def together(layers: Sequence[nn.Module]) -> Iterator[None]:
     """These layers are computed together in the block, in this thread."""
-    before, _here.together = _here.together, Together(layers)
+    before, here.together = here.together, Together(layers)
     try:
         yield
     finally:
-        _here.together = before
-
-
-def taken(layer: Fusable, x: Tensor) -> Tensor | None:
-    """The output of a layer for x if it is computed together with others; None: the layer computes it."""
-    if torch.compiler.is_compiling():
-        return None
-    block = _here.together
-    return None if block is None else block.take(layer, x)
+        here.together = before
 
 
 class Together:

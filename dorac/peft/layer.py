@@ -8,6 +8,7 @@ quantised or sharded weights, hooks) they do what PEFT does, with the layers of 
 import torch
 from peft.tuners.lora import layer
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -81,17 +82,17 @@ class Linear(_Layer, layer.Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if "_hf_hook" in self._modules["base_layer"].__dict__:
             return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
-        y = None if args or kwargs else shared.taken(self, x)
-        if y is not None:
-            return y
+        if not is_dynamo_compiling() and shared.here.together is not None and not (args or kwargs):
+            y = shared.here.together.take(self, x)
+            if y is not None:
+                return y
         adapter = lone_adapter(self, args, kwargs)
         found = None if adapter is None else self._operands(x, adapter)
         if found is None:
             return super().forward(x, *args, **kwargs)
-        projection, budget = found
-        if projection.lora_A is None:
+        weight, lora_A, lora_B, magnitude, bias, norm, scaling, p, budget = found
+        if lora_A is None:
             return self._modules["base_layer"](x)
-        weight, lora_A, lora_B, magnitude, bias, norm, scaling, p, _ = projection
         return functional.dora_linear(
             x,
             weight,
@@ -107,8 +108,12 @@ class Linear(_Layer, layer.Linear):
             budget=budget,
         )
 
-    def _operands(self, x: Tensor, adapter: str) -> tuple[functional.Projection, int] | None:
-        """What the layer with this adapter computes for x, and the budget of its norm; None: what PEFT's does."""
+    def _operands(self, x: Tensor, adapter: str) -> tuple | None:
+        """What the layer with this adapter computes for x; None: what PEFT's does.
+
+        ``weight, lora_A, lora_B, magnitude, bias, norm if it is known, scaling, dropout's probability, norm's budget``;
+        without factors the base layer alone.
+        """
         transposed = self.fan_in_fan_out
         parts = self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
         if parts is None:
@@ -120,22 +125,23 @@ class Linear(_Layer, layer.Linear):
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         if strength is not None:
             if dora.is_zero(strength):
-                return functional.Projection(weight), module.norm_budget
+                return (weight, *[None] * 8)
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         if transposed:
             weight = weight.t()
-        operands = weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm
-        return functional.Projection(*operands, scaling, p, self.save_output), module.norm_budget
+        return weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm, scaling, p, module.norm_budget
 
     def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
         """See :class:`dorac.nn.shared.Fusable`."""
         adapter = None if "_hf_hook" in self._modules["base_layer"].__dict__ else lone_adapter(self, (), {})
         found = None if adapter is None else self._operands(x, adapter)
-        if found is None or found[0].lora_A is None or not shared.fits(x, found[0].weight):
+        if found is None or found[1] is None or not shared.fits(x, found[0]):
             return None
-        if found[1] != DEFAULT_BUDGET and found[0].weight_norm is None:
+        *operands, budget = found
+        projection = functional.Projection(*operands, self.save_output)
+        if budget != DEFAULT_BUDGET and projection.weight_norm is None:
             return None
-        return found[0], self.lora_variant[adapter].dropout_on
+        return projection, self.lora_variant[adapter].dropout_on
 
 
 class Embedding(_Layer, layer.Embedding):
