@@ -377,6 +377,25 @@ def count_calls(fn, calls):
     return lambda *args: (calls.append(1), fn(*args))[1]
 
 
+@pytest.mark.parametrize("name", ["dorac-cached-compiled", "dorac-peft-cached-compiled"])
+@pytest.mark.parametrize("phase", ["train", "inference"])
+def test_compiled_code_has_the_kept_norms(name, phase, bench, monkeypatch):
+    """In either phase, though a change of mode puts norms in doubt."""
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compile_(module, backend=capture, **how))
+    result = bench("model", *STACK, *QUICK, "--turns", "1", "--phases", phase, "--variants", name)
+    assert names(result) == [(f"r2 {phase}", name)]
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("dora" in target for target in called)
+    assert not any("norm_factored" in target for target in called), called
+
+
 def test_model_with_saved_outputs(bench, monkeypatch):
     """Of dorac's variants every layer, of the others none."""
     stacks, build = {}, model.build_variant

@@ -153,7 +153,10 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         size = {"layers": args.layers, "hidden": args.hidden, "rank": rank, "tokens": args.tokens, "batch": args.batch}
         size |= {"micro_batches": args.micro_batches} if phase == "train" else {}
         steps = {
-            name: (functools.partial(build_variant, stack, layers, name, **how), compile_args(name))
+            name: (
+                functools.partial(build_variant, stack, layers, name, training=phase == "train", **how),
+                compile_args(name),
+            )
             for name in args.variants
         }
         compiled = [name for name in args.variants if compile_args(name) is not None]
@@ -245,11 +248,15 @@ def build_variant(
     layers: dict[str, peers.Layer],
     name: str,
     *,
+    training: bool = True,
     checkpointing: bool = False,
     save_outputs: bool = False,
 ) -> Stack:
-    """The stack adapted in one of ``VARIANTS``."""
-    stack = adapt(stack, layers, VARIANTS[name].build)
+    """The stack adapted in one of ``VARIANTS``, in training or in eval mode.
+
+    That comes first: after a change of mode compiled code takes its own norm, see :func:`dorac.cache_norms`.
+    """
+    stack = adapt(stack, layers, VARIANTS[name].build).train(training)
     if name in FUSED and (left := dorac.fuse(stack).left):
         raise RuntimeError(f"{name}: dorac.fuse has left {left}")
     if name.rpartition("-")[0].endswith("-cached"):
