@@ -189,16 +189,15 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
     chosen = configs.mlp_backward_config(*up.shape, rank)
     candidates = [
         configs.MlpBackwardConfig(block_t, block_o, rows, warps, stages)
-        for block_t, block_o, rows, warps, stages in itertools.product(
-            (8, 16, 32), (64, 128, 256), (128, 256), (4, 8), (2, 3, 4)
-        )
+        for block_t, block_o, rows, warps, stages in itertools.product((16, 32), (128, 256), (256,), (4, 8), (2, 3, 4))
     ]
     if rank <= 128:
         block_r = max(16, 1 << (rank - 1).bit_length())
         candidates += [
-            dataclasses.replace(config, block_r=block_r, down=down)
-            for config in _with_products(configs.MlpBackwardConfig(32, 64, 0, 4, 2), (1024, 2048, 4096), (2, 3))
-            for down in (False, True)
+            configs.MlpBackwardConfig(block_t, block_o, rows, warps, 3, block_r, down)
+            for block_t, block_o, rows, warps, down in itertools.product(
+                (16, 32), (64, 128), (1024, 2048, 4096), (4, 8), (False, True)
+            )
         ]
 
     def call(config):
