@@ -83,11 +83,5 @@ class Near:
         steepest, of_slope = SLOPES[activation]
         evaluated = EVALUATIONS * V * (1 + self.size)
         jump = (self.value.abs() <= self.error).double() if of_slope is None else of_slope * self.error
-        if of_slope is None:
-            evaluated_slope = torch.zeros_like(evaluated)
-        else:
-            evaluated_slope = evaluated
-        return (
-            Near(act.detach(), steepest * self.error + evaluated),
-            Near(slope, jump + evaluated_slope),
-        )
+        of_slope = jump if SLOPES[activation][1] is None else jump + evaluated
+        return Near(act.detach(), steepest * self.error + evaluated), Near(slope, of_slope)

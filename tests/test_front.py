@@ -8,6 +8,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import BaseTorchFunctionMode
 from torch.testing._internal.logging_tensor import LoggingTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac.ops import front
@@ -212,3 +213,45 @@ def test_modes_over_ops():
     functionalize(probes)(x)
     torch.vmap(probes)(x)
     assert seen == [(True, True), *[(False, True)] * 2, *[(False, False)] * 9]
+
+
+class _Asked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        SEEN["saves for itself"] = front.saves_for_itself()
+        ctx.save_for_backward(x.exp())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        SEEN["keeps graph"] = front.keeps_graph()
+        return dy * 2
+
+
+def test_a_graph_that_is_kept():
+    x = torch.ones(3, requires_grad=True)
+    y = _Asked.apply(x).sum()
+    y.backward(retain_graph=True)
+    assert SEEN["keeps graph"]
+    y.backward()
+    assert not SEEN["keeps graph"]
+
+
+def test_who_gets_what_is_saved():
+    """A checkpoint's hooks give what was computed again to backward alone; any other may keep it."""
+    x = torch.ones(3, requires_grad=True)
+    _Asked.apply(x)
+    assert SEEN["saves for itself"]
+    for reentrant in (False, True):
+        y = checkpoint(_Asked.apply, x, use_reentrant=reentrant)
+        assert SEEN["saves for itself"]
+        y.sum().backward()
+        assert SEEN["saves for itself"]
+    with torch.autograd.graph.save_on_cpu():
+        _Asked.apply(x)
+        assert not SEEN["saves for itself"]
+        checkpoint(_Asked.apply, x, use_reentrant=False)
+        assert SEEN["saves for itself"]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        _Asked.apply(x)
+    assert not SEEN["saves for itself"]

@@ -10,6 +10,7 @@ import pytest
 # Off the tiles' edges, one program and several, each path that a kernel has; no allocator between tensors and checker.
 SCRIPT = """
 import itertools, torch
+from dorac.functional import Projection, dora_mlp
 from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm, row_norms
@@ -39,6 +40,15 @@ for dtype, factor_dtype in itertools.product((torch.bfloat16, torch.float32), (t
             of_y = inputs.x, inputs.weight, inputs.lora_B
             inputs.magnitude[0] = 0
             lora_b_backward(base, inner, inputs.magnitude, norm, h, s, h_is_scaled=False, of_y=of_y)
+for (tokens, features, inputs, rank), activation in itertools.product(
+    ((33, 65, 127, 7), (70, 264, 136, 72)), ("silu", "gelu", "gelu_tanh", "relu")
+):
+    shapes = (features, inputs), (features, inputs), (inputs, features)
+    layers = [linear_inputs((tokens, *shape, rank), dtype=torch.bfloat16, device="cuda").leaves() for shape in shapes]
+    layers = [Projection(i.weight.detach(), *i.tensors()[2:], scaling=0.7) for i in layers]
+    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for gate in (layers[0], None):
+        dora_mlp(x, gate, *layers[1:], activation=activation).sum().backward()
 torch.cuda.synchronize()
 print("done")
 """

@@ -14,7 +14,7 @@ from dorac import functional
 from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import eager, linear
 
-KERNELS = ("norm", "up", "backward", "lora-b-backward", "form", "stack-form")
+KERNELS = ("norm", "up", "backward", "lora-b-backward", "mlp", "mlp-backward", "form", "stack-form")
 DEFAULTS = {
     "cuda": model.CUDA_STACK
     | {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         "up": _up,
         "backward": _backward,
         "lora-b-backward": _lora_b_backward,
+        "mlp": _mlp,
+        "mlp-backward": _mlp_backward,
         "form": _form,
     }
     of_a_layer = [kernel for kernel in args.kernels if kernel in sweeps]
@@ -132,6 +134,95 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
 
     records = list(_sweep("lora-b-backward", layer, chosen, candidates, call, args))
     return [*records, _record("lora-b-backward", layer, "two kernels", apart, args)]
+
+
+def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    """What joins the layers of an MLP, all three of this rank, ``layer`` being its gate and up, in training.
+
+    Each candidate with what it leaves to cuBLAS: with ``block_r = 0`` the up-projections of both.
+    """
+    from dorac.kernels import configs, mlp
+
+    up, h_up, norm, _ = _activations(layer, args)
+    gate, h, z, ranks = (
+        torch.randn_like(up),
+        torch.cat([h_up, h_up], 1).to(up.dtype),
+        torch.empty_like(up),
+        (layer.rank,) * 2,
+    )
+    b = layer.lora_B.to(up.dtype)
+    chosen = configs.mlp_config(*up.shape, layer.rank)
+    candidates = [
+        configs.TileConfig(*tile, 0, warps, 1) for tile in ((8, 256), (16, 256), (32, 128)) for warps in (4, 8)
+    ]
+    candidates += [
+        configs.TileConfig(block_t, block_o, min(64, max(16, chosen.block_r)), warps, stages)
+        for block_t, block_o, warps, stages in itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3))
+    ]
+
+    def call(config):
+        launch = mlp.mlp_launch(*up.shape, ranks, (b.stride(),) * 2, "silu", config, want_inner=True)
+        of_layer = layer.magnitude, norm, None
+
+        def run():
+            if not config.block_r:
+                for inner, columns in zip((gate, up), h.split(ranks, 1), strict=True):
+                    inner.addmm_(columns, b.t(), alpha=peers.SCALING)
+            launch(up, gate, h, b, b, *of_layer, *of_layer, peers.SCALING, peers.SCALING, z)
+
+        return run
+
+    return _sweep("mlp", layer, chosen, candidates, call, args)
+
+
+def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
+    """The way back, each candidate with the products that it leaves to cuBLAS, and down's low-rank part of dz."""
+    from dorac.kernels import configs, mlp
+
+    up, h_up, norm, _ = _activations(layer, args)
+    rank, ranks = layer.rank, (layer.rank,) * 3
+    gate, dz, d_gate = torch.randn_like(up), torch.randn_like(up), torch.empty_like(up)
+    h_up = h_up.to(up.dtype)
+    h, a = torch.cat([h_up, h_up], 1), torch.randn(rank, up.shape[1], dtype=up.dtype, device=up.device)
+    d_a, d_b = torch.empty_like(a), torch.empty_like(a).t().contiguous()
+    d_m = torch.empty_like(layer.magnitude)
+    chosen = configs.mlp_backward_config(*up.shape, rank)
+    candidates = [
+        configs.MlpBackwardConfig(block_t, block_o, rows, warps, stages)
+        for block_t, block_o, rows, warps, stages in itertools.product((16, 32), (128, 256), (256,), (4, 8), (2, 3, 4))
+    ]
+    if rank <= 128:
+        block_r = max(16, 1 << (rank - 1).bit_length())
+        candidates += [
+            configs.MlpBackwardConfig(block_t, block_o, rows, warps, 3, block_r, down)
+            for block_t, block_o, rows, warps, down in itertools.product(
+                (16, 32), (64, 128), (1024, 2048, 4096), (4, 8), (False, True)
+            )
+        ]
+
+    def call(config):
+        inside = bool(config.block_r)
+        of_a = a.stride() if config.down else None
+        shape, launch, add = mlp.mlp_backward_launches(
+            *up.shape, ranks, (inside,) * 3, of_a, (False, False), "silu", config
+        )
+        parts = torch.empty(shape, device=up.device)
+        of_layer = layer.magnitude, norm, None
+        d_up, z = (dz, None) if inside else (torch.empty_like(up), dz)
+
+        def run():
+            if not config.down:
+                torch.mm(h_up, a, out=dz)
+            low = (h, h_up, a if config.down else None) if inside else (h, None, None)
+            launch(dz, up, gate, *of_layer, *of_layer, *low, d_gate, d_up, z, parts)
+            of_factors = (d_b, d_b, d_a) if inside else (None,) * 3
+            add(parts, norm, norm, peers.SCALING, peers.SCALING, d_m, d_m, None, None, *of_factors)
+            if not inside:
+                return d_gate.t() @ h_up, d_up.t() @ h_up, h_up.t() @ z
+
+        return run
+
+    return _sweep("mlp-backward", layer, chosen, candidates, call, args)
 
 
 def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, object]]:

@@ -440,7 +440,7 @@ def mlp_sum_kernel(
             s = number(scaling_up_ptr)
             _of_factor(parts_ptr, s, d_b_up_ptr, start_o, O, RU, 1, RU, size, strips, BLOCK_O)
         parts_ptr += RU * O
-    if d_a_ptr is not None:
+    if d_a_ptr is not None:  # noqa: SIM102 (the compiler's to answer)
         if part == 3:
             _of_factor(parts_ptr, 1.0, d_a_ptr, start_o, O, RD, O, 1, size, strips, BLOCK_O)
 

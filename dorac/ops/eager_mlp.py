@@ -3,8 +3,8 @@
 gate and up are as in ``ops/eager_linears.py``: their factors A follow one another, ``h = x A^T`` is one product. What
 joins the layers is one kernel in either direction (``kernels/mlp.py``):
 
-- Forward writes ``inner = x W^T + s h lora_B^T`` of gate and up over the products and keeps these two. z, what goes into
-  down, is not kept.
+- Forward writes ``inner = x W^T + s h lora_B^T`` of gate and up over the products and keeps these two. z, what goes
+  into down, is not kept.
 - Backward computes gate, up and z of them again, and writes the gradients of both products, the second over that of z.
   In the same pass go the magnitudes' gradients, and up to a rank those of gate's and up's lora_B and down's lora_A. As
   inner is kept, no magnitude is too small for its gradient, and no bias is too large.
@@ -297,7 +297,7 @@ def _split(plan: Plan, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_in_ops(plan, x, scalings, tensors):
-    """:func:`_forward`."""
+    """:func:`_forward` in what modes see."""
     gate, up, down = layers = _layers(tensors)
     with front.autocast_off(x):
         cast, factors = _cast(plan, _in_order(layers))
@@ -398,7 +398,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     else:
         ctx.overwritten = ctx.overwrites and not front.keeps_graph()
         d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, ctx.overwritten)
-    del dz, inners
+    del dz, inners, arguments
     if z is not None:
         grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
     del z
