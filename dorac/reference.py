@@ -73,6 +73,59 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
+def projection(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    weight_norm: Tensor | None = None,
+    dropped: Tensor | None = None,
+    dropout_on: str = "adapter",
+) -> Tensor:
+    """One layer of a block: :func:`dora_linear`, without a magnitude plain LoRA, without factors the frozen layer."""
+    if lora_A is None:
+        y = x @ weight.T
+        return y if bias is None else y + bias
+    if magnitude is None:  # g = 1
+        magnitude = weight_norm = torch.ones_like(weight[:, 0])
+        dropout_on = "low_rank"
+    options = {"scaling": scaling, "weight_norm": weight_norm, "dropped": dropped, "dropout_on": dropout_on}
+    return dora_linear(x, weight, lora_A, lora_B, magnitude, bias, **options)
+
+
+def dora_linears(x: Tensor, projections: list[tuple[tuple[Tensor | None, ...], dict]]) -> tuple[Tensor, ...]:
+    """Several layers of one x, each the tensors and the options of :func:`projection`."""
+    return tuple(projection(x, *tensors, **options) for tensors, options in projections)
+
+
+ACTIVATIONS = {
+    "silu": lambda t: t * torch.sigmoid(t),
+    "gelu": lambda t: t * (1 + torch.erf(t / 2**0.5)) / 2,
+    "gelu_tanh": lambda t: t * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (t + 0.044715 * t**3))) / 2,
+    "relu": lambda t: t.clamp(min=0),
+}
+
+
+def dora_mlp(
+    x: Tensor,
+    gate: tuple[tuple[Tensor | None, ...], dict] | None,
+    up: tuple[tuple[Tensor | None, ...], dict],
+    down: tuple[tuple[Tensor | None, ...], dict],
+    activation: str,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))``, without a gate ``down(act(up(x)))``; layers as in :func:`dora_linears`."""
+    act = ACTIVATIONS[activation]
+    inner = act(*dora_linears(x, [up]))
+    if gate is not None:
+        gated, inner = dora_linears(x, [gate, up])
+        inner = act(gated) * inner
+    return dora_linears(inner, [down])[0]
+
+
 def dora_embedding(
     x: Tensor,
     weight: Tensor,

@@ -7,19 +7,15 @@ kernels ``ops/eager_linears.py`` and ``ops/eager_mlp.py`` compute them in one ``
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    "relu": F.relu,
-}
+from dorac.ops import eager, eager_linears, eager_mlp
+from dorac.ops.eager_mlp import ACTIVATIONS
 
 
 class Projection(NamedTuple):
@@ -68,8 +64,12 @@ def dora_linears(x: Tensor, projections: Sequence[Projection], *, dropout_on: st
     projections = tuple(projections)
     if not projections:
         raise ValueError("projections must hold at least one, got none")
-    projections = tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
-    return _project(x, projections, dropout_on)
+
+    def check() -> tuple[Projection, ...]:
+        return tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
+
+    ys = _in_eager(x, projections, dropout_on, check)
+    return _composed(x, check(), dropout_on) if ys is None else ys
 
 
 def dora_mlp(
@@ -102,19 +102,38 @@ def dora_mlp(
     checks.check_dropout_on(dropout_on)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+    def check() -> tuple[Projection | None, Projection, Projection]:
+        return _checked_mlp(x, gate, up, down)
+
+    layers = (up, down) if gate is None else (gate, up, down)
+    if not torch.compiler.is_compiling() and all(type(p) is Projection for p in layers):
+        y = eager_mlp.dora_mlp(x, gate, up, down, activation, check)
+        if y is not None:
+            return y
+    gate, up, down = check()
     act = ACTIVATIONS[activation]
-    up = _checked(x, up, "up")
     if gate is None:
         inner = act(*_project(x, (up,), dropout_on))
     else:
-        gate = _checked(x, gate, "gate")
-        if gate.weight.shape[0] != up.weight.shape[0]:
-            sizes = f"{gate.weight.shape[0]} and {up.weight.shape[0]}"
-            raise ValueError(f"gate and up must have as many outputs as each other, got {sizes}")
         gated, inner = _project(x, (gate, up), dropout_on)
         inner = act(gated) * inner
-    down = _checked(inner, down, "down")
     return _project(inner, (down,), dropout_on)[0]
+
+
+def _checked_mlp(
+    x: Tensor, gate: Projection | None, up: Projection, down: Projection
+) -> tuple[Projection | None, Projection, Projection]:
+    up = _checked(x, up, "up")
+    features = up.weight.shape[0]
+    if gate is not None:
+        gate = _checked(x, gate, "gate")
+        if gate.weight.shape[0] != features:
+            raise ValueError(
+                f"gate and up must have as many outputs as each other, got {gate.weight.shape[0]} and {features}"
+            )
+    between = x.new_empty(()).expand(*x.shape[:-1], features)  # of what down gets, all that is looked at
+    return gate, up, _checked(between, down, "down")
 
 
 def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
@@ -130,7 +149,21 @@ def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
     return projection._replace(scaling=scaling, dropout_p=dropout_p)
 
 
+def _in_eager(
+    x: Tensor, projections: tuple[Projection, ...], dropout_on: str, check: Callable[[], object]
+) -> tuple[Tensor, ...] | None:
+    if torch.compiler.is_compiling() or not all(type(p) is Projection for p in projections):
+        return None
+    return eager_linears.dora_linears(x, projections, dropout_on, check)
+
+
 def _project(x: Tensor, projections: tuple[Projection, ...], dropout_on: str) -> tuple[Tensor, ...]:
+    """Projections that have been checked."""
+    ys = _in_eager(x, projections, dropout_on, lambda: None)
+    return _composed(x, projections, dropout_on) if ys is None else ys
+
+
+def _composed(x: Tensor, projections: tuple[Projection, ...], dropout_on: str) -> tuple[Tensor, ...]:
     dropped: dict[float, Tensor] = {}
     for p in projections:
         if p.dropout_p and p.lora_A is not None and p.dropout_p not in dropped:
@@ -141,6 +174,11 @@ def _project(x: Tensor, projections: tuple[Projection, ...], dropout_on: str) ->
 def _projected(x: Tensor, p: Projection, x_adapter: Tensor | None, dropout_on: str) -> Tensor:
     if p.lora_A is None:
         return F.linear(x, p.weight, p.bias)
+    in_eager = not torch.compiler.is_compiling() and not isinstance(p.scaling, Tensor)
+    if in_eager and x_adapter is None and p.magnitude is not None:  # one layer's own path
+        y = eager.dora_linear(x, *p[:6], float(p.scaling), save_output=bool(p.save_output))
+        if y is not None:
+            return y
     dtype = accumulate_dtype(p.weight, p.lora_A, p.lora_B)
     s = scaling_tensor(p.scaling, p.weight, dtype)
     magnitude, norm = p.magnitude, p.weight_norm

@@ -57,6 +57,14 @@ class LoraBConfig(ColumnConfig):
     chunks: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class MlpBackwardConfig(ColumnConfig):
+    """The same with the ranks beside them that are taken along; none where ``block_r`` is 0."""
+
+    block_r: int = 0
+    down: bool = False  # so is down's low-rank part of dz
+
+
 def _power(value: int, low: int, high: int) -> int:
     """The least power of two that holds ``value``, between ``low`` and ``high``."""
     return max(low, min(high, 1 << max(0, value - 1).bit_length()))
@@ -158,3 +166,27 @@ def lora_b_config(tokens: int, out_features: int, rank: int) -> LoraBConfig:
     strips = max(1, min(PROCESSORS // -(-out_features // block_o), tokens // 256))
     rows = -(-tokens // (32 * strips)) * 32
     return LoraBConfig(32, block_o, rows, 4 if block_r <= 64 else 8, 4, block_r, chunks)
+
+
+# Up to which rank an MLP's kernels take the products with factors along; beyond they are cuBLAS's, which goes over the
+# activations once more for each.
+MLP_RANK = 64
+
+
+@functools.lru_cache(maxsize=1024)
+def mlp_config(tokens: int, features: int, rank: int) -> TileConfig:
+    """gate and up with their up-projections, of ranks up to ``rank``, as :func:`tile_config` has one."""
+    if rank == 0 or rank > MLP_RANK:
+        return TileConfig(_power(tokens, 1, 16), 256, 0, 4, 1)
+    return TileConfig(_power(tokens, 16, 32), 128, _power(rank, 16, 64), 4, 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def mlp_backward_config(tokens: int, features: int, rank: int) -> MlpBackwardConfig:
+    """About two programs per processor where products are taken along, whose sums stay in registers for a strip."""
+    if rank == 0 or rank > MLP_RANK:
+        return MlpBackwardConfig(**dataclasses.asdict(column_config(tokens, features)))
+    block_o, warps = (128, 8) if rank <= 32 else (64, 4)
+    strips = max(1, min(2 * PROCESSORS // -(-features // block_o), tokens // 256))
+    rows = -(-tokens // (32 * strips)) * 32
+    return MlpBackwardConfig(32, block_o, rows, warps, 3, _power(rank, 16, 64), down=rank <= 16)

@@ -166,9 +166,24 @@ def bound(launch):
 
 
 def make_plan(
-    x, weight, lora_A, lora_B, magnitude, bias, weight_norm, training: bool, dropout_on: str | None, save_output: bool
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    magnitude,
+    bias,
+    weight_norm,
+    training: bool,
+    dropout_on: str | None,
+    save_output: bool,
+    of_h: tuple[int, int] | None = None,
+    of_b: tuple[int, int] | None = None,
 ) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
+    """The plan for tensors that passed the checks; None if they are not computed here.
+
+    Args:
+        of_h, of_b: strides of h and of lora_B in the dtype of the products, where whoever asks makes these.
+    """
     given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if weight.ndim != 2 or not x.numel() or not weight.numel():
         return None
@@ -190,7 +205,7 @@ def make_plan(
     from dorac.kernels.norm import needs_split, norm_launches, split_factors
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
-    activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
+    activation, h, b = (out_features, 1), of_h or (rank, 1), of_b or torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     delta = dropout_on == "adapter"
     keeps_y = training and save_output and bias is None and not delta
@@ -256,13 +271,7 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
     """``(y, lora_A and lora_B for the products, norm, h, inner)``; inner in training alone, unless y is kept."""
     if norm is None:
-        split, splits, launch, finish = plan.norm
-        factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
-        norm = magnitude.new_empty(weight.shape[0], dtype=torch.float32)
-        parts = norm if splits == 1 else norm.new_empty(splits, weight.shape[0])
-        launch(weight, *factors, scaling, None, parts)
-        if splits > 1:
-            finish(parts, norm)
+        norm = computed_norm(plan, weight, lora_A, lora_B, scaling)
     if plan.casts_factors:
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
     delta = plan.dropout_on == "adapter"
@@ -273,6 +282,18 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if delta:
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return y, lora_A, lora_B, norm, h, inner
+
+
+def computed_norm(plan, weight, lora_A, lora_B, scaling) -> Tensor:
+    """n, of factors as they are given, with autocast off."""
+    split, splits, launch, finish = plan.norm
+    factors = (lora_A, lora_B) if split is None else split(lora_A, lora_B)
+    norm = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    parts = norm if splits == 1 else norm.new_empty(splits, weight.shape[0])
+    launch(weight, *factors, scaling, None, parts)
+    if splits > 1:
+        finish(parts, norm)
+    return norm
 
 
 def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
@@ -360,9 +381,7 @@ class _Linear(torch.autograd.Function):
         d_base, d_m, d_b = scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
         unread = scalar(d_base.dtype, d_base.device)
         if delta:
-            g_b = b.new_empty(b.shape[1], b.shape[0])
-            plan.scale_b(b.stride())(b.t(), None, None, magnitude, norm, None, None, g_b, None)
-            d_h = torch.addmm(unread, dy, g_b.t(), beta=0, alpha=scaling)
+            d_h = torch.addmm(unread, dy, scaled_b(plan, b, magnitude, norm), beta=0, alpha=scaling)
         else:
             d_h = torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
         if bits is None:
@@ -398,6 +417,13 @@ def scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lo
         launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
         add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
     return d_base, d_m, d_b
+
+
+def scaled_b(plan, b, magnitude, norm) -> Tensor:
+    """``g * lora_B``."""
+    g_b = b.new_empty(b.shape[1], b.shape[0])
+    plan.scale_b(b.stride())(b.t(), None, None, magnitude, norm, None, None, g_b, None)
+    return g_b.t()
 
 
 # ``_Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.

@@ -81,6 +81,20 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def keeps_graph() -> bool:
+    """Within backward: whether it was asked to keep the graph, so that what is saved may be needed again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def saves_for_itself() -> bool:
+    """Whether what is saved for backward comes to nobody else: there are no hooks on it but of a checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or hooks[0].__module__ == _CHECKPOINT
+
+
+_CHECKPOINT = "torch.utils.checkpoint"  # whose hooks give what was computed again, once
+
+
 def all_eager(*tensors: Tensor | None) -> bool:
     """Whether every tensor is a plain eager tensor (no subclass such as DTensor, not being traced).
 

@@ -1,0 +1,497 @@
+"""Several adapted layers of one x in eager on a GPU with kernels, as ``ops/eager.py`` computes one: one Function.
+
+With DoRA each layer is what it is there. Without a magnitude it is plain LoRA, of which nothing of y's size is kept,
+and without factors a frozen layer. What the layers have in common is done once:
+
+- The factors A follow one another in one matrix, and so do ``h = x A^T``, its gradient, and A's: one product each.
+  Factors in another dtype are cast into one buffer, by one launch; it is kept for backward.
+- x is kept once, with dropout beside one mask at a bit an element: the layers of one x share the probability.
+- The gradient of x is accumulated inside the products with the weights.
+
+Taken are adapters that are trained whole over frozen weights, all of them, or no training at all. Where a mode over ops
+looks on in training, the same Function goes through the ops, and saves the same tensors.
+
+Legend: T tokens, I in_features, O out_features, R the ranks of all layers. A layer's tensors are, in this order,
+``weight, lora_A, lora_B, magnitude, bias, weight_norm``.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac.ops import eager, front, linear
+from dorac.ops.norm import norm_factored
+
+WEIGHT, LORA_A, LORA_B, MAGNITUDE, BIAS, NORM, TENSORS = range(7)
+TRAINED = (LORA_A, LORA_B, MAGNITUDE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """How one of them is computed."""
+
+    dora: eager.Plan | None  # with a magnitude
+    adapter: int | None  # its place among the adapted ones
+    keeps_y: bool = False  # for backward, in place of inner
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How layers of certain metadata are computed."""
+
+    training: bool
+    dtype: torch.dtype  # of the products
+    autocast: str | None  # the device type for which it is on
+    layers: tuple[Layer, ...]
+    adapted: tuple[int, ...]  # places of the adapted ones among the layers
+    ranks: tuple[int, ...]  # of these
+    casts: bool  # the factors, into one buffer
+    size: int  # of which, in elements
+    dropout_on: str | None  # None without dropout
+    pack: Callable | None  # see eager.Plan
+    drop: Callable | None
+    in_ops: bool = False  # which modes see
+
+
+def dora_linears(
+    x: Tensor, projections: Sequence[tuple], dropout_on: str, check: Callable[[], object]
+) -> tuple[Tensor, ...] | None:
+    """The layers, or None if they are not to be computed here.
+
+    Args:
+        projections: each the layer's tensors, its scaling, probability of dropout, and whether y is saved.
+        check: raises the error of tensors that cannot work; called once for each combination of metadata.
+    """
+    in_ops = not front.unobserved()
+    if in_ops and not front.seen_by_modes_alone():
+        return None
+    tensors, scalings, dropped, bits = [], [], 0.0, 0
+    try:
+        device = x.device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = [dropout_on, torch.is_grad_enabled(), autocast, type(x), x.shape, x.dtype, device, x.requires_grad]
+        for projection in projections:
+            *of_layer, scaling, dropout_p, save_output = projection
+            if type(scaling) is not float:
+                if type(scaling) is not int:
+                    return None
+                scaling = float(scaling)
+            if scaling - scaling != 0 or type(dropout_p) not in (float, int) or not 0 <= dropout_p < 1:
+                return None
+            for t in of_layer:
+                if t is None:
+                    key.append(None)
+                else:
+                    key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
+                    bits |= t.data_ptr()
+            key += bool(save_output), bool(dropout_p)
+            if dropout_p and of_layer[LORA_A] is not None:
+                if dropped and dropout_p != dropped:
+                    return None
+                dropped = float(dropout_p)
+            tensors += of_layer
+            scalings.append(scaling)
+        key = tuple(key)
+        plan = eager.plans.get(key, False)
+        x.data_ptr()
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides, symbolic sizes or no memory
+        return None
+    if plan is False:
+        check()
+        with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
+            plan = eager.keep_plan(key, make_plan(x, projections, dropout_on))
+    if plan is None or (in_ops and not plan.training):
+        return None
+    if bits & 15:  # plans are for tensors aligned to 16 bytes
+        return None
+    x_adapter, mask = eager._dropout(plan, x, dropped, plan.training) if dropped else (None, None)
+    if x.dtype is not plan.dtype:
+        x, x_adapter = x.to(plan.dtype), x_adapter if x_adapter is None else x_adapter.to(plan.dtype)
+    if not plan.training:
+        return _without_autocast(plan, x, x_adapter, scalings, tensors)[0]
+    if in_ops:
+        plan = dataclasses.replace(plan, in_ops=True)
+    return _apply(x, x_adapter, mask, 1 / (1 - dropped), scalings, plan, *tensors)
+
+
+def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan | None:
+    """The plan for tensors that passed the checks; None if they are not computed here."""
+    tensors = [p[:TENSORS] for p in projections]
+    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None)]
+    if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
+        return None
+    adapted = [i for i, t in enumerate(tensors) if t[LORA_A] is not None]
+    factors = [tensors[i][k] for i in adapted for k in (LORA_A, LORA_B)]
+    autocast = front.autocast_dtype(x)
+    dtype = autocast or x.dtype
+    casts = any(t.dtype is not dtype for t in factors)
+    if dtype.itemsize != 2 or any(t[WEIGHT].dtype is not dtype for t in tensors) or (casts and autocast is None):
+        return None
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if training and not all(map(_trained_as_usual, tensors)):
+        return None
+    dropped = {bool(projections[i][TENSORS + 1]) for i in adapted}
+    if len(dropped) > 1 or not adapted:  # frozen layers alone are torch's
+        return None
+    if not any(dropped):
+        dropout_on = None
+    ranks = [tensors[i][LORA_A].shape[0] for i in adapted]
+    layers = []
+    for i, (of_layer, projection) in enumerate(zip(tensors, projections, strict=True)):
+        magnitude, bias = of_layer[MAGNITUDE], of_layer[BIAS]
+        place = adapted.index(i) if i in adapted else None
+        if magnitude is None:
+            if bias is not None and bias.dtype is not dtype:
+                return None
+            layers.append(Layer(None, place))
+            continue
+        of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
+        save_output = bool(projection[TENSORS + 2])
+        dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
+        if dora is None:
+            return None
+        layers.append(Layer(dora, place, dora.keeps_y))
+
+    from dorac.kernels.dropout import drop_launch, pack_launch
+
+    return Plan(
+        training=training,
+        dtype=dtype,
+        autocast=None if autocast is None else x.device.type,
+        layers=tuple(layers),
+        adapted=tuple(adapted),
+        ranks=tuple(ranks),
+        casts=casts,
+        size=sum(t.numel() for t in factors),
+        dropout_on=dropout_on,
+        pack=eager.bound(pack_launch(x.numel()) if dropout_on else None),
+        drop=eager.bound(drop_launch(x.numel()) if dropout_on else None),
+    )
+
+
+def _trained_as_usual(of_layer: Sequence[Tensor | None]) -> bool:
+    weight, lora_A, lora_B, magnitude, _, norm = of_layer
+    if weight.requires_grad or (norm is not None and norm.requires_grad):
+        return False
+    return lora_A is None or all(t is None or t.requires_grad for t in (lora_A, lora_B, magnitude))
+
+
+def _factors(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of the adapted layers."""
+    return [tensors[i * TENSORS + LORA_A] for i in plan.adapted], [tensors[i * TENSORS + LORA_B] for i in plan.adapted]
+
+
+def _in_one(plan: Plan, factors: tuple[list[Tensor], list[Tensor]]) -> Tensor | None:
+    """Where factors are cast, what holds them all: A of every layer, then B."""
+    if not plan.casts:
+        return None
+    a, b = factors
+    if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
+        return torch.cat([t.to(plan.dtype).reshape(-1) for t in (*a, *b)])
+    cast = a[0].new_empty(plan.size, dtype=plan.dtype)
+    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, [*a, *b]), [*a, *b])
+    return cast
+
+
+def _for_products(
+    plan: Plan, factors: tuple[list[Tensor], list[Tensor]], cast: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """A ``[R, I]`` of all layers, and B of each, in the dtype of the products."""
+    a, b = factors
+    if cast is None:
+        return a[0] if len(a) == 1 else torch.cat(a), b
+    rank, in_features = sum(plan.ranks), a[0].shape[1]
+    size = rank * in_features
+    return cast[:size].view(rank, in_features), torch._C._nn.unflatten_dense_tensors(cast[size:], b)
+
+
+def _without_autocast(plan, *arguments):
+    """:func:`_forward`, whose norms would not be float32's under autocast, and which makes the casts itself."""
+    if plan.autocast is None:
+        return _forward(plan, *arguments)
+    torch.set_autocast_enabled(plan.autocast, False)
+    try:
+        return _forward(plan, *arguments)
+    finally:
+        torch.set_autocast_enabled(plan.autocast, True)
+
+
+def _forward(plan, x, x_adapter, scalings, tensors):
+    """Every y; what holds the cast factors; h of all layers; the norms; inner in training alone, unless y is kept."""
+    factors = _factors(plan, tensors)
+    cast = _in_one(plan, factors)
+    a, b = _for_products(plan, factors, cast)
+    seen = x if x_adapter is None else x_adapter
+    h = F.linear(seen, a)
+    h_of = h.view(-1, h.shape[-1]).split(plan.ranks, 1)
+    ys, norms, inners = [], [], []
+    for i, layer in enumerate(plan.layers):
+        weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
+        inner = None
+        if layer.dora is None:
+            y = _product(x, weight, bias)
+            if layer.adapter is not None:
+                y.view(-1, y.shape[-1]).addmm_(h_of[layer.adapter], b[layer.adapter].t(), alpha=scalings[i])
+        else:
+            if norm is None:
+                norm = eager.computed_norm(layer.dora, weight, lora_A, lora_B, scalings[i])
+            delta = plan.dropout_on == "adapter"
+            base = F.linear(seen if delta else x, weight)
+            if plan.training and not layer.keeps_y:
+                inner = base
+            y = base if inner is None else torch.empty_like(base)
+            layer.dora.compose(
+                base, h_of[layer.adapter], b[layer.adapter], magnitude, norm, scalings[i], bias, y, inner
+            )
+            if delta:
+                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+        ys.append(y)
+        norms.append(norm)
+        inners.append(inner)
+    return tuple(ys), cast, h, norms, inners
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b``, no view, which autograd would not let a consumer write to."""
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    return _unsafe_view(rows, (*x.shape[:-1], rows.shape[1]))
+
+
+def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
+    """:func:`_forward`, but inner is there if y is kept, too."""
+    with front.autocast_off(x):
+        factors = _factors(plan, tensors)
+        cast = _in_one(plan, factors)
+        a, b = _for_products(plan, factors, cast)
+        a_of = a.split(plan.ranks)
+        seen = x if x_adapter is None else x_adapter
+        rows, hs, norms, inners = [], [], [], []
+        for i, layer in enumerate(plan.layers):
+            weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
+            inner = h = None
+            if layer.dora is not None:
+                s = torch.full((), scalings[i], dtype=torch.float32, device=x.device)
+                if norm is None:
+                    norm = norm_factored(weight, lora_A, lora_B, s)
+                adapter = a_of[layer.adapter], b[layer.adapter], magnitude, norm, s, bias, x_adapter
+                delta = plan.dropout_on == "adapter"
+                y, inner, h = linear.forward(x, weight, *adapter, scalings[i], "fused", True, delta, True)
+            else:
+                y = linear._rows(F.linear(x, weight, bias))
+                if layer.adapter is not None:
+                    h = linear._rows(seen) @ a_of[layer.adapter].t()
+                    y = torch.addmm(y, h, b[layer.adapter].t(), alpha=scalings[i])
+            rows.append(y)
+            norms.append(norm)
+            inners.append(inner)
+            if h is not None:
+                hs.append(h)
+        # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
+        *ys, h = (_unsafe_view(t, (*x.shape[:-1], t.shape[1])) for t in (*rows, torch.cat(hs, 1)))
+        inners = [t if t is None else _unsafe_view(t, (*x.shape[:-1], t.shape[1])) for t in inners]
+    return tuple(ys), cast, h, norms, inners
+
+
+_unsafe_view = torch.ops.aten._unsafe_view
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, x_adapter, mask, kept_scale, scalings, plan, *tensors):
+        forward = _forward_in_ops if plan.in_ops else _without_autocast
+        ys, cast, h, norms, inners = forward(plan, x, x_adapter, scalings, tensors)
+        kept, ctx.probes = [], []
+        for i, (layer, y) in enumerate(zip(plan.layers, ys, strict=True)):
+            probe = None
+            if layer.keeps_y:  # as in ops/eager.py
+                probe = y.detach()
+                probe.data = eager.nothing(y.dtype, y.device)
+                probe = probe, probe._version
+            ctx.probes.append(probe)
+            kept += tensors[i * TENSORS + WEIGHT], norms[i], y.data if layer.keeps_y else inners[i]
+        trained = [
+            t for i in range(0, len(tensors), TENSORS) for t in tensors[i + LORA_A : i + MAGNITUDE + 1] if t is not None
+        ]
+        ctx.trained = None
+        if all(t.is_leaf for t in trained):  # the graph holds them at any rate
+            ctx.trained, ctx.versions = trained, [t._version for t in trained]
+            trained = ()
+        ctx.save_for_backward(x, cast, h, mask, *kept, *trained)
+        ctx.set_materialize_grads(False)
+        ctx.kept_scale, ctx.scalings, ctx.plan, ctx.shape = kept_scale, scalings, plan, x.shape
+        ctx.bias_dtypes = [t if t is None else t.dtype for t in tensors[BIAS::TENSORS]]
+        return ys
+
+    @staticmethod
+    def backward(ctx, *d_ys):
+        given = next((dy for dy in d_ys if dy is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or type(given) is not Tensor or not front.unobserved():
+            return _seen_gradients(ctx, given, d_ys)
+        if front.autocast_dtype(given) is not None:  # backward inside autocast: products stay in the layers' dtype
+            with front.autocast_off(given):
+                return _Linears.backward(ctx, *d_ys)
+        return _gradients(ctx, d_ys)
+
+
+def _saved(ctx) -> tuple:
+    """x, what holds the cast factors, h, the mask's bits; per layer what is kept, and its trained tensors."""
+    plan, (x, cast, h, mask, *kept) = ctx.plan, ctx.saved_tensors
+    kept, saved = kept[: 3 * len(plan.layers)], kept[3 * len(plan.layers) :]
+    rest = iter(saved or eager.unchanged(ctx))
+    trained = []
+    for layer in plan.layers:
+        a, b = (None, None) if layer.adapter is None else (next(rest), next(rest))
+        trained.append((a, b, None if layer.dora is None else next(rest)))
+    return x, cast, h, mask, [kept[3 * i : 3 * i + 3] for i in range(len(plan.layers))], trained
+
+
+def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
+    plan, scalings = ctx.plan, ctx.scalings
+    x, cast, h, mask, kept_of, trained = _saved(ctx)
+    factors = [trained[i][0] for i in plan.adapted], [trained[i][1] for i in plan.adapted]
+    a, b_of = _for_products(plan, factors, cast)
+    if x.dim() != 2:
+        x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
+    if (mask is not None or any(ctx.probes)) and (x.data_ptr() % 16 or not x.is_contiguous()):
+        x = x.clone(memory_format=torch.contiguous_format)
+    h_of, d_h = h.split(plan.ranks, 1), torch.empty_like(h, memory_format=torch.contiguous_format)
+    d_h_of, unread = d_h.split(plan.ranks, 1), eager.scalar(h.dtype, h.device)
+    needs_x, delta, dx, later = ctx.needs_input_grad[0], plan.dropout_on == "adapter", None, []
+    grads: list[Tensor | None] = [None] * (TENSORS * len(plan.layers))
+    for i, (layer, dy) in enumerate(zip(plan.layers, d_ys, strict=True)):
+        if dy is None:
+            if layer.adapter is not None:
+                d_h_of[layer.adapter].zero_()
+            continue
+        weight, norm, kept = kept_of[i]
+        _, lora_B, magnitude = trained[i]
+        if dy.dim() != 2:
+            dy = dy.reshape(-1, dy.shape[-1])
+        if ctx.bias_dtypes[i] is not None and ctx.needs_input_grad[6 + i * TENSORS + BIAS]:
+            grads[i * TENSORS + BIAS] = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[i])
+        d_base = dy
+        if layer.adapter is not None:
+            h_i, d_h_i, b, s = h_of[layer.adapter], d_h_of[layer.adapter], b_of[layer.adapter], scalings[i]
+            if layer.dora is None:
+                torch.addmm(unread, dy, b, beta=0, alpha=s, out=d_h_i)
+                grads[i * TENSORS + LORA_B] = eager.wide_mm(dy.t(), h_i, lora_B.dtype).mul_(s)
+            else:
+                if dy.data_ptr() % 16:
+                    dy = dy.clone(memory_format=torch.contiguous_format)
+                of_y = layer.keeps_y
+                if of_y:
+                    probe, version = ctx.probes[i]
+                    if probe._version != version or eager.share_memory(dy, kept):  # y is not y any more
+                        kept, of_y = torch.addmm(torch.mm(x, weight.t()), h_i, b.t(), alpha=s), False
+                launches = layer.dora.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
+                others = (x, weight, b) if of_y else (None, None, None)
+                d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h_i, s, others, lora_B)
+                grads[i * TENSORS + MAGNITUDE], grads[i * TENSORS + LORA_B] = d_m, d_b
+                if delta:
+                    g_b = eager.scaled_b(layer.dora, b, magnitude, norm)
+                    torch.addmm(unread, dy, g_b, beta=0, alpha=s, out=d_h_i)
+                else:
+                    torch.addmm(unread, d_base, b, beta=0, alpha=s, out=d_h_i)
+        if not needs_x:
+            continue
+        if plan.dropout_on is None or (delta and layer.dora is not None):
+            dx = torch.mm(d_base, weight) if dx is None else dx.addmm_(d_base, weight)
+        if plan.dropout_on is not None:  # onto what has been dropped
+            later.append((dy if delta else d_base, weight))
+        del d_base, kept
+    seen = x
+    if mask is not None:
+        seen = torch.empty_like(x)
+        plan.drop(x, mask, ctx.kept_scale, seen)
+    wide = max((t.dtype for t in factors[0]), key=lambda dtype: dtype.itemsize)
+    for i, d_a in zip(plan.adapted, eager.wide_mm(d_h.t(), seen, wide).split(plan.ranks), strict=True):
+        if d_ys[i] is not None:
+            grads[i * TENSORS + LORA_A] = d_a.to(trained[i][0].dtype)
+    del seen
+    if needs_x:
+        dx = torch.mm(d_h, a) if dx is None else dx.addmm_(d_h, a)
+        if mask is not None:
+            plan.drop(dx, mask, ctx.kept_scale, dx)
+            for d_base, weight in later:
+                dx.addmm_(d_base, weight)
+        dx = dx.view(ctx.shape)
+    return dx, *(None,) * 5, *grads
+
+
+# ``_Linears.apply`` without its questions; see ops/eager.py.
+_apply = super(torch.autograd.Function, _Linears).apply
+
+
+def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
+    """The gradients where they are differentiated again, or a mode looks on; see ops/eager.py."""
+    if front.autocast_dtype(given) is not None:
+        with front.autocast_off(given):
+            return _seen_gradients(ctx, given, d_ys)
+    plan, acc = ctx.plan, torch.float32
+    dtype, delta, again = plan.dtype, plan.dropout_on == "adapter", torch.is_grad_enabled()
+    x, _, h, mask, kept_of, trained = _saved(ctx)
+    x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
+    h_of, needs_x, dx = h.split(plan.ranks, 1), ctx.needs_input_grad[0], None
+    dropped = None if mask is None else eager._mask(mask, x.shape)
+
+    def drop(rows):
+        return (rows.to(acc) * dropped * ctx.kept_scale).to(dtype)
+
+    x_adapter = None if mask is None else drop(x)
+    seen = x if mask is None else x_adapter
+    grads: list[Tensor | None] = []
+    for i, (layer, dy) in enumerate(zip(plan.layers, d_ys, strict=True)):
+        weight, norm, inner = kept_of[i]
+        lora_A, lora_B, magnitude = trained[i]
+        if dy is None:
+            grads += (None,) * TENSORS
+            continue
+        dy = dy.reshape(-1, weight.shape[0])
+        d_a = d_b = d_m = d_bias = dx_adapter = None
+        needs_bias = ctx.needs_input_grad[6 + i * TENSORS + BIAS]
+        if layer.adapter is not None:
+            a, b, h_i = lora_A.to(dtype), lora_B.to(dtype), h_of[layer.adapter]
+            scaling = torch.full((), ctx.scalings[i], dtype=acc, device=x.device)
+            if again:
+                h_i = seen @ a.t()
+        if layer.dora is None:
+            d_bias = dy.sum(0, dtype=acc).to(ctx.bias_dtypes[i]) if needs_bias else None
+            d_x = dy @ weight if needs_x else None
+            if layer.adapter is not None:
+                d_h = linear._scaled(scaling, dy @ b)
+                d_b = linear._scaled(scaling, dy.t() @ h_i)
+                d_a = d_h.t() @ seen
+                if needs_x:
+                    low = d_h @ a
+                    d_x = d_x + low if mask is None else d_x + drop(low)
+        else:
+            if again or layer.keeps_y:
+                hides = layer.keeps_y and not again and front.seen_by_modes_alone()
+                with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
+                    base = (seen if delta else x) @ weight.t()
+                    inner = (base.to(acc) + scaling * (h_i @ b.t()).to(acc)).to(dtype)
+            d_x, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
+                (x, weight, a, b, magnitude, norm, scaling, h_i, inner.reshape(-1, weight.shape[0]), x_adapter),
+                (needs_x, False, True, True, True, needs_bias, needs_x and mask is not None),
+                (dtype, dtype, ctx.bias_dtypes[i]),
+                (dy, None, None),
+                number=ctx.scalings[i],
+                path="fused",
+                eager=True,
+                dropped=mask is not None,
+                delta=delta,
+            )
+            if dx_adapter is not None:
+                d_x = d_x + drop(dx_adapter)
+        dx = linear._sum(dx, d_x)
+        d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
+        grads += None, d_a, d_b, d_m, d_bias, None
+    return None if dx is None else dx.view(ctx.shape), *(None,) * 5, *grads

@@ -1,0 +1,564 @@
+"""An MLP of adapted layers in eager on a GPU with kernels, ``down(act(gate(x)) * up(x))``: one ``autograd.Function``.
+
+gate and up are as in ``ops/eager_linears.py``: their factors A follow one another, ``h = x A^T`` is one product. What
+joins the layers is one kernel in either direction (``kernels/mlp.py``):
+
+- Forward writes ``inner = x W^T + s h lora_B^T`` of gate and up over the products and keeps these two. z, what goes into
+  down, is not kept.
+- Backward computes gate, up and z of them again, and writes the gradients of both products, the second over that of z.
+  In the same pass go the magnitudes' gradients, and up to a rank those of gate's and up's lora_B and down's lora_A. As
+  inner is kept, no magnitude is too small for its gradient, and no bias is too large.
+- Unless backward is asked to keep the graph, gradients are written over what was kept, and take no memory of their own.
+- The gradient of x is accumulated inside the products with the weights.
+
+Taken are adapters that are trained whole over frozen weights, all of them, or no training at all, without dropout.
+Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors. Second
+derivatives are those of the layers one by one, computed again.
+
+Legend: T tokens, I in_features, F features between the layers, O out_features, R rank. A layer's tensors are in the
+order of ``ops/eager_linears.py``; the three layers' follow one another, gate's are None where there is none.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac.ops import eager, front, linear
+from dorac.ops.compose import magnitude_scale
+from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _trained_as_usual
+from dorac.ops.norm import norm_factored
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "relu": F.relu,
+}
+GATE, UP, DOWN = range(3)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How MLPs of certain metadata are computed."""
+
+    training: bool
+    dtype: torch.dtype  # of the products
+    autocast: str | None  # the device type for which it is on
+    activation: str
+    dora: tuple[eager.Plan | None, ...]  # of gate, up and down, with a magnitude
+    ranks: tuple[int, int, int]  # 0 without factors
+    casts: bool  # the factors, into one buffer
+    size: int  # of which, in elements
+    inside: bool  # forward's kernel makes the up-projections
+    join: Callable  # forward's kernel
+    along: tuple[bool, bool, bool]  # whose factors have their gradients from backward's kernel
+    down_inside: bool  # which makes down's low-rank part of dz, too
+    parts: tuple[int, int, int]  # the shape of its partial sums
+    part: Callable
+    add: Callable
+    in_ops: bool = False  # which modes see
+
+
+def dora_mlp(
+    x: Tensor, gate: tuple | None, up: tuple, down: tuple, activation: str, check: Callable[[], object]
+) -> Tensor | None:
+    """The MLP, or None if it is not to be computed here.
+
+    Args:
+        gate, up, down: the layer's tensors, its scaling and probability of dropout; what follows is not looked at.
+        check: raises the error of tensors that cannot work; called once for each combination of metadata.
+    """
+    in_ops = not front.unobserved()
+    if in_ops and not front.seen_by_modes_alone():
+        return None
+    tensors, scalings, bits = [], [], 0
+    try:
+        device = x.device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = ["mlp", activation, torch.is_grad_enabled(), autocast]
+        key += type(x), x.shape, x.dtype, device, x.requires_grad
+        for projection in (gate, up, down):
+            if projection is None:
+                key.append(None)
+                tensors += _NO_LAYER
+                scalings.append(1.0)
+                continue
+            weight, lora_A, lora_B, magnitude, bias, norm, scaling, dropout_p, *_ = projection
+            if type(scaling) not in (float, int) or scaling - scaling != 0 or type(dropout_p) not in (float, int):
+                return None
+            if dropout_p != 0:
+                return None
+            for t in (weight, lora_A, lora_B, magnitude, bias, norm):
+                tensors.append(t)
+                if t is None:
+                    key.append(None)
+                else:
+                    key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
+                    bits |= t.data_ptr()
+            scalings.append(float(scaling))
+        key = tuple(key)
+        plan = eager.plans.get(key, False)
+        x.data_ptr()
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides, symbolic sizes or no memory
+        return None
+    if plan is False:
+        check()
+        with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
+            plan = eager.keep_plan(key, make_plan(x, tensors, activation))
+    if plan is None or (in_ops and not plan.training):
+        return None
+    if bits & 15:  # plans are for tensors aligned to 16 bytes
+        return None
+    if x.dtype is not plan.dtype:
+        x = x.to(plan.dtype)
+    if not plan.training:
+        return _without_autocast(plan, x, scalings, tensors)[0]
+    if in_ops:
+        plan = dataclasses.replace(plan, in_ops=True)
+    return _apply(x, scalings, plan, *tensors)
+
+
+_NO_LAYER = (None,) * TENSORS
+
+
+def _layers(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], ...]:
+    return tensors[:TENSORS], tensors[TENSORS : 2 * TENSORS], tensors[2 * TENSORS :]
+
+
+def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> Plan | None:
+    """The plan for tensors that passed the checks; None if they are not computed here."""
+    layers = _layers(tensors)
+    given = [x, *(t for t in tensors if t is not None)]
+    if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
+        return None
+    factors = [t for layer in layers for t in layer[LORA_A : LORA_B + 1] if t is not None]
+    autocast = front.autocast_dtype(x)
+    dtype = autocast or x.dtype
+    casts = any(t.dtype is not dtype for t in factors)
+    weights = [layer[WEIGHT] for layer in layers if layer[WEIGHT] is not None]
+    if dtype.itemsize != 2 or any(t.dtype is not dtype for t in weights) or (casts and autocast is None):
+        return None
+    vectors = [t for layer in layers for t in layer[MAGNITUDE : NORM + 1] if t is not None]
+    if not factors or not all(t.is_contiguous() for t in vectors):  # frozen layers alone are torch's
+        return None
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if training:
+        if not all(layer[WEIGHT] is None or _trained_as_usual(layer) for layer in layers):
+            return None
+        if not x.requires_grad and layers[GATE][LORA_A] is None and layers[UP][LORA_A] is None:
+            return None  # nothing before z has a gradient
+    ranks = tuple(0 if layer[LORA_A] is None else layer[LORA_A].shape[0] for layer in layers)
+    features, tokens = layers[UP][WEIGHT].shape[0], x.numel() // x.shape[-1]
+    dora: list[eager.Plan | None] = []
+    for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
+        if layer[MAGNITUDE] is None:
+            if i == DOWN and layer[BIAS] is not None and layer[BIAS].dtype is not dtype:
+                return None
+            dora.append(None)
+            continue
+        # z has x's rows; of x a plan looks at the shape alone.
+        seen = x.new_empty(()).expand(*x.shape[:-1], features) if i == DOWN else x
+        of_b = (rank, 1) if casts else layer[LORA_B].stride()
+        plan = eager.make_plan(seen, *layer, training, None, False, None, of_b)
+        if plan is None:
+            return None
+        dora.append(plan)
+
+    from dorac.kernels import configs
+    from dorac.kernels.mlp import mlp_backward_launches, mlp_launch
+
+    def strides(factor: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if factor is None else (factor.shape[1], 1) if casts else factor.stride()
+
+    config = configs.mlp_config(tokens, features, max(ranks[:DOWN]))
+    of_b = strides(layers[GATE][LORA_B]), strides(layers[UP][LORA_B])
+    join = mlp_launch(tokens, features, ranks[:DOWN], of_b, activation, config, want_inner=training)
+    backward = configs.mlp_backward_config(tokens, features, max(ranks))
+    along = tuple(0 < rank <= backward.block_r for rank in ranks)
+    down_inside = along[DOWN] and backward.down
+    of_a = strides(layers[DOWN][LORA_A]) if down_inside else None
+    sums = tuple(layer[BIAS] is not None and layer[BIAS].requires_grad for layer in layers[:DOWN])
+    parts, *launches = mlp_backward_launches(tokens, features, ranks, along, of_a, sums, activation, backward)
+    return Plan(
+        training=training,
+        dtype=dtype,
+        autocast=None if autocast is None else x.device.type,
+        activation=activation,
+        dora=tuple(dora),
+        ranks=ranks,
+        casts=casts,
+        size=sum(t.numel() for t in factors),
+        inside=bool(config.block_r),
+        join=eager.bound(join),
+        along=along,
+        down_inside=down_inside,
+        parts=parts,
+        part=eager.bound(launches[0]),
+        add=eager.bound(launches[1]),
+    )
+
+
+def _in_order(layers: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+    """All factors: A of gate and up, their B, A and B of down."""
+    gate, up, down = layers
+    factors = gate[LORA_A], up[LORA_A], gate[LORA_B], up[LORA_B], down[LORA_A], down[LORA_B]
+    return [t for t in factors if t is not None]
+
+
+def _in_one(plan: Plan, layers: Sequence[Sequence[Tensor | None]]) -> Tensor | None:
+    """Where factors are cast, what holds them all."""
+    if not plan.casts:
+        return None
+    factors = _in_order(layers)
+    if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
+        return torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
+    cast = factors[0].new_empty(plan.size, dtype=plan.dtype)
+    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, factors), factors)
+    return cast
+
+
+def _for_products(plan: Plan, layers: Sequence[Sequence[Tensor | None]], cast: Tensor | None) -> list[Tensor | None]:
+    """A ``[R, I]`` of gate and up, B of either, A and B of down, in the dtype of the products; None without factors."""
+    factors = _in_order(layers)
+    if cast is not None:
+        factors = torch._C._nn.unflatten_dense_tensors(cast, factors)
+    rest = iter(factors)
+    a_of = [next(rest) for rank in plan.ranks[:DOWN] if rank]
+    if len(a_of) < 2:
+        a = a_of[0] if a_of else None
+    elif cast is None:
+        a = torch.cat(a_of)
+    else:
+        rank, in_features = sum(plan.ranks[:DOWN]), a_of[0].shape[1]
+        a = cast[: rank * in_features].view(rank, in_features)
+    b_gate, b_up, down = (bool(rank) for rank in plan.ranks)
+    return [a, *(next(rest) if there else None for there in (b_gate, b_up, down, down))]
+
+
+def _without_autocast(plan, *arguments):
+    """:func:`_forward`, whose norms would not be float32's under autocast, and which makes the casts itself."""
+    if plan.autocast is None:
+        return _forward(plan, *arguments)
+    torch.set_autocast_enabled(plan.autocast, False)
+    try:
+        return _forward(plan, *arguments)
+    finally:
+        torch.set_autocast_enabled(plan.autocast, True)
+
+
+def _forward(plan, x, scalings, tensors):
+    """y; what holds the cast factors; the norms; h of gate and up together, and of down; inner of each in training."""
+    gate, up, down = layers = _layers(tensors)
+    cast = _in_one(plan, layers)
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    norms = [
+        eager.computed_norm(dora, layer[WEIGHT], layer[LORA_A], layer[LORA_B], s)
+        if dora is not None and layer[NORM] is None
+        else layer[NORM]
+        for dora, layer, s in zip(plan.dora, layers, scalings, strict=True)
+    ]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    h = None if a is None else torch.mm(rows, a.t())
+    inner_gate = None if gate[WEIGHT] is None else torch.mm(rows, gate[WEIGHT].t())
+    inner_up = torch.mm(rows, up[WEIGHT].t())
+    if h is not None and not plan.inside:
+        for inner, columns, b, s in zip((inner_gate, inner_up), _split(plan, h), (b_gate, b_up), scalings, strict=False):
+            if b is not None:
+                inner.addmm_(columns, b.t(), alpha=s)
+    z = torch.empty_like(inner_up) if plan.training else inner_up
+    plan.join(
+        *(inner_up, inner_gate, h, b_gate, b_up),
+        *(gate[MAGNITUDE], norms[GATE], gate[BIAS], up[MAGNITUDE], norms[UP], up[BIAS]),
+        *(scalings[GATE], scalings[UP], z),
+    )
+    weight, _, _, magnitude, bias, _ = down
+    h_down = inner_down = None
+    if plan.dora[DOWN] is None:
+        y = F.linear(z, weight, bias)
+        if a_down is not None:
+            h_down = torch.mm(z, a_down.t())
+            y.addmm_(h_down, b_down.t(), alpha=scalings[DOWN])
+    else:
+        h_down, y = torch.mm(z, a_down.t()), torch.mm(z, weight.t())
+        if plan.training:
+            inner_down, y = y, torch.empty_like(y)
+        base = y if inner_down is None else inner_down
+        plan.dora[DOWN].compose(base, h_down, b_down, magnitude, norms[DOWN], scalings[DOWN], bias, y, inner_down)
+    # Nobody has it, so that y is no view, which autograd would not let a consumer write to.
+    y = y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return y, cast, norms, h, h_down, (inner_gate, inner_up, inner_down)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view
+
+
+def _split(plan: Plan, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and of up; nothing of a layer without factors."""
+    return columns.split(plan.ranks[:DOWN], 1)
+
+
+def _forward_in_ops(plan, x, scalings, tensors):
+    """:func:`_forward`."""
+    gate, up, down = layers = _layers(tensors)
+    with front.autocast_off(x):
+        cast = _in_one(plan, layers)
+        a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+        a_of = (None, None) if a is None else a.split(plan.ranks[:DOWN])
+        rows = x.reshape(-1, x.shape[-1])
+        _, n_gate, h_gate, inner_gate = _layer_in_ops(rows, gate, a_of[GATE], b_gate, scalings[GATE])
+        _, n_up, h_up, inner_up = _layer_in_ops(rows, up, a_of[UP], b_up, scalings[UP])
+        hs = [t for t in (h_gate, h_up) if t is not None]
+        h = torch.cat(hs, 1) if hs else None
+        gated = None if inner_gate is None else _scaled(inner_gate, gate[MAGNITUDE], n_gate, gate[BIAS])
+        z = _joined(plan, gated, _scaled(inner_up, up[MAGNITUDE], n_up, up[BIAS])).to(plan.dtype)
+        y, n_down, h_down, inner_down = _layer_in_ops(z, down, a_down, b_down, scalings[DOWN])
+        y = _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    inner_down = None if plan.dora[DOWN] is None else inner_down
+    return y, cast, [n_gate, n_up, n_down], h, h_down, (inner_gate, inner_up, inner_down)
+
+
+def _layer_in_ops(rows, layer, a, b, scaling):
+    """y, norm, h and inner of a layer, which may not be there."""
+    weight, lora_A, lora_B, magnitude, bias, norm = layer
+    if weight is None:
+        return None, None, None, None
+    if magnitude is None:
+        inner, h = rows @ weight.t(), None
+        if a is not None and a.numel():
+            h = rows @ a.t()
+            inner = torch.addmm(inner, h, b.t(), alpha=scaling)
+        return inner if bias is None else inner + bias.to(inner.dtype), None, h, inner
+    s = torch.full((), scaling, dtype=torch.float32, device=rows.device)
+    if norm is None:
+        norm = norm_factored(weight, lora_A, lora_B, s)
+    y, inner, h = linear.forward(
+        rows, weight, a, b, magnitude, norm, s, bias, None, scaling, "fused", True, False, True
+    )
+    return y, norm, h, inner
+
+
+def _scaled(inner: Tensor, magnitude: Tensor | None, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``g * inner + b`` in float32."""
+    y = inner.to(torch.float32)
+    if magnitude is not None:
+        y = magnitude_scale(magnitude, norm) * y
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def _joined(plan: Plan, gated: Tensor | None, up: Tensor) -> Tensor:
+    act = ACTIVATIONS[plan.activation]
+    return act(up) if gated is None else act(gated) * up
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scalings, plan, *tensors):
+        forward = _forward_in_ops if plan.in_ops else _without_autocast
+        y, cast, norms, h, h_down, inners = forward(plan, x, scalings, tensors)
+        layers = _layers(tensors)
+        trained = [t for layer in layers for t in layer[LORA_A : MAGNITUDE + 1] if t is not None]
+        ctx.trained = None
+        if all(t.is_leaf for t in trained):  # the graph holds them at any rate
+            ctx.trained, ctx.versions = trained, [t._version for t in trained]
+            trained = ()
+        frozen = [t for layer in layers for t in (layer[WEIGHT], layer[BIAS])]
+        ctx.save_for_backward(x, cast, h, h_down, *inners, *norms, *frozen, *trained)
+        ctx.set_materialize_grads(False)
+        ctx.scalings, ctx.plan = scalings, plan
+        ctx.overwrites, ctx.overwritten = not plan.in_ops and front.saves_for_itself(), False
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if front.autocast_dtype(dy) is not None:  # backward inside autocast: products stay in the layers' dtype
+            with front.autocast_off(dy):
+                return _MLP.backward(ctx, dy)
+        in_ops = not front.unobserved()
+        if torch.is_grad_enabled() or type(dy) is not Tensor or (in_ops and not front.seen_by_modes_alone()):
+            return _gradients_again(ctx, dy)
+        return _gradients(ctx, dy, in_ops)
+
+
+# ``_MLP.apply`` without its questions; see ops/eager.py.
+_apply = super(torch.autograd.Function, _MLP).apply
+
+
+def _saved(ctx) -> tuple:
+    """x; what holds the cast factors; h; inner; and the layers' tensors, norms among them."""
+    plan, (x, cast, h, h_down, *kept) = ctx.plan, ctx.saved_tensors
+    inners, norms, frozen, saved = kept[:3], kept[3:6], kept[6:12], kept[12:]
+    rest = iter(saved or eager.unchanged(ctx))
+    layers = []
+    for i, norm in enumerate(norms):
+        a, b = (next(rest), next(rest)) if plan.ranks[i] else (None, None)
+        magnitude = None if plan.dora[i] is None else next(rest)
+        layers.append((frozen[2 * i], a, b, magnitude, frozen[2 * i + 1], norm))
+    return x, cast, (h, h_down), inners, layers
+
+
+def _for_kernel(tensor: Tensor | None) -> Tensor | None:
+    """What a hook on saved tensors gave back, where it is not as it was."""
+    if tensor is None or (tensor.is_contiguous() and not tensor.data_ptr() % 16):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
+    plan, scalings = ctx.plan, ctx.scalings
+    if ctx.overwritten:  # by a backward pass that raised before its end
+        raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
+    x, cast, (h, h_down), inners, layers = _saved(ctx)
+    a, b_gate, b_up, a_down, b_down = _for_products(plan, layers, cast)
+    gate, up, down = layers
+    rows, dy = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, dy))
+    grads: list[list[Tensor | None]] = [[None] * TENSORS for _ in layers]
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + BIAS :: TENSORS]
+    if needs_bias[DOWN]:
+        grads[DOWN][BIAS] = dy.sum(0, dtype=torch.float32).to(down[BIAS].dtype)
+
+    d_base, d_h_down = _through_down(plan, down, dy, h_down, inners[DOWN], b_down, scalings[DOWN], grads[DOWN], in_ops)
+    down_inside = plan.down_inside and not in_ops
+    if d_h_down is None or down_inside:
+        dz = torch.mm(d_base, down[WEIGHT])
+    else:
+        dz = torch.mm(d_h_down, a_down).addmm_(d_base, down[WEIGHT])
+    del d_base
+    arguments = plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads
+    if in_ops:
+        d_gate, d_up, z = _join_in_ops(*arguments)
+    else:
+        ctx.overwritten = ctx.overwrites and not front.keeps_graph()
+        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, ctx.overwritten)
+    del dz, inners
+    if z is not None:
+        grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
+    del z
+
+    d_h, dx = None if h is None else h.new_empty(h.shape), None
+    for i, (d_base, b) in enumerate(((d_gate, b_gate), (d_up, b_up))):
+        if b is None:
+            continue
+        if grads[i][LORA_B] is None:
+            grads[i][LORA_B] = eager.wide_mm(d_base.t(), _split(plan, h)[i], layers[i][LORA_B].dtype).mul_(scalings[i])
+        unread = eager.scalar(d_base.dtype, d_base.device)
+        torch.addmm(unread, d_base, b, beta=0, alpha=scalings[i], out=_split(plan, d_h)[i])
+    if d_h is not None:
+        factors = [layer[LORA_A] for layer in (gate, up) if layer[LORA_A] is not None]
+        wide = max((t.dtype for t in factors), key=lambda dtype: dtype.itemsize)
+        d_a = eager.wide_mm(d_h.t(), rows, wide)
+        for i, part in enumerate(d_a.split(plan.ranks[:DOWN])):
+            if plan.ranks[i]:
+                grads[i][LORA_A] = part.to(layers[i][LORA_A].dtype)
+    if needs_x:
+        for d_base, matrix in ((d_h, a), (d_gate, gate[WEIGHT]), (d_up, up[WEIGHT])):
+            if d_base is not None:
+                dx = torch.mm(d_base, matrix) if dx is None else dx.addmm_(d_base, matrix)
+        dx = dx.view(x.shape)
+    return dx, None, None, *(grad for of_layer in grads for grad in of_layer)
+
+
+def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
+    """The gradients of the product ``z W^T`` and of h; those of lora_B and magnitude into ``grads``."""
+    _, _, lora_B, magnitude, _, norm = down
+    if b is None:
+        return dy, None
+    unread = eager.scalar(dy.dtype, dy.device)
+    if magnitude is None:
+        d_base = dy
+        grads[LORA_B] = eager.wide_mm(dy.t(), h, lora_B.dtype).mul_(scaling)
+    elif in_ops:
+        s = torch.full((), scaling, dtype=torch.float32, device=dy.device)
+        d_base, grads[MAGNITUDE], d_b = linear.lora_b_backward(dy, inner, magnitude, norm, h, s, False, False)
+        grads[LORA_B] = d_b.to(lora_B.dtype)
+    else:
+        if dy.data_ptr() % 16:
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        launches = plan.dora[DOWN].backward(dy.stride(), ())
+        tensors = _for_kernel(inner), magnitude, norm, _for_kernel(h), scaling, (None, None, None), lora_B
+        d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors)
+    return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
+
+
+def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads, a_down, overwrites):
+    """The gradients of gate's and up's products, and z where down's lora_A has no gradient here."""
+    gate, up, down = layers
+    inner_gate, inner_up, h = (_for_kernel(t) for t in (*inners[:DOWN], h))
+    along, wants_z = plan.along, plan.ranks[DOWN] > 0 and not plan.along[DOWN]
+    d_gate = inner_gate if overwrites or inner_gate is None else torch.empty_like(dz)
+    d_up, z = (inner_up if overwrites else torch.empty_like(dz), dz) if wants_z else (dz, None)
+    parts = dz.new_empty(plan.parts, dtype=torch.float32)
+    plan.part(
+        *(dz, inner_up, inner_gate),
+        *(gate[MAGNITUDE], gate[NORM], gate[BIAS], up[MAGNITUDE], up[NORM], up[BIAS]),
+        *(h, d_h_down if along[DOWN] else None, a_down, d_gate, d_up, z, parts),
+    )
+    for i, layer in enumerate((gate, up)):
+        for there, which in ((layer[MAGNITUDE] is not None, MAGNITUDE), (needs_bias[i], BIAS), (along[i], LORA_B)):
+            if there:
+                grads[i][which] = layer[which].new_empty(layer[which].shape)
+    if along[DOWN]:
+        grads[DOWN][LORA_A] = down[LORA_A].new_empty(down[LORA_A].shape)
+    plan.add(
+        *(parts, gate[NORM], up[NORM], scalings[GATE], scalings[UP]),
+        *(grads[i][which] for which in (MAGNITUDE, BIAS, LORA_B) for i in (GATE, UP)),
+        grads[DOWN][LORA_A],
+    )
+    return d_gate, d_up, z
+
+
+def _join_in_ops(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads):
+    """:func:`_join_backward` in aten."""
+    gate, up, _ = layers
+    with torch.enable_grad():
+        joined = [
+            None if inner is None else _scaled(inner, layer[MAGNITUDE], layer[NORM], layer[BIAS]).detach()
+            for inner, layer in zip(inners, (gate, up), strict=False)
+        ]
+        leaves = [t.requires_grad_() for t in joined if t is not None]
+        z = _joined(plan, *joined)
+    d_of = torch.autograd.grad(z, leaves, dz.to(torch.float32))
+    d_bases = [None, None]
+    for i, d in zip((GATE, UP) if len(d_of) == 2 else (UP,), d_of, strict=True):
+        _, _, _, magnitude, bias, norm = layers[i]
+        if needs_bias[i]:
+            grads[i][BIAS] = d.sum(0).to(bias.dtype)
+        if magnitude is not None:
+            d_g = (d * inners[i].to(torch.float32)).sum(0)
+            d_m = torch.where(norm <= linear.ZERO_ROW_NORM, 0.0, magnitude_scale(d_g, norm))
+            grads[i][MAGNITUDE] = d_m.to(magnitude.dtype)
+            d = magnitude_scale(magnitude, norm) * d
+        d_bases[i] = d.to(plan.dtype)
+    return *d_bases, None if d_h_down is None else z.detach().to(plan.dtype)
+
+
+def _gradients_again(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the layers one by one, connected to all that they are made of: these can be differentiated again."""
+    plan, again = ctx.plan, torch.is_grad_enabled()
+    x, _, _, _, layers = _saved(ctx)
+    with torch.enable_grad():
+        gated = None if layers[GATE][WEIGHT] is None else _layer(plan, x, layers[GATE], ctx.scalings[GATE])
+        z = _joined(plan, gated, _layer(plan, x, layers[UP], ctx.scalings[UP]))
+        y = _layer(plan, z, layers[DOWN], ctx.scalings[DOWN])
+    flat = [x, None, None, *(t for layer in layers for t in layer)]
+    chosen = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    grads = dict(
+        zip(chosen, torch.autograd.grad(y, [flat[i] for i in chosen], dy, create_graph=again), strict=True)
+    )
+    return tuple(grads.get(i) for i in range(len(flat)))
+
+
+def _layer(plan: Plan, x: Tensor, layer: Sequence[Tensor | None], scaling: float) -> Tensor:
+    weight, lora_A, lora_B, magnitude, bias, norm = layer
+    if magnitude is None:
+        y = F.linear(x, weight, None if bias is None else bias.to(plan.dtype))
+        if lora_A is None:
+            return y
+        return y + scaling * F.linear(F.linear(x, lora_A.to(plan.dtype)), lora_B.to(plan.dtype))
+    s = torch.full((), scaling, dtype=torch.float32, device=x.device)
+    factors = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+    return linear.dora_linear(x, weight, *factors, magnitude, norm, s, bias, scaling)
