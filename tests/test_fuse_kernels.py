@@ -1,0 +1,57 @@
+"""Fused blocks on a device with kernels: one ``autograd.Function`` each, no further from float64 than the layers."""
+
+import copy
+from unittest import mock
+
+import pytest
+import test_fuse
+import torch
+
+import dorac
+from dorac.ops import eager_linears, eager_mlp, front
+from dorac.testing.rounding import assert_rms_beside
+
+
+@pytest.fixture
+def kernels(device, monkeypatch):
+    if device == "cpu":  # in the interpreter
+        monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    return device
+
+
+def results(model, x):
+    """The output and all gradients; half precision under autocast, as PEFT's defaults have it."""
+    leaf = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype is torch.bfloat16):
+        y = model(leaf)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y.double().square().sum(), [leaf, *trained])]
+
+
+@pytest.mark.parametrize("how", ["plain", "cached", "at a strength"])
+@pytest.mark.parametrize(
+    "kind",
+    [test_fuse.Attention, test_fuse.GatedMLP, test_fuse.JoinedGateLast],
+    ids=["attention", "mlp", "joined"],
+)
+def test_a_block(kernels, monkeypatch, kind, how):
+    for name, size in (("HIDDEN", 64), ("INNER", 96)):
+        monkeypatch.setattr(test_fuse, name, size)
+    block = torch.nn.Sequential(kind())
+    dorac.apply_dora(block.to(kernels, torch.bfloat16), "all-linear", 8, 16, init_lora_weights=False)
+    test_fuse.off_init(block)
+    if how == "at a strength":
+        dorac.set_strength(block, 0.5)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, device=kernels)
+    truth, unfused = results(copy.deepcopy(block).double(), x.double()), results(block, x)
+    if how == "cached":
+        dorac.cache_norms(block)
+    assert not dorac.fuse(block).left
+    with (
+        mock.patch.object(eager_linears, "_apply", wraps=eager_linears._apply) as linears,
+        mock.patch.object(eager_mlp, "_apply", wraps=eager_mlp._apply) as mlp,
+    ):
+        fused = results(block, x)
+    assert (linears.call_count, mlp.call_count) == ((1, 0) if kind is test_fuse.Attention else (0, 1))
+    for i, (actual, other, exact) in enumerate(zip(fused, unfused, truth, strict=True)):
+        assert_rms_beside(actual, other, exact, label=str(i))
