@@ -132,7 +132,7 @@ def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
         dropout_p = checks.check_dropout(projection.dropout_p)
         checks.check_projection(x, *projection[:6])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error.args[0]}") from None
     return projection._replace(scaling=scaling, dropout_p=dropout_p)
 
 
