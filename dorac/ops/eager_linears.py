@@ -50,7 +50,7 @@ class Plan:
     adapted: tuple[int, ...]  # places of the adapted ones among the layers
     ranks: tuple[int, ...]  # of these
     casts: bool  # the factors, into one buffer
-    size: int  # of which, in elements
+    sizes: tuple[int, ...]  # in which lie A of all layers, and B of each
     dropout_on: str | None  # None without dropout
     pack: Callable | None  # see eager.Plan
     drop: Callable | None
@@ -166,7 +166,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
         adapted=tuple(adapted),
         ranks=tuple(ranks),
         casts=casts,
-        size=sum(t.numel() for t in factors),
+        sizes=(sum(t.numel() for t in factors[::2]), *(t.numel() for t in factors[1::2])),
         dropout_on=dropout_on,
         pack=eager.bound(pack_launch(x.numel()) if dropout_on else None),
         drop=eager.bound(drop_launch(x.numel()) if dropout_on else None),
@@ -185,28 +185,27 @@ def _factors(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor]
     return [tensors[i * TENSORS + LORA_A] for i in plan.adapted], [tensors[i * TENSORS + LORA_B] for i in plan.adapted]
 
 
-def _in_one(plan: Plan, factors: tuple[list[Tensor], list[Tensor]]) -> Tensor | None:
-    """Where factors are cast, what holds them all: A of every layer, then B."""
-    if not plan.casts:
-        return None
-    a, b = factors
-    if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
-        return torch.cat([t.to(plan.dtype).reshape(-1) for t in (*a, *b)])
-    cast = a[0].new_empty(plan.size, dtype=plan.dtype)
-    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, [*a, *b]), [*a, *b])
-    return cast
-
-
 def _for_products(
     plan: Plan, factors: tuple[list[Tensor], list[Tensor]], cast: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """A ``[R, I]`` of all layers, and B of each, in the dtype of the products."""
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """A ``[R, I]`` of all layers and B of each, in the dtype of the products; where they are cast, what holds them all.
+
+    ``cast``: that, if it is there already.
+    """
     a, b = factors
-    if cast is None:
-        return a[0] if len(a) == 1 else torch.cat(a), b
-    rank, in_features = sum(plan.ranks), a[0].shape[1]
-    size = rank * in_features
-    return cast[:size].view(rank, in_features), torch._C._nn.unflatten_dense_tensors(cast[size:], b)
+    if not plan.casts:
+        return a[0] if len(a) == 1 else torch.cat(a), b, None
+    there = cast is not None
+    if not there and plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
+        cast, there = torch.cat([t.to(plan.dtype).reshape(-1) for t in (*a, *b)]), True
+    elif not there:
+        cast = a[0].new_empty(sum(plan.sizes), dtype=plan.dtype)
+    of_a, *of_b = cast.split(plan.sizes)
+    of_a = of_a.view(-1, a[0].shape[1])
+    of_b = [cast_b.view(t.shape) for cast_b, t in zip(of_b, b, strict=True)]
+    if not there:
+        torch._foreach_copy_([*of_a.split(plan.ranks), *of_b], [*a, *b])
+    return of_a, of_b, cast
 
 
 def _without_autocast(plan, *arguments):
@@ -223,8 +222,7 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, x_adapter, scalings, tensors):
     """Every y; what holds the cast factors; h of all layers; the norms; inner in training alone, unless y is kept."""
     factors = _factors(plan, tensors)
-    cast = _in_one(plan, factors)
-    a, b = _for_products(plan, factors, cast)
+    a, b, cast = _for_products(plan, factors, None)
     seen = x if x_adapter is None else x_adapter
     h = F.linear(seen, a)
     h_of = h.view(-1, h.shape[-1]).split(plan.ranks, 1)
@@ -267,8 +265,7 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
     """:func:`_forward`, but inner is there if y is kept, too."""
     with front.autocast_off(x):
         factors = _factors(plan, tensors)
-        cast = _in_one(plan, factors)
-        a, b = _for_products(plan, factors, cast)
+        a, b, cast = _for_products(plan, factors, None)
         a_of = a.split(plan.ranks)
         seen = x if x_adapter is None else x_adapter
         rows, hs, norms, inners = [], [], [], []
@@ -357,7 +354,7 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
     x, cast, h, mask, kept_of, trained = _saved(ctx)
     factors = [trained[i][0] for i in plan.adapted], [trained[i][1] for i in plan.adapted]
-    a, b_of = _for_products(plan, factors, cast)
+    a, b_of, _ = _for_products(plan, factors, cast)
     if x.dim() != 2:
         x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
     if (mask is not None or any(ctx.probes)) and (x.data_ptr() % 16 or not x.is_contiguous()):
