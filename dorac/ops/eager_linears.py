@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dorac.ops import eager, front, linear
 from dorac.ops.norm import norm_factored
+from dorac.ops.packed_product import Held, dense
 
 WEIGHT, LORA_A, LORA_B, MAGNITUDE, BIAS, NORM, TENSORS = range(7)
 TRAINED = (LORA_A, LORA_B, MAGNITUDE)
@@ -85,6 +86,9 @@ def dora_linears(
             for t in of_layer:
                 if t is None:
                     key.append(None)
+                elif isinstance(t, tuple):  # a packed weight
+                    pieces = [p if p is None else (p.shape, p.dtype, p.device) for p in t[: t.PIECES]]
+                    key += type(t), *t[t.PIECES :], *pieces
                 else:
                     key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
                     bits |= t.data_ptr()
@@ -121,7 +125,7 @@ def dora_linears(
 def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     tensors = [p[:TENSORS] for p in projections]
-    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None)]
+    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None and not isinstance(t, tuple))]
     if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
         return None
     adapted = [i for i, t in enumerate(tensors) if t[LORA_A] is not None]
@@ -129,7 +133,9 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
     autocast = front.autocast_dtype(x)
     dtype = autocast or x.dtype
     casts = any(t.dtype is not dtype for t in factors)
-    if dtype.itemsize != 2 or any(t[WEIGHT].dtype is not dtype for t in tensors) or (casts and autocast is None):
+    if dtype.itemsize != 2 or (casts and autocast is None):
+        return None
+    if any(t[WEIGHT].dtype is not dtype for t in tensors if not isinstance(t[WEIGHT], tuple)):
         return None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if training and not all(map(_trained_as_usual, tensors)):
@@ -151,6 +157,10 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
             continue
         of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
         save_output = bool(projection[TENSORS + 2])
+        if isinstance(of_layer[WEIGHT], tuple):  # its product is all that is done with it
+            if of_layer[NORM] is None:
+                return None
+            of_layer, save_output = (x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]), False
         dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
         if dora is None:
             return None
@@ -175,7 +185,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
 
 def _trained_as_usual(of_layer: Sequence[Tensor | None]) -> bool:
     weight, lora_A, lora_B, magnitude, _, norm = of_layer
-    if weight.requires_grad or (norm is not None and norm.requires_grad):
+    if (not isinstance(weight, tuple) and weight.requires_grad) or (norm is not None and norm.requires_grad):
         return False
     return lora_A is None or all(t is None or t.requires_grad for t in (lora_A, lora_B, magnitude))
 
@@ -229,7 +239,7 @@ def _forward(plan, x, x_adapter, scalings, tensors):
     ys, norms, inners = [], [], []
     for i, layer in enumerate(plan.layers):
         weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-        inner = None
+        inner, weight = None, _dense(weight, plan.dtype)
         if layer.dora is None:
             y = _product(x, weight, bias)
             if layer.adapter is not None:
@@ -253,6 +263,10 @@ def _forward(plan, x, x_adapter, scalings, tensors):
     return tuple(ys), cast, h, norms, inners
 
 
+def _dense(weight: Tensor | tuple, dtype: torch.dtype) -> Tensor:
+    return dense(weight, dtype) if isinstance(weight, tuple) else weight
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b``, no view, which autograd would not let a consumer write to."""
     if bias is None or x.dim() == 2:
@@ -271,7 +285,7 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
         rows, hs, norms, inners = [], [], [], []
         for i, layer in enumerate(plan.layers):
             weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-            inner = h = None
+            inner, h, weight = None, None, _dense(weight, plan.dtype)
             if layer.dora is not None:
                 s = torch.full((), scalings[i], dtype=torch.float32, device=x.device)
                 if norm is None:
@@ -303,7 +317,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx, x, x_adapter, mask, kept_scale, scalings, plan, *tensors):
         forward = _forward_in_ops if plan.in_ops else _without_autocast
         ys, cast, h, norms, inners = forward(plan, x, x_adapter, scalings, tensors)
-        kept, ctx.probes = [], []
+        kept, ctx.probes, ctx.held = [], [], []
         for i, (layer, y) in enumerate(zip(plan.layers, ys, strict=True)):
             probe = None
             if layer.keeps_y:  # as in ops/eager.py
@@ -311,7 +325,11 @@ class _Linears(torch.autograd.Function):
                 probe.data = eager.nothing(y.dtype, y.device)
                 probe = probe, probe._version
             ctx.probes.append(probe)
-            kept += tensors[i * TENSORS + WEIGHT], norms[i], y.data if layer.keeps_y else inners[i]
+            weight, held = tensors[i * TENSORS + WEIGHT], None
+            if isinstance(weight, tuple):
+                weight, held = None, Held(weight)
+            ctx.held.append(held)
+            kept += weight, norms[i], y.data if layer.keeps_y else inners[i]
         trained = [
             t for i in range(0, len(tensors), TENSORS) for t in tensors[i + LORA_A : i + MAGNITUDE + 1] if t is not None
         ]
@@ -400,9 +418,11 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
         if not needs_x:
             continue
         if plan.dropout_on is None or (delta and layer.dora is not None):
-            dx = torch.mm(d_base, weight) if dx is None else dx.addmm_(d_base, weight)
+            factor = weight if weight is not None else ctx.held[i].dense(plan.dtype)
+            dx = torch.mm(d_base, factor) if dx is None else dx.addmm_(d_base, factor)
+            del factor
         if plan.dropout_on is not None:  # onto what has been dropped
-            later.append((dy if delta else d_base, weight))
+            later.append((dy if delta else d_base, weight, ctx.held[i]))
         del d_base, kept
     seen = x
     if mask is not None:
@@ -417,8 +437,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
         dx = torch.mm(d_h, a) if dx is None else dx.addmm_(d_h, a)
         if mask is not None:
             plan.drop(dx, mask, ctx.kept_scale, dx)
-            for d_base, weight in later:
-                dx.addmm_(d_base, weight)
+            for d_base, weight, held in later:
+                dx.addmm_(d_base, weight if weight is not None else held.dense(plan.dtype))
         dx = dx.view(ctx.shape)
     return dx, *(None,) * 5, *grads
 
@@ -451,6 +471,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
         if dy is None:
             grads += (None,) * TENSORS
             continue
+        weight = weight if weight is not None else ctx.held[i].dense(dtype)
         dy = dy.reshape(-1, weight.shape[0])
         d_a = d_b = d_m = d_bias = dx_adapter = None
         needs_bias = ctx.needs_input_grad[6 + i * TENSORS + BIAS]
