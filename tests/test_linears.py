@@ -212,3 +212,159 @@ def near(actual, truth, dense, name="y"):
         torch.testing.assert_close(actual, truth, msg=name)
     elif actual.numel() >= 64:
         assert_rms_beside(actual, dense, truth, label=name)
+
+
+def good() -> Projection:
+    return projection("dora", 5, 3, inputs=6, dtype=torch.float32)
+
+
+def changed(**fields) -> Projection:
+    return good()._replace(**fields)
+
+
+BAD = {
+    "not a projection": (tuple(good()), TypeError, "must be a Projection, got tuple"),
+    "nothing": (None, TypeError, "must be a Projection, got NoneType"),
+    "weight": (changed(weight=[[1.0]]), TypeError, "weight must be a tensor, got list"),
+    "weight, integer": (changed(weight=torch.ones(5, 6).char()), TypeError, "weight must be .*got torch.int8"),
+    "weight, experts": (changed(weight=torch.ones(2, 5, 6)), ValueError, r"weight must be \[out, in\], got shape"),
+    "features": (
+        changed(weight=torch.ones(5, 7), lora_A=None, lora_B=None, magnitude=None, weight_norm=None),
+        ValueError,
+        r"x must be \[\*, in\] with in = 7, got shape \[4, 6\]",
+    ),
+    "dtype": (changed(weight=torch.ones(5, 6).double()), TypeError, "x must have the dtype of weight, torch.float64"),
+    "half of a pair": (changed(lora_B=None), ValueError, "lora_A and lora_B come together, got lora_A alone"),
+    "other half": (changed(lora_A=None), ValueError, "lora_A and lora_B come together, got lora_B alone"),
+    "lora_A": (changed(lora_A=torch.ones(3, 5)), ValueError, r"lora_A must be \[r, in\] = \[3, 6\] .*got \[3, 5\]"),
+    "lora_B": (changed(lora_B=torch.ones(5, 2)), ValueError, r"lora_B must be \[out, r\] = \[5, 3\] .*got \[5, 2\]"),
+    "rank 0": (changed(lora_A=torch.ones(0, 6)), ValueError, "lora_A must have a rank of at least 1"),
+    "factors' dtypes": (changed(lora_B=torch.ones(5, 3).half()), TypeError, "lora_A and lora_B must share a dtype"),
+    "magnitude alone": (changed(lora_A=None, lora_B=None), ValueError, "magnitude needs lora_A and lora_B, got None"),
+    "norm alone": (changed(magnitude=None), ValueError, "weight_norm needs a magnitude, got None"),
+    "magnitude": (changed(magnitude=torch.ones(6)), ValueError, r"magnitude must be \[out\] = \[5\], got shape \[6\]"),
+    "bias": (changed(bias=torch.ones(4)), ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
+    "norm": (changed(weight_norm=torch.ones(4)), ValueError, r"weight_norm must be \[out\] = \[5\], got shape \[4\]"),
+    "device": (changed(lora_B=torch.ones(5, 3, device="meta")), ValueError, "lora_B must be on cpu like weight"),
+    "scaling": (changed(scaling=float("nan")), ValueError, "scaling must be finite, got nan"),
+    "scaling, string": (changed(scaling="2"), TypeError, "scaling must be a number or a 0-d float tensor, got str"),
+    "dropout": (changed(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    "dropout, none": (changed(dropout_p=None), TypeError, "dropout_p must be a number, got NoneType"),
+}
+
+
+def refuse(call, error, message, how):
+    """In eager and compiled; where a graph break is no way out, the sentence is in Dynamo's own error."""
+    if how == "eager":
+        with pytest.raises(error, match=message):
+            call()
+        return
+    error = torch._dynamo.exc.TorchDynamoException if how == "fullgraph" else error
+    with pytest.raises(error, match=message):
+        torch.compile(call, backend="eager", fullgraph=how == "fullgraph")()
+
+
+HOW = ["eager", "compiled", "fullgraph"]
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("how", HOW)
+def test_bad_input_is_named(case, how):
+    """The function, and which of the projections."""
+    bad, error, message = BAD[case]
+    x, layers = torch.ones(4, 6), [good(), bad]
+    refuse(lambda: functional.dora_linears(x, layers), error, r"projections\[1\].*" + message, how)
+
+
+ROLES = {"gate": 0, "up": 1}
+
+
+@pytest.mark.parametrize("case", [*BAD][::4])
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("how", HOW)
+def test_bad_input_of_an_mlp_is_named(case, role, how):
+    bad, error, message = BAD[case]
+    layers = [good(), good(), projection("dora", 6, 3, inputs=5, dtype=torch.float32)]
+    layers[ROLES[role]] = bad
+    if case == "nothing" and role == "gate":
+        pytest.skip("that is an MLP without a gate")
+    refuse(lambda: functional.dora_mlp(torch.ones(4, 6), *layers), error, f"{role}.*{message}", how)
+
+
+OF_AN_MLP = {
+    "activation": ({"activation": "swish"}, ValueError, "activation must be one of 'silu', .*, got 'swish'"),
+    "activation, function": ({"activation": F.silu}, ValueError, "activation must be one of 'silu', .*, got <"),
+    "outputs": (
+        {"gate": projection(out=4, rank=3, inputs=6, dtype=torch.float32)},
+        ValueError,
+        "gate and up must have",
+    ),
+    "down": ({"down": good()}, ValueError, r"down: x must be \[\*, in\] with in = 6, got shape \[4, 5\]"),
+    "dropout_on": ({"dropout_on": "base"}, ValueError, "dropout_on must be 'adapter' or 'low_rank', got 'base'"),
+}
+
+
+@pytest.mark.parametrize("case", OF_AN_MLP)
+@pytest.mark.parametrize("how", HOW)
+def test_bad_input_of_an_mlp(case, how):
+    changes, error, message = OF_AN_MLP[case]
+    layers = {"gate": good(), "up": good(), "down": projection("dora", 6, 3, inputs=5, dtype=torch.float32)} | changes
+    refuse(lambda: functional.dora_mlp(torch.ones(4, 6), **layers), error, message, how)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_no_projections(how):
+    refuse(lambda: functional.dora_linears(torch.ones(4, 6), []), ValueError, "at least one, got none", how)
+    layers, wrong = [good()], "dropout_on must be 'adapter' or 'low_rank', got True"
+    refuse(lambda: functional.dora_linears(torch.ones(4, 6), layers, dropout_on=True), ValueError, wrong, how)
+
+
+@pytest.mark.parametrize("meaning", ["adapter", "low_rank"])
+def test_compiled_with_dropout(meaning):
+    """Layers with one probability share a mask, compiled too."""
+    x = activation(torch.float32)
+    layers = [*projections("dora", "lora", dtype=torch.float32, dropout_p=0.4), projections("dora", dropout_p=0.2)[0]]
+    layers[2] = layers[2]._replace(**{n: t.float() for n, t in layers[2]._asdict().items() if torch.is_tensor(t)})
+    outcomes = []
+    for function in (
+        functional.dora_linears,
+        torch.compile(functional.dora_linears, fullgraph=True, backend="aot_eager"),
+    ):
+        torch.manual_seed(3)
+        outcomes.append(function(x, layers, dropout_on=meaning))
+    torch.testing.assert_close(*outcomes)
+
+
+def test_equal_layers_share_their_mask():
+    x = activation(torch.float32)
+    p = projection(dtype=torch.float32, dropout_p=0.4)
+    left, right = functional.dora_linears(x, [p, p])
+    assert torch.equal(left, right)
+    assert not torch.equal(left, functional.dora_linears(x, [p])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", CASES)
+def test_autocast(dtype, function):
+    """PEFT's defaults: half-precision weights, float32 adapters."""
+    x = activation(dtype)
+    if function == "dora_linears":
+        layers = projections(*KINDS, dtype=dtype, factor_dtype=torch.float32)
+        with torch.autocast("cpu", dtype):
+            ys = functional.dora_linears(x, layers)
+        dys = cotangents(ys)
+        torch.autograd.backward(ys, dys)
+        check(x, layers, ys, {name: t.grad for name, t in leaves(x, layers).items()}, dys, casts=3)
+        return
+    options = {"dtype": dtype, "factor_dtype": torch.float32}
+    gate, up = (projection(kind, 64, 8, seed=i, **options) for i, kind in enumerate(("dora", "lora")))
+    down = projection("dora", 48, 8, inputs=64, **options)
+    y, dy = run_mlp(x, gate, up, down, "silu", autocast=dtype)
+    budgets = blocks.mlp_budgets(x, gate, up, down, dy, "silu", casts=3)
+    budgets["y"].check(y)
+    budgets["x"].check(x.grad)
+    for name, p in (("gate", gate), ("up", up), ("down", down)):
+        for field in blocks.NAMES[1:]:
+            tensor = getattr(p, field)
+            if tensor is not None:
+                budgets[f"{name} {field}"].check(tensor.grad, f"{name} {field}")
