@@ -92,6 +92,28 @@ def over(scaling: float, rank: int) -> nn.Module:
     return Call(call, scaling, **linear_tensors(rank, "weight", "lora_A", "lora_B", "magnitude", "bias"))
 
 
+def block(function: Callable[..., Tensor]) -> Callable[[float, int], nn.Module]:
+    """A function of x, a layer with DoRA, one with plain LoRA, a frozen one, and one with LoRA that leads back."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, scaling: float, **adapter: Tensor) -> Tensor:
+        a, b = adapter["lora_A"], adapter["lora_B"]
+        dora = functional.Projection(weight, bias=bias, scaling=scaling, **adapter)
+        lora = functional.Projection(weight, a, b, scaling=2 * scaling)
+        back = functional.Projection(weight.t(), b.t(), a.t(), scaling=scaling)
+        return function(x, dora, lora, functional.Projection(weight, bias=bias), back)
+
+    tensors = "weight", "lora_A", "lora_B", "magnitude", "bias"
+    return lambda scaling, rank: Call(call, scaling, **linear_tensors(rank, *tensors))
+
+
+def linears(x: Tensor, dora, lora, frozen, back) -> Tensor:
+    return torch.cat(functional.dora_linears(x, (dora, lora, frozen)), -1)
+
+
+def mlp(x: Tensor, dora, lora, frozen, back) -> Tensor:
+    return functional.dora_mlp(x, dora, lora, back)
+
+
 def norm_factored(scaling: float, rank: int) -> nn.Module:
     """The weight is the input, so that its rows are the length; with its gradient, so that there is a backward pass."""
 
@@ -295,6 +317,8 @@ NOT_TRAINED = dict.fromkeys(("optimizer", "checkpoint", "selective"), "not diffe
 ROWS = {
     "dora_linear": Row(dora_linear, features),
     "dora_over": Row(over, features),
+    "dora_linears": Row(block(linears), features),
+    "dora_mlp": Row(block(mlp), features),
     "norm_factored": Row(norm_factored, features),
     "compose": Row(compose, outputs, {"ranks": "knows no rank"}),
     "merge_weight": Row(merge_weight, features, NOT_TRAINED),

@@ -239,7 +239,7 @@ def check_linear(
 
 def check_projection(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     magnitude: Tensor | None,
@@ -255,18 +255,23 @@ def check_projection(
     ):
         if tensor is not None and needed is None:
             raise ValueError(f"{name} needs {of}, got None")
-    _check_float("weight", weight)
+    if is_packed(weight):
+        weight.check()
+    else:
+        _check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if lora_A is not None:
-        check_factors(weight, lora_A, lora_B)
+        _check_factors_of(weight, lora_A, lora_B, "E")
     _check_float("x", x)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [*, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
-    check_activation_dtype(x, weight)
+    if not is_packed(weight):  # whose layer multiplies in x's dtype
+        check_activation_dtype(x, weight)
     for name, vector in (("magnitude", magnitude), ("bias", bias), ("weight_norm", weight_norm)):
-        check_vector(name, vector, weight)
+        if vector is not None:
+            _check_rows(name, vector, torch.Size(weight.shape[:1]), weight, "weight")
 
 
 def check_over(

@@ -112,12 +112,6 @@ def budgets(
     result, of_x = {}, []
     for i, (p, dy) in enumerate(zip(layers, dys, strict=True)):
         tensors, norm = as_layer(p)
-        further = {}
-        if p.lora_A is not None and p.dropout_p:
-            further = {
-                "dropped": dropped[p.dropout_p],
-                "dropout_on": dropout_on if p.magnitude is not None else "low_rank",
-            }
         each = layer_budgets(
             reference.dora_linear,
             reference.row_norm,
@@ -127,7 +121,7 @@ def budgets(
             dy=dy,
             weight_norm=norm,
             casts=casts,
-            **further,
+            **_further(p, dropped, dropout_on),
             **options,
         )
         result |= {f"{i} {name}": budget for name, budget in each.items() if name != "x"}
@@ -151,3 +145,113 @@ def check(x, layers, ys, grads, dys, **options) -> None:
             expected[name].check(grads[name], name)
         else:
             assert grads[name] is None, name
+
+
+def _further(p: Projection, dropped: dict[float, Tensor], dropout_on: str) -> dict:
+    """The textbook's options for a layer with dropout."""
+    if p.lora_A is None or not p.dropout_p:
+        return {}
+    return {"dropped": dropped[p.dropout_p], "dropout_on": dropout_on if p.magnitude is not None else "low_rank"}
+
+
+def _absolute(p: Projection, x: Tensor, dy: Tensor, further: dict) -> dict[str, Tensor]:
+    """The sums of the absolute terms of y and of the gradients, for an x and a dy of positive numbers."""
+    tensors, norm = as_layer(p)
+    wide = [None if t is None else t.detach().double() for t in (*tensors, norm)]
+    s = abs(float(p.scaling)) if p.lora_A is not None else 1.0
+    norm = reference.row_norm(*wide[:3], float(p.scaling)) if wide[5] is None else wide[5]
+    x, weight, a, b, magnitude = (t.abs().requires_grad_() for t in (x, *wide[:4]))
+    bias = None if wide[4] is None else wide[4].abs().requires_grad_()
+    g, dropped = reference.magnitude_scale(magnitude, norm), further.get("dropped", 1.0)
+    base, lora = x @ weight.T, s * (dropped * x) @ a.T @ b.T
+    y = g * (base + lora)
+    if further.get("dropout_on") == "adapter":  # |g - 1| is at most g + 1
+        y = base + (g + 1) * ((dropped * x) @ weight.T) + g * lora
+    y = y if bias is None else y + bias
+    leaves = {n: t for n, t in zip(("x", *NAMES), (x, weight, a, b, magnitude, bias), strict=True) if t is not None}
+    grads = torch.autograd.grad(y, [*leaves.values()], dy)
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def _of_layer(p, x, off_x, dy, off_dy, dtype, *, casts, further) -> dict[str, tuple[Tensor, Tensor]]:
+    """Results and gradients in float64, and what they may be off where x and dy are off by so much.
+
+    All are linear in x and in dy: what these are off adds ``S(|x| + off_x, |dy| + off_dy) - S(|x|, |dy|)``.
+    """
+    tensors, norm = as_layer(p)
+    options = {
+        "scaling": p.scaling if p.lora_A is not None else 1.0,
+        "weight_norm": norm,
+        "casts": casts,
+        "dtype": dtype,
+        **further,
+    }
+    sums = Sums.of_linear(x, *tensors[:2])
+
+    def budgets(x, dy):
+        return layer_budgets(reference.dora_linear, reference.row_norm, (x, *tensors), sums, dy=dy, **options)
+
+    high_x, high_dy = x.abs() + off_x, dy.abs() + off_dy
+    exact, worst = budgets(x, dy), budgets(high_x, high_dy)
+    low, high = _absolute(p, x.abs(), dy.abs(), further), _absolute(p, high_x, high_dy, further)
+    return {name: (exact[name].truth, worst[name].bound + high[name] - low[name]) for name in exact}
+
+
+def _times(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], u: float) -> tuple[Tensor, Tensor]:
+    """A product, rounded, of numbers and what they are off."""
+    (a, off_a), (b, off_b) = left, right
+    high = (a.abs() + off_a) * (b.abs() + off_b)
+    return a * b, high - (a * b).abs() + u * high
+
+
+STEEPEST, BENT = 1.13, 0.85  # |act'| and, but for relu, |act''| are at most so large
+
+
+def _activated(name: str, t: Tensor, off: Tensor, u: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """An activation and its derivative of numbers that are off by so much; each evaluated to 8 u of its argument."""
+    leaf = t.detach().requires_grad_()
+    act = reference.ACTIVATIONS[name](leaf)
+    (slope,) = torch.autograd.grad(act.sum(), leaf)
+    off_slope = (t.abs() <= off).double() if name == "relu" else (BENT * off).clamp(max=2 * STEEPEST)
+    evaluated = 8 * u * (1 + t.abs() + off)
+    return (act.detach(), STEEPEST * off + evaluated), (slope, off_slope + evaluated)
+
+
+def mlp_budgets(x, gate, up, down, dy, act, *, dropout_on="adapter", dropped=None, dropped_inner=None, casts=0):
+    """What y and the gradients of ``dora_mlp`` may err by: each layer's law, and what is off on its way through."""
+    dtype, dropped, dropped_inner = x.dtype, dropped or {}, dropped_inner or {}
+    u = torch.finfo(dtype).eps / 2
+    wide_x, wide_dy, result = x.detach().double(), dy.double(), {}
+    of_x = {p: _further(layer, dropped, dropout_on) for p, layer in (("gate", gate), ("up", up)) if layer is not None}
+
+    def layer(name, p, *numbers):
+        further = of_x[name] if name in of_x else _further(p, dropped_inner, dropout_on)
+        return _of_layer(p, *numbers, dtype, casts=casts, further=further)
+
+    exactly = torch.zeros((), dtype=torch.float64)
+    nothing = torch.zeros(*x.shape[:-1], len(up.weight), dtype=torch.float64)
+    up_y = layer("up", up, wide_x, exactly, nothing, exactly)["y"]
+    if gate is None:
+        inner, slope = _activated(act, *up_y, u)
+    else:
+        gate_y = layer("gate", gate, wide_x, exactly, nothing, exactly)["y"]
+        activated, slope = _activated(act, *gate_y, u)
+        inner = _times(activated, up_y, u)
+    of_down = layer("down", down, *inner, wide_dy, exactly)
+    result["y"] = of_down.pop("y")
+    d_inner = of_down.pop("x")
+    result |= {f"down {name}": value for name, value in of_down.items()}
+    if gate is None:
+        d_up = _times(d_inner, slope, u)
+    else:
+        d_up = _times(d_inner, activated, u)
+        d_gate = _times(_times(d_inner, up_y, u), slope, u)
+        of_gate = layer("gate", gate, wide_x, exactly, *d_gate)
+        result |= {f"gate {name}": value for name, value in of_gate.items() if name not in ("x", "y")}
+    of_up = layer("up", up, wide_x, exactly, *d_up)
+    result |= {f"up {name}": value for name, value in of_up.items() if name not in ("x", "y")}
+    result["x"] = of_up["x"]
+    if gate is not None:
+        truths, bounds = zip(of_up["x"], of_gate["x"], strict=True)
+        result["x"] = sum(truths), 1.5 * sum(bounds)  # as in :func:`budgets`
+    return {name: Budget(*value) for name, value in result.items()}

@@ -177,6 +177,35 @@ def with_norm() -> tuple[Tensor, ...]:
     return *tensors, 1.1 * reference.row_norm(*tensors[1:4], SCALING)
 
 
+def of_block(projection: Callable[..., object]) -> Callable[..., tuple]:
+    """Of a layer's tensors and its norm: the layer, plain LoRA, the frozen layer, and LoRA that leads back."""
+
+    def layers(weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
+        return (
+            projection(weight, lora_A, lora_B, magnitude, bias, weight_norm=weight_norm, scaling=SCALING),
+            projection(weight, lora_A, lora_B, scaling=-1.5),
+            projection(weight, None, None, None, bias),
+            projection(weight.mT, lora_B.mT, lora_A.mT, scaling=SCALING),
+        )
+
+    return layers
+
+
+def textbook_projection(*tensors, **options) -> tuple:
+    return tensors, options
+
+
+def block_row(function: Callable[..., Tensor], textbook: Callable[..., Tensor]) -> Functional:
+    ours, theirs = of_block(functional.Projection), of_block(textbook_projection)
+    return Functional(
+        lambda x, *tensors: function(x, *ours(*tensors)),
+        lambda x, *tensors: textbook(x, *theirs(*tensors)),
+        with_norm,
+        names=(*LAYER, "weight_norm"),
+        norm_grad=False,
+    )
+
+
 def detachable(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The textbook's norm, a constant unless asked."""
     return lambda *tensors, norm_grad: norm(*tensors) if norm_grad else norm(*tensors).detach()
@@ -203,6 +232,14 @@ FUNCTIONALS = {
         with_norm,
         names=(*LAYER, "weight_norm"),
         norm_grad=False,
+    ),
+    "dora_linears": block_row(
+        lambda x, *layers: torch.cat(functional.dora_linears(x, layers[:3]), -1),
+        lambda x, *layers: torch.cat(reference.dora_linears(x, layers[:3]), -1),
+    ),
+    "dora_mlp": block_row(
+        lambda x, dora, lora, _, back: functional.dora_mlp(x, dora, lora, back),
+        lambda x, dora, lora, _, back: reference.dora_mlp(x, dora, lora, back, "silu"),
     ),
     # Their roundings are counted in test_over.py: one more of base, which is one of b, too, where that is in it.
     "dora_over": Functional(scaled(over(has_bias=False)), scaled(reference.dora_linear), linear_arguments),

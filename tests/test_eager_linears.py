@@ -9,6 +9,7 @@ import gc
 import itertools
 
 import blocks
+import packed_weights
 import pytest
 import test_eager
 import torch
@@ -20,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from dorac import functional
-from dorac.ops import eager, eager_linears, front
+from dorac import functional, packed
+from dorac.ops import eager, eager_linears, front, packed_product
 
 pytest.importorskip("triton")
 
@@ -649,3 +650,97 @@ def test_cuda_graphs(kinds, path):
     graph.replay()
     torch.cuda.synchronize()
     assert all(map(torch.equal, actual, expected))
+
+
+def packed_layers(kinds, device="cpu", factors=None, dropout_p=0.0, given=True):
+    """Layers over 4-bit weights, and the same over what these stand for."""
+    layers = projections(*kinds, inputs=64, dtype=torch.bfloat16, device=device, factor_dtype=factors, given=False)
+    over, dense = [], []
+    for i, p in enumerate(layers):
+        value, weight = packed_weights.bnb_4bit((len(p.weight), 64), nested=i != 1, seed=i)
+        value = value._replace(**{n: t.to(device) for n, t in value._asdict().items() if torch.is_tensor(t)})
+        p = p._replace(weight=weight.to(device), dropout_p=dropout_p)
+        if p.magnitude is not None and given:
+            norm = functional.norm_factored(p.weight, p.lora_A.detach(), p.lora_B.detach(), p.scaling)
+            p = p._replace(weight_norm=norm)
+        over.append(p._replace(weight=value))
+        dense.append(p)
+    return over, dense
+
+
+@pytest.mark.parametrize("kinds", [QKV, MIXED], ids=str)
+@pytest.mark.parametrize("factors", [None, torch.float32])
+@pytest.mark.parametrize(("dropout_p", "meaning"), [(0.0, "adapter"), (0.4, "adapter"), (0.4, "low_rank")])
+@pytest.mark.parametrize("given", [True, False])
+def test_packed_weights(kinds, factors, dropout_p, meaning, given, path, device):
+    """The bits of the layers over dense weights, and nothing of a weight's size is kept."""
+    over, dense = packed_layers(kinds, device, factors, dropout_p, given)
+    x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
+    for layers in (over, dense):
+        torch.manual_seed(3)
+        tensors = [x, *(t for p in layers for t in p[1:5] if t is not None)]
+        for t in tensors:
+            t.grad = None
+        with torch.autocast(device, torch.bfloat16, enabled=factors is not None):
+            kept, ys = kept_by(functools.partial(functional.dora_linears, x, layers, dropout_on=meaning))
+        weights = {2 * 64 * out for out in blocks.OUT}
+        assert weights.isdisjoint(kept.values()) == (layers is over)
+        torch.autograd.backward(ys, cotangents(ys))
+        outcomes.append([*ys, *(t.grad for t in tensors if t.requires_grad)])
+    assert path == ["training"] * (1 + given)
+    if given:
+        assert all(map(torch.equal, *outcomes))
+    else:
+        named = [dict(enumerate(map(torch.Tensor.detach, outcome))) for outcome in outcomes]
+        assert_near(*named, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", ["second", "mode over backward", "mode over forward", "no grad"])
+def test_packed_weights_when_looked_at(case, path, device):
+    over, dense = packed_layers(MIXED, device)
+    x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
+    for layers in (over, dense):
+        trained = [x, *(t for p in layers for t in p[1:5] if t is not None and t.requires_grad)]
+        with Ops() if case == "mode over forward" else torch.set_grad_enabled(case != "no grad"):
+            ys = functional.dora_linears(x, layers)
+        if case == "no grad":
+            outcomes.append(ys)
+            continue
+        with Ops() if case == "mode over backward" else contextlib.nullcontext():
+            grads = torch.autograd.grad(ys, trained, cotangents(ys), create_graph=case == "second")
+        if case == "second":
+            grads = torch.autograd.grad(sum(g.float().square().sum() for g in grads), trained, allow_unused=True)
+        outcomes.append([g for g in grads if g is not None])
+    assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("piece", ["codes", "absmax", "nested_absmax"])
+def test_a_packed_weight_that_has_been_written_to_is_refused(piece, path, device):
+    over, _ = packed_layers(QKV, device)
+    x = activation(torch.bfloat16, device, (blocks.TOKENS, 64))
+    ys = functional.dora_linears(x, over)
+    getattr(over[0].weight, piece).mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: the bitsandbytes 4-bit weight"):
+        torch.autograd.backward(ys, cotangents(ys))
+
+
+def test_bitsandbytes_makes_its_weights_dense(path, monkeypatch, device):
+    """By its own kernels, nested statistics or not, both tables; one that it does not have, by the definition."""
+    library = pytest.importorskip("bitsandbytes")
+    asked = []
+    by_library = packed_product._by_bitsandbytes
+    monkeypatch.setattr(packed_product, "_by_bitsandbytes", lambda *args: asked.append(args[1]) or by_library(*args))
+    for quant_type, nested in itertools.product(("nf4", "fp4"), (True, False)):
+        torch.manual_seed(0)
+        weight = torch.randn(128, 256, dtype=torch.bfloat16, device=device)
+        options = {"quant_type": quant_type, "compress_statistics": nested}
+        layer = library.nn.Params4bit(weight, requires_grad=False, **options).to(device)
+        if getattr(layer, "quant_state", None) is None:
+            layer = layer._quantize(device)
+        value = packed.of(layer)
+        dense = packed_product.dense(value, torch.bfloat16)
+        assert asked.pop() == quant_type
+        assert torch.equal(dense, library.functional.dequantize_4bit(layer.data, layer.quant_state))
+        other = value._replace(code=value.code.flip(0))
+        assert torch.equal(packed_product.dense(other, torch.bfloat16), other.rows(0, 128))
+        assert not asked

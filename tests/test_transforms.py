@@ -117,6 +117,8 @@ COMPILED_IN_CI = ("jvp", "vmap(grad)", "ensemble(grad)")
 SAMPLE = (
     ("dora_over", True, "vmap(grad)"),
     ("dora_over, bias in base", False, "ensemble(grad)"),
+    ("dora_linears", None, "ensemble(grad)"),
+    ("dora_mlp", None, "vmap(grad)"),
     ("dora_linear, experts", True, "jvp"),
     ("dora_linear, experts", False, "vmap(grad)"),
     ("dora_linear_grouped", True, "ensemble(grad)"),

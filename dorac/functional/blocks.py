@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac import checks, ops
-from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
+from dorac import checks, ops, packed
+from dorac.functional.linear import compose, dora_over
+from dorac.functional.norm import magnitude_scale, norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_linears, eager_mlp
 from dorac.ops.mlp import ACTIVATIONS
+from dorac.ops.packed_product import product
 
 
 class Projection(NamedTuple):
     """One linear layer of a block: with DoRA, or without a magnitude plain LoRA, or without factors as it is.
 
     Attributes:
-        weight: ``[out, in]``, frozen or not, any strides.
+        weight: ``[out, in]``, frozen or not, any strides. Or packed, see :func:`dorac.packed.of`: made dense for each
+            product, in forward and backward, and not kept.
         lora_A: ``[r, in]``. lora_B: ``[out, r]``. One dtype, which may differ from the weight's.
         magnitude: m, ``[out]``, any float dtype; best kept in float32. None: ``y = x W^T + s (x A^T) B^T + b``.
         bias: ``[out]``.
@@ -33,7 +36,7 @@ class Projection(NamedTuple):
         save_output: saves y for backward in place of ``x W^T + s (x A^T) B^T``, see :func:`dora_linear`.
     """
 
-    weight: Tensor
+    weight: Tensor | packed.Packed
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     magnitude: Tensor | None = None
@@ -146,7 +149,7 @@ def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
         dropout_p = checks.check_dropout(projection.dropout_p)
         checks.check_projection(x, *projection[:6])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error.args[0]}") from None
     return projection._replace(scaling=scaling, dropout_p=dropout_p)
 
 
@@ -173,6 +176,8 @@ def _composed(x: Tensor, projections: tuple[Projection, ...], dropout_on: str) -
 
 
 def _projected(x: Tensor, p: Projection, x_adapter: Tensor | None, dropout_on: str) -> Tensor:
+    if packed.is_packed(p.weight):
+        return _over_packed(x, p, x_adapter, dropout_on)
     if p.lora_A is None:
         return F.linear(x, p.weight, p.bias)
     in_eager = not torch.compiler.is_compiling() and not isinstance(p.scaling, Tensor)
@@ -191,3 +196,22 @@ def _projected(x: Tensor, p: Projection, x_adapter: Tensor | None, dropout_on: s
     if x_adapter is None:
         return ops.linear.dora_linear(*tensors)
     return ops.linear.dora_linear(*tensors, x_adapter, dropout_on == "low_rank" or p.magnitude is None)
+
+
+def _over_packed(x: Tensor, p: Projection, x_adapter: Tensor | None, dropout_on: str) -> Tensor:
+    base, magnitude, norm = product(x, p.weight), p.magnitude, p.weight_norm
+    if p.lora_A is None:
+        return base if p.bias is None else base + p.bias.to(base.dtype)
+    if magnitude is None:  # g = 1
+        magnitude = norm = base.new_ones(p.weight.shape[0], dtype=accumulate_dtype(base, p.lora_A))
+    elif norm is None:
+        norm = norm_factored(p.weight, p.lora_A, p.lora_B, p.scaling)
+    if x_adapter is None or dropout_on == "low_rank" or p.magnitude is None:
+        seen = x if x_adapter is None else x_adapter
+        adapter = p.lora_A, p.lora_B, magnitude, p.bias
+        return dora_over(base, seen, *adapter, weight_norm=norm, scaling=p.scaling)
+    low = x_adapter if torch.is_autocast_enabled(x.device.type) else x_adapter.to(p.lora_A.dtype)
+    lora = F.linear(F.linear(low, p.lora_A), p.lora_B)
+    g = magnitude_scale(magnitude, norm)
+    y = base + compose(product(x_adapter, p.weight), lora, g, p.scaling, delta=True)
+    return y if p.bias is None else y + p.bias.to(y.dtype)

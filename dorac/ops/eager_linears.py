@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dorac.ops import eager, front, linear
 from dorac.ops.norm import norm_factored
+from dorac.ops.packed_product import Held, dense
 
 WEIGHT, LORA_A, LORA_B, MAGNITUDE, BIAS, NORM, TENSORS = range(7)
 TRAINED = (LORA_A, LORA_B, MAGNITUDE)
@@ -50,7 +51,7 @@ class Plan:
     adapted: tuple[int, ...]  # places of the adapted ones among the layers
     ranks: tuple[int, ...]  # of these
     casts: bool  # the factors, into one buffer
-    size: int  # of which, in elements
+    sizes: tuple[int, ...]  # in which lie A of all layers, and B of each
     dropout_on: str | None  # None without dropout
     pack: Callable | None  # see eager.Plan
     drop: Callable | None
@@ -85,6 +86,9 @@ def dora_linears(
             for t in of_layer:
                 if t is None:
                     key.append(None)
+                elif isinstance(t, tuple):  # a packed weight
+                    pieces = [p if p is None else (p.shape, p.dtype, p.device) for p in t[: t.PIECES]]
+                    key += type(t), *t[t.PIECES :], *pieces
                 else:
                     key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
                     bits |= t.data_ptr()
@@ -121,7 +125,7 @@ def dora_linears(
 def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     tensors = [p[:TENSORS] for p in projections]
-    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None)]
+    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None and not isinstance(t, tuple))]
     if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
         return None
     adapted = [i for i, t in enumerate(tensors) if t[LORA_A] is not None]
@@ -129,7 +133,9 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
     autocast = front.autocast_dtype(x)
     dtype = autocast or x.dtype
     casts = any(t.dtype is not dtype for t in factors)
-    if dtype.itemsize != 2 or any(t[WEIGHT].dtype is not dtype for t in tensors) or (casts and autocast is None):
+    if dtype.itemsize != 2 or (casts and autocast is None):
+        return None
+    if any(t[WEIGHT].dtype is not dtype for t in tensors if not isinstance(t[WEIGHT], tuple)):
         return None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if training and not all(map(_trained_as_usual, tensors)):
@@ -151,6 +157,10 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
             continue
         of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
         save_output = bool(projection[TENSORS + 2])
+        if isinstance(of_layer[WEIGHT], tuple):  # its product is all that is done with it
+            if of_layer[NORM] is None:
+                return None
+            of_layer, save_output = (x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]), False
         dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
         if dora is None:
             return None
@@ -166,7 +176,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
         adapted=tuple(adapted),
         ranks=tuple(ranks),
         casts=casts,
-        size=sum(t.numel() for t in factors),
+        sizes=(sum(t.numel() for t in factors[::2]), *(t.numel() for t in factors[1::2])),
         dropout_on=dropout_on,
         pack=eager.bound(pack_launch(x.numel()) if dropout_on else None),
         drop=eager.bound(drop_launch(x.numel()) if dropout_on else None),
@@ -175,7 +185,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
 
 def _trained_as_usual(of_layer: Sequence[Tensor | None]) -> bool:
     weight, lora_A, lora_B, magnitude, _, norm = of_layer
-    if weight.requires_grad or (norm is not None and norm.requires_grad):
+    if (not isinstance(weight, tuple) and weight.requires_grad) or (norm is not None and norm.requires_grad):
         return False
     return lora_A is None or all(t is None or t.requires_grad for t in (lora_A, lora_B, magnitude))
 
@@ -185,28 +195,27 @@ def _factors(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor]
     return [tensors[i * TENSORS + LORA_A] for i in plan.adapted], [tensors[i * TENSORS + LORA_B] for i in plan.adapted]
 
 
-def _in_one(plan: Plan, factors: tuple[list[Tensor], list[Tensor]]) -> Tensor | None:
-    """Where factors are cast, what holds them all: A of every layer, then B."""
-    if not plan.casts:
-        return None
-    a, b = factors
-    if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
-        return torch.cat([t.to(plan.dtype).reshape(-1) for t in (*a, *b)])
-    cast = a[0].new_empty(plan.size, dtype=plan.dtype)
-    torch._foreach_copy_(torch._C._nn.unflatten_dense_tensors(cast, [*a, *b]), [*a, *b])
-    return cast
-
-
 def _for_products(
     plan: Plan, factors: tuple[list[Tensor], list[Tensor]], cast: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """A ``[R, I]`` of all layers, and B of each, in the dtype of the products."""
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """A ``[R, I]`` of all layers and B of each, in the dtype of the products; where they are cast, what holds them all.
+
+    ``cast``: that, if it is there already.
+    """
     a, b = factors
-    if cast is None:
-        return a[0] if len(a) == 1 else torch.cat(a), b
-    rank, in_features = sum(plan.ranks), a[0].shape[1]
-    size = rank * in_features
-    return cast[:size].view(rank, in_features), torch._C._nn.unflatten_dense_tensors(cast[size:], b)
+    if not plan.casts:
+        return a[0] if len(a) == 1 else torch.cat(a), b, None
+    there = cast is not None
+    if not there and plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
+        cast, there = torch.cat([t.to(plan.dtype).reshape(-1) for t in (*a, *b)]), True
+    elif not there:
+        cast = a[0].new_empty(sum(plan.sizes), dtype=plan.dtype)
+    of_a, *of_b = cast.split(plan.sizes)
+    of_a = of_a.view(-1, a[0].shape[1])
+    of_b = [cast_b.view(t.shape) for cast_b, t in zip(of_b, b, strict=True)]
+    if not there:
+        torch._foreach_copy_([*of_a.split(plan.ranks), *of_b], [*a, *b])
+    return of_a, of_b, cast
 
 
 def _without_autocast(plan, *arguments):
@@ -223,15 +232,14 @@ def _without_autocast(plan, *arguments):
 def _forward(plan, x, x_adapter, scalings, tensors):
     """Every y; what holds the cast factors; h of all layers; the norms; inner in training alone, unless y is kept."""
     factors = _factors(plan, tensors)
-    cast = _in_one(plan, factors)
-    a, b = _for_products(plan, factors, cast)
+    a, b, cast = _for_products(plan, factors, None)
     seen = x if x_adapter is None else x_adapter
     h = F.linear(seen, a)
     h_of = h.view(-1, h.shape[-1]).split(plan.ranks, 1)
     ys, norms, inners = [], [], []
     for i, layer in enumerate(plan.layers):
         weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-        inner = None
+        inner, weight = None, _dense(weight, plan.dtype)
         if layer.dora is None:
             y = _product(x, weight, bias)
             if layer.adapter is not None:
@@ -255,6 +263,10 @@ def _forward(plan, x, x_adapter, scalings, tensors):
     return tuple(ys), cast, h, norms, inners
 
 
+def _dense(weight: Tensor | tuple, dtype: torch.dtype) -> Tensor:
+    return dense(weight, dtype) if isinstance(weight, tuple) else weight
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b``, no view, which autograd would not let a consumer write to."""
     if bias is None or x.dim() == 2:
@@ -267,14 +279,13 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
     """:func:`_forward`, but inner is there if y is kept, too."""
     with front.autocast_off(x):
         factors = _factors(plan, tensors)
-        cast = _in_one(plan, factors)
-        a, b = _for_products(plan, factors, cast)
+        a, b, cast = _for_products(plan, factors, None)
         a_of = a.split(plan.ranks)
         seen = x if x_adapter is None else x_adapter
         rows, hs, norms, inners = [], [], [], []
         for i, layer in enumerate(plan.layers):
             weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-            inner = h = None
+            inner, h, weight = None, None, _dense(weight, plan.dtype)
             if layer.dora is not None:
                 s = torch.full((), scalings[i], dtype=torch.float32, device=x.device)
                 if norm is None:
@@ -306,7 +317,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx, x, x_adapter, mask, kept_scale, scalings, plan, *tensors):
         forward = _forward_in_ops if plan.in_ops else _without_autocast
         ys, cast, h, norms, inners = forward(plan, x, x_adapter, scalings, tensors)
-        kept, ctx.probes = [], []
+        kept, ctx.probes, ctx.held = [], [], []
         for i, (layer, y) in enumerate(zip(plan.layers, ys, strict=True)):
             probe = None
             if layer.keeps_y:  # as in ops/eager.py
@@ -314,7 +325,11 @@ class _Linears(torch.autograd.Function):
                 probe.data = eager.nothing(y.dtype, y.device)
                 probe = probe, probe._version
             ctx.probes.append(probe)
-            kept += tensors[i * TENSORS + WEIGHT], norms[i], y.data if layer.keeps_y else inners[i]
+            weight, held = tensors[i * TENSORS + WEIGHT], None
+            if isinstance(weight, tuple):
+                weight, held = None, Held(weight)
+            ctx.held.append(held)
+            kept += weight, norms[i], y.data if layer.keeps_y else inners[i]
         trained = [
             t for i in range(0, len(tensors), TENSORS) for t in tensors[i + LORA_A : i + MAGNITUDE + 1] if t is not None
         ]
@@ -357,7 +372,7 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
     x, cast, h, mask, kept_of, trained = _saved(ctx)
     factors = [trained[i][0] for i in plan.adapted], [trained[i][1] for i in plan.adapted]
-    a, b_of = _for_products(plan, factors, cast)
+    a, b_of, _ = _for_products(plan, factors, cast)
     if x.dim() != 2:
         x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
     if (mask is not None or any(ctx.probes)) and (x.data_ptr() % 16 or not x.is_contiguous()):
@@ -403,9 +418,11 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
         if not needs_x:
             continue
         if plan.dropout_on is None or (delta and layer.dora is not None):
-            dx = torch.mm(d_base, weight) if dx is None else dx.addmm_(d_base, weight)
+            factor = weight if weight is not None else ctx.held[i].dense(plan.dtype)
+            dx = torch.mm(d_base, factor) if dx is None else dx.addmm_(d_base, factor)
+            del factor
         if plan.dropout_on is not None:  # onto what has been dropped
-            later.append((dy if delta else d_base, weight))
+            later.append((dy if delta else d_base, weight, ctx.held[i]))
         del d_base, kept
     seen = x
     if mask is not None:
@@ -420,8 +437,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
         dx = torch.mm(d_h, a) if dx is None else dx.addmm_(d_h, a)
         if mask is not None:
             plan.drop(dx, mask, ctx.kept_scale, dx)
-            for d_base, weight in later:
-                dx.addmm_(d_base, weight)
+            for d_base, weight, held in later:
+                dx.addmm_(d_base, weight if weight is not None else held.dense(plan.dtype))
         dx = dx.view(ctx.shape)
     return dx, *(None,) * 5, *grads
 
@@ -454,6 +471,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
         if dy is None:
             grads += (None,) * TENSORS
             continue
+        weight = weight if weight is not None else ctx.held[i].dense(dtype)
         dy = dy.reshape(-1, weight.shape[0])
         d_a = d_b = d_m = d_bias = dx_adapter = None
         needs_bias = ctx.needs_input_grad[6 + i * TENSORS + BIAS]
