@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 
+import packed_weights
 import pytest
 import torch
 from blocks import activation as drawn_x
@@ -875,6 +876,72 @@ def test_bad_input_gets_a_sentence(case, path, device):
     assert path == ["training"]
     with pytest.raises(ValueError, match="activation must be one of 'silu', 'gelu', 'gelu_tanh', 'relu', got 'tanh'"):
         functional.dora_mlp(x, *layers, activation="tanh")
+
+
+def packed_mlp(*kinds, device="cpu", factors=None):
+    """An MLP over 4-bit weights, and the same over what these stand for."""
+    layers = mlp(*kinds, sizes=(64, 128, 64), dtype=torch.bfloat16, factor_dtype=factors, given=False, device=device)
+    over, dense = [], []
+    for i, p in enumerate(layers):
+        if p is None:
+            over.append(None)
+            dense.append(None)
+            continue
+        value, weight = packed_weights.bnb_4bit(tuple(p.weight.shape), nested=i != 1, seed=i)
+        value = value._replace(**{n: t.to(device) for n, t in value._asdict().items() if torch.is_tensor(t)})
+        p = p._replace(weight=weight.to(device))
+        if p.magnitude is not None:
+            norm = functional.norm_factored(p.weight, p.lora_A.detach(), p.lora_B.detach(), p.scaling)
+            p = p._replace(weight_norm=norm)
+        over.append(p._replace(weight=value))
+        dense.append(p)
+    return over, dense
+
+
+@pytest.mark.parametrize(
+    ("case", "kinds", "factors"),
+    [
+        ("plain", DORA, torch.float32),
+        ("plain", (None, "dora", "lora"), None),
+        ("second", ("lora", "plain", "dora"), None),
+        ("mode over backward", DORA, None),
+        ("mode over forward", ("plain", "dora", "lora"), None),
+        ("no grad", DORA, torch.float32),
+    ],
+    ids=str,
+)
+def test_packed_weights(case, kinds, factors, path, device):
+    """The bits of the layers over dense weights, and nothing of a weight's size is kept."""
+    over, dense = packed_mlp(*kinds, device=device, factors=factors)
+    x, outcomes = drawn_x(torch.bfloat16, device, (TOKENS, 64)), []
+    for layers in (over, dense):
+        trained = [x, *(t for p in layers if p for t in p[1:5] if t is not None and t.requires_grad)]
+        over_forward = Ops() if case == "mode over forward" else torch.set_grad_enabled(case != "no grad")
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t)
+        with torch.autocast(device, torch.bfloat16, enabled=factors is not None), over_forward, hooks:
+            y = functional.dora_mlp(x, *layers)
+        if case == "no grad":
+            outcomes.append([y])
+            continue
+        assert (torch.Size((128, 64)) in kept) == (layers is dense)
+        with Ops() if case == "mode over backward" else contextlib.nullcontext():
+            grads = torch.autograd.grad(y, trained, cotangent(y), create_graph=case == "second")
+        if case == "second":
+            grads = torch.autograd.grad(sum(g.float().square().sum() for g in grads), trained, allow_unused=True)
+        outcomes.append([g for g in grads if g is not None])
+    assert all(map(torch.equal, *outcomes))
+    taken = {"no grad": "inference"}.get(case, "training")
+    assert path == ([] if case == "mode over forward" else [taken] * 2)
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_a_packed_weight_that_has_been_written_to_is_refused(layer, path, device):
+    over, _ = packed_mlp(*DORA, device=device)
+    y = functional.dora_mlp(drawn_x(torch.bfloat16, device, (TOKENS, 64)), *over)
+    over[layer].weight.codes.mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: the bitsandbytes 4-bit weight"):
+        y.backward(cotangent(y))
 
 
 @pytest.mark.gpu
