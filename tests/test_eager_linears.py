@@ -127,11 +127,21 @@ def results(x, layers, **options):
 
 
 @pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("dropout_on", [None, "adapter", "low_rank"])
 @pytest.mark.parametrize("save_output", [True, False])
-def test_layouts_of_x(edit, save_output, path, monkeypatch, device):
+def test_layouts_of_x(edit, dropout_on, save_output, path, monkeypatch, device):
+    """Rows with a faint g read x again where y is kept."""
     x = EDITS[edit](activation(torch.bfloat16, device).detach()).requires_grad_()
-    layers = projections(*MIXED, dtype=torch.bfloat16, device=device, save_output=save_output, bias=False)
-    both(monkeypatch, path, lambda: results(x, layers))
+    options = {"save_output": save_output, "bias": False, "dropout_p": 0.4 if dropout_on else 0.0}
+    layers = projections(*MIXED, dtype=torch.bfloat16, device=device, **options)
+    with torch.no_grad():
+        layers[0].magnitude[:3] = torch.tensor([0.0, 1e-4, -1e-3])
+
+    def seeded():
+        torch.manual_seed(3)
+        return results(x, layers, dropout_on=dropout_on or "adapter")
+
+    both(monkeypatch, path, seeded)
 
 
 @pytest.mark.parametrize("how", DY)
@@ -237,8 +247,12 @@ def test_dropout_equals_the_composition(meaning, path, monkeypatch, device):
 
     both(monkeypatch, path, lambda: seeded(layers))
     path.clear()
-    two = layers[0]._replace(dropout_p=0.1), *layers[1:]
-    both(monkeypatch, path, lambda: seeded(two), taken=())
+    for other in (0.1, 0.0):
+        two = layers[0]._replace(dropout_p=other), *layers[1:]
+        alone = layers[0]._replace(dropout_p=0.0, lora_A=None, lora_B=None, magnitude=None, weight_norm=None)
+        both(monkeypatch, path, functools.partial(seeded, two), taken=())
+        both(monkeypatch, path, functools.partial(seeded, (alone, *layers[1:])))
+        path.clear()
 
 
 @pytest.mark.parametrize("kinds", [QKV, MIXED], ids=str)
@@ -521,6 +535,9 @@ def test_a_dispatch_mode_sees_the_ops(path, device):
     with Ops() as backward:
         torch.autograd.backward(ys, cotangents(ys))
     assert (forward.seen, backward.seen) == ({"up_compose_forward"}, test_eager.BACKWARD_OPS)
+    with torch.no_grad(), Ops() as inference:
+        functional.dora_linears(x, layers)
+    assert inference.seen == {"up_compose"}
     assert not path
 
 
@@ -610,6 +627,17 @@ def test_no_plan_serves_another_combination(change, path, monkeypatch, device):
             return results(x, layers, autocast=torch.bfloat16)
 
         both(monkeypatch, path, seeded, taken=[] if layers[1].dropout_p else ["training"])
+
+
+def test_a_flag_flipped_in_place_is_another_plan(path, device):
+    x, layers = activation(torch.bfloat16, device), projections(*QKV, dtype=torch.bfloat16, device=device)
+    for flag in (True, False, True):
+        path.clear()
+        for tensor in (layers[1].lora_A, layers[1].lora_B, layers[1].magnitude):
+            tensor.requires_grad_(flag)
+        ys, grads, dys = run(x, layers)
+        assert path == (["training"] if flag else [])
+        check(x, layers, ys, grads, dys)
 
 
 def test_switches_between_two_calls(path, monkeypatch, device):

@@ -1,8 +1,10 @@
 """Blocks as functions: ``dora_linears`` and ``dora_mlp`` against textbooks, over every option that they have."""
 
+import functools
 import math
 
 import blocks
+import packed_weights
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from dorac import functional, reference
 from dorac.functional import Projection
+from dorac.ops import packed_product
 from dorac.testing import assert_rms_beside, linear_inputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -368,3 +371,65 @@ def test_autocast(dtype, function):
             tensor = getattr(p, field)
             if tensor is not None:
                 budgets[f"{name} {field}"].check(tensor.grad, f"{name} {field}")
+
+
+FORMATS = {
+    "4-bit": packed_weights.bnb_4bit,
+    "4-bit, nested": functools.partial(packed_weights.bnb_4bit, nested=True),
+    "8-bit": functools.partial(packed_weights.scaled_8bit, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("meaning", [None, "adapter", "low_rank"])
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_packed_weights(kind, form, meaning, use_compile):
+    """Against the textbook over what they stand for; x in another dtype than the weight's under no autocast too."""
+    value, dense = FORMATS[form]((48, 64))
+    assert torch.equal(packed_product.dense(value, torch.float32), dense.float())
+    for dtype in (torch.bfloat16, torch.float32):
+        p = projection(kind, 48, 8, inputs=64, dtype=dtype, given=False, dropout_p=0.4 if meaning else 0.0)
+        if p.magnitude is not None:
+            norm = functional.norm_factored(value, p.lora_A.detach(), p.lora_B.detach(), p.scaling)
+            p = p._replace(weight_norm=norm, magnitude=(norm * (0.8 + 0.4 * torch.rand(48))).requires_grad_())
+        x = activation(dtype, shape=(33, 64))
+        over, exact = [p._replace(weight=value)], [p._replace(weight=dense.to(dtype))]
+        dropped = masks(x, over)
+        call = functools.partial(functional.dora_linears, dropout_on=meaning or "adapter")
+        call = torch.compile(call, fullgraph=True, backend="aot_eager") if use_compile else call
+        torch.manual_seed(3)
+        ys = call(x, over)
+        dys = cotangents(ys)
+        torch.autograd.backward(ys, dys)
+        grads = {name: t.grad for name, t in leaves(x, exact).items()}
+        options = {"dropped": dropped, "dropout_on": meaning or "adapter", "casts": 6 if meaning else 2}
+        check(x, exact, ys, grads, dys, **options)
+        x.grad = None
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_packed_weights_under_transforms(transform):
+    value, dense = packed_weights.bnb_4bit((48, 64), dtype=torch.float32)
+    p, x = projection("dora", 48, 8, inputs=64), activation(shape=(33, 64)).detach()
+    p = p._replace(**{n: t.detach() for n, t in p._asdict().items() if torch.is_tensor(t)})
+
+    def results(weight):
+        function = lambda x: functional.dora_linears(x, [p._replace(weight=weight)])[0]  # noqa: E731
+        if transform == "vmap":
+            return torch.vmap(function)(x)
+        if transform == "jvp":
+            return torch.func.jvp(function, (x,), (x.cos(),))
+        return torch.func.grad(lambda x: function(x).sin().sum())(x)
+
+    torch.testing.assert_close(results(value), results(dense.double()))
+
+
+def test_a_packed_weight_that_does_not_fit():
+    value, _ = packed_weights.bnb_4bit((5, 6))
+    p = changed(lora_A=torch.ones(3, 8))._replace(weight=value)
+    with pytest.raises(ValueError, match=r"projections\[0\]: lora_A must be \[r, in\] = \[3, 6\]"):
+        functional.dora_linears(torch.ones(4, 6), [p])
+    torn = changed(weight=value._replace(absmax=value.absmax[:0]))
+    with pytest.raises(ValueError, match=r"projections\[0\]: bitsandbytes 4-bit weight: absmax"):
+        functional.dora_linears(torch.ones(4, 6), [torn])
