@@ -8,7 +8,7 @@ from torch import Tensor
 from dorac import functional, reference
 from dorac.functional import Projection
 from dorac.testing import Budget, layer_budgets, linear_inputs
-from dorac.testing.rounding import Sums
+from dorac.testing.rounding import Sums, unit_roundoff
 
 NAMES = ("weight", "lora_A", "lora_B", "magnitude", "bias")
 KINDS = ("dora", "lora", "plain")
@@ -183,7 +183,7 @@ def _of_layer(p, x, off_x, dy, off_dy, dtype, *, casts, further) -> dict[str, tu
         "scaling": p.scaling if p.lora_A is not None else 1.0,
         "weight_norm": norm,
         "casts": casts,
-        "dtype": dtype,
+        "dtype": max((dtype, *(t.dtype for t in tensors if t is not None)), key=unit_roundoff),
         **further,
     }
     sums = Sums.of_linear(x, *tensors[:2])
