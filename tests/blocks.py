@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,11 @@ NAMES = ("weight", "lora_A", "lora_B", "magnitude", "bias")
 KINDS = ("dora", "lora", "plain")
 TOKENS, IN = 33, 40
 OUT, RANKS, SCALINGS = (48, 17, 64), (8, 5, 16), (0.7, -1.5, 2.0)  # q, k and v: no two are alike
+
+
+def first_in_ci(*values):
+    """The others only in a full run."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
 
 
 def projection(
