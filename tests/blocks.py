@@ -2,18 +2,24 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from dorac import functional, reference
 from dorac.functional import Projection
 from dorac.testing import Budget, layer_budgets, linear_inputs
-from dorac.testing.rounding import Sums
+from dorac.testing.rounding import Sums, unit_roundoff
 
 NAMES = ("weight", "lora_A", "lora_B", "magnitude", "bias")
 KINDS = ("dora", "lora", "plain")
 TOKENS, IN = 33, 40
 OUT, RANKS, SCALINGS = (48, 17, 64), (8, 5, 16), (0.7, -1.5, 2.0)  # q, k and v: no two are alike
+
+
+def first_in_ci(*values):
+    """The others only in a full run."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.full) for value in values[1:])]
 
 
 def projection(
@@ -183,7 +189,7 @@ def _of_layer(p, x, off_x, dy, off_dy, dtype, *, casts, further) -> dict[str, tu
         "scaling": p.scaling if p.lora_A is not None else 1.0,
         "weight_norm": norm,
         "casts": casts,
-        "dtype": dtype,
+        "dtype": max((dtype, *(t.dtype for t in tensors if t is not None)), key=unit_roundoff),
         **further,
     }
     sums = Sums.of_linear(x, *tensors[:2])

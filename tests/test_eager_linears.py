@@ -14,7 +14,7 @@ import pytest
 import test_eager
 import torch
 import torch.nn.functional as F
-from blocks import activation, check, cotangents, leaves, projection, projections
+from blocks import activation, check, cotangents, first_in_ci, leaves, projection, projections
 from test_eager import CONSUMERS, DY, KEEPING, MODES, Ops, assert_near, kept_contiguous, shifted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,7 +26,7 @@ from dorac.ops import eager, eager_linears, front, packed_product
 
 pytest.importorskip("triton")
 
-HALF = [torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
 QKV = ("dora",) * 3
 MIXED = ("dora", "lora", "plain")
 
@@ -127,8 +127,8 @@ def results(x, layers, **options):
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("dropout_on", [None, "adapter", "low_rank"])
-@pytest.mark.parametrize("save_output", [True, False])
+@pytest.mark.parametrize("dropout_on", [None, *first_in_ci("adapter", "low_rank")])
+@pytest.mark.parametrize("save_output", first_in_ci(True, False))
 def test_layouts_of_x(edit, dropout_on, save_output, path, monkeypatch, device):
     """Rows with a faint g read x again where y is kept."""
     x = EDITS[edit](activation(torch.bfloat16, device).detach()).requires_grad_()
@@ -213,9 +213,9 @@ def test_arrangements_that_are_not_taken(case, path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("meaning", ["adapter", "low_rank"])
-@pytest.mark.parametrize("kinds", [QKV, MIXED, ("lora", "lora")], ids=str)
-@pytest.mark.parametrize("factors", [None, torch.float32])
-@pytest.mark.parametrize("save_output", [True, False])
+@pytest.mark.parametrize("kinds", first_in_ci(MIXED, QKV, ("lora", "lora")), ids=str)
+@pytest.mark.parametrize("factors", first_in_ci(torch.float32, None))
+@pytest.mark.parametrize("save_output", first_in_ci(True, False))
 def test_dropout(meaning, kinds, factors, save_output, path, device):
     """One mask for all, of x as it is given."""
     options = {"factor_dtype": factors, "dropout_p": 0.4, "save_output": save_output, "bias": not save_output}
@@ -346,7 +346,7 @@ def test_a_parameter_that_has_been_written_to_is_refused(name, layer, path, devi
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-@pytest.mark.parametrize("keeping", [*KEEPING])
+@pytest.mark.parametrize("keeping", first_in_ci(*KEEPING))
 @pytest.mark.parametrize("save_output", [True, False])
 def test_consumers_in_place(consumer, keeping, save_output, path, monkeypatch, device):
     how = KEEPING[keeping]
@@ -494,7 +494,9 @@ def test_a_checkpoint_with_a_mode_over_one_direction(case, over, path, monkeypat
 
 @pytest.mark.parametrize("case", SAVED)
 @pytest.mark.parametrize("over", [("ops", "none"), ("none", "ops"), ("ops", "ops")], ids=str)
-@pytest.mark.parametrize("keeping", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu, kept_contiguous])
+@pytest.mark.parametrize(
+    "keeping", first_in_ci(contextlib.nullcontext, torch.autograd.graph.save_on_cpu, kept_contiguous)
+)
 def test_a_mode_over_layers_in_part(case, over, keeping, path, monkeypatch, device):
     def call(block, x):
         with keeping():
@@ -511,7 +513,7 @@ def test_a_mode_over_layers_in_part(case, over, keeping, path, monkeypatch, devi
         *itertools.product(("dropout", "low-rank dropout"), ("nothing", "dorac")),  # torch's writes to what it made
     ],
 )
-@pytest.mark.parametrize("over", [("none", "none"), ("ops", "none"), ("none", "ops")], ids=str)
+@pytest.mark.parametrize("over", first_in_ci(("none", "none"), ("ops", "none"), ("none", "ops")), ids=str)
 def test_selective_checkpointing_sees_the_ops(case, saved, over, path, monkeypatch, device):
     seen = []
 
@@ -696,8 +698,8 @@ def packed_layers(kinds, device="cpu", factors=None, dropout_p=0.0, given=True):
     return over, dense
 
 
-@pytest.mark.parametrize("kinds", [QKV, MIXED], ids=str)
-@pytest.mark.parametrize("factors", [None, torch.float32])
+@pytest.mark.parametrize("kinds", first_in_ci(MIXED, QKV), ids=str)
+@pytest.mark.parametrize("factors", first_in_ci(torch.float32, None))
 @pytest.mark.parametrize(("dropout_p", "meaning"), [(0.0, "adapter"), (0.4, "adapter"), (0.4, "low_rank")])
 @pytest.mark.parametrize("given", [True, False])
 def test_packed_weights(kinds, factors, dropout_p, meaning, given, path, device):

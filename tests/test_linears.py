@@ -8,7 +8,7 @@ import packed_weights
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import activation, check, cotangents, leaves, projection, projections, run
+from blocks import activation, check, cotangents, first_in_ci, leaves, projection, projections, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -267,7 +267,7 @@ def refuse(call, error, message, how):
         torch.compile(call, backend="eager", fullgraph=how == "fullgraph")()
 
 
-HOW = ["eager", "compiled", "fullgraph"]
+HOW = ["eager", "fullgraph", pytest.param("compiled", marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -381,9 +381,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", first_in_ci(*FORMATS))
 @pytest.mark.parametrize("meaning", [None, "adapter", "low_rank"])
-@pytest.mark.parametrize("use_compile", [False, True])
+@pytest.mark.parametrize("use_compile", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_packed_weights(kind, form, meaning, use_compile):
     """Against the textbook over what they stand for; x in another dtype than the weight's under no autocast too."""
     value, dense = FORMATS[form]((48, 64))

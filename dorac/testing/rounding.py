@@ -254,7 +254,10 @@ def layer_budgets(
 
     def absolute(ratio: Tensor) -> dict[str, Tensor]:
         """The sums of absolute terms, every g times its ratio."""
-        leaves = _leaves([t.abs() if t is not None and t.is_floating_point() else t for t in wide], torch.float64)
+        terms = [t.abs() if t is not None and t.is_floating_point() else t for t in wide]
+        if options.get("dropped") is not None and options.get("dropout_on") == "adapter":  # what sees x' has |g - 1|
+            terms[4] = n + (wide[4] - n).abs()
+        leaves = _leaves(terms, torch.float64)
         y = textbook(*leaves, scaling=abs(scaling), weight_norm=n / ratio, **options)
         if not norm_grad or dy is None:
             return _differentiate(y, leaves, None if dy is None else dy.detach().double().abs())
