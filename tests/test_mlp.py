@@ -257,7 +257,11 @@ KINDS += [(None, "dora", "dora"), (None, "lora", "plain"), ("plain", "plain", "d
 def sampled(*options, every: int):
     """Every combination, of which CI runs one in so many."""
     cases = [*itertools.product(*options)]
-    return [pytest.param(*case, marks=() if i % every == 0 else full, id=str(case)) for i, case in enumerate(cases)]
+    names = ["-".join(getattr(value, "__name__", str(value)) for value in case) for case in cases]
+    return [
+        pytest.param(*case, marks=() if i % every == 0 else full, id=name)
+        for i, (case, name) in enumerate(zip(cases, names, strict=True))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +349,7 @@ def rows_of_every_kind(p: Projection, name: str) -> Projection:
     return p._replace(weight_norm=functional.norm_factored(*(t.detach() for t in p[:3]), p.scaling), **trained)
 
 
-@pytest.mark.parametrize(("dtype", "activation"), zip(HALF, ["silu", "relu"], strict=True))
+@pytest.mark.parametrize(("dtype", "activation"), [*zip(HALF, ["silu", "relu"], strict=True)])
 def test_rows_of_every_kind(dtype, activation, path, device):
     x, layers = drawn_x(dtype, device, (TOKENS, IN)), mlp(*DORA, dtype=dtype, device=device)
     layers = [rows_of_every_kind(p, name) for p, name in zip(layers, NAMES, strict=True)]

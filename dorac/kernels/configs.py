@@ -126,6 +126,8 @@ def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype,
     if base_dtype is torch.float32:
         return TileConfig(block_t, 64, 16, 4, 2)
     if rank <= 64 or tokens <= 32:
+        if rank > 32 and h_dtype.itemsize == 2:
+            block_t = _power(tokens, 16, 64)  # which reads lora_B half as often
         return TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
     if h_dtype is torch.float32:
         return TileConfig(64, 128, 32, 4, 2)
@@ -178,7 +180,7 @@ def mlp_config(tokens: int, features: int, rank: int) -> TileConfig:
     """gate and up with their up-projections, of ranks up to ``rank``, as :func:`tile_config` has one."""
     if rank == 0 or rank > MLP_RANK:
         return TileConfig(_power(tokens, 1, 16), 256, 0, 4, 1)
-    return TileConfig(_power(tokens, 16, 32), 128, _power(rank, 16, 64), 4, 2)
+    return TileConfig(_power(tokens, 16, 32 if rank <= 32 else 64), 128, _power(rank, 16, 64), 4, 2)
 
 
 @functools.lru_cache(maxsize=1024)

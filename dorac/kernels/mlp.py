@@ -69,6 +69,7 @@ def _bias(bias_ptr, cols_O, mask_O):
 
 @triton.jit
 def _inner(
+    base_TO,
     base_ptr,
     h_ptr,
     b_ptr,
@@ -90,7 +91,6 @@ def _inner(
     STAGES: tl.constexpr,
 ):
     """inner as it is rounded, with WANT_INNER written over base."""
-    base_TO = load_tile(base_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
     if BLOCK_R == 0 or b_ptr is None:
         return base_TO.to(tl.float32)
     else:
@@ -149,8 +149,14 @@ def mlp_kernel(
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
 
+    # All loads come first: none would be moved over a store, and each way to memory takes as long as what is computed.
+    up_TO = load_tile(up_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
+    g_up_O, b_up_O = _scale(m_up_ptr, n_up_ptr, cols_O, mask_O), _bias(bias_up_ptr, cols_O, mask_O)
     if gate_ptr is not None:
+        gate_TO = load_tile(gate_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
+        g_O, b_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
         inner_TO = _inner(
+            gate_TO,
             gate_ptr,
             h_ptr,
             b_gate_ptr,
@@ -171,9 +177,9 @@ def mlp_kernel(
             WANT_INNER,
             STAGES,
         )
-        g_O, b_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
         act_TO, _ = activated(g_O[None, :] * inner_TO + b_O[None, :], ACTIVATION)
     inner_TO = _inner(
+        up_TO,
         up_ptr,
         h_ptr + RG if BLOCK_R else None,
         b_up_ptr,
@@ -194,8 +200,7 @@ def mlp_kernel(
         WANT_INNER,
         STAGES,
     )
-    g_O, b_O = _scale(m_up_ptr, n_up_ptr, cols_O, mask_O), _bias(bias_up_ptr, cols_O, mask_O)
-    z_TO = g_O[None, :] * inner_TO + b_O[None, :]
+    z_TO = g_up_O[None, :] * inner_TO + b_up_O[None, :]
     if gate_ptr is None:
         z_TO, _ = activated(z_TO, ACTIVATION)
     else:
