@@ -278,18 +278,19 @@ class DoraExperts(DoraLayer):
         base = self.base_layer
         tokens, k = top_k_index.shape
         experts = self.weight.shape[0]
-        # Sorted, a negative number would pass for the first expert.
-        chosen, order = torch.where(top_k_index < 0, experts, top_k_index).flatten().sort(stable=True)
+        # Sorted, a negative number would pass for the first expert. An expert's rows come by rank, then by token, as in
+        # the base layer: some CPUs' products round a row by its place among the others.
+        chosen, order = torch.where(top_k_index < 0, experts, top_k_index).T.flatten().sort(stable=True)
         offsets = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True, out_int32=True)
-        rows = hidden_states.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)[order]
+        rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         h = self._project(self.projections[0], rows, offsets=offsets)
         h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
         y = self._project("down_proj", h, offsets=offsets)
         if getattr(base, "has_post_expert_norm", False):  # newer than the other attributes
             y = base.post_expert_norm(y)
-        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
-        return y[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+        y = y * top_k_weights.T.flatten()[order].unsqueeze(-1)
+        return y[order.argsort()].view(k, tokens, -1).sum(0).to(hidden_states.dtype)
 
     def _forward_sorted(self, hidden_states: Tensor) -> Tensor:
         experts, hidden = self.weight.shape[0], hidden_states.shape[-1]
