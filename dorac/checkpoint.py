@@ -70,8 +70,8 @@ def save_adapter(
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them; a
-            model that PEFT has adapted.
+            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them or
+            with parts of them; a model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
@@ -88,8 +88,9 @@ def save_adapter(
     else:
         parameters = _gathered_tensors(model, layers, state_dict)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
-    for layer, keys in _over_residuals(layers):
-        tensors |= zip(keys, residual.over_original(layer, *(tensors[key] for key in keys)), strict=True)
+    for name, layer, keys in _over_residuals(layers):
+        initial = (t.to(tensors[keys[0]].device) for t in _initial_factors(name, layer, state_dict))
+        tensors |= zip(keys, residual.over_original(*(tensors[key] for key in keys), *initial), strict=True)
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -137,10 +138,28 @@ def _gathered_tensors(
             f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in "
             "it): gather it from the whole model"
         )
+    parts = [name for name in names.values() if sharded.any_sharded(state[name])]
+    if parts:  # one process alone would wait for the others for ever
+        raise ValueError(
+            f"the state dict holds {parts[0]} in parts (a DTensor): gather it with full_state_dict=True, or leave "
+            "state_dict out and call this on every rank"
+        )
     for key, name in names.items():
-        if key.endswith(_ENDINGS) and not sharded.all_finite(state[name]):
+        if key.endswith(_ENDINGS) and not state[name].isfinite().all():
             raise ValueError(f"{name} is not finite: the adapter is not saved")
     return {key: state[name] for key, name in names.items()}
+
+
+def _initial_factors(name: str, layer: DoraLayer, state_dict: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """What the layer began with: of a state dict, if it has that, since the layer's own may be in parts."""
+    own = {plain_name(f"{name}.{initial}"): getattr(layer, initial).detach() for initial in residual.INITIAL.values()}
+    if state_dict is None:
+        return [sharded.whole(t) for t in own.values()]
+    state = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    tensors = {key: state.get(key, t) for key, t in own.items()}
+    if parts := [key for key, t in tensors.items() if sharded.any_sharded(t)]:
+        raise ValueError(f"the state dict does not hold {parts[0]} whole: gather it from the whole model")
+    return list(tensors.values())
 
 
 def _sort_metadata(path: Path) -> None:
@@ -235,7 +254,7 @@ def load_adapter(
         targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
-        for layer, keys in _over_residuals(layers):
+        for _, layer, keys in _over_residuals(layers):
             shapes = layer.adapter_shapes(layer.base_layer, residual.saved_rank(layer))
             expected |= {key: shapes[name] for key, name in zip(keys, residual.INITIAL, strict=True)}
     else:
@@ -281,7 +300,7 @@ def load_adapter(
             layers = dora_layers(model)
         for layer in layers.values():
             layer.keep_norm(log)
-        residuals = dict(_over_residuals(layers))
+        residuals = {layer: keys for _, layer, keys in _over_residuals(layers)}
         written = *_saved_parts(model, layers), *(layer.base_layer for layer in residuals)
         with offload.written(log, *written, *(ends.values() if base_tensors else ())):
             goals = _adapter_tensors(model, layers)
@@ -305,10 +324,10 @@ def _key(module: str, name: str) -> str:
     return _PREFIX + plain_name(f"{module}.{name}")
 
 
-def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[DoraLayer, list[str]]]:
-    """The layers that began as a part of their base weights, with PEFT's keys of lora_A and lora_B."""
+def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[str, DoraLayer, list[str]]]:
+    """The layers that began as a part of their base weights, with their names and PEFT's keys of lora_A and lora_B."""
     return [
-        (layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
+        (name, layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
         for name, layer in layers.items()
         if residual.has_residual(layer)
     ]
