@@ -148,7 +148,7 @@ def apply_dora(
         if inits is not None:
             layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
             if inits.takes_out(init_lora_weights):
-                _refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
+                refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
             inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
@@ -291,7 +291,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
         starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    _refuse_tied(model, layers.values(), "merging")
+    refuse_tied(model, layers.values(), "merging")
     for name, layer in layers.items():
         finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
@@ -425,7 +425,7 @@ def _memory(parameter: Tensor) -> tuple[str, int]:
     return "id", id(parameter)
 
 
-def _refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
+def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
     """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
     layers = set(layers)

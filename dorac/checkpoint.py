@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dorac.apply import (
     find_saved,
     refuse_ddp,
     refuse_offloaded_as_parts,
+    refuse_tied,
     require_layers,
     reshard,
     saved_modules,
@@ -28,7 +30,7 @@ from dorac.apply import (
 )
 from dorac.bounded import Bounded
 from dorac.names import ModuleNames, plain_name
-from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
+from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets
@@ -219,6 +221,11 @@ def load_adapter(
     A file may come from anybody: its regexes are matched in a bounded number of steps and may be plain ones only
     (groups, alternatives, classes, repeats, look-ahead).
 
+    What PEFT has not converted of an adapter that began as a part of its base weight (init_lora_weights "pissa",
+    "pissa_niter_[number]", "olora", and "corda" after ``preprocess_corda``) is read as PEFT reads it, by its code: the
+    same part is taken out of the base weights again. So the model must have the weights that the adapter began with.
+    PEFT's own conversion leaves out the magnitudes; :func:`save_adapter` of the model writes a converted adapter.
+
     Args:
         directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
             there is no such directory and huggingface_hub is installed.
@@ -230,7 +237,8 @@ def load_adapter(
         The names of the modules that the adapter went to.
 
     Raises:
-        OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
+        ImportError: an adapter over a part of the base weights, and no PEFT. OSError: a missing file, or one that
+            cannot be read. ValueError: a file that is damaged; a config that is not
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
             them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
@@ -273,6 +281,8 @@ def load_adapter(
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
+    if start := adapter_config.taken_out(config):
+        _refuse_to_take_out(start, directory, layers, bases)
     ends = _embeddings(model, bases)
     base_tensors = {key: p for key, p in _embedding_tensors(ends).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
@@ -301,6 +311,8 @@ def load_adapter(
         for layer in layers.values():
             layer.keep_norm(log)
         residuals = {layer: keys for _, layer, keys in _over_residuals(layers)}
+        if start:
+            _take_out(start, model, layers, log)
         written = *_saved_parts(model, layers), *(layer.base_layer for layer in residuals)
         with offload.written(log, *written, *(ends.values() if base_tensors else ())):
             goals = _adapter_tensors(model, layers)
@@ -331,6 +343,41 @@ def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[str, DoraLaye
         for name, layer in layers.items()
         if residual.has_residual(layer)
     ]
+
+
+def _refuse_to_take_out(
+    start: str, directory: Path, layers: Mapping[str, DoraLayer], bases: Mapping[str, nn.Module]
+) -> None:
+    """Refuses an adapter over a part of the base weights that cannot be had in this model."""
+    from dorac.peft import inits  # imported only for a start of PEFT's
+
+    begun = next((name for name, layer in layers.items() if residual.has_residual(layer)), None)
+    if begun is not None:
+        raise ValueError(
+            f"the adapter in {directory} is over what init_lora_weights={start!r} leaves of the original base weights; "
+            f"here a part of them is taken out already ({begun}, ...): load it into the plain model"
+        )
+    try:
+        inits.check_again(start, bases)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def _take_out(start: str, model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> None:
+    """Takes out of the base weights what was taken out when the adapter was made, as PEFT does when it loads it."""
+    from dorac.peft import inits
+
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, DoraLinear)}
+    refuse_tied(model, linear.values(), f"init_lora_weights={start!r}")
+    with offload.written(log, *linear.values(), *(layer.base_layer for layer in linear.values())):
+        inits.begin_again(start, linear, log)
+    if "niter" in start:
+        warnings.warn(
+            f"the adapter is over what init_lora_weights={start!r} left of the base weights, a decomposition with "
+            "random numbers: what is left now is that as far as the decomposition converges",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:
