@@ -1,5 +1,6 @@
 """Adapters that PEFT has saved over a part of the base weights (pissa, olora, corda), as it loads them itself."""
 
+import contextlib
 import copy
 import json
 
@@ -14,6 +15,8 @@ from dorac.apply import dora_layers
 from dorac.nn import residual
 
 peft = pytest.importorskip("peft")
+
+import dorac.peft  # noqa: E402
 
 STARTS = ["pissa", "pissa_niter_60", "olora", "corda"]
 
@@ -123,6 +126,30 @@ def test_conv1d(tmp_path):
     edit(tmp_path / "olora", init_lora_weights="olora")
     with pytest.raises(ValueError, match=r"c_proj: PEFT's OLoRA of a Conv1D is of the transposed weight"):
         dorac.load_adapter(gpt2(), tmp_path / "olora")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_pefts_own_conversion(init, enabled, tmp_path):
+    """Under the drop-in it keeps the magnitudes; stock PEFT's file lacks them."""
+    with dorac.peft.enable() if enabled else contextlib.nullcontext():
+        model = peft.get_peft_model(make(), config_for(init))
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "begun")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = model.eval()(TOKENS)
+        begun = str(tmp_path / "begun")
+        model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=begun)
+        if enabled:
+            again = peft.PeftModel.from_pretrained(make(), tmp_path / "converted").eval()
+            torch.testing.assert_close(again(TOKENS), expected)
+            torch.testing.assert_close(loaded(init, tmp_path / "converted")(TOKENS), expected)
+            return
+    with pytest.raises(ValueError, match=r"missing: .*blocks.0.up.lora_magnitude_vector"):
+        dorac.load_adapter(make(), tmp_path / "converted")
 
 
 def edit(directory, **fields):
