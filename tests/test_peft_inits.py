@@ -404,8 +404,9 @@ def unchanged(model, like):
 
 REFUSED = {
     "mica": ({"init_lora_weights": "mica"}, "init_lora_weights='mica' is not supported: PEFT has no DoRA with it"),
-    "loftq": ({"init_lora_weights": "loftq"}, "'loftq' is not supported: it replaces the base weight by a quantised"),
-    "unknown": ({"init_lora_weights": "pisa"}, "must be True, False, 'gaussian' or, where PEFT .* got 'pisa'"),
+    "loftq": ({"init_lora_weights": "loftq", "original_weights": {}}, "blocks.0.up: Linear is not quantised: quantise"),
+    "weights": ({"original_weights": {}}, "original_weights is for init_lora_weights='loftq', got True"),
+    "unknown": ({"init_lora_weights": "pisa"}, "must be True, False, 'gaussian', 'loftq' or, where PEFT .* got 'pisa'"),
     "iterations": ({"init_lora_weights": "pissa_niter_x"}, "or 'lora_ga', got 'pissa_niter_x'"),
     "embedding": ({"init_lora_weights": "pissa", "target_modules": ["embed", "up"]}, "embed: Embedding is no linear"),
     "odd rank": ({"init_lora_weights": "orthogonal", "r": 3}, "blocks.0.up: Orthogonal initialization requires"),

@@ -22,13 +22,6 @@ from dorac.undo import Undo
 
 _NAMES = r"pissa(_niter_\d+)?|olora|corda|lora_ga|orthogonal|eva"
 _KEEPING = ("orthogonal", "eva")  # the base weight; all others take a part out of it
-_REFUSED = {
-    "mica": "PEFT has no DoRA with it",
-    "loftq": (
-        "it replaces the base weight by a quantised one, which no adapter file brings back; quantise the model first, "
-        "and adapt it then"
-    ),
-}
 # What PEFT's preprocess_corda and preprocess_loraga leave on a module.
 _PREPARED = {"corda": ("eigens", "preprocess_corda"), "lora_ga": ("_peft_loraga_grad", "preprocess_loraga")}
 
@@ -44,11 +37,11 @@ def check(init: str, modules: Mapping[str, nn.Module], config: object, eva_state
     Raises:
         ImportError: no PEFT, or another one. TypeError, ValueError: the rest.
     """
-    if reason := _REFUSED.get(init):
-        raise ValueError(f"init_lora_weights={init!r} is not supported: {reason}")
+    if init == "mica":
+        raise ValueError("init_lora_weights='mica' is not supported: PEFT has no DoRA with it")
     if not re.fullmatch(_NAMES, init):
         raise ValueError(
-            "init_lora_weights must be True, False, 'gaussian' or, where PEFT is installed, 'pissa', "
+            "init_lora_weights must be True, False, 'gaussian', 'loftq' or, where PEFT is installed, 'pissa', "
             f"'pissa_niter_[number]', 'olora', 'orthogonal', 'eva', 'corda' or 'lora_ga', got {init!r}"
         )
     require_peft()
