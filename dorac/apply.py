@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dorac import lora_config, notices, offload, pretrained
 from dorac.names import ModuleNames, Names, parents, plain_name
-from dorac.nn import DoraLayer, layer_class, loading, merging, starts
+from dorac.nn import DoraLayer, layer_class, loading, loftq, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
@@ -124,12 +124,10 @@ def apply_dora(
             else target
             for target in targets
         ]
-    inits = loftq = None
-    if original_weights is not None and init_lora_weights != "loftq":
+    inits, by_loftq = None, init_lora_weights == "loftq"
+    if original_weights is not None and not by_loftq:
         raise ValueError(f"original_weights is for init_lora_weights='loftq', got {init_lora_weights!r}")
-    if init_lora_weights == "loftq":
-        from dorac.nn import loftq
-
+    if by_loftq:
         loftq.check({t.name: t.module for t in targets}, original_weights, config)
     elif isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
         from dorac.peft import inits  # imported only for a start of PEFT's
@@ -150,13 +148,13 @@ def apply_dora(
             lora_dropout=lora_dropout,
             dropout_on=dropout_on,
             use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights if inits is loftq is None else True,
+            init_lora_weights=True if by_loftq or inits is not None else init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
             stacklevel=4,
         )
         layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
-        if loftq is not None:
+        if by_loftq:
             loftq.begin(layers, original_weights)
         if inits is not None:
             if inits.takes_out(init_lora_weights):

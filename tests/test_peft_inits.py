@@ -555,6 +555,17 @@ def sharded(folder):
         dorac.load_adapter(other, f"{folder}/other")
         torch.testing.assert_close(model(TOKENS), other(TOKENS))
 
+    from test_unconverted import saved_by_peft
+
+    if torch.distributed.get_rank() == 0:
+        saved_by_peft("pissa", f"{folder}/unconverted")
+    torch.distributed.barrier()
+    model = make()
+    dorac.apply_dora(model, TARGETS, R, ALPHA)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"blocks.0.up: its weight is sharded: do this before the model is sharded"):
+        dorac.load_adapter(model, f"{folder}/unconverted")
+
 
 @pytest.mark.full
 def test_sharded(tmp_path):

@@ -73,6 +73,16 @@ def test_loaded_as_peft_does(init, options, tmp_path, monkeypatch):
     assert (expected - make().eval()(TOKENS)).abs().max() > 0.01 * expected.abs().max()
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_under_the_drop_in(init, tmp_path):
+    expected = saved_by_peft(init, tmp_path)(TOKENS)
+    with dorac.peft.enable():
+        again = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(again(TOKENS), expected)
+        plain = again.merge_and_unload()
+    torch.testing.assert_close(plain(TOKENS), expected)
+
+
 def test_random_decompositions_are_named(tmp_path):
     saved_by_peft("pissa_niter_4", tmp_path)
     with pytest.warns(RuntimeWarning, match="'pissa_niter_4' left of the base weights, a decomposition with") as caught:
