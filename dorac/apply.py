@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dorac import lora_config, notices, offload, pretrained
 from dorac.names import ModuleNames, Names, parents, plain_name
-from dorac.nn import DoraLayer, layer_class, loading, merging, starts
+from dorac.nn import DoraLayer, layer_class, loading, loftq, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
@@ -47,6 +47,7 @@ def apply_dora(
     bias: str = "none",
     grouped_lora_A: bool = False,
     eva_state_dict: Mapping[str, Tensor] | None = None,
+    original_weights: Mapping[str, Tensor] | None = None,
     config: "peft.LoraConfig | None" = None,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
@@ -67,7 +68,8 @@ def apply_dora(
             the same config; "eva" with the ``eva_state_dict`` that ``peft.get_eva_state_dict(model, data, config)``
             returns, which gives the layers ranks, and none to some. The output at the start is the frozen model's, to a
             rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
-            and :func:`dorac.save_adapter`.
+            and :func:`dorac.save_adapter`. "loftq" is for quantised linear layers, with ``original_weights``: the
+            output at the start is nearer to that of the model before it was quantised (:mod:`dorac.nn.loftq`).
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -77,6 +79,8 @@ def apply_dora(
         bias: only "none"; training biases is refused.
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
         eva_state_dict: for the start "eva".
+        original_weights: for the start "loftq", the state dict of the model before it was quantised, or as much of it
+            as is adapted: ``{"<module>.weight": [out, in]}``.
         config: PEFT's ``LoraConfig`` in the place of all that it has fields for; it may come second as well,
             ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside it go the arguments that it has no field for.
             Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
@@ -120,8 +124,12 @@ def apply_dora(
             else target
             for target in targets
         ]
-    inits = None
-    if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
+    inits, by_loftq = None, init_lora_weights == "loftq"
+    if original_weights is not None and not by_loftq:
+        raise ValueError(f"original_weights is for init_lora_weights='loftq', got {init_lora_weights!r}")
+    if by_loftq:
+        loftq.check({t.name: t.module for t in targets}, original_weights, config)
+    elif isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
         from dorac.peft import inits  # imported only for a start of PEFT's
 
         inits.check(init_lora_weights, {t.name: t.module for t in targets}, config, eva_state_dict)
@@ -140,15 +148,17 @@ def apply_dora(
             lora_dropout=lora_dropout,
             dropout_on=dropout_on,
             use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights if inits is None else True,
+            init_lora_weights=True if by_loftq or inits is not None else init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
             stacklevel=4,
         )
+        layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
+        if by_loftq:
+            loftq.begin(layers, original_weights)
         if inits is not None:
-            layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
             if inits.takes_out(init_lora_weights):
-                _refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
+                refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
             inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
@@ -291,7 +301,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
         starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    _refuse_tied(model, layers.values(), "merging")
+    refuse_tied(model, layers.values(), "merging")
     for name, layer in layers.items():
         finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
@@ -425,7 +435,7 @@ def _memory(parameter: Tensor) -> tuple[str, int]:
     return "id", id(parameter)
 
 
-def _refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
+def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
     """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
     layers = set(layers)

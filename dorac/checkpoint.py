@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dorac.apply import (
     find_saved,
     refuse_ddp,
     refuse_offloaded_as_parts,
+    refuse_tied,
     require_layers,
     reshard,
     saved_modules,
@@ -28,7 +30,7 @@ from dorac.apply import (
 )
 from dorac.bounded import Bounded
 from dorac.names import ModuleNames, plain_name
-from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
+from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets
@@ -70,8 +72,8 @@ def save_adapter(
 
     Raises:
         ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them; a
-            model that PEFT has adapted.
+            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them or
+            with parts of them; a model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
@@ -88,8 +90,9 @@ def save_adapter(
     else:
         parameters = _gathered_tensors(model, layers, state_dict)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
-    for layer, keys in _over_residuals(layers):
-        tensors |= zip(keys, residual.over_original(layer, *(tensors[key] for key in keys)), strict=True)
+    for name, layer, keys in _over_residuals(layers):
+        initial = (t.to(tensors[keys[0]].device) for t in _initial_factors(name, layer, state_dict))
+        tensors |= zip(keys, residual.over_original(*(tensors[key] for key in keys), *initial), strict=True)
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -137,10 +140,28 @@ def _gathered_tensors(
             f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in "
             "it): gather it from the whole model"
         )
+    parts = [name for name in names.values() if sharded.any_sharded(state[name])]
+    if parts:  # one process alone would wait for the others for ever
+        raise ValueError(
+            f"the state dict holds {parts[0]} in parts (a DTensor): gather it with full_state_dict=True, or leave "
+            "state_dict out and call this on every rank"
+        )
     for key, name in names.items():
-        if key.endswith(_ENDINGS) and not sharded.all_finite(state[name]):
+        if key.endswith(_ENDINGS) and not state[name].isfinite().all():
             raise ValueError(f"{name} is not finite: the adapter is not saved")
     return {key: state[name] for key, name in names.items()}
+
+
+def _initial_factors(name: str, layer: DoraLayer, state_dict: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """What the layer began with: of a state dict, if it has that, since the layer's own may be in parts."""
+    own = {plain_name(f"{name}.{initial}"): getattr(layer, initial).detach() for initial in residual.INITIAL.values()}
+    if state_dict is None:
+        return [sharded.whole(t) for t in own.values()]
+    state = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    tensors = {key: state.get(key, t) for key, t in own.items()}
+    if parts := [key for key, t in tensors.items() if sharded.any_sharded(t)]:
+        raise ValueError(f"the state dict does not hold {parts[0]} whole: gather it from the whole model")
+    return list(tensors.values())
 
 
 def _sort_metadata(path: Path) -> None:
@@ -200,6 +221,11 @@ def load_adapter(
     A file may come from anybody: its regexes are matched in a bounded number of steps and may be plain ones only
     (groups, alternatives, classes, repeats, look-ahead).
 
+    What PEFT has not converted of an adapter that began as a part of its base weight (init_lora_weights "pissa",
+    "pissa_niter_[number]", "olora", and "corda" after ``preprocess_corda``) is read as PEFT reads it, by its code: the
+    same part is taken out of the base weights again. So the model must have the weights that the adapter began with.
+    PEFT's own conversion leaves out the magnitudes; :func:`save_adapter` of the model writes a converted adapter.
+
     Args:
         directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
             there is no such directory and huggingface_hub is installed.
@@ -211,7 +237,8 @@ def load_adapter(
         The names of the modules that the adapter went to.
 
     Raises:
-        OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
+        ImportError: an adapter over a part of the base weights, and no PEFT. OSError: a missing file, or one that
+            cannot be read. ValueError: a file that is damaged; a config that is not
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
             them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
@@ -235,7 +262,7 @@ def load_adapter(
         targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
-        for layer, keys in _over_residuals(layers):
+        for _, layer, keys in _over_residuals(layers):
             shapes = layer.adapter_shapes(layer.base_layer, residual.saved_rank(layer))
             expected |= {key: shapes[name] for key, name in zip(keys, residual.INITIAL, strict=True)}
     else:
@@ -254,6 +281,8 @@ def load_adapter(
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
+    if start := adapter_config.taken_out(config):
+        _refuse_to_take_out(start, directory, layers, bases)
     ends = _embeddings(model, bases)
     base_tensors = {key: p for key, p in _embedding_tensors(ends).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
@@ -281,7 +310,9 @@ def load_adapter(
             layers = dora_layers(model)
         for layer in layers.values():
             layer.keep_norm(log)
-        residuals = dict(_over_residuals(layers))
+        residuals = {layer: keys for _, layer, keys in _over_residuals(layers)}
+        if start:
+            _take_out(start, model, layers, log)
         written = *_saved_parts(model, layers), *(layer.base_layer for layer in residuals)
         with offload.written(log, *written, *(ends.values() if base_tensors else ())):
             goals = _adapter_tensors(model, layers)
@@ -305,13 +336,48 @@ def _key(module: str, name: str) -> str:
     return _PREFIX + plain_name(f"{module}.{name}")
 
 
-def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[DoraLayer, list[str]]]:
-    """The layers that began as a part of their base weights, with PEFT's keys of lora_A and lora_B."""
+def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[str, DoraLayer, list[str]]]:
+    """The layers that began as a part of their base weights, with their names and PEFT's keys of lora_A and lora_B."""
     return [
-        (layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
+        (name, layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
         for name, layer in layers.items()
         if residual.has_residual(layer)
     ]
+
+
+def _refuse_to_take_out(
+    start: str, directory: Path, layers: Mapping[str, DoraLayer], bases: Mapping[str, nn.Module]
+) -> None:
+    """Refuses an adapter over a part of the base weights that cannot be had in this model."""
+    from dorac.peft import inits  # imported only for a start of PEFT's
+
+    begun = next((name for name, layer in layers.items() if residual.has_residual(layer)), None)
+    if begun is not None:
+        raise ValueError(
+            f"the adapter in {directory} is over what init_lora_weights={start!r} leaves of the original base weights; "
+            f"here a part of them is taken out already ({begun}, ...): load it into the plain model"
+        )
+    try:
+        inits.check_again(start, bases)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def _take_out(start: str, model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> None:
+    """Takes out of the base weights what was taken out when the adapter was made, as PEFT does when it loads it."""
+    from dorac.peft import inits
+
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, DoraLinear)}
+    refuse_tied(model, linear.values(), f"init_lora_weights={start!r}")
+    with offload.written(log, *linear.values(), *(layer.base_layer for layer in linear.values())):
+        inits.begin_again(start, linear, log)
+    if "niter" in start:
+        warnings.warn(
+            f"the adapter is over what init_lora_weights={start!r} left of the base weights, a decomposition with "
+            "random numbers: what is left now is that as far as the decomposition converges",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:

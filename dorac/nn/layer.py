@@ -453,20 +453,39 @@ class DoraLayer(Switched, nn.Module):
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str, state_dict: Mapping[str, object]) -> None:
-        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict holds.
+        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict is over.
 
-        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`).
+        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`) and the state dict of none, or of
+        another.
         """
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
         if offload.is_offloaded(self):
             raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
-        weight, initial = (f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A"))
-        if "initial_lora_A" in self._parameters and weight in state_dict and initial not in state_dict:
+        if "initial_lora_A" in self._parameters:
+            self._refuse_other_residual(name, state_dict)
+
+    def _refuse_other_residual(self, name: str, state_dict: Mapping[str, object]) -> None:
+        keys = {key: f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A", "initial_lora_B")}
+        weight, *initial = (key in state_dict for key in keys.values())
+        if weight and not initial[0]:
             raise ValueError(
                 f"{name or type(self).__name__} began as a part of its base weight, which the state dict holds whole: "
                 "load base weights before the model is adapted"
             )
+        if weight or not all(initial):
+            return
+        for key in ("initial_lora_A", "initial_lora_B"):
+            own, given = self._parameters[key].detach(), state_dict[keys[key]]
+            if not isinstance(given, Tensor) or own.is_meta or given.is_meta:  # torch says what is wrong, if it is
+                continue
+            own, given = sharded.whole(own), sharded.whole(given)
+            if own.shape == given.shape and not torch.equal(own, given.to(own.device, own.dtype)):
+                raise ValueError(
+                    f"{name or type(self).__name__} began as another part of its base weight than the state dict is "
+                    "over, which does not hold that weight: call dorac.load_adapter(model, directory) first, which "
+                    "takes out what the adapter in the directory began as"
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""

@@ -4,7 +4,7 @@ import inspect
 
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, model
-from torch import nn
+from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import DoraLayer
@@ -23,6 +23,7 @@ __all__ = ["LoraModel"]
 _create_and_replace_stock = model.LoraModel._create_and_replace
 _cast_adapter_dtype_stock = model.LoraModel._cast_adapter_dtype
 _inject_adapter_stock = model.LoraModel.inject_adapter
+_subtract_mutated_init_stock = model.LoraModel.subtract_mutated_init
 
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
@@ -64,6 +65,12 @@ def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = 
             magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
 
 
+def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs=None):
+    """PEFT's, which makes an adapter over the whole weight of one over a part of it, with its magnitudes, too."""
+    magnitudes = {name: t for name, t in output_state_dict.items() if "lora_magnitude_vector" in name}
+    return magnitudes | _subtract_mutated_init_stock(self, output_state_dict, adapter_name, kwargs)
+
+
 class LoraModel(model.LoraModel):
     """That of one enabled model."""
 
@@ -74,6 +81,7 @@ class LoraModel(model.LoraModel):
     add_weighted_adapter = add_weighted_adapter
     inject_adapter = _inject_adapter
     merge_adapter = merge_adapter
+    subtract_mutated_init = _subtract_mutated_init
     unmerge_adapter = unmerge_adapter
 
 
