@@ -259,9 +259,9 @@ def load_adapter(
             named.put_on_shelves(model, layers, adapter_name, _like(file, layers, dropout_on), log)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the adapter in {directory} does not fit the model: {error}") from None
-        named.exchange(model, layers, adapter_name, log)
+        named.exchange(model, layers, adapter_name, log)  # whose norms are taken when it has values
         names = _load(root, file, beside_others=True)
-        named.exchange(model, layers, active, log)
+        norm_cache.refresh(named.exchange(model, layers, active, log))
     return names
 
 
@@ -396,7 +396,7 @@ _OTHER_BASE = "values of {}: not those of the model's base weight, which its oth
 
 def _differs(value: Tensor, present: Tensor) -> bool:
     """Whether reading ``value`` into ``present`` would change that."""
-    return not torch.equal(value.to(present.dtype), sharded.whole(present.detach()).cpu())
+    return not present.is_meta and not torch.equal(value.to(present.dtype), sharded.whole(present.detach()).cpu())
 
 
 def _key(module: str, name: str) -> str:

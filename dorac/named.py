@@ -63,7 +63,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     check_switchable(model, layers)
     with Undo() as log:
-        exchange(model, layers, adapter_name, log)
+        norm_cache.refresh(exchange(model, layers, adapter_name, log))
 
 
 def add_adapter(
@@ -110,6 +110,9 @@ def add_adapter(
     ranks, alphas = Pattern("rank_pattern", rank_pattern), Pattern("alpha_pattern", alpha_pattern)
 
     def build(name: str, layer: DoraLayer) -> Shelved:
+        with offload.onloaded(layer.base_layer):
+            if any(weight.is_meta for weight in layer.base_weights()):
+                raise ValueError(f"{name or type(layer).__name__}: its base weight is on meta: load it first")
         rank, alpha = ranks.value(plain_name(name), r), alphas.value(plain_name(name), lora_alpha)
         return empty_adapter(name, layer, rank, alpha, {}, options | {"magnitude_loaded": False})
 
@@ -278,15 +281,16 @@ def put_on_shelves(
 
 def exchange(
     model: nn.Module, layers: Mapping[str, DoraLayer], adapter_name: str, log: Undo, *, norms: bool = True
-) -> None:
-    """Makes an adapter that is known the active one; ``norms``: see :func:`dorac.nn.shelf.exchange`."""
+) -> list[DoraLayer]:
+    """Makes an adapter that is known the active one; ``norms``: see :func:`dorac.nn.shelf.exchange`.
+
+    Returns:
+        The layers whose kept norms are to be taken.
+    """
     active = _first(layers).adapter_name
-    if adapter_name == active:
-        return
     for module in _saved(model):
         shelf.exchange_whole(module, adapter_name, active, log)
-    distinct = dict.fromkeys(layers.values())
-    norm_cache.refresh([layer for layer in distinct if shelf.exchange(layer, adapter_name, log, norms=norms)])
+    return [layer for layer in dict.fromkeys(layers.values()) if shelf.exchange(layer, adapter_name, log, norms=norms)]
 
 
 @contextlib.contextmanager

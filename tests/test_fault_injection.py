@@ -360,6 +360,38 @@ def test_load_adapter(adapter, wrapped):
     )
 
 
+def named():
+    """A model with two adapters, whose norms are both kept."""
+    model = cached(adapted())
+    dorac.add_adapter(model, "b", r=4, init_lora_weights=False)
+    dorac.set_adapter(model, "b")
+    off_init(model)
+    dorac.set_adapter(model, "default")
+    return model
+
+
+class NamedState(State):
+    """The other adapter's tensors, too."""
+
+    def _tensors(self):
+        shelves = [getattr(m, "adapters", None) or vars(m).get("dora_adapters", {}) for m in self.model.modules()]
+        shelved = [adapter for shelf in shelves for adapter in shelf.values() if adapter is not None]
+        others = [t for adapter in shelved for t in (*adapter.parameters(), *adapter.buffers())]
+        return [*super()._tensors(), *others]
+
+
+def test_named_adapters(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_fault_injection.State", NamedState)
+    for call, floor in (
+        (lambda m: dorac.add_adapter(m, "c", r=3), 20),
+        (lambda m: dorac.load_adapter(m, adapter, adapter_name="c"), 20),
+        (lambda m: dorac.set_adapter(m, "b"), 6),
+        (lambda m: dorac.delete_adapter(m, "b"), 3),
+        (lambda m: dorac.save_adapter(m, tmp_path, adapter_name="b"), 6),
+    ):
+        every_fault(named, call, floor=floor, errors=ERRORS[:1], check=NamedState.assert_kept)
+
+
 def test_cache_norms():
     every_fault(copies_of(adapted()), cached, floor=5)
 

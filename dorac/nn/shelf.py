@@ -105,8 +105,8 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor | None]]:
 
 def exchange_whole(module: nn.Module, name: str, active: str, log: Undo) -> None:
     """Puts an adapter's tensors in the place of the active one's in a module that is trained whole."""
-    shelf = shelf_of(module, active)
     log.keep_module(module)
+    shelf = shelf_of(module, active)
     new = shelf[name]
     for registry, tensors in ((module._parameters, new._parameters), (module._buffers, new._buffers)):
         for key, tensor in tensors.items():
