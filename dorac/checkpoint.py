@@ -262,7 +262,7 @@ def load_adapter(
         named.exchange(model, layers, adapter_name, log)  # whose norms are taken when it has values
         names = _load(root, file, beside_others=True)
         norm_cache.refresh(named.exchange(model, layers, active, log))
-    return names
+        return names
 
 
 class _File(NamedTuple):

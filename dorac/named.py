@@ -127,9 +127,11 @@ def add_adapter(
         exchange(model, layers, active, log, norms=False)
         for layer in layers.values():
             layer.adapters[adapter_name].fresh = True
-    for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if unused := pattern.unused():
-            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=2)
+        for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if unused := pattern.unused():
+                warnings.warn(
+                    f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=2
+                )
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -296,9 +298,7 @@ def exchange(
 @contextlib.contextmanager
 def shown(model: nn.Module, layers: Mapping[str, DoraLayer], adapter_name: str) -> Iterator[None]:
     """The tensors and settings of an adapter that is not active as the layers' own, for a block that reads them."""
-    log = Undo()
-    try:
+    with Undo() as log:  # which rolls back whatever is raised, at the next line too
         exchange(model, layers, adapter_name, log, norms=False)
         yield
-    finally:
         log.roll_back()

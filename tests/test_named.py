@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from injected import everything, raised_at_every_line
 from test_switching import LAYERS
 from torch import nn
 
@@ -649,3 +650,37 @@ def test_files_go_to_peft_and_back(tmp_path):
     for name in ("c", "a"):
         theirs.set_adapter(name)
         torch.testing.assert_close(theirs(x), alone[name](x))
+
+
+FILES = ("dorac/named.py", "dorac/nn/shelf.py", "dorac/nn/norm_cache.py", "dorac/checkpoint.py")
+
+
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("call", ["set", "add", "load", "delete", "save"])
+def test_raised_at_any_line(call, step, tmp_path):
+    """All or nothing, norms included; a saved adapter leaves no trace at all."""
+    base = Tagger().eval()
+    alone, x = files(base, ["body"], tmp_path, modules_to_save=["norm", "heads"]), torch.randn(3, 10)
+    model = gathered(base, tmp_path)
+    cache = dorac.cache_norms(model)
+    for name in ("b", "a"):
+        dorac.set_adapter(model, name)
+        model(x)
+    calls = {
+        "set": lambda: dorac.set_adapter(model, "b"),
+        "add": lambda: dorac.add_adapter(model, "d", r=3, rank_pattern={"body": 2}),
+        "load": lambda: dorac.load_adapter(model, tmp_path / "c", adapter_name="d"),
+        "delete": lambda: dorac.delete_adapter(model, "b"),
+        "save": lambda: dorac.save_adapter(model, tmp_path / "saved", adapter_name="b"),
+    }
+    shelved = {name: copy.deepcopy(model.body.adapters[name].state_dict()) for name in ("b", "c")}
+    before = everything(model)
+    for n in raised_at_every_line(calls[call], FILES, step=step):
+        assert everything(model) == before, n
+        cache.check()
+        for name, state in shelved.items():
+            now = model.body.adapters[name].state_dict()
+            assert all(torch.equal(now[key], t) for key, t in state.items())
+    if call == "save":
+        assert everything(model) == before
+    assert torch.equal(model(x), alone["b" if call == "set" else "a"](x))
