@@ -6,6 +6,7 @@ its base product once for the batch, and then the rows of each adapter together,
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,35 +31,50 @@ class MixedBatch:
     def _check_forward_args(self, x: Tensor, *args, **kwargs) -> None:
         names = kwargs.get("adapter_names")
         if names is not None:
-            kwargs = kwargs | {"adapter_names": _without_dora(self, names)}
+            names = [BASE if isinstance(self.lora_variant.get(name), OnDorac) else name for name in names]
+            kwargs = kwargs | {"adapter_names": names}
         super()._check_forward_args(x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: Sequence[str], **kwargs) -> Tensor:
-        # PEFT's runs the base layer and other adapters; what is DoRA's it takes for rows of the base.
-        result = super()._mixed_batch_forward(x, *args, adapter_names=_without_dora(self, adapter_names), **kwargs)
+        others = [BASE if _is_own(self, name) else name for name in adapter_names]
+        result = super()._mixed_batch_forward(x, *args, adapter_names=others, **kwargs)
+        if all(map(operator.eq, others, adapter_names)):
+            return result
+        # PEFT writes to the base layer's output in place, which may be a view that autograd lets nobody write.
+        parts, order = [], []
         for adapter in dict.fromkeys(adapter_names):
-            if isinstance(self.lora_variant.get(adapter), OnDorac):
-                rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-                result[rows] = _of_rows(self, adapter, x[rows], result[rows]).to(result.dtype)
-        return result
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
+            places = torch.tensor(rows, device=x.device)
+            part = result[places]
+            parts.append(_with_adapter(self, adapter, x[places], part) if _is_own(self, adapter) else part)
+            order += rows
+        return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
 
 
-def _without_dora(layer: LoraLayer, names: Sequence[str]) -> list[str]:
-    return [BASE if isinstance(layer.lora_variant.get(name), OnDorac) else name for name in names]
+def _is_own(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the rows of an adapter are computed here: DoRA's, and those of LoRA as long as it is no embedding's."""
+    if adapter in layer.lora_variant:
+        return isinstance(layer.lora_variant[adapter], OnDorac)
+    return adapter in layer.lora_A
 
 
-def _of_rows(layer: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+def _with_adapter(layer: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     """The output of a layer with this adapter, from the base layer's for the same rows."""
-    variant = layer.lora_variant[adapter]
-    if dora.is_zero(layer.lora_magnitude_vector[adapter].split(layer.scaling[adapter])[1]):
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and dora.is_zero(layer.lora_magnitude_vector[adapter].split(layer.scaling[adapter])[1]):
         return result
     is_linear = isinstance(variant, DoraLinearVariant)
     if is_linear and (y := over.adapted(layer, adapter, x, result)) is not None:
-        return y
-    if adapter in layer.lora_A and not torch.is_autocast_enabled():
+        return y.to(result.dtype)
+    if adapter in layer.lora_A and not torch.is_autocast_enabled(x.device.type):  # as PEFT does
         x = layer._cast_input_dtype(x, layer.lora_A[adapter].weight.dtype)
-    forward = variant.added if is_linear else variant.forward
-    return forward(layer, active_adapter=adapter, x=x, result=result)
+    if variant is None:
+        lora = layer.lora_B[adapter](layer.lora_A[adapter](layer.lora_dropout[adapter](x)))
+        y = result + lora * layer.scaling[adapter]
+    else:
+        forward = variant.added if is_linear else variant.forward
+        y = forward(layer, active_adapter=adapter, x=x, result=result)
+    return y.to(result.dtype)
 
 
 def linear(layer: LoraLayer, x: Tensor, names: Sequence[str], base_kind: type[nn.Module]) -> Tensor | None:
