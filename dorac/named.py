@@ -39,8 +39,8 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
     The adapters' tensors, modules of ``modules_to_save``, scalings, strengths and dropouts are exchanged; nothing is
     computed but what :func:`dorac.cache_norms` does not have already: it keeps the norms of each adapter. A compiled
-    model runs on: between adapters of one rank nothing is recompiled (a second scaling costs a graph, as ever), for
-    another rank once.
+    model runs on: between adapters of one rank nothing is recompiled (a second scaling costs a graph, as ever, and in
+    training another dropout), for another rank once.
 
     The parameters are other ``nn.Parameter`` objects then: an optimizer holds the adapter that it was made for. So
     train each with its own (``parameter_groups`` after the switch), and step the one of the active adapter;

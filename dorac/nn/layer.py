@@ -67,7 +67,8 @@ class DoraLayer(Switched, nn.Module):
     ``.to(torch.bfloat16)``; what casts it otherwise is undone before it trains (:mod:`dorac.magnitudes`).
 
     State-dict keys are ``base_layer.*`` and those of ``PEFT_KEYS``. They do not tell whether
-    the adapter is merged: save the state of an unmerged layer, or unload it.
+    the adapter is merged: save the state of an unmerged layer, or unload it. A layer can hold several adapters, one of
+    them active, whose tensors its parameters are: see :func:`dorac.add_adapter`.
 
     Args:
         base_layer: the layer to adapt; kept, not copied.
