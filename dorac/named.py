@@ -297,7 +297,15 @@ def exchange(
 
 @contextlib.contextmanager
 def shown(model: nn.Module, layers: Mapping[str, DoraLayer], adapter_name: str) -> Iterator[None]:
-    """The tensors and settings of an adapter that is not active as the layers' own, for a block that reads them."""
+    """The tensors and settings of an adapter that is not active as the layers' own, for a block that reads them.
+
+    Raises:
+        ValueError: sharded layers, by name.
+    """
+    reshard(model)
+    for name, layer in layers.items():
+        if reason := shelf.in_parts(layer):
+            raise ValueError(f"{name or type(layer).__name__}: {reason}")
     with Undo() as log:  # which rolls back whatever is raised, at the next line too
         exchange(model, layers, adapter_name, log, norms=False)
         yield

@@ -173,10 +173,11 @@ def unswitchable(layer: "DoraLayer") -> str | None:
         return "its adapter is offloaded by accelerate: dispatch the model first and adapt it then"
     if layer._parameters.keys() != layer.PEFT_KEYS.keys():
         return "its adapter is in parts, or computed (FSDP, a parametrisation)"
-    return _in_parts(layer)
+    return in_parts(layer)
 
 
-def _in_parts(module: nn.Module) -> str | None:
+def in_parts(module: nn.Module) -> str | None:
+    """Why the shelf of a module does not go with its tensors, or None if it does."""
     own = [p for p in module._parameters.values() if p is not None]
     if sharded.any_sharded(*own) or any(hasattr(p, "ds_id") for p in own):
         return "its tensors are sharded (DTensor, DeepSpeed ZeRO-3), which holds for one adapter only"
@@ -187,4 +188,4 @@ def unswitchable_whole(module: nn.Module) -> str | None:
     """As :func:`unswitchable`, of a module that is trained whole."""
     if offload.is_offloaded(module):
         return "it is offloaded by accelerate: dispatch the model first and adapt it then"
-    return _in_parts(module)
+    return in_parts(module)
