@@ -167,7 +167,9 @@ def test_a_write_through_data_while_on_the_shelf(tmp_path):
     cache.check()
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+@pytest.mark.parametrize(
+    "cached", [pytest.param(False, marks=pytest.mark.full, id=""), pytest.param(True, id="cached")]
+)
 def test_compiled_code_runs_on(cached, tmp_path):
     """Same rank and scaling: nothing. A second scaling and another rank: once each."""
     base = net()
