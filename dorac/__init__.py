@@ -5,6 +5,7 @@ from dorac.apply import apply_dora, merge, unmerge
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.idle import find_idle
+from dorac.named import active_adapter, adapters, add_adapter, delete_adapter, set_adapter
 from dorac.outputs import save_outputs
 from dorac.switching import base_model, disabled, set_strength
 from dorac.trained import parameter_groups, print_trainable_parameters
@@ -12,9 +13,13 @@ from dorac.trained import parameter_groups, print_trainable_parameters
 __version__ = "0.1.0"
 __all__ = [
     "NormCache",
+    "active_adapter",
+    "adapters",
+    "add_adapter",
     "apply_dora",
     "base_model",
     "cache_norms",
+    "delete_adapter",
     "disabled",
     "find_idle",
     "functional",
@@ -26,6 +31,7 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
     "save_outputs",
+    "set_adapter",
     "set_strength",
     "unmerge",
 ]

@@ -14,6 +14,7 @@ from dorac import lora_config, notices, offload, pretrained
 from dorac.names import ModuleNames, Names, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
+from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
 from dorac.undo import Undo
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
+_LEFT_BY_WRAPPING = (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE, SHELF_ATTRIBUTE)
 
 
 @lora_config.takes_lora_config
@@ -166,9 +168,26 @@ def apply_dora(
 
 
 def wrap(
-    model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *, stacklevel: int = 3, **options
+    model: nn.Module,
+    targets: list[Target],
+    saved: list[str],
+    log: Undo,
+    *,
+    adapter_name: str = "default",
+    stacklevel: int = 3,
+    **options,
 ) -> None:
-    """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
+    """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back.
+
+    ``adapter_name``: of the adapter of a model that has none yet.
+    """
+    for name, layer in dora_layers(model).items():
+        if len(layer.adapters) > 1:
+            raise ValueError(
+                f"{name} holds the adapters {', '.join(layer.adapters)}, and layers that are adapted later would have "
+                "one of them: adapt all layers before further adapters are added"
+            )
+        adapter_name = layer.adapter_name
     modules = {target.name: target.module for target in targets}
     notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
     notices.warn_dense_copies(modules, stacklevel=stacklevel)
@@ -178,6 +197,7 @@ def wrap(
         if target.module not in wrappers:
             layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options, **target.layout)
             layer.training = target.module.training
+            layer.adapter_name, layer.adapters = adapter_name, {adapter_name: None}
             wrappers[target.module] = layer
     adapters = {id(p) for layer in dora_layers(model).values() for p in layer.parameters(recurse=False)}
     for parameter in model.parameters():
@@ -277,7 +297,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
     Args:
         model: a model with adapted layers (:class:`dorac.nn.DoraLayer`), or one such layer.
         unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
-            parameters still frozen but for those in ``modules_to_save``.
+            parameters still frozen but for those in ``modules_to_save``. Adapters that are not active are gone.
 
     Returns:
         With ``unload`` the plain model: ``model``, or the plain layer if ``model`` itself is an adapted layer. Else
@@ -344,7 +364,7 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
         return
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     for module in model.modules():
-        left = [name for name in (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE) if name in vars(module)]
+        left = [name for name in _LEFT_BY_WRAPPING if name in vars(module)]
         if left or loading.is_guarded(module) or pretrained.is_installed(module):
             log.keep_module(module)
             for name in left:
@@ -420,8 +440,8 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     if not layers:
         if found := peft_layers(model):
             raise ValueError(
-                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter "
-                "or merge_and_unload of the PEFT model"
+                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter, "
+                "merge_and_unload or set_adapter of the PEFT model"
             )
         raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
     return layers

@@ -36,6 +36,7 @@ FLOORS = {
     "trained": 5,
     "apply": 6,
     "adapter_config": 7,
+    "named": 7,
     "caching": 7,
     "checkpoint": 8,
     "idle": 7,

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from test_apply import TOKENS, Model
-from test_peft_inits import config_for, make, prepare, unchanged
+from test_peft_inits import TARGETS, config_for, make, prepare, unchanged
 from torch import nn
 
 import dorac
@@ -119,6 +119,21 @@ def test_an_adapted_model_takes_it(tmp_path):
     with pytest.raises(ValueError, match=r"a part of them is taken out already \(blocks.0.up, ...\): load it into"):
         dorac.load_adapter(model, tmp_path)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("beside", ["new", "active"])
+def test_other_adapters_rest_on_the_whole_weights(beside, tmp_path):
+    """As one more adapter, or into the active one of several."""
+    saved_by_peft("pissa", tmp_path)
+    model = make()
+    dorac.apply_dora(model, TARGETS, r=4, lora_alpha=8)
+    if beside == "active":
+        dorac.add_adapter(model, "other", r=4, lora_alpha=8)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="'pissa' leaves of the original base weights, which the model's other"):
+        dorac.load_adapter(model, tmp_path, adapter_name="b" if beside == "new" else None)
+    unchanged(model, before)
+    assert dorac.adapters(model) == dorac.adapters(before)
 
 
 def test_conv1d(tmp_path):

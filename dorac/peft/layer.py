@@ -15,7 +15,7 @@ from dorac import functional, offload
 from dorac.nn import offloaded
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
-from dorac.peft import dora, variants
+from dorac.peft import dora, mixed, variants
 from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
 from dorac.peft.merging import Merging
 from dorac.peft.norms import AdapterNorm
@@ -25,7 +25,7 @@ from dorac.peft.weights import is_plain, whole
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
 
-class _Layer(Merging, variants.TakesVariants):
+class _Layer(Merging, mixed.MixedBatch, variants.TakesVariants):
     """What the layers have in common: how they merge, which variants they take, and when they compute as one.
 
     What the answer rests on may change between any two calls and is asked in every one, of the modules' dictionaries:
@@ -80,10 +80,28 @@ class Linear(_Layer, layer.Linear):
         if "_hf_hook" in self._modules["base_layer"].__dict__:
             return offloaded.forward(self, self._norm_keepers(), x, *args, **kwargs)
         adapter = lone_adapter(self, args, kwargs)
-        transposed = self.fan_in_fan_out
-        parts = None if adapter is None else self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
+        parts = None if adapter is None else self._parts(x, adapter, self._base_kind(), nn.Linear)
         if parts is None:
             return super().forward(x, *args, **kwargs)
+        return self._with_one(x, adapter, parts)
+
+    def _base_kind(self) -> type[nn.Module]:
+        return Conv1D if self.fan_in_fan_out else nn.Linear
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        if not args and all(value is None for value in kwargs.values()):
+            first = adapter_names[0] if len(set(adapter_names)) == 1 else None
+            if isinstance(self.lora_variant.get(first), variants.OnDorac):
+                parts = self._parts(x, first, self._base_kind(), nn.Linear)
+                if parts is not None:
+                    return self._with_one(x, first, parts)
+            y = mixed.linear(self, x, adapter_names, self._base_kind())
+            if y is not None:
+                return y
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _with_one(self, x: Tensor, adapter: str, parts: tuple) -> Tensor:
+        """The layer with this adapter alone, in one call."""
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
         scaling, strength = module.split(self.scaling[adapter])
         norm = module.known_norm(base, lora_A, lora_B, scaling)
@@ -95,7 +113,7 @@ class Linear(_Layer, layer.Linear):
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return functional.dora_linear(
             x,
-            weight.t() if transposed else weight,
+            weight.t() if self.fan_in_fan_out else weight,
             lora_A,
             lora_B,
             magnitude,

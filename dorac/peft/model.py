@@ -11,6 +11,7 @@ from dorac.nn import DoraLayer
 from dorac.nn.layer import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
+from dorac.peft.mixed import enable_peft_forward_hooks
 from dorac.peft.state import state
 from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
@@ -77,6 +78,7 @@ class LoraModel(model.LoraModel):
     _cast_adapter_dtype = _cast_adapter_dtype
     _create_and_replace = _create_and_replace
     _create_new_module = staticmethod(create_new_module)
+    _enable_peft_forward_hooks = enable_peft_forward_hooks
     _unload_and_optionally_merge = unload_and_optionally_merge
     add_weighted_adapter = add_weighted_adapter
     inject_adapter = _inject_adapter
