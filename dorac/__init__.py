@@ -6,6 +6,7 @@ from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.fusing import Fusion, fuse, unfuse
 from dorac.idle import find_idle
+from dorac.named import active_adapter, adapters, add_adapter, delete_adapter, set_adapter
 from dorac.outputs import save_outputs
 from dorac.switching import base_model, disabled, set_strength
 from dorac.trained import parameter_groups, print_trainable_parameters
@@ -14,9 +15,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Fusion",
     "NormCache",
+    "active_adapter",
+    "adapters",
+    "add_adapter",
     "apply_dora",
     "base_model",
     "cache_norms",
+    "delete_adapter",
     "disabled",
     "find_idle",
     "functional",
@@ -29,6 +34,7 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
     "save_outputs",
+    "set_adapter",
     "set_strength",
     "unfuse",
     "unmerge",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dorac import lora_config
 from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
@@ -58,6 +59,20 @@ _NEUTRAL = {
     "task_type": (str, type(None)),
 }
 _TYPES = _HONOURED | _NEUTRAL
+# Starts that leave the base weight as it is, and those that take a part out of it, which PEFT does again when it loads
+# what it has not converted.
+_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_TAKING_STARTS = r"pissa(_niter_\d+)?|olora|corda"
+_OTHER_STARTS = {
+    "loftq": (
+        "replaced the base weights by quantised ones, which are not in the file: peft.PeftModel.from_pretrained makes "
+        "them again, and dorac.peft.enable() has that model run on dorac"
+    ),
+    "lora_ga": (
+        "took a part out of the base weights along a gradient that is not in the file, and which PEFT itself leaves in "
+        "when it loads: merge the adapter in the model that it was trained in"
+    ),
+}
 _WORDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 _WORDS |= {int: "an integer", float: "a number"}
 # PEFT's word for a task whose heads it leaves as they are, and transformers' table of the classes for it.
@@ -211,7 +226,9 @@ def read_config(path: Path) -> dict:
     absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
-    foreign = {k: v for k, v in config.items() if k not in _TYPES and v and not (k == "bias" and v == "none")}
+    init = config.get("init_lora_weights")
+    known = {*_TYPES, lora_config.SETTINGS_OF_STARTS.get(init if isinstance(init, str) else None)}
+    foreign = {k: v for k, v in config.items() if k not in known and v and not (k == "bias" and v == "none")}
     if foreign:
         raise ValueError(
             f"{path} asks for what dorac does not have: {', '.join(f'{k}={v!r}' for k, v in sorted(foreign.items()))}"
@@ -229,10 +246,10 @@ def _check_values(config: Mapping[str, object]) -> None:
         if field in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             words = " or ".join(dict.fromkeys(_WORDS[t] for t in types if not (t is int and float in types)))
             raise TypeError(f"{field} must be {words}, got {shortened(value)}")
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(
-            f"init_lora_weights={config['init_lora_weights']!r} changes base weights, which dorac does not redo"
-        )
+    init = config.get("init_lora_weights")
+    if init not in _KEEPING_STARTS and taken_out(config) is None:
+        reason = _OTHER_STARTS.get(init, "is no start that PEFT has with DoRA")
+        raise ValueError(f"init_lora_weights={init!r} {reason}")
     for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
         check_hyperparameters(r, 1, config.get("lora_dropout") or 0.0, True, None)
         if r > LARGEST_RANK:
@@ -253,6 +270,15 @@ def _check_values(config: Mapping[str, object]) -> None:
         Names(field, config.get(field) or [], compile)
     for field in ("rank_pattern", "alpha_pattern"):
         Pattern(field, config.get(field), compile)
+
+
+def taken_out(config: Mapping[str, object]) -> str | None:
+    """The start by which the adapter is one over a part of the base weight, if it is none over the weight itself.
+
+    PEFT writes so what it has not converted. What dorac writes, and what PEFT converts, is over the whole weight.
+    """
+    init = config.get("init_lora_weights")
+    return init if isinstance(init, str) and re.fullmatch(_TAKING_STARTS, init) else None
 
 
 def setting_mismatches(layers: Mapping[str, DoraLayer], config: Mapping[str, object]) -> list[str]:

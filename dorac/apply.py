@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dorac import lora_config, notices, offload, pretrained
 from dorac.names import ModuleNames, Names, parents, plain_name
-from dorac.nn import DoraLayer, blocks, layer_class, loading, merging, starts
+from dorac.nn import DoraLayer, blocks, layer_class, loading, loftq, merging, starts
 from dorac.nn.kinds import CONVOLUTIONS
+from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
 from dorac.undo import Undo
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Where a wrapped model remembers which modules are trained and saved whole.
 SAVED_ATTRIBUTE = "dora_modules_to_save"
+_LEFT_BY_WRAPPING = (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE, SHELF_ATTRIBUTE)
 
 
 @lora_config.takes_lora_config
@@ -47,6 +49,7 @@ def apply_dora(
     bias: str = "none",
     grouped_lora_A: bool = False,
     eva_state_dict: Mapping[str, Tensor] | None = None,
+    original_weights: Mapping[str, Tensor] | None = None,
     config: "peft.LoraConfig | None" = None,
 ) -> list[str]:
     """Replaces the named layers of ``model`` by their adapted forms from ``dorac.nn``, in place, and freezes the rest.
@@ -67,7 +70,8 @@ def apply_dora(
             the same config; "eva" with the ``eva_state_dict`` that ``peft.get_eva_state_dict(model, data, config)``
             returns, which gives the layers ranks, and none to some. The output at the start is the frozen model's, to a
             rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
-            and :func:`dorac.save_adapter`.
+            and :func:`dorac.save_adapter`. "loftq" is for quantised linear layers, with ``original_weights``: the
+            output at the start is nearer to that of the model before it was quantised (:mod:`dorac.nn.loftq`).
         exclude_modules: a list of names or endings, or a regex; never adapted.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
@@ -77,6 +81,8 @@ def apply_dora(
         bias: only "none"; training biases is refused.
         grouped_lora_A: for the convolutions among the targets, see :class:`dorac.nn.DoraConv2d`.
         eva_state_dict: for the start "eva".
+        original_weights: for the start "loftq", the state dict of the model before it was quantised, or as much of it
+            as is adapted: ``{"<module>.weight": [out, in]}``.
         config: PEFT's ``LoraConfig`` in the place of all that it has fields for; it may come second as well,
             ``apply_dora(model, LoraConfig(use_dora=True, r=16))``. Beside it go the arguments that it has no field for.
             Its ``task_type`` has the task's head trained whole, as in PEFT, and is in the saved config.
@@ -120,8 +126,12 @@ def apply_dora(
             else target
             for target in targets
         ]
-    inits = None
-    if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
+    inits, by_loftq = None, init_lora_weights == "loftq"
+    if original_weights is not None and not by_loftq:
+        raise ValueError(f"original_weights is for init_lora_weights='loftq', got {init_lora_weights!r}")
+    if by_loftq:
+        loftq.check({t.name: t.module for t in targets}, original_weights, config)
+    elif isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
         from dorac.peft import inits  # imported only for a start of PEFT's
 
         inits.check(init_lora_weights, {t.name: t.module for t in targets}, config, eva_state_dict)
@@ -140,15 +150,17 @@ def apply_dora(
             lora_dropout=lora_dropout,
             dropout_on=dropout_on,
             use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights if inits is None else True,
+            init_lora_weights=True if by_loftq or inits is not None else init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
             stacklevel=4,
         )
+        layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
+        if by_loftq:
+            loftq.begin(layers, original_weights)
         if inits is not None:
-            layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
             if inits.takes_out(init_lora_weights):
-                _refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
+                refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
             inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
@@ -156,9 +168,26 @@ def apply_dora(
 
 
 def wrap(
-    model: nn.Module, targets: list[Target], saved: list[str], log: Undo, *, stacklevel: int = 3, **options
+    model: nn.Module,
+    targets: list[Target],
+    saved: list[str],
+    log: Undo,
+    *,
+    adapter_name: str = "default",
+    stacklevel: int = 3,
+    **options,
 ) -> None:
-    """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back."""
+    """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back.
+
+    ``adapter_name``: of the adapter of a model that has none yet.
+    """
+    for name, layer in dora_layers(model).items():
+        if len(layer.adapters) > 1:
+            raise ValueError(
+                f"{name} holds the adapters {', '.join(layer.adapters)}, and layers that are adapted later would have "
+                "one of them: adapt all layers before further adapters are added"
+            )
+        adapter_name = layer.adapter_name
     modules = {target.name: target.module for target in targets}
     notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
     notices.warn_dense_copies(modules, stacklevel=stacklevel)
@@ -168,6 +197,7 @@ def wrap(
         if target.module not in wrappers:
             layer = layer_class(target.module)(target.module, target.r, target.lora_alpha, **options, **target.layout)
             layer.training = target.module.training
+            layer.adapter_name, layer.adapters = adapter_name, {adapter_name: None}
             wrappers[target.module] = layer
     adapters = {id(p) for layer in dora_layers(model).values() for p in layer.parameters(recurse=False)}
     for parameter in model.parameters():
@@ -267,7 +297,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
     Args:
         model: a model with adapted layers (:class:`dorac.nn.DoraLayer`), or one such layer.
         unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
-            parameters still frozen but for those in ``modules_to_save``.
+            parameters still frozen but for those in ``modules_to_save``. Adapters that are not active are gone.
 
     Returns:
         With ``unload`` the plain model: ``model``, or the plain layer if ``model`` itself is an adapted layer. Else
@@ -291,7 +321,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
         starts.settle(layer)
         if reason := layer.cannot_merge():
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    _refuse_tied(model, layers.values(), "merging")
+    refuse_tied(model, layers.values(), "merging")
     for name, layer in layers.items():
         finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
         if not layer.merged and not finite:
@@ -335,7 +365,7 @@ def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> Non
     replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
     blocks.restore(model.modules(), log)
     for module in model.modules():
-        left = [name for name in (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE) if name in vars(module)]
+        left = [name for name in _LEFT_BY_WRAPPING if name in vars(module)]
         if left or loading.is_guarded(module) or pretrained.is_installed(module):
             log.keep_module(module)
             for name in left:
@@ -411,8 +441,8 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     if not layers:
         if found := peft_layers(model):
             raise ValueError(
-                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter "
-                "or merge_and_unload of the PEFT model"
+                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter, "
+                "merge_and_unload or set_adapter of the PEFT model"
             )
         raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
     return layers
@@ -426,7 +456,7 @@ def _memory(parameter: Tensor) -> tuple[str, int]:
     return "id", id(parameter)
 
 
-def _refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
+def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
     """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
     layers = set(layers)

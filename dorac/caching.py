@@ -54,6 +54,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     (``set_scale``, ``rescale_adapter_scale``) leaves the norms as they are. Adapters that are added later take their
     own norm. ``dorac.peft.disable(model)`` forgets the norms.
 
+    Of several adapters of a model of ``dorac.nn`` each has its norms kept: :func:`dorac.set_adapter` takes none that is
+    still right.
+
     Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
     weight is there, and again where the host's tensor was written to or replaced.
 

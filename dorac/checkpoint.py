@@ -5,15 +5,17 @@ import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, hub, notices, offload, packed
+from dorac import adapter_config, checks, hub, named, notices, offload, packed
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import (
     bare,
@@ -21,15 +23,17 @@ from dorac.apply import (
     find_saved,
     refuse_ddp,
     refuse_offloaded_as_parts,
+    refuse_tied,
     require_layers,
     reshard,
     saved_modules,
     wrap,
 )
 from dorac.bounded import Bounded
-from dorac.names import ModuleNames, plain_name
-from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
+from dorac.names import ModuleNames, Pattern, plain_name
+from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
+from dorac.nn.shelf import Shelved
 from dorac.ops import sharded
 from dorac.targets import Target, find_targets
 from dorac.undo import Undo
@@ -40,9 +44,13 @@ _ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    adapter_name: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
+    """Writes an adapter of ``model`` so that :func:`load_adapter` and stock PEFT read it.
 
     ``adapter_model.safetensors`` holds ``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (of an
     embedding ``.lora_embedding_A`` and ``.lora_embedding_B``) and ``.lora_magnitude_vector`` in their own dtypes (and
@@ -65,17 +73,24 @@ def save_adapter(
     A ``RuntimeWarning`` names adapters that were never trained while others were, see :func:`dorac.find_idle`.
 
     Args:
+        adapter_name: which one, of a model that holds several; None takes the active one. The file does not say it.
         state_dict: the values, where the model's own are in parts: a state dict that a trainer has gathered, of the
             whole model or of what is trained. The process that calls this writes then, and no other need call it.
 
     Raises:
-        ValueError: no adapter in the model; layers that one config cannot describe (different dropout or rsLoRA
-            settings); an adapter without values or with values that are not finite; a ``state_dict`` without them; a
-            model that PEFT has adapted.
+        ValueError: no adapter in the model, or none of this name; layers that one config cannot describe (different
+            dropout or rsLoRA settings); an adapter without values or with values that are not finite; a ``state_dict``
+            without them or with parts of them; a model that PEFT has adapted.
         OSError: the directory cannot be made or written.
     """
     model = bare(model)
     layers = require_layers(model)
+    if adapter_name is not None and adapter_name != named.active_of(layers, adapter_name):
+        if state_dict is not None:
+            raise ValueError(f"a state dict holds the active adapter, not {adapter_name!r}: make that one active first")
+        with named.shown(model, layers, adapter_name):
+            save_adapter(model, directory)
+        return
     _refuse_root(layers)
     refuse_offloaded_as_parts(model, layers)
     config = adapter_config.describe(model, layers)
@@ -88,8 +103,9 @@ def save_adapter(
     else:
         parameters = _gathered_tensors(model, layers, state_dict)
     tensors = {key: sharded.whole(t.detach()).clone().contiguous() for key, t in parameters.items()}
-    for layer, keys in _over_residuals(layers):
-        tensors |= zip(keys, residual.over_original(layer, *(tensors[key] for key in keys)), strict=True)
+    for name, layer, keys in _over_residuals(layers):
+        initial = (t.to(tensors[keys[0]].device) for t in _initial_factors(name, layer, state_dict))
+        tensors |= zip(keys, residual.over_original(*(tensors[key] for key in keys), *initial), strict=True)
     if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -137,10 +153,28 @@ def _gathered_tensors(
             f"the state dict holds no {absent[0]} ({len(absent)} of {len(names)} tensors of the adapter are not in "
             "it): gather it from the whole model"
         )
+    parts = [name for name in names.values() if sharded.any_sharded(state[name])]
+    if parts:  # one process alone would wait for the others for ever
+        raise ValueError(
+            f"the state dict holds {parts[0]} in parts (a DTensor): gather it with full_state_dict=True, or leave "
+            "state_dict out and call this on every rank"
+        )
     for key, name in names.items():
-        if key.endswith(_ENDINGS) and not sharded.all_finite(state[name]):
+        if key.endswith(_ENDINGS) and not state[name].isfinite().all():
             raise ValueError(f"{name} is not finite: the adapter is not saved")
     return {key: state[name] for key, name in names.items()}
+
+
+def _initial_factors(name: str, layer: DoraLayer, state_dict: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """What the layer began with: of a state dict, if it has that, since the layer's own may be in parts."""
+    own = {plain_name(f"{name}.{initial}"): getattr(layer, initial).detach() for initial in residual.INITIAL.values()}
+    if state_dict is None:
+        return [sharded.whole(t) for t in own.values()]
+    state = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    tensors = {key: state.get(key, t) for key, t in own.items()}
+    if parts := [key for key, t in tensors.items() if sharded.any_sharded(t)]:
+        raise ValueError(f"the state dict does not hold {parts[0]} whole: gather it from the whole model")
+    return list(tensors.values())
 
 
 def _sort_metadata(path: Path) -> None:
@@ -188,11 +222,18 @@ def _flush(path: Path) -> None:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, revision: str | None = None, dropout_on: str = "adapter"
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    dropout_on: str = "adapter",
 ) -> list[str]:
     """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
+    With an ``adapter_name`` a wrapped model gets the adapter beside those that it has, of any ranks and scalings but
+    for the same layers, and goes on with the active one: :func:`dorac.set_adapter` switches.
     Values are cast to the dtype of the parameters they go to. The base weight that PEFT adds to the file for an adapted
     token embedding or language-model head is read too, as PEFT does. Parameters on ``meta`` are replaced by new ones on
     the CPU, as ``load_state_dict(assign=True)`` does; the base weights, which the file does not hold, stay there.
@@ -200,9 +241,15 @@ def load_adapter(
     A file may come from anybody: its regexes are matched in a bounded number of steps and may be plain ones only
     (groups, alternatives, classes, repeats, look-ahead).
 
+    What PEFT has not converted of an adapter that began as a part of its base weight (init_lora_weights "pissa",
+    "pissa_niter_[number]", "olora", and "corda" after ``preprocess_corda``) is read as PEFT reads it, by its code: the
+    same part is taken out of the base weights again. So the model must have the weights that the adapter began with.
+    PEFT's own conversion leaves out the magnitudes; :func:`save_adapter` of the model writes a converted adapter.
+
     Args:
         directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
             there is no such directory and huggingface_hub is installed.
+        adapter_name: the name of the adapter, new to the model; of a plain model's first one "default" if it is None.
         revision: a branch, tag or commit of the repository.
         dropout_on: for a plain model, what the config's dropout is on (the file does not say: PEFT's config has no word
             for it); a wrapped model keeps its own. See :func:`dorac.functional.dora_linear`.
@@ -211,21 +258,84 @@ def load_adapter(
         The names of the modules that the adapter went to.
 
     Raises:
-        OSError: a missing file, or one that cannot be read. ValueError: a file that is damaged; a config that is not
+        ImportError: an adapter over a part of the base weights, and no PEFT. OSError: a missing file, or one that
+            cannot be read. ValueError: a file that is damaged; a config that is not
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
             them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
-            disk. Then, and whatever else is raised, the model is what it was.
+            disk, an ``adapter_name`` that is there, and with one what :func:`dorac.add_adapter` refuses. Then, and
+            whatever else is raised, the model is what it was.
     """
     checks.check_dropout_on(dropout_on)
+    if adapter_name is not None:
+        named.check_name(adapter_name)
     root, model = model, bare(model)
     reshard(model)
+    layers = dora_layers(model)
+    _refuse_root(layers)
+    active = named.check_new(model, layers, adapter_name) if layers and adapter_name is not None else None
     directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
     config = adapter_config.read_config(directory / CONFIG_NAME)
     tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
     adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
+    file = _File(directory, config, tensors)
+    if active is None:
+        return _load(root, file, dropout_on=dropout_on, adapter_name=adapter_name or "default")
+    with Undo() as log:
+        try:
+            named.put_on_shelves(model, layers, adapter_name, _like(file, layers, dropout_on), log)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the adapter in {directory} does not fit the model: {error}") from None
+        named.exchange(model, layers, adapter_name, log)  # whose norms are taken when it has values
+        names = _load(root, file, beside_others=True)
+        norm_cache.refresh(named.exchange(model, layers, active, log))
+        return names
+
+
+class _File(NamedTuple):
+    """What an adapter's two files hold."""
+
+    directory: Path
+    config: dict
+    tensors: dict[str, Tensor]
+
+
+def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:
+    """What makes an adapter without values for a layer, of the rank and the settings that the file has."""
+    config, compile = file.config, Bounded().compile
+    ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
+    alphas = Pattern("alpha_pattern", config.get("alpha_pattern"), compile)
+    settings = {
+        "lora_dropout": config.get("lora_dropout") or 0.0,
+        "dropout_on": dropout_on,
+        "use_rslora": bool(config.get("use_rslora")),
+        "init_lora_weights": True,
+    }
+
+    def build(name: str, layer: DoraLayer) -> Shelved:
+        plain = plain_name(name)
+        keys = {own: _key(name, key) for own, key in layer.PEFT_KEYS.items()}
+        tensors = {own: file.tensors[key] for own, key in keys.items() if key in file.tensors}
+        r, lora_alpha = ranks.value(plain, config["r"]), alphas.value(plain, config["lora_alpha"])
+        return named.empty_adapter(name, layer, r, lora_alpha, tensors, settings)
+
+    return build
+
+
+def _load(
+    root: nn.Module,
+    file: _File,
+    *,
+    dropout_on: str = "adapter",
+    adapter_name: str = "default",
+    beside_others: bool = False,
+) -> list[str]:
+    """Reads an adapter into the active one of a model, or into a plain model under a name.
+
+    ``beside_others``: the model holds others, which have its base weights.
+    """
+    model, (directory, config, tensors) = bare(root), file
     layers = dora_layers(model)
-    _refuse_root(layers)
     refuse_offloaded_as_parts(model, layers)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -235,7 +345,7 @@ def load_adapter(
         targets, saved, problems = [], saved_modules(model), adapter_config.setting_mismatches(layers, config)
         bases = {name: layer.base_layer for name, layer in layers.items()}
         expected = {key: t.shape for key, t in _adapter_tensors(model, layers).items()}
-        for layer, keys in _over_residuals(layers):
+        for _, layer, keys in _over_residuals(layers):
             shapes = layer.adapter_shapes(layer.base_layer, residual.saved_rank(layer))
             expected |= {key: shapes[name] for key, name in zip(keys, residual.INITIAL, strict=True)}
     else:
@@ -254,6 +364,14 @@ def load_adapter(
             expected |= {_key(target.name, cls.PEFT_KEYS[name]): shape for name, shape in shapes.items()}
         expected |= {key: t.shape for key, t in _saved_tensors(model, saved).items()}
 
+    others = beside_others or any(len(layer.adapters) > 1 for layer in layers.values())
+    if start := adapter_config.taken_out(config):
+        if others:
+            raise ValueError(
+                f"the adapter in {directory} is over what init_lora_weights={start!r} leaves of the original base "
+                "weights, which the model's other adapters rest on: load it into the plain model"
+            )
+        _refuse_to_take_out(start, directory, layers, bases)
     ends = _embeddings(model, bases)
     base_tensors = {key: p for key, p in _embedding_tensors(ends).items() if key in tensors}
     expected |= {key: p.shape for key, p in base_tensors.items()}
@@ -266,6 +384,13 @@ def load_adapter(
     ]
     problems += _unfit_values(tensors, _saved_tensors(model, saved) | base_tensors)
     _refuse(directory, problems)
+    if others:
+        with offload.onloaded(*ends.values()):
+            present = _embedding_tensors(ends)
+            _refuse(
+                directory, [_OTHER_BASE.format(key) for key in base_tensors if _differs(tensors[key], present[key])]
+            )
+        base_tensors = {}
 
     with Undo() as log:
         if targets:
@@ -277,11 +402,14 @@ def load_adapter(
                 lora_dropout=config.get("lora_dropout") or 0.0,
                 dropout_on=dropout_on,
                 use_rslora=bool(config.get("use_rslora")),
+                adapter_name=adapter_name,
             )
             layers = dora_layers(model)
         for layer in layers.values():
             layer.keep_norm(log)
-        residuals = dict(_over_residuals(layers))
+        residuals = {layer: keys for _, layer, keys in _over_residuals(layers)}
+        if start:
+            _take_out(start, model, layers, log)
         written = *_saved_parts(model, layers), *(layer.base_layer for layer in residuals)
         with offload.written(log, *written, *(ends.values() if base_tensors else ())):
             goals = _adapter_tensors(model, layers)
@@ -300,18 +428,61 @@ def load_adapter(
     return ModuleNames(layers)
 
 
+_OTHER_BASE = "values of {}: not those of the model's base weight, which its other adapters rest on"
+
+
+def _differs(value: Tensor, present: Tensor) -> bool:
+    """Whether reading ``value`` into ``present`` would change that."""
+    return not present.is_meta and not torch.equal(value.to(present.dtype), sharded.whole(present.detach()).cpu())
+
+
 def _key(module: str, name: str) -> str:
     """PEFT's key of a tensor of a module, whether that is compiled or not."""
     return _PREFIX + plain_name(f"{module}.{name}")
 
 
-def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[DoraLayer, list[str]]]:
-    """The layers that began as a part of their base weights, with PEFT's keys of lora_A and lora_B."""
+def _over_residuals(layers: Mapping[str, DoraLayer]) -> list[tuple[str, DoraLayer, list[str]]]:
+    """The layers that began as a part of their base weights, with their names and PEFT's keys of lora_A and lora_B."""
     return [
-        (layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
+        (name, layer, [_key(name, layer.PEFT_KEYS[factor]) for factor in residual.INITIAL])
         for name, layer in layers.items()
         if residual.has_residual(layer)
     ]
+
+
+def _refuse_to_take_out(
+    start: str, directory: Path, layers: Mapping[str, DoraLayer], bases: Mapping[str, nn.Module]
+) -> None:
+    """Refuses an adapter over a part of the base weights that cannot be had in this model."""
+    from dorac.peft import inits  # imported only for a start of PEFT's
+
+    begun = next((name for name, layer in layers.items() if residual.has_residual(layer)), None)
+    if begun is not None:
+        raise ValueError(
+            f"the adapter in {directory} is over what init_lora_weights={start!r} leaves of the original base weights; "
+            f"here a part of them is taken out already ({begun}, ...): load it into the plain model"
+        )
+    try:
+        inits.check_again(start, bases)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def _take_out(start: str, model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> None:
+    """Takes out of the base weights what was taken out when the adapter was made, as PEFT does when it loads it."""
+    from dorac.peft import inits
+
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, DoraLinear)}
+    refuse_tied(model, linear.values(), f"init_lora_weights={start!r}")
+    with offload.written(log, *linear.values(), *(layer.base_layer for layer in linear.values())):
+        inits.begin_again(start, linear, log)
+    if "niter" in start:
+        warnings.warn(
+            f"the adapter is over what init_lora_weights={start!r} left of the base weights, a decomposition with "
+            "random numbers: what is left now is that as far as the decomposition converges",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _laid_out(target: Target, tensors: dict[str, Tensor]) -> Target:

@@ -31,7 +31,12 @@ _RECORDED = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
 # ... and those that change nothing here: each layer knows how its weight lies, the others belong to refused ones.
 _NEUTRAL = ("peft_type", "peft_version", "use_dora", "fan_in_fan_out", "megatron_core", "qalora_group_size")
 # Settings of starts, by the start that they are for.
-_OF_STARTS = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
+SETTINGS_OF_STARTS = {
+    "eva": "eva_config",
+    "corda": "corda_config",
+    "lora_ga": "lora_ga_config",
+    "loftq": "loftq_config",
+}
 # The heads that PEFT trains whole for a task, where the model has them.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -94,7 +99,7 @@ def arguments_of(config: object, model: nn.Module) -> dict[str, object]:
             "read a saved adapter with dorac.load_adapter"
         )
     known = {*_ARGUMENTS, *_RECORDED, *_NEUTRAL, "inference_mode"}
-    known.add(_OF_STARTS.get(getattr(config, "init_lora_weights", None)))
+    known.add(SETTINGS_OF_STARTS.get(getattr(config, "init_lora_weights", None)))
     foreign = {k: v for k, v in vars(config).items() if not k.startswith("_") and k not in known and _is_set(config, k)}
     if foreign:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))

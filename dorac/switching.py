@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dorac import checks
 from dorac.apply import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
 from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
+from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.undo import Undo
 
 
@@ -135,13 +136,17 @@ def base_model(model: nn.Module) -> nn.Module:
                 "dorac.disabled, or load the adapter over the original weight"
             )
     _warn_trained_whole(model, stacklevel=3)
-    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    shelves = [vars(module).get(SHELF_ATTRIBUTE, {}) for module in model.modules()]
+    shelved = [adapter for shelf in shelves for adapter in shelf.values() if adapter is not None]
+    others = [t for adapter in shelved for t in (*adapter.parameters(), *adapter.buffers())]
+    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers(), *others)}
     for layer in dict.fromkeys(layers.values()):
         memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
     plain = copy.deepcopy(model, memo)
     blocks.restore(plain.modules(), Undo())
     for module in plain.modules():
         vars(module).pop(SAVED_ATTRIBUTE, None)
+        vars(module).pop(SHELF_ATTRIBUTE, None)
         loading.unguard(module)
     return plain
 

@@ -71,7 +71,7 @@ def everything(model: nn.Module) -> dict[str, object]:
 
 def _value(value: object) -> object:
     if isinstance(value, Tensor):
-        bits = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        bits = value.detach().flatten().view(torch.uint8).numpy().tobytes()
         return id(value), value.data_ptr(), value.requires_grad, value.dtype, value.shape, value.stride(), bits
     if isinstance(value, dict):
         return {key: _value(v) for key, v in value.items()}

@@ -360,6 +360,44 @@ def test_load_adapter(adapter, wrapped):
     )
 
 
+def named():
+    """A model with two adapters, whose norms are both kept."""
+    model = cached(adapted())
+    dorac.add_adapter(model, "b", r=4, init_lora_weights=False)
+    dorac.set_adapter(model, "b")
+    off_init(model)
+    dorac.set_adapter(model, "default")
+    return model
+
+
+class NamedState(State):
+    """The other adapter's tensors, too."""
+
+    def _tensors(self):
+        shelves = [getattr(m, "adapters", None) or vars(m).get("dora_adapters", {}) for m in self.model.modules()]
+        shelved = [adapter for shelf in shelves for adapter in shelf.values() if adapter is not None]
+        others = [t for adapter in shelved for t in (*adapter.parameters(), *adapter.buffers())]
+        return [*super()._tensors(), *others]
+
+
+NAMED = {
+    "set": (lambda m, *_: dorac.set_adapter(m, "b"), 6),
+    "delete": (lambda m, *_: dorac.delete_adapter(m, "b"), 3),
+    "add": (lambda m, *_: dorac.add_adapter(m, "c", r=3), 20),
+    "load": (lambda m, adapter, _: dorac.load_adapter(m, adapter, adapter_name="c"), 20),
+    "save": (lambda m, _, directory: dorac.save_adapter(m, directory, adapter_name="b"), 6),
+}
+
+
+@pytest.mark.parametrize(
+    "call", [call if call in ("set", "delete") else pytest.param(call, marks=pytest.mark.full) for call in NAMED]
+)
+def test_named_adapters(call, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.State", NamedState)
+    change, floor = NAMED[call]
+    every_fault(named, lambda m: change(m, adapter, tmp_path), floor=floor, errors=ERRORS[:1])
+
+
 def test_cache_norms():
     every_fault(copies_of(adapted()), cached, floor=5)
 

@@ -37,6 +37,7 @@ FLOORS = {
     "trained": 5,
     "apply": 6,
     "adapter_config": 7,
+    "named": 7,
     "caching": 7,
     "checkpoint": 8,
     "fusing": 7,

@@ -562,3 +562,39 @@ def test_no_values_yet(tmp_path):
         dorac.apply_dora(model, NAMES)
         with pytest.raises(ValueError, match=re.escape("is on meta and has no values: load the base weights")):
             dorac.save_adapter(model, tmp_path)
+
+
+# --- named adapters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", SAMPLE)
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+def test_named_adapters(way, cached, tmp_path):
+    """Beside an offloaded base they are those of one that is not; files by name, and norms for each where they can."""
+    if cached and way != "cpu_offload":
+        pytest.skip("no norm of what lies on disk is kept")
+    model, reference = pair(way)
+    if cached:
+        dorac.cache_norms(model)
+    for m in (model, reference):
+        dorac.add_adapter(m, "b", r=3)
+        dorac.set_adapter(m, "b")
+        m.eval()
+        assert torch.equal(m(TOKENS), Net().eval()(TOKENS))
+        draw(adapter(m), seed=5)
+        dorac.save_adapter(m, tmp_path / str(m is model), adapter_name="default")
+        dorac.load_adapter(m, tmp_path / str(m is model), adapter_name="c")
+    for name in ("default", "b", "c", "b", "default"):
+        dorac.set_adapter(model, name)
+        dorac.set_adapter(reference, name)
+        assert torch.equal(model(TOKENS), reference(TOKENS))
+        assert train(model.train()) == train(reference.train())
+        model.eval(), reference.eval()
+    assert not adapter(model).keys() & set(on_meta(model))
+
+
+@pytest.mark.parametrize("way", SAMPLE)
+def test_an_offloaded_adapter_takes_no_other(way):
+    model, _ = pair(way, first="adapt")
+    with unchanged(model), pytest.raises(ValueError, match=r"^\w+: its adapter is offloaded by accelerate: dispatch"):
+        dorac.add_adapter(model, "b")

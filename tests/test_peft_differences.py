@@ -222,3 +222,17 @@ def test_dora_caching():
         outputs.append((kept, model(x)))
     assert not torch.allclose(*outputs[0])
     torch.testing.assert_close(*outputs[1])
+
+
+def test_rows_of_different_adapters():
+    """Stock PEFT's refusal also leaves its hooks in the model, which refuses what comes next."""
+    stock, model = twins("linear", adapters=("a", "b"))
+    x = peft_models.KINDS["linear"].input(0, torch.float64, 2)
+    with pytest.raises(ValueError, match="when DoRA is enabled"):
+        stock.eval()(x, adapter_names=["b", "a"])
+    with pytest.raises(ValueError, match="when DoRA is enabled"):
+        stock(x)
+    y = model.eval()(x, adapter_names=["b", "a"])
+    for row, name in enumerate(("b", "a")):
+        model.set_adapter(name)
+        torch.testing.assert_close(y[row], model(x)[row])

@@ -295,6 +295,30 @@ def test_a_base_weight_without_its_residual_is_refused():
     model.load_state_dict({"head.weight": before["head.weight"] * 2}, strict=False)  # what is not of these layers
 
 
+def test_what_is_trained_is_over_the_residual_it_began_with(tmp_path):
+    """As a trainer's checkpoint has it; another draw of the start takes out another part."""
+    model = trained(begun("pissa_niter_1"))
+    dorac.save_adapter(model, tmp_path)
+    state = {key: t for key, t in model.state_dict().items() if "lora_" in key}
+    same = copy.deepcopy(model)
+    with torch.no_grad():
+        same.blocks[0].up.lora_A.zero_()
+    same.load_state_dict(state, strict=False)
+    assert torch.equal(same(TOKENS), model(TOKENS))
+
+    torch.manual_seed(99)
+    other = make()
+    torch.manual_seed(98)
+    dorac.apply_dora(other, config_for("pissa_niter_1"))
+    before = {key: t.clone() for key, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^blocks.0.up began as another part of its base weight than the state dict"):
+        other.load_state_dict(state, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in other.state_dict().items())
+    dorac.load_adapter(other, tmp_path)
+    other.load_state_dict(state, strict=False)
+    torch.testing.assert_close(other(TOKENS), model(TOKENS))
+
+
 def test_merge_unmerge_and_copies():
     model = trained(begun("olora"))
     expected, residuals = model(TOKENS), [m.base_layer.weight.clone() for m in dora_layers(model).values()]
@@ -380,8 +404,9 @@ def unchanged(model, like):
 
 REFUSED = {
     "mica": ({"init_lora_weights": "mica"}, "init_lora_weights='mica' is not supported: PEFT has no DoRA with it"),
-    "loftq": ({"init_lora_weights": "loftq"}, "'loftq' is not supported: it replaces the base weight by a quantised"),
-    "unknown": ({"init_lora_weights": "pisa"}, "must be True, False, 'gaussian' or, where PEFT .* got 'pisa'"),
+    "loftq": ({"init_lora_weights": "loftq", "original_weights": {}}, "blocks.0.up: Linear is not quantised: quantise"),
+    "weights": ({"original_weights": {}}, "original_weights is for init_lora_weights='loftq', got True"),
+    "unknown": ({"init_lora_weights": "pisa"}, "must be True, False, 'gaussian', 'loftq' or, where PEFT .* got 'pisa'"),
     "iterations": ({"init_lora_weights": "pissa_niter_x"}, "or 'lora_ga', got 'pissa_niter_x'"),
     "embedding": ({"init_lora_weights": "pissa", "target_modules": ["embed", "up"]}, "embed: Embedding is no linear"),
     "odd rank": ({"init_lora_weights": "orthogonal", "r": 3}, "blocks.0.up: Orthogonal initialization requires"),
@@ -473,6 +498,23 @@ def test_compiles_and_caches_norms():
     torch.testing.assert_close(compiled(TOKENS), expected)
 
 
+def gathered_by_a_trainer(model, folder, expected):
+    """One rank saves what all have gathered; of what is trained alone it lacks what the adapter began as."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() == 0:
+        dorac.save_adapter(model, f"{folder}/gathered", state_dict=state)
+        with open(f"{folder}/gathered/adapter_model.safetensors", "rb") as file:
+            assert file.read() == expected
+        alone = {key: t for key, t in state.items() if "initial" not in key}
+        with pytest.raises(
+            ValueError, match=r"does not hold blocks.0.up.initial_lora_A whole: gather it from the whole"
+        ):
+            dorac.save_adapter(model, f"{folder}/alone", state_dict=alone)
+    torch.distributed.barrier()
+
+
 def sharded(folder):
     """Under FSDP2 and tensor parallelism the same file is written, and taken back."""
     from torch.distributed.fsdp import fully_shard
@@ -503,6 +545,8 @@ def sharded(folder):
         with open(f"{folder}/{kind}/adapter_model.safetensors", "rb") as file:
             files[kind] = file.read()
         assert files[kind] == files["single"], kind
+        if kind == "fsdp":
+            gathered_by_a_trainer(model, folder, files["single"])
         if torch.distributed.get_rank() == 0 and kind == "single":
             dorac.save_adapter(trained(begun("olora")), f"{folder}/other")
         torch.distributed.barrier()
@@ -510,6 +554,17 @@ def sharded(folder):
         other = make()
         dorac.load_adapter(other, f"{folder}/other")
         torch.testing.assert_close(model(TOKENS), other(TOKENS))
+
+    from test_unconverted import saved_by_peft
+
+    if torch.distributed.get_rank() == 0:
+        saved_by_peft("pissa", f"{folder}/unconverted")
+    torch.distributed.barrier()
+    model = make()
+    dorac.apply_dora(model, TARGETS, R, ALPHA)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"blocks.0.up: its weight is sharded: do this before the model is sharded"):
+        dorac.load_adapter(model, f"{folder}/unconverted")
 
 
 @pytest.mark.full

@@ -24,11 +24,14 @@ def save(folder):
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:  # as Trainer: the others are not asked
         model.save_pretrained(f"{folder}/checkpoint-2", state_dict=state, is_main_process=True)
+        with pytest.raises(ValueError, match=r"holds up.lora_A in parts \(a DTensor\): gather it with full_state_dict"):
+            model.save_pretrained(f"{folder}/checkpoint-3", state_dict=model.state_dict(), is_main_process=True)
     torch.distributed.barrier()
 
 
 def test_sharded(tmp_path):
     processes.run(save, tmp_path, "cpu", str(tmp_path))
+    assert not (tmp_path / "checkpoint-3").exists()
     model = hub_model.adapted()
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for number in (1, 2):

@@ -81,10 +81,18 @@ PRELUDES = {
     "From an adapter to a plain model, 1": MODEL_FILES
     + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n"
     + "dorac.save_adapter(model, 'adapter')\nadapted = model\n",
+    "Several adapters, 1": SMALL
+    + "import copy\nbase = copy.deepcopy(model)\ndorac.apply_dora(base, 'all-linear', r=4, init_lora_weights=False)\n"
+    + "dorac.save_adapter(base, 'adapter')\n",
     "Offloaded models, 1": MODEL_FILES + TRAIN,
     "Fused blocks, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n",
     "QDoRA, 1": MODEL_FILES + TRAIN,
     "PEFT, 1": SMALL + TRAIN,
+    "One adapter per row, 1": SMALL
+    + "import dorac.peft, peft\n"
+    + "config = peft.LoraConfig(use_dora=True, target_modules=['0', '2'], init_lora_weights=False)\n"
+    + "model = peft.get_peft_model(model, config, adapter_name='a')\nmodel.add_adapter('b', config)\n"
+    + "dorac.peft.enable(model.eval())\nx = torch.randn(4, 6)\n",
     "Block by block, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2)\n",
     "Blocks of different ranks, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2, rank_pattern={'q_proj': 3})\n",
     "Checkpointing that keeps what is expensive, 1": ADAPTED,
@@ -114,10 +122,23 @@ loaded = transformers.AutoModelForCausalLM.from_pretrained('merged')
 assert not any(type(m).__module__.startswith('dorac') for m in loaded.modules())
 torch.testing.assert_close(loaded.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 """,
+    "Several adapters, 1": """
+assert (dorac.adapters(model), dorac.active_adapter(model), model[0].r) == (['default', 'b'], 'b', 8)
+x, fresh = torch.randn(3, 6), copy.deepcopy(base)
+dorac.load_adapter(fresh, 'saved')
+assert torch.equal(fresh(x), base(x))
+""",
     "Offloaded models, 1": "train(model)",
     "Fused blocks, 1": "assert not report.left\nassert 'layers.1.mlp' in ' '.join(report.fused)",
     "QDoRA, 1": "assert any('Linear4bit' in type(m).__name__ for m in model.modules())",
     "PEFT, 1": "train(model)",
+    "One adapter per row, 1": """
+for name, rows in (('a', [0, 3]), ('b', [1])):
+    model.set_adapter(name)
+    torch.testing.assert_close(y[rows], model(x[rows]))
+with model.disable_adapter():
+    torch.testing.assert_close(y[2], model(x)[2])
+""",
     "Block by block, 1": TRAIN + "train(model)",
     "Blocks of different ranks, 1": TRAIN + "train(model)",
     "Checkpointing that keeps what is expensive, 1": "run(torch.randn(3, 6)).sum().backward()",
@@ -134,6 +155,7 @@ NEEDS = {
     "Fused blocks, 1": ["transformers"],
     "QDoRA, 1": ["bitsandbytes", "transformers", "accelerate"],
     "PEFT, 1": ["peft"],
+    "One adapter per row, 1": ["peft"],
     "Block by block, 1": ["transformers"],
     "Blocks of different ranks, 1": ["transformers"],
 }

@@ -6,6 +6,7 @@ Each test starts two processes, which run functions of this file.
 import collections
 import contextlib
 import copy
+import functools
 from unittest import mock
 
 import pytest
@@ -698,10 +699,55 @@ def compiled(mesh, _folder):
     assert_same_gradients(model, reference)
 
 
+def one_adapter(mesh, folder):
+    """A sharded model has the adapter that it was sharded with, and others are refused by name."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from dorac.parallel import ColwiseParallel, RowwiseParallel
+
+    def fsdp(model):
+        for layer in (model.up, model.down):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    x = torch.randn(4, 3, 24)
+    for shard in (
+        fsdp,
+        lambda model: parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}),
+    ):
+        model = Mlp()
+        dorac.add_adapter(model, "b")
+        shard(model)
+        with torch.no_grad():
+            y = model(x)
+        for call in (
+            functools.partial(dorac.set_adapter, model, "b"),
+            functools.partial(dorac.add_adapter, model, "c"),
+            functools.partial(dorac.save_adapter, model, folder, adapter_name="b"),
+        ):
+            with pytest.raises(ValueError, match=r"^up: its tensors are sharded \(DTensor"):
+                call()
+        with torch.no_grad():
+            assert_same(model(x), y)
+        assert dorac.active_adapter(model) == "default"
+
+
 @pytest.mark.parametrize(
     "workers",
     [
-        (functions, dropped, layouts, forms, experts, tensor_parallel, fsdp, fsdp_offloaded, two_dimensional),
+        (
+            functions,
+            dropped,
+            layouts,
+            forms,
+            experts,
+            tensor_parallel,
+            fsdp,
+            fsdp_offloaded,
+            two_dimensional,
+            one_adapter,
+        ),
         (recipes, compiled),
     ],
     ids=["eager", "compiled"],

@@ -1,5 +1,6 @@
 """transformers' Trainer, TRL, Lightning and accelerate over models that ``apply_dora`` has wrapped, as they come."""
 
+import json
 import os
 import subprocess
 import sys
@@ -83,26 +84,36 @@ def test_losses_beside_stock_peft(base, case, tmp_path):
     assert len(set(tiny.losses(runs[0]))) == 4
 
 
-def torchrun(arguments, folder):
+def torchrun(arguments, folder, **options):
     """``trained_by_torchrun.py`` in two processes over gloo; what each has at the end."""
+    folder.mkdir()
     script = Path(__file__).parent / "trained_by_torchrun.py"
     root = Path(dorac.__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     paths = os.pathsep.join([str(root), str(script.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, *map(str, arguments), str(folder)], env=env, capture_output=True, text=True, check=False
+        [*command, *map(str, arguments), str(folder), json.dumps(options)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.fixture(scope="module")
+def stock_losses(base, tmp_path_factory):
+    """Of stock PEFT under DDP, from the start of :func:`tiny_trainers.wrapped`."""
+    folder = tmp_path_factory.mktemp("stock")
+    tiny.save_start(base, folder / "start")
+    return torchrun([base, f"stock:{folder / 'start'}", "-"], folder / "run")[0]["losses"]
+
+
 @pytest.mark.full
-def test_two_processes(base, tmp_path):
+def test_two_processes(base, stock_losses, tmp_path):
     """DDP: both hold the same at the end, and so do two that resume; losses are stock PEFT's."""
-    (tmp_path / "stock").mkdir()
-    (tmp_path / "resumed").mkdir()
-    (tmp_path / "whole").mkdir()
     whole = torchrun([base, "dorac", "-"], tmp_path / "whole")
     checkpoint = tmp_path / "whole" / "out" / "checkpoint-2"
     tiny.adapter_files(checkpoint)
@@ -110,10 +121,40 @@ def test_two_processes(base, tmp_path):
     for run in (whole[1], *resumed):
         tiny.assert_equal(whole[0]["trained"], run["trained"])
     assert resumed[0]["losses"] == whole[0]["losses"]
+    print(f"two processes: dorac {whole[0]['losses']}, stock PEFT {stock_losses}")
+    torch.testing.assert_close(torch.tensor(whole[0]["losses"]), torch.tensor(stock_losses))
+
+
+SHARDED = {
+    "dorac": ("dorac", {}),
+    "dorac, checkpoints in parts": ("dorac", {"state_dict_type": "SHARDED_STATE_DICT"}),
+    "drop-in": ("dropin:{start}", {}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", SHARDED)
+def test_two_processes_sharded(base, stock_losses, case, tmp_path):
+    """FSDP2 of every block: resumed, bit for bit; the losses are those of DDP over stock PEFT; adapters are kept."""
+    kind, config = SHARDED[case]
     tiny.save_start(base, tmp_path / "start")
-    stock = torchrun([base, tmp_path / "start", "-"], tmp_path / "stock")
-    print(f"two processes: dorac {whole[0]['losses']}, stock PEFT {stock[0]['losses']}")
-    torch.testing.assert_close(torch.tensor(whole[0]["losses"]), torch.tensor(stock[0]["losses"]))
+    kind = kind.format(start=tmp_path / "start")
+    options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]} | config}
+    whole = torchrun([base, kind, "-"], tmp_path / "whole", **options)
+    checkpoints = tmp_path / "whole" / "out"
+    resumed = torchrun([base, kind, checkpoints / "checkpoint-2"], tmp_path / "resumed", **options)
+    for run in (whole[1], *resumed):
+        tiny.assert_equal(whole[0]["trained"], run["trained"])
+    assert resumed[0]["losses"] == whole[0]["losses"]
+    torch.testing.assert_close(torch.tensor(whole[0]["losses"]), torch.tensor(stock_losses))
+
+    adapters = [] if "parts" in case else [checkpoints / "checkpoint-4"]
+    if kind == "dorac":
+        adapters.append(tmp_path / "whole" / "adapter")
+    for directory in adapters:
+        dorac.load_adapter(loaded := tiny.load(base), directory)
+        own = (name.removeprefix("base_model.model.").replace(".default.weight", "") for name in whole[0]["trained"])
+        tiny.assert_equal(tiny.trained(loaded), dict(zip(own, whole[0]["trained"].values(), strict=True)))
 
 
 def steps(accelerator, model, optimizer, rows, count):

@@ -1,5 +1,8 @@
-"""Run by torchrun: BASE, "dorac" or the directory of a start for stock PEFT, a checkpoint or "-", FOLDER."""
+"""Run by torchrun: BASE; "dorac", or "dropin:START" or "stock:START" with an adapter's directory; a checkpoint or "-";
+FOLDER; the trainer's options as JSON.
+"""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,12 +11,41 @@ import peft
 import tiny_trainers as tiny
 import torch
 
-base, kind, checkpoint, folder = sys.argv[1:]
+import dorac.peft
+
+
+def shard_on_cpus():
+    """accelerate shards on GPUs alone: what it would note of one, of processes over gloo."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    stock = AcceleratorState.__init__
+
+    def noting(self, *args, fsdp_plugin=None, **options):
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if "fsdp_plugin" in self._shared_state:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = noting
+
+
+base, kind, checkpoint, folder, options = sys.argv[1:]
+kind, _, start = kind.partition(":")
 if kind == "dorac":
     model = tiny.wrapped(base, seed=1 if checkpoint == "-" else 2)
 else:
-    model = peft.PeftModel.from_pretrained(tiny.load(base), kind, is_trainable=True)
-trainer = tiny.trainer(model, Path(folder, "out"), gradient_accumulation_steps=2)
+    if kind == "dropin":
+        dorac.peft.enable()
+    model = peft.PeftModel.from_pretrained(tiny.load(base), start, is_trainable=True)
+options = json.loads(options)
+if options.get("fsdp"):
+    shard_on_cpus()
+trainer = tiny.trainer(model, Path(folder, "out"), gradient_accumulation_steps=2, **options)
 trainer.train(resume_from_checkpoint=None if checkpoint == "-" else checkpoint)
-state = {"trained": tiny.trained(model), "losses": tiny.losses(trainer)}
-torch.save(state, Path(folder, f"{os.environ['RANK']}.pt"))
+trained = tiny.trained(trainer.model)
+trained = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trained.items()}
+if kind == "dorac":  # on every rank, whatever the trainer's checkpoints hold
+    dorac.save_adapter(trainer.model, Path(folder, "adapter"))
+torch.save({"trained": trained, "losses": tiny.losses(trainer)}, Path(folder, f"{os.environ['RANK']}.pt"))

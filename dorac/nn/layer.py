@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from dorac import checks, functional, magnitudes, offload
 from dorac.dense import not_dense
 from dorac.nn import merging, norm_cache, starts
+from dorac.nn.shelf import Shelved
 from dorac.nn.switched import Switched
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
@@ -66,7 +67,8 @@ class DoraLayer(Switched, nn.Module):
     ``.to(torch.bfloat16)``; what casts it otherwise is undone before it trains (:mod:`dorac.magnitudes`).
 
     State-dict keys are ``base_layer.*`` and those of ``PEFT_KEYS``. They do not tell whether
-    the adapter is merged: save the state of an unmerged layer, or unload it.
+    the adapter is merged: save the state of an unmerged layer, or unload it. A layer can hold several adapters, one of
+    them active, whose tensors its parameters are: see :func:`dorac.add_adapter`.
 
     Args:
         base_layer: the layer to adapt; kept, not copied.
@@ -157,6 +159,8 @@ class DoraLayer(Switched, nn.Module):
         self.init_lora_weights = init_lora_weights
         self.norm_grad = norm_grad
         self._scaling = scaling_factor(r, lora_alpha, use_rslora)
+        self.adapter_name = "default"  # of the adapter whose tensors are the layer's parameters
+        self.adapters: dict[str, Shelved | None] = {self.adapter_name: None}  # see shelf.py
         self.switch(disabled=False)
 
         with offload.onloaded(base_layer):
@@ -276,6 +280,9 @@ class DoraLayer(Switched, nn.Module):
 
     def _magnitudes(self) -> list[nn.Parameter]:
         return [self.lora_magnitude_vector]
+
+    def _magnitude_names(self) -> list[str]:
+        return [name for name in self.PEFT_KEYS if name.endswith("lora_magnitude_vector")]
 
     def _widen_magnitudes(self) -> None:
         """Undoes casts below float32: see :mod:`dorac.magnitudes`."""
@@ -421,11 +428,14 @@ class DoraLayer(Switched, nn.Module):
         A cached norm is taken anew, of the parameters as they are then.
         """
         values = starts.before_move(self)
-        wide = [self.merged_norm, *(t for m in self._magnitudes() for t in (m, m.grad))]
-        move = magnitudes.never_narrower(fn, *wide)
+        shelved = [adapter for adapter in self.adapters.values() if adapter is not None]
+        own = [*self._magnitudes(), *(adapter._parameters[m] for adapter in shelved for m in self._magnitude_names())]
+        move = magnitudes.never_narrower(fn, self.merged_norm, *(t for m in own for t in (m, m.grad)))
 
         norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
         super()._apply(move, recurse)
+        for adapter in shelved:
+            adapter.move(move)
         starts.after_move(self, values)
         if self.merged_norm is not None:
             self.merged_norm = move(self.merged_norm)
@@ -453,20 +463,39 @@ class DoraLayer(Switched, nn.Module):
         super().register_parameter(name, param)
 
     def refuse_loading(self, name: str, state_dict: Mapping[str, object]) -> None:
-        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict holds.
+        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict is over.
 
-        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`).
+        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`) and the state dict of none, or of
+        another.
         """
         if self.merged:
             raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
         if offload.is_offloaded(self):
             raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
-        weight, initial = (f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A"))
-        if "initial_lora_A" in self._parameters and weight in state_dict and initial not in state_dict:
+        if "initial_lora_A" in self._parameters:
+            self._refuse_other_residual(name, state_dict)
+
+    def _refuse_other_residual(self, name: str, state_dict: Mapping[str, object]) -> None:
+        keys = {key: f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A", "initial_lora_B")}
+        weight, *initial = (key in state_dict for key in keys.values())
+        if weight and not initial[0]:
             raise ValueError(
                 f"{name or type(self).__name__} began as a part of its base weight, which the state dict holds whole: "
                 "load base weights before the model is adapted"
             )
+        if weight or not all(initial):
+            return
+        for key in ("initial_lora_A", "initial_lora_B"):
+            own, given = self._parameters[key].detach(), state_dict[keys[key]]
+            if not isinstance(given, Tensor) or own.is_meta or given.is_meta:  # torch says what is wrong, if it is
+                continue
+            own, given = sharded.whole(own), sharded.whole(given)
+            if own.shape == given.shape and not torch.equal(own, given.to(own.device, own.dtype)):
+                raise ValueError(
+                    f"{name or type(self).__name__} began as another part of its base weight than the state dict is "
+                    "over, which does not hold that weight: call dorac.load_adapter(model, directory) first, which "
+                    "takes out what the adapter in the directory began as"
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""
@@ -510,7 +539,9 @@ class DoraLayer(Switched, nn.Module):
         if self.dropout_on != "adapter":
             dropout += f", dropout_on={self.dropout_on}"
         strength = "" if self._strength is None else f", strength={self.strength:g}"
-        return f"r={self.r}, scaling={self.scaling:g}{strength}, {dropout}, merged={self.merged}"
+        which = f"{self.adapter_name} of {', '.join(self.adapters)}" if len(self.adapters) > 1 else None
+        adapters = f", adapter={which}" if which else ""
+        return f"r={self.r}, scaling={self.scaling:g}{strength}, {dropout}, merged={self.merged}{adapters}"
 
 
 def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:

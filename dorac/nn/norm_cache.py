@@ -70,6 +70,7 @@ NOTHING_KEPT = {
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
     "norm_traced": False,  # whether there is compiled code that uses it
     "check_cached_norm": False,  # whether forward compares it
+    "shelved_norms": None,  # what of this adapters that are not active have, by name: see shelve()
 }
 
 # The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
@@ -308,15 +309,42 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
 def suspend(layers: Iterable[Keeper]) -> None:
     """Lets every forward take its own norm until the next :func:`refresh`."""
     for layer in layers:
-        layer.cached_of = None
+        layer.cached_of = layer.shelved_norms = None
 
 
 def doubt(layers: Iterable[Keeper]) -> None:
     """An eager forward takes these norms anew, and compiled code its own until the next :func:`refresh`."""
     for layer in layers:
         if layer.caches_norm:
-            layer.cached_at = None
+            layer.cached_at = layer.shelved_norms = None
             layer.norm_in_doubt = True
+
+
+_OF_ADAPTER = ("cached_norm", "cached_of", "cached_scaling", "cached_source", "cached_at")
+
+
+def shelve(layer: Keeper, adapter: str) -> None:
+    """Puts the norm of the active adapter away, under its name, for :func:`unshelve`; the layer has none then."""
+    if not layer.caches_norm:
+        return
+    kept = {name: getattr(layer, name) for name in _OF_ADAPTER}
+    if kept["cached_of"] is not None and kept["cached_at"] is not None and not layer.norm_in_doubt:
+        layer.shelved_norms = (layer.shelved_norms or {}) | {adapter: kept}
+    vars(layer).update({name: NOTHING_KEPT[name] for name in _OF_ADAPTER})
+
+
+def unshelve(layer: Keeper, adapter: str) -> bool:
+    """Brings back the norm of an adapter that has become active; whether it still is that of its tensors."""
+    kept = (layer.shelved_norms or {}).get(adapter)
+    if kept is None:
+        return False
+    layer.shelved_norms = {name: other for name, other in layer.shelved_norms.items() if name != adapter}
+    vars(layer).update(kept)  # a norm that has passed is written anew in the same memory
+    *of, _ = layer.cached_of
+    inputs = layer.norm_inputs()
+    same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and layer.cached_scaling == layer.scaling
+    with plainly():
+        return same and not layer.cached_at.passed(layer.cached_of)
 
 
 def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:

@@ -55,9 +55,8 @@ def put_back(layer: DoraLayer, log: Undo) -> None:
     _change(layer, (1, *(getattr(layer, name) for name in INITIAL.values())))
 
 
-def over_original(layer: DoraLayer, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+def over_original(lora_A: Tensor, lora_B: Tensor, initial_A: Tensor, initial_B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors over the residual as factors over the original weight."""
-    initial_A, initial_B = (sharded.whole(getattr(layer, name).detach()) for name in INITIAL.values())
     return torch.cat([lora_A, initial_A]), torch.cat([lora_B, -initial_B], dim=1)
 
 

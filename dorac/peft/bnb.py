@@ -10,12 +10,13 @@ from peft.tuners.lora import bnb
 from torch import Tensor
 
 from dorac.peft import over
+from dorac.peft.mixed import MixedBatch
 from dorac.peft.variants import DoraLinearVariant, lone_adapter
 
 __all__ = [name for name in ("Linear4bit", "Linear8bitLt") if hasattr(bnb, name)]
 
 
-class _Straight:
+class _Straight(MixedBatch):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter = lone_adapter(self, args, kwargs)
         if adapter is None:

@@ -7,25 +7,21 @@ the layer holds them, so that the start is the frozen layer's function whatever 
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dorac.nn import DoraLayer, DoraLinear, layer_class, residual
+from dorac.nn.linear import is_conv1d
 from dorac.nn.quantised import DoraQuantLinear
+from dorac.numerics import accumulate_dtype
+from dorac.ops import sharded
 from dorac.peft.switch import require_peft
 from dorac.undo import Undo
 
 _NAMES = r"pissa(_niter_\d+)?|olora|corda|lora_ga|orthogonal|eva"
 _KEEPING = ("orthogonal", "eva")  # the base weight; all others take a part out of it
-_REFUSED = {
-    "mica": "PEFT has no DoRA with it",
-    "loftq": (
-        "it replaces the base weight by a quantised one, which no adapter file brings back; quantise the model first, "
-        "and adapt it then"
-    ),
-}
 # What PEFT's preprocess_corda and preprocess_loraga leave on a module.
 _PREPARED = {"corda": ("eigens", "preprocess_corda"), "lora_ga": ("_peft_loraga_grad", "preprocess_loraga")}
 
@@ -41,11 +37,11 @@ def check(init: str, modules: Mapping[str, nn.Module], config: object, eva_state
     Raises:
         ImportError: no PEFT, or another one. TypeError, ValueError: the rest.
     """
-    if reason := _REFUSED.get(init):
-        raise ValueError(f"init_lora_weights={init!r} is not supported: {reason}")
+    if init == "mica":
+        raise ValueError("init_lora_weights='mica' is not supported: PEFT has no DoRA with it")
     if not re.fullmatch(_NAMES, init):
         raise ValueError(
-            "init_lora_weights must be True, False, 'gaussian' or, where PEFT is installed, 'pissa', "
+            "init_lora_weights must be True, False, 'gaussian', 'loftq' or, where PEFT is installed, 'pissa', "
             f"'pissa_niter_[number]', 'olora', 'orthogonal', 'eva', 'corda' or 'lora_ga', got {init!r}"
         )
     require_peft()
@@ -73,10 +69,48 @@ def _unfit(init: str, module: nn.Module) -> str | None:
         return f"{type(module).__name__} is quantised, and would be quantised anew" if takes_out(init) else None
     if module.weight.is_meta:
         return "its weight is on meta: load the weights first"
+    if sharded.any_sharded(module.weight):
+        return "its weight is sharded: do this before the model is sharded"
     attribute, preprocess = _PREPARED.get(init, (None, None))
     if attribute is not None and not hasattr(module, attribute):
         return f"it was not prepared: call peft's {preprocess} with the same config first"
     return None
+
+
+def check_again(init: str, modules: Mapping[str, nn.Module]) -> None:
+    """Refuses modules whose part :func:`begin_again` cannot take out.
+
+    Raises:
+        ImportError: no PEFT, or another one. ValueError: the rest, by name.
+    """
+    require_peft()
+    # PEFT's other layers know no such starts.
+    linear = {name: module for name, module in modules.items() if issubclass(layer_class(module), DoraLinear)}
+    reasons = [f"{name}: {reason}" for name, module in linear.items() if (reason := _unfit(init, module))]
+    if init == "olora":  # PEFT decomposes what is stored, which no adapter of the weight is a part of
+        conv1d = (name for name, module in linear.items() if is_conv1d(module))
+        reasons += [f"{name}: PEFT's OLoRA of a Conv1D is of the transposed weight" for name in conv1d]
+    if reasons:
+        raise ValueError(
+            f"the adapter is over what init_lora_weights={init!r} leaves of the base weights; the rest cannot be taken "
+            "out of these again:\n  " + "\n  ".join(reasons)
+        )
+
+
+def begin_again(init: str, layers: Mapping[str, DoraLinear], log: Undo) -> None:
+    """Takes out of the base weights of layers what PEFT took out when it made the adapter.
+
+    The factors are then those that it began with. The log can take it back.
+
+    Raises:
+        TypeError, ValueError: as :func:`begin`.
+    """
+    names = {layer: name for name, layer in layers.items()}  # of one of its places
+    for layer, name in names.items():
+        log.keep(layer.lora_A, layer.lora_B)
+        _write(name, layer, _factors(name, init, layer, None))
+        residual.take_out(layer, log)
+    _drop_prepared(init, names, log)
 
 
 def begin(
@@ -109,10 +143,7 @@ def begin(
             residual.take_out(layer, log)
         with torch.no_grad():
             layer._reset_magnitudes()
-    if init in _PREPARED:
-        for layer in begun:
-            log.keep_module(layer.base_layer)
-            delattr(layer.base_layer, _PREPARED[init][0])
+    _drop_prepared(init, begun, log)
     if without:
         warnings.warn(
             f"eva_state_dict has nothing for {', '.join(without[:8])}{', ...' if len(without) > 8 else ''}: these "
@@ -120,6 +151,13 @@ def begin(
             RuntimeWarning,
             stacklevel,
         )
+
+
+def _drop_prepared(init: str, layers: Iterable[DoraLayer], log: Undo) -> None:
+    if init in _PREPARED:
+        for layer in layers:
+            log.keep_module(layer.base_layer)
+            delattr(layer.base_layer, _PREPARED[init][0])
 
 
 @torch.no_grad()
@@ -139,18 +177,24 @@ def _factors(name: str, init: str, layer: DoraLinear, config: object) -> dict[st
     )
     try:
         wrapped = Linear(_stand_in(init, layer), "default", settings, r=layer.r, lora_alpha=layer.lora_alpha)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{name}: {error}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     return {factor: getattr(wrapped, factor)["default"].weight for factor in ("lora_A", "lora_B")}
 
 
 def _stand_in(init: str, layer: DoraLinear) -> nn.Linear:
-    """A layer for PEFT to write to, with copies of the weight, ``[out, in]`` however it is stored, and of the data."""
+    """A layer for PEFT to write to, with copies of the weight, ``[out, in]`` however it is stored, and of the data.
+
+    The weight is float32 where it is half precision, to which PEFT would round the factors after it has taken them out.
+    """
     module, base = nn.Linear(1, 1, bias=False), layer.base_layer
     module.out_features, module.in_features = layer.lora_B.shape[0], layer.lora_A.shape[1]
     if init == "orthogonal":  # which asks for the sizes and a dtype alone
         return module
-    module.weight = nn.Parameter(layer._matrix().clone(), requires_grad=False)
+    matrix = layer._matrix()
+    module.weight = nn.Parameter(matrix.to(accumulate_dtype(matrix), copy=True), requires_grad=False)
     if init == "corda":
         module.eigens = copy.deepcopy(base.eigens)
     elif init == "lora_ga":

@@ -17,7 +17,7 @@ from dorac.nn import offloaded, shared
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
 from dorac.ops.norm import DEFAULT_BUDGET
-from dorac.peft import dora, variants
+from dorac.peft import dora, mixed, variants
 from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
 from dorac.peft.merging import Merging
 from dorac.peft.norms import AdapterNorm
@@ -27,7 +27,7 @@ from dorac.peft.weights import is_plain, whole
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear"]
 
 
-class _Layer(Merging, variants.TakesVariants):
+class _Layer(Merging, mixed.MixedBatch, variants.TakesVariants):
     """What the layers have in common: how they merge, which variants they take, and when they compute as one.
 
     What the answer rests on may change between any two calls and is asked in every one, of the modules' dictionaries:
@@ -87,9 +87,26 @@ class Linear(_Layer, layer.Linear):
             if y is not None:
                 return y
         adapter = lone_adapter(self, args, kwargs)
-        found = None if adapter is None else self._operands(x, adapter)
+        y = None if adapter is None else self._with_one(x, adapter)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        if not args and all(value is None for value in kwargs.values()):
+            first = adapter_names[0] if len(set(adapter_names)) == 1 else None
+            y = self._with_one(x, first) if isinstance(self.lora_variant.get(first), variants.OnDorac) else None
+            y = mixed.linear(self, x, adapter_names, self._base_kind()) if y is None else y
+            if y is not None:
+                return y
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _base_kind(self) -> type[nn.Module]:
+        return Conv1D if self.fan_in_fan_out else nn.Linear
+
+    def _with_one(self, x: Tensor, adapter: str) -> Tensor | None:
+        """The layer with this adapter alone, in one call; None: what PEFT's does."""
+        found = self._operands(x, adapter)
         if found is None:
-            return super().forward(x, *args, **kwargs)
+            return None
         weight, lora_A, lora_B, magnitude, bias, norm, scaling, p, budget = found
         if lora_A is None:
             return self._modules["base_layer"](x)
@@ -114,8 +131,7 @@ class Linear(_Layer, layer.Linear):
         ``weight, lora_A, lora_B, magnitude, bias, norm if it is known, scaling, dropout's probability, norm's budget``;
         without factors the base layer alone.
         """
-        transposed = self.fan_in_fan_out
-        parts = self._parts(x, adapter, Conv1D if transposed else nn.Linear, nn.Linear)
+        parts = self._parts(x, adapter, self._base_kind(), nn.Linear)
         if parts is None:
             return None
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
@@ -127,7 +143,7 @@ class Linear(_Layer, layer.Linear):
             if dora.is_zero(strength):
                 return (weight, *[None] * 8)
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
-        if transposed:
+        if self.fan_in_fan_out:
             weight = weight.t()
         return weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm, scaling, p, module.norm_budget
 

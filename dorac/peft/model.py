@@ -4,13 +4,14 @@ import inspect
 
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, model
-from torch import nn
+from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import DoraLayer
 from dorac.nn.layer import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
+from dorac.peft.mixed import enable_peft_forward_hooks
 from dorac.peft.state import state
 from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
@@ -23,6 +24,7 @@ __all__ = ["LoraModel"]
 _create_and_replace_stock = model.LoraModel._create_and_replace
 _cast_adapter_dtype_stock = model.LoraModel._cast_adapter_dtype
 _inject_adapter_stock = model.LoraModel.inject_adapter
+_subtract_mutated_init_stock = model.LoraModel.subtract_mutated_init
 
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
@@ -64,16 +66,24 @@ def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = 
             magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
 
 
+def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs=None):
+    """PEFT's, which makes an adapter over the whole weight of one over a part of it, with its magnitudes, too."""
+    magnitudes = {name: t for name, t in output_state_dict.items() if "lora_magnitude_vector" in name}
+    return magnitudes | _subtract_mutated_init_stock(self, output_state_dict, adapter_name, kwargs)
+
+
 class LoraModel(model.LoraModel):
     """That of one enabled model."""
 
     _cast_adapter_dtype = _cast_adapter_dtype
     _create_and_replace = _create_and_replace
     _create_new_module = staticmethod(create_new_module)
+    _enable_peft_forward_hooks = enable_peft_forward_hooks
     _unload_and_optionally_merge = unload_and_optionally_merge
     add_weighted_adapter = add_weighted_adapter
     inject_adapter = _inject_adapter
     merge_adapter = merge_adapter
+    subtract_mutated_init = _subtract_mutated_init
     unmerge_adapter = unmerge_adapter
 
 

@@ -51,7 +51,7 @@ def enable(model: nn.Module | None = None, *, dropout_on: str = "adapter") -> En
     Without a model: whatever PEFT builds or adds from now on, and what transformers' ``load_adapter`` and
     ``from_pretrained`` of an adapter read, which lose the magnitudes of a file otherwise. With one: its DoRA adapters,
     and those added to it later. A second call changes nothing but ``dropout_on``. Modules, parameters, checkpoints and
-    configs stay PEFT's.
+    configs stay PEFT's. ``adapter_names=[...]``, an adapter for each row of a batch, then takes DoRA's (:mod:`.mixed`).
 
     Args:
         dropout_on: what the ``lora_dropout`` of these adapters is on. "adapter" is PEFT's meaning, "low_rank" another

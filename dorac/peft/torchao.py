@@ -10,12 +10,13 @@ from torch import nn
 from dorac import packed
 from dorac.peft import norms
 from dorac.peft.merging import UnmergedWeight, keep_layer
+from dorac.peft.mixed import MixedBatch
 from dorac.undo import Undo
 
 __all__ = ["TorchaoLoraLinear"]
 
 
-class TorchaoLoraLinear(UnmergedWeight, torchao.TorchaoLoraLinear):
+class TorchaoLoraLinear(UnmergedWeight, MixedBatch, torchao.TorchaoLoraLinear):
     """Merging quantises ``g * (W + s * lora_B lora_A)`` anew, as W was; unmerging puts W back, bit for bit.
 
     Until then W takes memory beside it.
