@@ -87,51 +87,30 @@ class Linear(_Layer, layer.Linear):
             if y is not None:
                 return y
         adapter = lone_adapter(self, args, kwargs)
-        y = None if adapter is None else self._with_one(x, adapter)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        found = None if adapter is None else self._operands(x, adapter)
+        if found is None:
+            return super().forward(x, *args, **kwargs)
+        tensors, options = found
+        return functional.dora_linear(x, *tensors, **options) if tensors else self._modules["base_layer"](x)
 
     def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
         if not args and all(value is None for value in kwargs.values()):
             first = adapter_names[0] if len(set(adapter_names)) == 1 else None
-            y = self._with_one(x, first) if isinstance(self.lora_variant.get(first), variants.OnDorac) else None
-            y = mixed.linear(self, x, adapter_names, self._base_kind()) if y is None else y
+            found = self._operands(x, first) if isinstance(self.lora_variant.get(first), variants.OnDorac) else None
+            if found is not None:
+                tensors, options = found
+                return functional.dora_linear(x, *tensors, **options) if tensors else self._modules["base_layer"](x)
+            y = mixed.linear(self, x, adapter_names, Conv1D if self.fan_in_fan_out else nn.Linear)
             if y is not None:
                 return y
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
-    def _base_kind(self) -> type[nn.Module]:
-        return Conv1D if self.fan_in_fan_out else nn.Linear
+    def _operands(self, x: Tensor, adapter: str) -> tuple[tuple, dict] | None:
+        """What ``dora_linear`` gets of the layer with this adapter alone, beside x; None: PEFT's way computes it.
 
-    def _with_one(self, x: Tensor, adapter: str) -> Tensor | None:
-        """The layer with this adapter alone, in one call; None: what PEFT's does."""
-        found = self._operands(x, adapter)
-        if found is None:
-            return None
-        weight, lora_A, lora_B, magnitude, bias, norm, scaling, p, budget = found
-        if lora_A is None:
-            return self._modules["base_layer"](x)
-        return functional.dora_linear(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            magnitude,
-            bias,
-            scaling=scaling,
-            weight_norm=norm,
-            dropout_p=p,
-            dropout_on=self.lora_variant[adapter].dropout_on,
-            save_output=self.save_output,
-            budget=budget,
-        )
-
-    def _operands(self, x: Tensor, adapter: str) -> tuple | None:
-        """What the layer with this adapter computes for x; None: what PEFT's does.
-
-        ``weight, lora_A, lora_B, magnitude, bias, norm if it is known, scaling, dropout's probability, norm's budget``;
-        without factors the base layer alone.
+        No tensors: the base layer alone does.
         """
-        parts = self._parts(x, adapter, self._base_kind(), nn.Linear)
+        parts = self._parts(x, adapter, Conv1D if self.fan_in_fan_out else nn.Linear, nn.Linear)
         if parts is None:
             return None
         base, module, (weight, lora_A, lora_B), magnitude, p = parts
@@ -141,23 +120,30 @@ class Linear(_Layer, layer.Linear):
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         if strength is not None:
             if dora.is_zero(strength):
-                return (weight, *[None] * 8)
+                return (), {}
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         if self.fan_in_fan_out:
             weight = weight.t()
-        return weight, lora_A, lora_B, magnitude, parameter(base, "bias"), norm, scaling, p, module.norm_budget
+        return (weight, lora_A, lora_B, magnitude, parameter(base, "bias")), {
+            "scaling": scaling,
+            "weight_norm": norm,
+            "dropout_p": p,
+            "dropout_on": self.lora_variant[adapter].dropout_on,
+            "save_output": self.save_output,
+            "budget": module.norm_budget,
+        }
 
     def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
         """See :class:`dorac.nn.shared.Fusable`."""
         adapter = None if "_hf_hook" in self._modules["base_layer"].__dict__ else lone_adapter(self, (), {})
         found = None if adapter is None else self._operands(x, adapter)
-        if found is None or found[1] is None or not shared.fits(x, found[0]):
+        if not (found and found[0]) or not shared.fits(x, found[0][0]):
             return None
-        *operands, budget = found
-        projection = functional.Projection(*operands, self.save_output)
-        if budget != DEFAULT_BUDGET and projection.weight_norm is None:
+        tensors, options = found
+        if options["budget"] != DEFAULT_BUDGET and options["weight_norm"] is None:
             return None
-        return projection, self.lora_variant[adapter].dropout_on
+        settings = (options[name] for name in ("weight_norm", "scaling", "dropout_p", "save_output"))
+        return functional.Projection(*tensors, *settings), options["dropout_on"]
 
 
 class Embedding(_Layer, layer.Embedding):
