@@ -257,15 +257,19 @@ def make_plan(
     )
 
 
-def _without_autocast(plan, *arguments):
-    """:func:`_forward`, whose norm would not be float32's under autocast, and which makes the casts itself."""
-    if plan.autocast is None:
-        return _forward(plan, *arguments)
-    torch.set_autocast_enabled(plan.autocast, False)
-    try:
-        return _forward(plan, *arguments)
-    finally:
-        torch.set_autocast_enabled(plan.autocast, True)
+def without_autocast(forward: Callable) -> Callable:
+    """``forward(plan, ...)``, whose norms would not be float32's under autocast, and which makes the casts itself."""
+
+    def call(plan, *arguments):
+        if plan.autocast is None:
+            return forward(plan, *arguments)
+        torch.set_autocast_enabled(plan.autocast, False)
+        try:
+            return forward(plan, *arguments)
+        finally:
+            torch.set_autocast_enabled(plan.autocast, True)
+
+    return call
 
 
 def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):
@@ -294,6 +298,9 @@ def computed_norm(plan, weight, lora_A, lora_B, scaling) -> Tensor:
     if splits > 1:
         finish(parts, norm)
     return norm
+
+
+_without_autocast = without_autocast(_forward)
 
 
 def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, scaling, training):

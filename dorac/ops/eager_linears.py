@@ -218,17 +218,6 @@ def _for_products(
     return of_a, of_b, cast
 
 
-def _without_autocast(plan, *arguments):
-    """:func:`_forward`, whose norms would not be float32's under autocast, and which makes the casts itself."""
-    if plan.autocast is None:
-        return _forward(plan, *arguments)
-    torch.set_autocast_enabled(plan.autocast, False)
-    try:
-        return _forward(plan, *arguments)
-    finally:
-        torch.set_autocast_enabled(plan.autocast, True)
-
-
 def _forward(plan, x, x_adapter, scalings, tensors):
     """Every y; what holds the cast factors; h of all layers; the norms; inner in training alone, unless y is kept."""
     factors = _factors(plan, tensors)
@@ -261,6 +250,9 @@ def _forward(plan, x, x_adapter, scalings, tensors):
         norms.append(norm)
         inners.append(inner)
     return tuple(ys), cast, h, norms, inners
+
+
+_without_autocast = eager.without_autocast(_forward)
 
 
 def _dense(weight: Tensor | tuple, dtype: torch.dtype) -> Tensor:

@@ -240,17 +240,6 @@ def _for_products(plan: Plan, factors: list[Tensor], cast: Tensor | None) -> lis
     return [a, *(next(rest) if t else None for t in (*there, there[DOWN]))]
 
 
-def _without_autocast(plan, *arguments):
-    """:func:`_forward`, whose norms would not be float32's under autocast, and which makes the casts itself."""
-    if plan.autocast is None:
-        return _forward(plan, *arguments)
-    torch.set_autocast_enabled(plan.autocast, False)
-    try:
-        return _forward(plan, *arguments)
-    finally:
-        torch.set_autocast_enabled(plan.autocast, True)
-
-
 def _forward(plan, x, scalings, tensors):
     """y; what holds the cast factors; the norms; h of gate and up together, and of down; inner of each in training."""
     gate, up, down = layers = _layers(tensors)
@@ -294,6 +283,9 @@ def _forward(plan, x, scalings, tensors):
     # Nobody has it, so that y is no view, which autograd would not let a consumer write to.
     y = y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
     return y, cast, norms, h, h_down, (inner_gate, inner_up, inner_down)
+
+
+_without_autocast = eager.without_autocast(_forward)
 
 
 _unsafe_view = torch.ops.aten._unsafe_view
