@@ -118,6 +118,12 @@ def _is_adapted(module: nn.Module) -> bool:
     return any(isinstance(variant, variants.DoraLinearVariant) for variant in module.lora_variant.values())
 
 
+def _kind(layer: nn.Module) -> str:
+    """Its class, and that of the quantised layer below it."""
+    base = layer._modules.get("base_layer")
+    return type(layer).__name__ if type(base) in (nn.Linear, type(None)) else f"{type(layer).__name__} over {type(base).__name__}"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Found:
     what: str
@@ -129,13 +135,15 @@ def _look(module: nn.Module) -> _Found | str:
     if "forward" in vars(module):
         return "it has a forward of its own (patched, or put there by accelerate's hooks)"
     roles = blocks.mlp(module)
+    if not isinstance(roles, str) and roles.is_joined and packed.of(module._modules[roles.up]) is not None:
+        return f"{roles.up} is quantised, and gate and up are parts of it"
     if not isinstance(roles, str):
         called = *roles.linears, *([] if roles.act is None else [roles.act]), *roles.between
         found = _Found(str(roles), partial(blocks.fuse_mlp, roles=roles))
     else:
-        others = (name for name, m in module.named_children() if _is_adapted(m) and type(m) not in shared.classes)
+        others = (name for name, m in module.named_children() if _is_adapted(m) and not shared.is_fusable(m))
         if (name := next(others, None)) is not None:
-            return f"{name} is a {type(module._modules[name]).__name__}, which computes its product itself"
+            return f"{name} is a {_kind(module._modules[name])}, which computes its product itself"
         block = blocks.projections_of_one(module)
         if isinstance(block, str):
             is_like_mlp = block == blocks.NOT_KNOWN and sum(map(blocks.is_linear, module.children())) > 1
