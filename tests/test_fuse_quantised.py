@@ -26,11 +26,11 @@ HIDDEN, INNER = 64, 128
 
 def linear_4bit(linear, library, dtype, **options):
     """In the layer's dtype, which is the one that it computes in."""
+    cls, options = fake.Linear4bit, {"compute_dtype": dtype} | options
     if library == "bitsandbytes":
         cls = pytest.importorskip("bitsandbytes").nn.Linear4bit
     else:
-        cls = fake.Linear4bit
-    options = {"compute_dtype": dtype} | options
+        options |= {"dtype": dtype}  # its parameter is not cast
     quantised = cls(*linear.weight.shape[::-1], bias=linear.bias is not None, **options).to(dtype)
     quantised.load_state_dict(linear.state_dict())
     return quantised.requires_grad_(False).to("cpu")
@@ -246,7 +246,7 @@ def test_few_rows_on_a_gpu_are_the_librarys():
     x.device.type = "cuda"
     with (
         mock.patch.object(fake.Params4bit, "device", x.device),
-        mock.patch.object(linear4bit.front, "autocast_dtype", lambda x: None),
+        mock.patch.object(linear4bit.front, "autocast_dtype", return_value=None),
     ):
         for rows, taken in ((1, False), (linear4bit.FEW_ROWS, False), (linear4bit.FEW_ROWS + 1, True)):
             x.numel.return_value = rows * HIDDEN
