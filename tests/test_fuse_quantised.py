@@ -252,3 +252,92 @@ def test_few_rows_on_a_gpu_are_the_librarys():
             assert linear4bit.takes(layer, x)
             with torch.no_grad():
                 assert linear4bit.takes(layer, x) == taken
+
+
+@pytest.mark.parametrize("shape", [(HIDDEN,), (1, HIDDEN), (0, HIDDEN), (2, 3, HIDDEN)])
+def test_shapes_and_no_grad(calls, shape):  # noqa: F811
+    model, x = block(dtype=torch.float32), torch.randn(shape)
+    expected = model(x)
+    assert not dorac.fuse(model).left
+    with torch.no_grad():
+        actual = model(x)
+    assert calls == {0: 1}
+    assert_same({"logits": actual}, {"logits": expected}) if x.numel() else None
+    assert actual.shape == expected.shape
+
+
+@pytest.mark.parametrize("dropout_on", ["adapter", "low_rank"])
+def test_dropout_is_that_of_the_dense_block(calls, dropout_on):  # noqa: F811
+    model = quantise(nn.Sequential(Wide()), "fake")
+    dense = nn.Sequential(Wide())
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer, base = getattr(dense[0], name), getattr(model[0], name)
+        layer.weight.data.copy_(packed.of(base).rows(0, base.out_features))
+        layer.bias = base.bias
+    for one in (model, dense):
+        torch.manual_seed(1)
+        adapt(one, "nn", lora_dropout=0.5, dropout_on=dropout_on)
+        dorac.fuse(one)
+        for layer in one.modules():
+            if isinstance(layer, dorac.nn.DoraLinear):
+                with torch.no_grad():
+                    layer.lora_magnitude_vector.copy_(torch.linspace(1, 2, layer.out_features))
+    x, ys = torch.randn(5, HIDDEN), []
+    for one in (model, dense):
+        torch.manual_seed(2)
+        ys.append({"logits": one(x)})
+    assert calls == {0: 2}
+    assert_same(*ys)
+    assert (ys[0]["logits"] - model.eval()(x)).abs().max() > 0.01
+
+
+def test_checkpointing_and_compiled_code(calls):  # noqa: F811
+    model = llama("fake", "nn")
+    expected = results(model)
+    dorac.fuse(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(results(model), expected)
+    assert calls == {0: 4, 3: 4}  # again in backward
+    calls.clear()
+    one = block(dtype=torch.float32)
+    x = torch.randn(5, HIDDEN)
+    without = one(x)
+    dorac.fuse(one)
+    assert_same({"logits": torch.compile(one, backend="eager")(x)}, {"logits": without})
+    assert not calls
+
+
+def test_adapters_of_peft(calls):  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    model = llama("bitsandbytes", "peft")
+    with dorac.peft.enable():
+        more = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules="all-linear", use_dora=True)
+        model.add_adapter("other", more)
+    dorac.peft.enable(off_init(model))
+    dorac.fuse(model)
+    for names, together in (("other", True), (["default", "other"], False), ("default", True)):
+        model.base_model.set_adapter(names)
+        calls.clear()
+        with torch.random.fork_rng():
+            results(model)
+        assert calls == ({0: 2, 3: 2} if together else {})
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.set_scale("default", 0.5)
+    calls.clear()
+    fused = results(model)
+    assert calls == {0: 2, 3: 2}
+    dorac.unfuse(model)
+    assert_same(results(model), fused)
+    dorac.fuse(model)
+    calls.clear()
+    with model.disable_adapter():
+        off = model(input_ids=tokens()).logits
+    assert not calls
+    dorac.unfuse(model)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=tokens()).logits, off)
+    dorac.fuse(model)
+    dorac.peft.disable(model)  # stock PEFT's layers
+    results(model)
+    assert not calls
