@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from dorac import packed
 from dorac.apply import bare
 from dorac.hooks import unhooked
 from dorac.nn import DoraLinear, blocks, shared
@@ -56,10 +57,15 @@ def fuse(model: nn.Module) -> Fusion:
     it back. Deep copies and pickles of a fused model are fused.
 
     A block runs its layers one by one, with the right answer, wherever they cannot be computed together at the time of
-    a call: a layer is merged, switched off, hooked, offloaded, sharded or quantised, has several active adapters or
+    a call: a layer is merged, switched off, hooked, offloaded or sharded, has several active adapters or
     ``norm_grad``, dropout of the block's own is active between an MLP's layers, q, k and v get other inputs, or
     ``torch.inference_mode`` hides whether an attention's input was written to. Compiled code runs the layers one by
     one, too, in the same graph as without: there the compiler fuses what lies between them.
+
+    Of quantised layers bitsandbytes' ``Linear4bit`` (nf4, fp4) are fused, which multiply by their dense weight, and in
+    calls where that is all that they do: x has their ``compute_dtype``, the dtype that the weight had and, under
+    autocast, autocast's; on a GPU without gradients, more than 128 tokens; on a CPU, where the library packs weights
+    anew in eval mode, x has a gradient. All other quantised layers go on as they were.
 
     Args:
         model: with layers of ``dorac.nn``, or of PEFT's under :func:`dorac.peft.enable`. A second call looks again,
@@ -118,6 +124,12 @@ def _is_adapted(module: nn.Module) -> bool:
     return any(isinstance(variant, variants.DoraLinearVariant) for variant in module.lora_variant.values())
 
 
+def _kind(layer: nn.Module) -> str:
+    """Its class, and that of the quantised layer below it."""
+    kind, base = type(layer).__name__, layer._modules.get("base_layer")
+    return kind if base is None or type(base) is nn.Linear else f"{kind} over {type(base).__name__}"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Found:
     what: str
@@ -129,13 +141,15 @@ def _look(module: nn.Module) -> _Found | str:
     if "forward" in vars(module):
         return "it has a forward of its own (patched, or put there by accelerate's hooks)"
     roles = blocks.mlp(module)
+    if not isinstance(roles, str) and roles.is_joined and packed.of(module._modules[roles.up]) is not None:
+        return f"{roles.up} is quantised, and gate and up are parts of it"
     if not isinstance(roles, str):
         called = *roles.linears, *([] if roles.act is None else [roles.act]), *roles.between
         found = _Found(str(roles), partial(blocks.fuse_mlp, roles=roles))
     else:
-        others = (name for name, m in module.named_children() if _is_adapted(m) and type(m) not in shared.classes)
+        others = (name for name, m in module.named_children() if _is_adapted(m) and not shared.is_fusable(m))
         if (name := next(others, None)) is not None:
-            return f"{name} is a {type(module._modules[name]).__name__}, which computes its product itself"
+            return f"{name} is a {_kind(module._modules[name])}, which computes its product itself"
         block = blocks.projections_of_one(module)
         if isinstance(block, str):
             is_like_mlp = block == blocks.NOT_KNOWN and sum(map(blocks.is_linear, module.children())) > 1

@@ -922,6 +922,24 @@ def test_model_over_quantised_layers(bench, base):
         assert record["wall_peft"] == wall_ratio(record, lora)
 
 
+def test_fused_blocks_over_4_bit_layers(bench):
+    needs("nf4")
+    names = ["lora-fused-eager", "dorac-fused-eager", "dorac-fused-cached-eager", "dorac-peft-fused-cached-eager"]
+    given = (*STACK, *QUICK, "--base", "nf4", "--dtype", "bfloat16", "--autocast", "--phases", "train")
+    records = bench("model", *given, "--variants", *names)["records"]
+    assert [record["variant"] for record in records] == names
+    assert all(record["wall_us"] > 0 for record in records)
+    stack, layers = quantised_stack("nf4")
+    x = torch.randn(1, 6, 64, requires_grad=True)
+    for name, other in (("dorac-fused-cached-eager", "dorac-every-eager"), (names[-1], "dorac-peft-eager")):
+        fused, plain = (model.build_variant(stack, layers, one) for one in (name, other))
+        torch.testing.assert_close(fused(x), plain(x))
+    # Plain LoRA's base is the same quantised layer.
+    dense = {name: dataclasses.replace(o, weight=quantise.dequantise(o.base), base=None) for name, o in layers.items()}
+    lora = model.build_variant(stack, layers, names[0])
+    torch.testing.assert_close(lora(x), model.adapt(stack, dense, peers.LoraSum)(x))
+
+
 def test_norm_of_packed_weights(bench, device):
     for base in ("nf4", "fp4", "int8", "torchao-int8", "fp8", "int4"):
         needs(base)
@@ -945,6 +963,8 @@ def test_variants_left_out_are_those_over_the_base(monkeypatch):
     chosen = options.parse(["model", *given], SUBCOMMANDS).variants
     assert {"peft-lora-eager", "dorac-peft-compiled", "dorac-peft-cached-eager", "dorac-every-eager"} <= set(chosen)
     assert not any("lora-sum" in name or "once" in name or "low-rank" in name for name in chosen)
+    assert {"lora-fused-eager", "dorac-fused-cached-eager"} <= set(chosen)
+    assert not any("fused" in name for name in options.parse(["model", *given, "--base", "int8"], SUBCOMMANDS).variants)
     assert options.parse(["norm", *given], SUBCOMMANDS).variants == ["dorac", "dequantised"]
     assert options.parse(["norm", "--device", "cpu"], SUBCOMMANDS).variants == ["dorac", "dense-compiled", "peft"]
 

@@ -627,16 +627,6 @@ def test_compiled_as_without(calls):
     assert not calls
 
 
-def test_quantised_layers_are_left():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = Model().bfloat16()
-    model.mlp.up_proj = bitsandbytes.nn.Linear4bit(HIDDEN, INNER, bias=False, quant_type="nf4").to("cpu")
-    dorac.apply_dora(model, "all-linear", 2, 4, init_lora_weights=False)
-    report = dorac.fuse(model)
-    assert list(report.fused) == ["attention"]
-    assert report.left == {"mlp": "up_proj is a DoraQuantLinear, which computes its product itself"}
-
-
 def test_offloaded_layers_are_called(calls):
     accelerate = pytest.importorskip("accelerate")
     model, x = adapted().eval(), draw()

@@ -8,7 +8,9 @@ import test_fuse
 import torch
 
 import dorac
+from dorac import packed
 from dorac.ops import eager_linears, eager_mlp, front
+from dorac.testing import quantised_layers as fake
 from dorac.testing.rounding import assert_rms_beside
 
 
@@ -55,3 +57,39 @@ def test_a_block(kernels, monkeypatch, kind, how):
     assert (linears.call_count, mlp.call_count) == ((1, 0) if kind is test_fuse.Attention else (0, 1))
     for i, (actual, other, exact) in enumerate(zip(fused, unfused, truth, strict=True)):
         assert_rms_beside(actual, other, exact, label=str(i))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", [test_fuse.Attention, test_fuse.GatedMLP], ids=["attention", "mlp"])
+def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, cached):
+    """Weights are made dense for each product: what is near float64 is near that of the dense weights."""
+    for name, size in (("HIDDEN", 64), ("INNER", 96)):
+        monkeypatch.setattr(test_fuse, name, size)
+    block = torch.nn.Sequential(kind()).to(torch.bfloat16)
+    exact = copy.deepcopy(block)
+    for name, layer in [*block.named_modules()]:
+        if isinstance(layer, torch.nn.Linear):
+            size = layer.in_features, layer.out_features
+            quantised = fake.Linear4bit(*size, layer.bias is not None, torch.bfloat16, torch.bfloat16)
+            quantised.load_state_dict(layer.state_dict())
+            block.set_submodule(name, quantised.to("cpu").to(kernels))
+            dense = packed.of(block.get_submodule(name)).rows(0, layer.out_features)
+            exact.get_submodule(name).weight.data.copy_(dense)
+    for one in (block, exact):
+        dorac.apply_dora(one.to(kernels), "all-linear", 8, 16, init_lora_weights=False)
+    test_fuse.off_init(block)
+    trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
+    exact.load_state_dict({name: p.detach() for name, p in trained.items()}, strict=False)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, device=kernels)
+    truth, unfused = results(exact.double(), x.double()), results(block, x)
+    if cached:
+        dorac.cache_norms(block)
+    assert not dorac.fuse(block).left
+    with (
+        mock.patch.object(eager_linears, "_apply", wraps=eager_linears._apply) as linears,
+        mock.patch.object(eager_mlp, "_apply", wraps=eager_mlp._apply) as mlp,
+    ):
+        fused = results(block, x)
+    assert (linears.call_count, mlp.call_count) == ((1, 0) if kind is test_fuse.Attention else (0, 1))
+    for i, (actual, other, want) in enumerate(zip(fused, unfused, truth, strict=True)):
+        assert_rms_beside(actual, other, want, label=str(i))

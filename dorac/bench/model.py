@@ -35,14 +35,15 @@ FUSED = {
     )
 } | {"dorac-fused-cached-compiled": peers.VARIANTS["dorac-every-compiled"]}
 VARIANTS |= FUSED
-# Those that take somebody else's layer.
-OVER_QUANTISED = tuple(
+# Those that take somebody else's layer; of the formats, blocks take bitsandbytes' with 4 bits.
+OVER_4BIT = tuple(
     name
     for name in VARIANTS
-    if name.startswith(("peft-lora", "peft-dora-eager", "dorac-"))
+    if name.startswith(("peft-lora", "peft-dora-eager", "dorac-", against_lora.LORA_FUSED))
     and not name.startswith("dorac-once")
-    and name not in FUSED
 )
+OVER_QUANTISED = tuple(name for name in OVER_4BIT if name not in FUSED)
+FOUR_BIT = ("nf4", "fp4")
 _CPU_STACK = {"layers": 1, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 CUDA_STACK = {"layers": 4, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 32}
 DEFAULTS = {
@@ -118,7 +119,7 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuses what cannot be measured, and sets the adapters' dtype under autocast."""
-    bases.check_base(args, VARIANTS, OVER_QUANTISED)
+    bases.check_base(args, VARIANTS, OVER_4BIT if args.base in FOUR_BIT else OVER_QUANTISED)
     if not quantise.has_product(args.base):
         raise BadInput(f"--base {args.base}: torchao multiplies with it by mslk, which is not installed")
     if args.autocast:

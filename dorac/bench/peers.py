@@ -58,11 +58,12 @@ def draw_layer(weight: Tensor | nn.Module, rank: int, args: argparse.Namespace) 
 
 
 class _Adapted(nn.Module):
-    """Holds a layer's tensors, without copying them: the weight frozen, the rest trained."""
+    """Holds a layer's tensors, without copying them: the weight frozen (or packed), the rest trained."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.weight = nn.Parameter(layer.weight, requires_grad=False)
+        is_dense = isinstance(layer.weight, Tensor)
+        self.weight = nn.Parameter(layer.weight, requires_grad=False) if is_dense else layer.weight
         self.lora_A = nn.Parameter(layer.lora_A)
         self.lora_B = nn.Parameter(layer.lora_B)
         self.dropout = nn.Dropout(layer.dropout) if layer.dropout else nn.Identity()
@@ -109,6 +110,7 @@ class LoraProjection(_Adapted):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
+        self.base = layer.base  # whose packed weight it is
         self.out_features, self.in_features = layer.weight.shape
         self.dropout_p = layer.dropout
 

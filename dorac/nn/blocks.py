@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.nn import recorded, shared
+from dorac.nn import linear4bit, recorded, shared
 from dorac.nn.linear import is_conv1d
 from dorac.undo import Undo
 
@@ -84,6 +84,8 @@ class FusedMLP(_Fused):
         if operands is None:
             return None
         if roles.is_joined:
+            if isinstance(operands[0].weight, tuple):
+                return None
             operands = *_halves(operands[0], roles.gate_comes_last), operands[1]
         gate = None if roles.gate is None else operands[0]
         up, down = operands[-2:]
@@ -158,6 +160,9 @@ def _halves(
 
 def _plain(layer: nn.Module | None, x: Tensor) -> functional.Projection | None:
     """A linear layer without an adapter."""
+    if linear4bit.takes(layer, x):
+        packed_weight = linear4bit.weight_for(layer, x)
+        return None if packed_weight is None else functional.Projection(packed_weight, bias=layer._parameters["bias"])
     if layer is None or not (type(layer) is nn.Linear or is_conv1d(layer)) or not shared.is_plainly_called(layer):
         return None
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
@@ -180,7 +185,9 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 
 def is_linear(module: nn.Module | None) -> bool:
     """Whether it is an adapted linear layer that can be computed together with others, or a plain one."""
-    return type(module) in shared.classes or type(module) is nn.Linear or (module is not None and is_conv1d(module))
+    if shared.is_fusable(module) or type(module) is nn.Linear or linear4bit.is_stock(module):
+        return True
+    return module is not None and is_conv1d(module)
 
 
 def mlp(module: nn.Module) -> recorded.MLP | str:
@@ -190,7 +197,7 @@ def mlp(module: nn.Module) -> recorded.MLP | str:
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if type(layer) in shared.classes or type(layer) is nn.Linear:
+    if hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape)
 
@@ -205,7 +212,7 @@ def projections_of_one(module: nn.Module) -> tuple[tuple[str, ...], tuple[tuple[
     if names is None:
         joined = [name for name in JOINED if children.get(name) is not None]
         return f"q, k and v are one layer already ({joined[0]})" if joined else NOT_KNOWN
-    adapted = [name for name in names if type(children[name]) in shared.classes]
+    adapted = [name for name in names if shared.is_fusable(children[name])]
     if len(adapted) < 2:
         return f"less than two of {', '.join(names)} are adapted"
     if len({children[name].in_features for name in adapted}) > 1:

@@ -5,9 +5,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from dorac import functional, offload, packed
-from dorac.nn import offloaded
+from dorac.nn import linear4bit, offloaded, shared
 from dorac.nn.base_product import product
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
@@ -16,6 +17,7 @@ from dorac.numerics import accumulate_dtype
 from dorac.undo import Undo
 
 
+@shared.fusable
 class DoraQuantLinear(DoraLinear):
     """Adapts a quantised linear layer: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``, ``base = x W^T`` its own.
 
@@ -107,6 +109,10 @@ class DoraQuantLinear(DoraLinear):
         base_layer = self._modules["base_layer"]
         if "_hf_hook" in base_layer.__dict__:
             return offloaded.forward(self, (self,), x)
+        if not is_dynamo_compiling() and shared.here.together is not None:
+            y = shared.here.together.take(self, x)
+            if y is not None:
+                return y
         base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew
         if self.merged_norm is not None or self.runs_base:
             return base
@@ -136,6 +142,30 @@ class DoraQuantLinear(DoraLinear):
             save_output=weight is not None,
             weight=weight,
         )
+
+    def in_blocks(self) -> bool:
+        """Whether the base layer's product can be that of a block."""
+        return linear4bit.is_stock(self._modules["base_layer"])
+
+    def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
+        """See :class:`dorac.nn.shared.Fusable`."""
+        base = self._modules["base_layer"]
+        if self.merged_norm is not None or self.runs_base or self.norm_grad or not linear4bit.takes(base, x):
+            return None
+        lora_A, lora_B, magnitude = own = self._own_parameters()
+        if not all(map(shared.is_plain, own)):
+            return None
+        norm = known_norm(self) if self.caches_norm else None
+        weight = linear4bit.weight_for(base, x, self, norm)
+        if weight is None:
+            return None
+        if norm is None:
+            norm = self._norm()
+        if self._strength is not None:
+            lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
+        operands = weight, lora_A, lora_B, magnitude, base._parameters["bias"], norm
+        dropout_p = self.lora_dropout if self.training else 0.0
+        return functional.Projection(*operands, self._scaling, dropout_p, self.save_output), self.dropout_on
 
     def _with_adapter_of(self, x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, g: Tensor) -> Tensor:
         """``base`` and what DoRA changes for the x that dropout left."""

@@ -43,9 +43,17 @@ classes: set[type[nn.Module]] = set()  # these, no subclass: that may compute so
 
 
 def fusable(cls: type[nn.Module]) -> type[nn.Module]:
-    """Says of a class that its instances are :class:`Fusable`."""
+    """Says of a class that its instances are :class:`Fusable`, or those of which its ``in_blocks()`` says so."""
     classes.add(cls)
     return cls
+
+
+def is_fusable(module: nn.Module | None) -> bool:
+    """Whether the module may ever be computed together with others."""
+    if type(module) not in classes:
+        return False
+    in_blocks = getattr(module, "in_blocks", None)
+    return in_blocks is None or in_blocks()
 
 
 class _Here(threading.local):

@@ -8,7 +8,10 @@ which needs the library.
 import torch
 from peft.tuners.lora import bnb
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from dorac import functional
+from dorac.nn import linear4bit, shared
 from dorac.peft import over
 from dorac.peft.mixed import MixedBatch
 from dorac.peft.variants import DoraLinearVariant, lone_adapter
@@ -34,8 +37,27 @@ class _Straight(MixedBatch):
 
 if "Linear4bit" in __all__:
 
+    @shared.fusable
     class Linear4bit(_Straight, bnb.Linear4bit):
         """Over nf4 and fp4."""
+
+        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+            if not is_dynamo_compiling() and shared.here.together is not None and not (args or kwargs):
+                y = shared.here.together.take(self, x)
+                if y is not None:
+                    return y
+            return super().forward(x, *args, **kwargs)
+
+        def in_blocks(self) -> bool:
+            """Whether the base layer's product can be that of a block."""
+            return linear4bit.is_stock(self._modules["base_layer"])
+
+        def projection(self, x: Tensor) -> tuple[functional.Projection, str] | None:
+            """See :class:`dorac.nn.shared.Fusable`."""
+            adapter = lone_adapter(self, (), {})
+            if adapter is None or not linear4bit.takes(self._modules["base_layer"], x):
+                return None
+            return over.projection(self, adapter, x)
 
 
 if "Linear8bitLt" in __all__:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import functional
-from dorac.nn import norm_cache
+from dorac.nn import linear4bit, norm_cache, shared
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
@@ -19,17 +19,13 @@ from dorac.peft.weights import dense_weight, is_partitioned
 
 def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:
     """The output of a layer with this adapter alone, from the base layer's; None where PEFT's sequence has to run."""
-    modules = module._modules
-    magnitude = modules["lora_magnitude_vector"]._modules[adapter]
-    lora_A = plain_weight(modules["lora_A"]._modules.get(adapter), nn.Linear)
-    lora_B = plain_weight(modules["lora_B"]._modules.get(adapter), nn.Linear)
-    if lora_A is None or lora_B is None or type(magnitude) is not dora.DoraLinearLayer or not unhooked(magnitude):
+    parts = _parts(module, adapter)
+    if parts is None:
         return None
-    dropout = modules["lora_dropout"]._modules[adapter]
-    p = dropout_p(dropout, module.training)
-    if p is None or (p and module.lora_variant[adapter].dropout_on == "adapter"):
+    lora_A, lora_B, magnitude, dropout, p = parts
+    if p and module.lora_variant[adapter].dropout_on == "adapter":
         return None
-    base, m = modules["base_layer"], magnitude.current()
+    base, m = module._modules["base_layer"], magnitude.current()
     if isinstance(base, BaseTunerLayer):
         base = base.get_base_layer()
     bias = _own(base, "bias")
@@ -68,6 +64,42 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
         save_output=save_output,
         weight=weight,
     )
+
+
+def projection(module: nn.Module, adapter: str, x: Tensor) -> tuple[functional.Projection, str] | None:
+    """See :class:`dorac.nn.shared.Fusable`: of a layer over one of bitsandbytes' that takes x into a block."""
+    parts = _parts(module, adapter)
+    if parts is None:
+        return None
+    lora_A, lora_B, magnitude, _, p = parts
+    base, m = module._modules["base_layer"], magnitude.current()
+    scaling, strength = magnitude.split(module.scaling[adapter])
+    if any(not shared.is_plain(t) or t.device != x.device for t in (lora_A, lora_B, m)) or dora.is_zero(strength):
+        return None
+    norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
+    weight = linear4bit.weight_for(base, x, magnitude.keeper, norm)
+    if weight is None:
+        return None
+    if norm is None:
+        norm = magnitude.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter, base_layer=base)
+    if strength is not None:
+        lora_B, m, norm = functional.at_strength(lora_B, m, norm, strength)
+    operands = weight, lora_A, lora_B, m, _own(base, "bias"), norm, scaling, p
+    save_output = module.__dict__.get("save_output", False)
+    return functional.Projection(*operands, save_output), module.lora_variant[adapter].dropout_on
+
+
+def _parts(module: nn.Module, adapter: str) -> tuple[Tensor, Tensor, nn.Module, nn.Module, float] | None:
+    """The factors, the magnitude's module, dropout and its probability; None if another class or a hook is there."""
+    modules = module._modules
+    magnitude = modules["lora_magnitude_vector"]._modules[adapter]
+    lora_A = plain_weight(modules["lora_A"]._modules.get(adapter), nn.Linear)
+    lora_B = plain_weight(modules["lora_B"]._modules.get(adapter), nn.Linear)
+    if lora_A is None or lora_B is None or type(magnitude) is not dora.DoraLinearLayer or not unhooked(magnitude):
+        return None
+    dropout = modules["lora_dropout"]._modules[adapter]
+    p = dropout_p(dropout, module.training)
+    return None if p is None else (lora_A, lora_B, magnitude, dropout, p)
 
 
 def _own(base: nn.Module, name: str) -> Tensor | None:

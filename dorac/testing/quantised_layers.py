@@ -69,8 +69,16 @@ class Params4bit(nn.Parameter):
 
     def to(self, *args, **kwargs):
         device, _, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is None or self.quant_state is not None:
+        if device is None:
             return self
+        if self.quant_state is None:
+            self._quantise()
+        if self.data.device != device:
+            self.data = self.data.to(device)
+            self.quant_state.to(device)
+        return self
+
+    def _quantise(self):
         blocks = F.pad(self.data.flatten(), (0, -self.numel() % self.blocksize)).view(-1, self.blocksize).float()
         absmax, code = blocks.abs().amax(1), torch.tensor(NF4)
         numbers = (blocks / absmax[:, None]).unsqueeze(-1).sub(code).abs().argmin(-1).to(torch.uint8).flatten()
@@ -79,7 +87,6 @@ class Params4bit(nn.Parameter):
         self.data = (pairs[:, :1] << 4) | pairs[:, 1:]
         if self.module is not None:
             self.module.quant_state = self.quant_state
-        return self
 
 
 class Linear4bit(nn.Linear):

@@ -1,0 +1,59 @@
+"""bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight in x's dtype, and does nothing else.
+
+A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`). The layer casts x to its
+``compute_dtype`` and its output back, packs its weight anew on CPUs with bf16 instructions, and chooses a dtype and
+casts its bias when it is called first: wherever it would do one of these, it is called.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dorac import packed
+from dorac.nn import norm_cache, shared
+from dorac.ops import front
+
+# Up to so many rows without gradients, as in generation, the library has faster kernels for a GPU.
+FEW_ROWS = 128
+
+
+def is_stock(layer: nn.Module | None) -> bool:
+    """Whether it is of the library's class itself, with the library's forward; nothing is imported to tell."""
+    kind = type(layer)
+    if kind.__name__ != "Linear4bit" or kind.__bases__ != (nn.Linear,):
+        return False
+    forward = kind.forward
+    return forward.__module__ == kind.__module__ and not hasattr(forward, "__wrapped__")
+
+
+def takes(layer: nn.Module | None, x: Tensor) -> bool:
+    """Whether ``layer(x)`` is the product with the dense weight, in x's dtype, as far as it is known without that."""
+    if not is_stock(layer) or not shared.is_plainly_called(layer):
+        return False
+    attributes, parameters, dtype = vars(layer), layer._parameters, x.dtype
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if getattr(weight, "quant_state", None) is None or weight.device != x.device:
+        return False
+    if attributes["compute_dtype"] not in (None, dtype) or not attributes.get("compute_type_is_set", True):
+        return False
+    if bias is not None and not (shared.is_plain(bias) and bias.dtype is dtype):
+        return False
+    if front.autocast_dtype(x) not in (None, dtype):
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    if x.device.type == "cpu":
+        return layer.training or not attributes.get("support_avx512bf16_for_cpu", False)
+    return torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]
+
+
+def weight_for(
+    layer: nn.Module, x: Tensor, keeper: norm_cache.Keeper | None = None, norm: Tensor | None = None
+) -> packed.Bnb4bit | None:
+    """The packed weight of a layer that takes x, for a block; None where the layer makes another dense one of it.
+
+    ``keeper``, ``norm``: of :func:`norm_cache.packed_value`.
+    """
+    value = norm_cache.packed_value(keeper, layer, norm)
+    if type(value) is not packed.Bnb4bit or value.dtype is not x.dtype:  # else it is rounded once or twice
+        return None
+    return value if value.shape == (layer.out_features, layer.in_features) else None
