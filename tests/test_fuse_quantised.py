@@ -244,7 +244,6 @@ def test_few_rows_on_a_gpu_are_the_librarys():
     x = mock.Mock(spec=torch.Tensor, dtype=torch.bfloat16, requires_grad=False, shape=(1, HIDDEN))
     x.device.type = "cuda"
     with (
-        mock.patch.object(fake.Params4bit, "device", x.device),
         mock.patch.object(linear4bit.front, "autocast_dtype", return_value=None),
     ):
         for rows, taken in ((1, False), (linear4bit.FEW_ROWS, False), (linear4bit.FEW_ROWS + 1, True)):
