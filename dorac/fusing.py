@@ -7,10 +7,9 @@ from functools import partial
 
 from torch import nn
 
-from dorac import packed
 from dorac.apply import bare
 from dorac.hooks import unhooked
-from dorac.nn import DoraLinear, blocks, shared
+from dorac.nn import DoraLinear, blocks, linear4bit, shared
 from dorac.undo import Undo
 
 
@@ -126,8 +125,12 @@ def _is_adapted(module: nn.Module) -> bool:
 
 def _kind(layer: nn.Module) -> str:
     """Its class, and that of the quantised layer below it."""
-    kind, base = type(layer).__name__, layer._modules.get("base_layer")
-    return kind if base is None or type(base) is nn.Linear else f"{kind} over {type(base).__name__}"
+    kind, base = type(layer).__name__, _base(layer)
+    return kind if base is layer or type(base) is nn.Linear else f"{kind} over {type(base).__name__}"
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer._modules.get("base_layer", layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _look(module: nn.Module) -> _Found | str:
     if "forward" in vars(module):
         return "it has a forward of its own (patched, or put there by accelerate's hooks)"
     roles = blocks.mlp(module)
-    if not isinstance(roles, str) and roles.is_joined and packed.of(module._modules[roles.up]) is not None:
+    if not isinstance(roles, str) and roles.is_joined and linear4bit.is_stock(_base(module._modules[roles.up])):
         return f"{roles.up} is quantised, and gate and up are parts of it"
     if not isinstance(roles, str):
         called = *roles.linears, *([] if roles.act is None else [roles.act]), *roles.between

@@ -72,7 +72,8 @@ def llama(library, way, dtype=torch.float32):
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
-    return adapt(quantise(model, library, dtype), way).train()
+    options = {"quant_type": "nf4"} if library == "bitsandbytes" else {}  # else fp4
+    return adapt(quantise(model, library, dtype, **options), way).train()
 
 
 def results(model):
@@ -244,7 +245,6 @@ def test_few_rows_on_a_gpu_are_the_librarys():
     x = mock.Mock(spec=torch.Tensor, dtype=torch.bfloat16, requires_grad=False, shape=(1, HIDDEN))
     x.device.type = "cuda"
     with (
-        mock.patch.object(fake.Params4bit, "device", x.device),
         mock.patch.object(linear4bit.front, "autocast_dtype", return_value=None),
     ):
         for rows, taken in ((1, False), (linear4bit.FEW_ROWS, False), (linear4bit.FEW_ROWS + 1, True)):
@@ -341,3 +341,25 @@ def test_adapters_of_peft(calls):  # noqa: F811
     dorac.peft.disable(model)  # stock PEFT's layers
     results(model)
     assert not calls
+
+
+@pytest.mark.parametrize("way", ["nn", "peft"])
+def test_inference_and_merging(way):
+    """In eval mode on some CPUs the library packs its weights anew: fused or not, the answers are the layers'."""
+    pytest.importorskip("bitsandbytes")
+    plain, fused = (llama("bitsandbytes", way).eval() for _ in range(2))
+    dorac.fuse(fused)
+    dorac.cache_norms(fused)
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        expected, actual = (one.generate(input_ids=tokens(), **how) for one in (plain, fused))
+        for a, e in zip(actual.logits, expected.logits, strict=True):
+            assert_same({"logits": a}, {"logits": e})
+        for one in (plain, fused):
+            dorac.merge(one) if way == "nn" else one.merge_adapter()
+        expected, actual = (one(input_ids=tokens()).logits for one in (plain, fused))
+        assert torch.equal(actual, expected)
+        for one in (plain, fused):
+            dorac.unmerge(one) if way == "nn" else one.unmerge_adapter()
+        expected, actual = (one(input_ids=tokens()).logits for one in (plain, fused))
+        assert_same({"logits": actual}, {"logits": expected})

@@ -31,7 +31,7 @@ def takes(layer: nn.Module | None, x: Tensor) -> bool:
         return False
     attributes, parameters, dtype = vars(layer), layer._parameters, x.dtype
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if getattr(weight, "quant_state", None) is None or weight.device != x.device:
+    if getattr(weight, "quant_state", None) is None:
         return False
     if attributes["compute_dtype"] not in (None, dtype) or not attributes.get("compute_type_is_set", True):
         return False
@@ -54,6 +54,8 @@ def weight_for(
     ``keeper``, ``norm``: of :func:`norm_cache.packed_value`.
     """
     value = norm_cache.packed_value(keeper, layer, norm)
-    if type(value) is not packed.Bnb4bit or value.dtype is not x.dtype:  # else it is rounded once or twice
+    if type(value) is not packed.Bnb4bit or value.codes.device != x.device:
+        return None
+    if value.dtype is not x.dtype:  # the layer rounds it once, a block twice
         return None
     return value if value.shape == (layer.out_features, layer.in_features) else None

@@ -76,6 +76,8 @@ def projection(module: nn.Module, adapter: str, x: Tensor) -> tuple[functional.P
     scaling, strength = magnitude.split(module.scaling[adapter])
     if any(not shared.is_plain(t) or t.device != x.device for t in (lora_A, lora_B, m)) or dora.is_zero(strength):
         return None
+    if is_partitioned(m) or is_partitioned(_own(base, "bias")) or is_partitioned(_own(base, "weight")):
+        return None
     norm = magnitude.known_norm(base, lora_A, lora_B, scaling)
     weight = linear4bit.weight_for(base, x, magnitude.keeper, norm)
     if weight is None:
