@@ -181,7 +181,8 @@ def packs_anew(model):
 
 
 def of_other_dtype(model):
-    model[0].gate_proj.base_layer.weight.quant_state.dtype = torch.float16
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(model[0], name).base_layer.weight.quant_state.dtype = torch.float16
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,9 @@ def test_what_is_left_with_the_reason():
 
     class Linear4bit(fake.Linear4bit):
         """A class of somebody else, of the same name."""
+
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     model = nn.Sequential(Wide())
     model[0].up_proj = Linear4bit(HIDDEN, INNER).to("cpu")
