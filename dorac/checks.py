@@ -25,7 +25,8 @@ def _check_dense(name: str, tensor: Tensor, kind: str = "a tensor") -> None:
         raise TypeError(f"{name} must be a dense tensor, but it {reason}")
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def check_float(name: str, tensor: Tensor) -> None:
+    """A dense float tensor."""
     if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
         _check_dense(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
@@ -40,7 +41,7 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor, weight_name: str = 
 def _check_pair(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Two float factors of as many dimensions as the weight, on its device, of one dtype."""
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_float(name, tensor)
+        check_float(name, tensor)
         if tensor.ndim != weight.ndim:
             raise ValueError(f"{name} must have {weight.ndim} dimensions like weight, got shape {list(tensor.shape)}")
         _check_device(name, tensor, weight)
@@ -53,7 +54,7 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, stacked: str =
 
     With experts ``[E, out, in]``, ``[E, r, in]`` and ``[E, out, r]``; ``stacked`` is what errors call the E.
     """
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if weight.ndim not in (2, 3):
         raise ValueError(f"weight must have 2 dimensions, or 3 with experts, got shape {list(weight.shape)}")
     _check_factors_of(weight, lora_A, lora_B, stacked)
@@ -113,14 +114,14 @@ def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Ten
 
 def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
     """A float ``[K]`` tensor, one scaling for each adapter."""
-    _check_float("scaling", scaling)
+    check_float("scaling", scaling)
     if list(scaling.shape) != [adapters]:
         raise ValueError(f"scaling must be a number, 0-d or [K] = [{adapters}], got shape {list(scaling.shape)}")
     _check_device("scaling", scaling, like)
 
 
 def _check_rows(name: str, vector: Tensor, rows: torch.Size, like: Tensor, like_name: str, stacked: str = "E") -> None:
-    _check_float(name, vector)
+    check_float(name, vector)
     if vector.shape != rows:
         letters = "[out]" if len(rows) == 1 else f"[{stacked}, out]"
         raise ValueError(f"{name} must be {letters} = {list(rows)}, got shape {list(vector.shape)}")
@@ -135,14 +136,14 @@ def check_vector(name: str, vector: Tensor | None, weight: Tensor, stacked: str 
 
 def check_magnitude(magnitude: Tensor, weight_norm: Tensor) -> None:
     """A magnitude for these norms."""
-    _check_float("weight_norm", weight_norm)
+    check_float("weight_norm", weight_norm)
     _check_rows("magnitude", magnitude, weight_norm.shape, weight_norm, "weight_norm")
 
 
 def check_scaled_rows(lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor) -> None:
     """A magnitude for these norms, and a ``lora_B [out, r, *]`` with a row for each."""
     check_magnitude(magnitude, weight_norm)
-    _check_float("lora_B", lora_B)
+    check_float("lora_B", lora_B)
     _check_rows("weight_norm", weight_norm, lora_B.shape[: max(1, weight_norm.ndim)], lora_B, "lora_B")
 
 
@@ -189,7 +190,7 @@ def check_compose(
 ) -> None:
     """``base`` and ``lora`` of one shape ``[*, out]``, ``mag_scale`` and ``bias`` ``[out]``; no bias with ``delta``."""
     for name, tensor in (("base", base), ("lora", lora)):
-        _check_float(name, tensor)
+        check_float(name, tensor)
     if base.ndim == 0 or base.shape != lora.shape:
         raise ValueError(f"base and lora must share a shape [*, out], got {list(base.shape)} and {list(lora.shape)}")
     _check_device("lora", lora, base, "base")
@@ -200,7 +201,7 @@ def check_compose(
     for name, vector in (("mag_scale", mag_scale), ("bias", bias)):
         if vector is None and name == "bias":
             continue
-        _check_float(name, vector)
+        check_float(name, vector)
         if vector.ndim != 1 or vector.shape[0] != base.shape[dim]:
             raise ValueError(f"{name} must be [out] = [{base.shape[dim]}], got shape {list(vector.shape)}")
         _check_device(name, vector, base, "base")
@@ -224,7 +225,7 @@ def check_linear(
     _check_rows("magnitude", magnitude, rows, weight, "weight")
     if weight_norm is not None:
         _check_rows("weight_norm", weight_norm, rows, weight, "weight")
-    _check_float("x", x)
+    check_float("x", x)
     *experts, _, in_features = shape
     shape = x.shape
     fits = len(shape) > len(experts) and shape[-1] == in_features
@@ -258,12 +259,12 @@ def check_projection(
     if is_packed(weight):
         weight.check()
     else:
-        _check_float("weight", weight)
+        check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     if lora_A is not None:
         _check_factors_of(weight, lora_A, lora_B, "E")
-    _check_float("x", x)
+    check_float("x", x)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [*, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
@@ -285,7 +286,7 @@ def check_over(
 ) -> None:
     """The tensors of ``dora_over``: ``base [*, out]``, ``x [*, in]``, a linear layer's adapter."""
     for name, tensor in (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_float(name, tensor)
+        check_float(name, tensor)
         _check_device(name, tensor, base, "base")
     for name, tensor in (("base", base), ("x", x)):
         if tensor.ndim == 0:
@@ -311,7 +312,7 @@ def check_over(
 def check_weight_over(weight: Tensor | Packed, base: Tensor, x: Tensor) -> None:
     """The weight, packed or dense, of which ``base`` is the product with ``x``."""
     if isinstance(weight, Tensor):
-        _check_float("weight", weight)
+        check_float("weight", weight)
     elif is_packed(weight):
         weight.check()
     else:
@@ -336,7 +337,7 @@ def check_embedding(
     _check_dense("x", x, "a tensor of indices")
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"x must hold int64 or int32 indices, got {x.dtype}")
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [vocab, dim], got shape {list(weight.shape)}")
     _check_device("x", x, weight)
@@ -345,7 +346,7 @@ def check_embedding(
         ("lora_A", lora_A, f"[r, vocab] = [r, {vocab}]", -1, vocab),
         ("lora_B", lora_B, f"[dim, r] = [{dim}, r]", 0, dim),
     ):
-        _check_float(name, tensor)
+        check_float(name, tensor)
         if tensor.ndim != 2 or tensor.shape[axis] != size:
             raise ValueError(
                 f"{name} must be {layout} for an embedding [vocab, dim] = {list(weight.shape)} (PEFT's "
@@ -392,7 +393,7 @@ def check_grouped(
         check_adapter(weight, lora_A, lora_B, magnitude, weight_norm)
     if weight.ndim != 3:
         raise ValueError(f"weight must be [E, out, in], got shape {list(weight.shape)}")
-    _check_float("x", x)
+    check_float("x", x)
     if x.ndim != 2 or x.shape[1] != weight.shape[2]:
         raise ValueError(f"x must be [S, in] with in = {weight.shape[2]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
@@ -410,11 +411,11 @@ def check_stack(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
                 f"{name} must be one stack of adapters, got a {type(stack).__name__}; stack them, those of smaller "
                 "rank padded with zeros (stack_adapters does both)"
             )
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
     for name, stack, letters in (("lora_A", lora_A, "[K, r, in]"), ("lora_B", lora_B, "[K, out, r]")):
-        _check_float(name, stack)
+        check_float(name, stack)
         if stack.ndim != 3 or stack.shape[0] < 1:
             raise ValueError(f"{name} must be {letters} with at least one adapter, got shape {list(stack.shape)}")
     check_factors(weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, "K")
@@ -433,7 +434,7 @@ def check_mixed(
     """All tensors of ``dora_linear_mixed``."""
     check_stack(weight, lora_A, lora_B)
     _check_scale(weight.expand(lora_A.shape[0], *weight.shape), magnitude, weight_norm, "K")
-    _check_float("x", x)
+    check_float("x", x)
     if x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [N, *, in] with in = {weight.shape[1]}, got shape {list(x.shape)}")
     _check_device("x", x, weight)
@@ -458,7 +459,7 @@ def _check_scale(weight: Tensor, magnitude: Tensor, weight_norm: Tensor | None, 
 
 def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int) -> None:
     """``weight [out, in/G, k...]``, ``lora_A [r, in/G or in, k...]``, ``lora_B [out, r/G, 1...]`` of a convolution."""
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if not 3 <= weight.ndim <= 5:
         raise ValueError(f"weight must be [out, in/groups, k...] with 1 to 3 k, got shape {list(weight.shape)}")
     _check_pair(weight, lora_A, lora_B)
@@ -493,15 +494,15 @@ def check_conv(
     groups: int,
 ) -> None:
     """All tensors of ``dora_conv1d``, ``2d`` or ``3d``."""
-    _check_float("weight", weight)
+    check_float("weight", weight)
     if weight.ndim != dimensions + 2:
         raise ValueError(f"weight must have {dimensions + 2} dimensions, got shape {list(weight.shape)}")
     check_conv_factors(weight, lora_A, lora_B, groups)
-    _check_float("magnitude", magnitude)
+    check_float("magnitude", magnitude)
     for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm), ("bias", bias)):
         if vector is not None:
             _check_rows(name, vector, weight.shape[:1], weight, "weight")
-    _check_float("x", x)
+    check_float("x", x)
     in_channels = weight.shape[1] * groups
     if x.ndim not in (dimensions + 1, dimensions + 2) or x.shape[-1 - dimensions] != in_channels:
         sizes = ", ".join("DHW"[-dimensions:]) if dimensions > 1 else "L"

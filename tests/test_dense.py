@@ -103,9 +103,25 @@ def over(base, *tensors):
     return functional.dora_over(base, *tensors, weight_norm=norm, scaling=SCALING, base_has_bias=True)
 
 
-# The table's rows of dora_over make its product themselves.
-FUNCTIONS = {name: row for name, row in FUNCTIONALS.items() if not name.startswith("dora_over")}
+# The table's rows of dora_over make its product themselves, and the arguments of blocks are projections.
+_OTHERS = ("dora_over", "dora_linears", "dora_mlp")
+FUNCTIONS = {name: row for name, row in FUNCTIONALS.items() if not name.startswith(_OTHERS)}
 FUNCTIONS["dora_over"] = Functional(over, None, over_arguments, names=("base", "x", *LAYER[2:]))
+
+
+BLOCKS = {
+    r"projections\[0\]": lambda x, projection: functional.dora_linears(x, [projection]),
+    "gate": lambda x, projection: functional.dora_mlp(x, projection, *_fitting(5)),
+    "up": lambda x, projection: functional.dora_mlp(x, None, projection, _fitting(5)[1]),
+    "down": lambda x, projection: functional.dora_mlp(
+        x, None, functional.Projection(torch.ones(6, 6).double()), projection
+    ),
+}
+
+
+def _fitting(features: int) -> tuple[functional.Projection, functional.Projection]:
+    """Frozen layers from 6 features to these, and from these to one."""
+    return tuple(functional.Projection(torch.ones(*size).double()) for size in ((features, 6), (1, features)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,6 +138,20 @@ def test_functions_name_the_argument(name, kind):
         arguments[i] = make(arguments[i])
         with pytest.raises(TypeError, match=f"^{argument} must be a dense tensor, but it {message}"):
             row.function(*arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "call"), BLOCKS.items())
+def test_blocks_name_the_projection_and_the_argument(name, call, kind):
+    x, *tensors = linear_arguments()
+    make, message = KINDS[kind]
+    projection = functional.Projection(*tensors, weight_norm=torch.ones(5, dtype=torch.float64))
+    with pytest.raises(TypeError, match=f"^x must be a dense tensor, but it {message}"):
+        call(make(x), projection)
+    for argument in functional.Projection._fields[:6]:
+        changed = projection._replace(**{argument: make(getattr(projection, argument))})
+        with pytest.raises(TypeError, match=rf"^{name}: {argument} must be a dense tensor, but it {message}"):
+            call(x, changed)
 
 
 @pytest.mark.parametrize("argument", ["adapter_index", "offsets", "scaling", "weight_norm", "weight_sq"])

@@ -141,7 +141,8 @@ def _checked_mlp(
 
 
 def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
-    """The projection with its numbers as Python's; errors carry its name."""
+    """The projection with its numbers as Python's; errors carry its name, but those of x by itself."""
+    checks.check_float("x", x)
     if not isinstance(projection, Projection):
         raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
     try:
