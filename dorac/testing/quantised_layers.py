@@ -63,9 +63,11 @@ class Params4bit(nn.Parameter):
         return self
 
     def __deepcopy__(self, memo):
-        options = {key: value for key, value in vars(self).items() if key not in ("quant_state", "module")}
         state = None if self.quant_state is None else dataclasses.replace(self.quant_state)
-        return type(self)(self.data.clone(), quant_state=state, **options)
+        return type(self)(self.data.clone(), quant_state=state, **self._options())
+
+    def _options(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key not in ("quant_state", "module")}
 
     def to(self, *args, **kwargs):
         device, _, _, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -73,10 +75,10 @@ class Params4bit(nn.Parameter):
             return self
         if self.quant_state is None:
             self._quantise()
-        if self.data.device != device:
-            self.data = self.data.to(device)
-            self.quant_state.to(device)
-        return self
+        if self.data.device == device:
+            return self
+        self.quant_state.to(device)  # the library's moves its own, too
+        return type(self)(self.data.to(device), quant_state=self.quant_state, module=self.module, **self._options())
 
     def _quantise(self):
         blocks = F.pad(self.data.flatten(), (0, -self.numel() % self.blocksize)).view(-1, self.blocksize).float()
