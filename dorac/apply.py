@@ -341,12 +341,10 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
                     merging.write_merged(layer, norms.pop(name), log)
         if unload:
             _unload(model, layers, log)
-        else:
-            log.keep_module(model)
-            loading.guard(model)
-    if not unload:
+            return layers[""].base_layer if "" in layers else root  # in the block: nothing raises once it has ended
+        log.keep_module(model)
+        loading.guard(model)
         return None
-    return layers[""].base_layer if "" in layers else root
 
 
 @contextlib.contextmanager

@@ -196,6 +196,7 @@ def test_loaded_with_a_device_map(how, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # torch's, of what PEFT loads
 def test_from_pretrained_forgets_magnitudes_on_disk(tmp_path, monkeypatch):
     """PEFT writes the adapters of what is on disk there, too, and leaves the magnitudes out; stock: a KeyError."""
     monkeypatch.chdir(tmp_path)  # where PEFT then writes its copies of the model's files
