@@ -1,6 +1,7 @@
 """Blocks for tests: projections of every kind, and what ``dora_linears`` and its gradients may err by."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dorac import functional, reference
 from dorac.functional import Projection
+from dorac.ops import front
 from dorac.testing import Budget, layer_budgets, linear_inputs
 from dorac.testing.rounding import Sums, unit_roundoff
 
@@ -261,3 +263,22 @@ def mlp_budgets(x, gate, up, down, dy, act, *, dropout_on="adapter", dropped=Non
         truths, bounds = zip(of_up["x"], of_gate["x"], strict=True)
         result["x"] = sum(truths), 1.5 * sum(bounds)  # as in :func:`budgets`
     return {name: Budget(*value) for name, value in result.items()}
+
+
+def path_through(module: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has tensors on the CPU take the eager path of a module, too; what took it since, "training" or "inference"."""
+    if device == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled where there is a GPU, and take no tensors of the CPU")
+        monkeypatch.setattr(
+            front, "has_kernels", lambda *tensors: all(t is None or t.dtype.itemsize < 8 for t in tensors)
+        )
+    taken = []
+    without_autocast = module._without_autocast
+
+    def spy(plan, *arguments):
+        taken.append("training" if plan.training else "inference")
+        return without_autocast(plan, *arguments)
+
+    monkeypatch.setattr(module, "_without_autocast", spy)
+    return taken

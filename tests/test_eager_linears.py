@@ -14,7 +14,7 @@ import pytest
 import test_eager
 import torch
 import torch.nn.functional as F
-from blocks import activation, check, cotangents, first_in_ci, leaves, projection, projections
+from blocks import activation, check, cotangents, first_in_ci, leaves, path_through, projection, projections
 from test_eager import CONSUMERS, DY, KEEPING, MODES, Ops, assert_near, kept_contiguous, shifted
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional, packed
-from dorac.ops import eager, eager_linears, front, packed_product
+from dorac.ops import eager, eager_linears, packed_product
 
 pytest.importorskip("triton")
 
@@ -33,22 +33,7 @@ MIXED = ("dora", "lora", "plain")
 
 @pytest.fixture
 def path(device, monkeypatch) -> list[str]:
-    """Has tensors on the CPU take the path, too; what took it since, "training" or "inference"."""
-    if device == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("kernels are compiled where there is a GPU, and take no tensors of the CPU")
-        monkeypatch.setattr(
-            front, "has_kernels", lambda *tensors: all(t is None or t.dtype.itemsize < 8 for t in tensors)
-        )
-    taken = []
-    without_autocast = eager_linears._without_autocast
-
-    def spy(plan, *arguments):
-        taken.append("training" if plan.training else "inference")
-        return without_autocast(plan, *arguments)
-
-    monkeypatch.setattr(eager_linears, "_without_autocast", spy)
-    return taken
+    return path_through(eager_linears, device, monkeypatch)
 
 
 def run(x, layers, dys=None, autocast=None, **options):

@@ -12,7 +12,7 @@ import packed_weights
 import pytest
 import torch
 from blocks import activation as drawn_x
-from blocks import projection
+from blocks import path_through, projection
 from near import Near
 from test_eager import DY, KEEPING, MODES, Ops, assert_near, kept_contiguous, shifted
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional, ops, reference
 from dorac.functional import Projection
-from dorac.ops import eager, eager_linears, eager_mlp, front
+from dorac.ops import eager, eager_linears, eager_mlp
 from dorac.testing import Budget
 
 pytest.importorskip("triton")
@@ -42,22 +42,7 @@ full = pytest.mark.full
 
 @pytest.fixture
 def path(device, monkeypatch) -> list[str]:
-    """Has tensors on the CPU take the path, too; what took it since, "training" or "inference"."""
-    if device == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("kernels are compiled where there is a GPU, and take no tensors of the CPU")
-        monkeypatch.setattr(
-            front, "has_kernels", lambda *tensors: all(t is None or t.dtype.itemsize < 8 for t in tensors)
-        )
-    taken = []
-    without_autocast = eager_mlp._without_autocast
-
-    def spy(plan, *arguments):
-        taken.append("training" if plan.training else "inference")
-        return without_autocast(plan, *arguments)
-
-    monkeypatch.setattr(eager_mlp, "_without_autocast", spy)
-    return taken
+    return path_through(eager_mlp, device, monkeypatch)
 
 
 def mlp(*kinds: str | None, sizes=(IN, FEATURES, OUT), ranks=RANKS, **options) -> list[Projection | None]:
