@@ -290,10 +290,10 @@ def test_regimes(dtype, regime, path, device):
 
 
 CONFIGS = {
-    "narrow": (configs.TileConfig(16, 32, 16, 4, 2), configs.MlpBackwardConfig(16, 32, 64, 4, 2, 16)),
-    "down inside": (configs.TileConfig(64, 16, 32, 4, 2), configs.MlpBackwardConfig(32, 64, 32, 4, 2, 32, True)),
-    "outside": (configs.TileConfig(8, 64, 0, 4, 1), configs.MlpBackwardConfig(8, 16, 64, 4, 2)),
-    "one inside": (configs.TileConfig(16, 64, 16, 4, 1), configs.MlpBackwardConfig(16, 64, 16, 4, 1, 16, True)),
+    "narrow": (configs.MlpConfig(16, 32, 32, 4, 2, 16), configs.MlpBackwardConfig(16, 32, 64, 4, 2, 16)),
+    "down inside": (configs.MlpConfig(64, 16, 128, 4, 2, 32), configs.MlpBackwardConfig(32, 64, 32, 4, 2, 32, True)),
+    "outside": (configs.MlpConfig(8, 64, 24, 4, 1), configs.MlpBackwardConfig(8, 16, 64, 4, 2)),
+    "one inside": (configs.MlpConfig(16, 64, 16, 4, 1, 16), configs.MlpBackwardConfig(16, 64, 16, 4, 1, 16, True)),
 }
 
 
@@ -319,9 +319,12 @@ def test_config_thresholds():
         assert not configs.mlp_config(4096, 14336, rank).block_r
         assert not configs.mlp_backward_config(4096, 14336, rank).block_r
     for tokens, features, rank in itertools.product((1, 33, 700, 4096, 2**27), (1, 100, 14336, 150_000), (0, 1, 64)):
-        config = configs.mlp_backward_config(tokens, features, rank)
-        assert config.rows % config.block_t == 0
-        assert -(-tokens // config.rows) <= 65_535  # what a grid's second axis holds
+        for config in (
+            configs.mlp_config(tokens, features, rank),
+            configs.mlp_backward_config(tokens, features, rank),
+        ):
+            assert config.rows % config.block_t == 0
+            assert -(-tokens // config.rows) <= 65_535  # what a grid's second axis holds
 
 
 def rows_of_every_kind(p: Projection, name: str) -> Projection:

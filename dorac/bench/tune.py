@@ -153,11 +153,13 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
     b = layer.lora_B.to(up.dtype)
     chosen = configs.mlp_config(*up.shape, layer.rank)
     candidates = [
-        configs.TileConfig(*tile, 0, warps, 1) for tile in ((8, 256), (16, 256), (32, 128)) for warps in (4, 8)
+        configs.MlpConfig(*tile, rows, warps, stages)
+        for tile in ((8, 256), (16, 256), (32, 128))
+        for rows, warps, stages in itertools.product((32, 256), (4, 8), (1, 3))
     ]
     candidates += [
-        configs.TileConfig(block_t, block_o, min(64, max(16, chosen.block_r)), warps, stages)
-        for block_t, block_o, warps, stages in itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3))
+        configs.MlpConfig(block_t, block_o, rows, warps, 1, min(64, max(16, chosen.block_r)))
+        for block_t, block_o, rows, warps in itertools.product((16, 32, 64), (64, 128), (128, 512, 1024), (4, 8))
     ]
 
     def call(config):

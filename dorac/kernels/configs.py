@@ -58,10 +58,16 @@ class LoraBConfig(ColumnConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MlpBackwardConfig(ColumnConfig):
-    """The same with the ranks beside them that are taken along; none where ``block_r`` is 0."""
+class MlpConfig(ColumnConfig):
+    """The same with all ranks beside them; without products where ``block_r`` is 0."""
 
     block_r: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpBackwardConfig(MlpConfig):
+    """The same; ``block_r`` is the ranks that are taken along."""
+
     down: bool = False  # so is down's low-rank part of dz
 
 
@@ -176,11 +182,15 @@ MLP_RANK = 64
 
 
 @functools.lru_cache(maxsize=1024)
-def mlp_config(tokens: int, features: int, rank: int) -> TileConfig:
-    """gate and up with their up-projections, of ranks up to ``rank``, as :func:`tile_config` has one."""
+def mlp_config(tokens: int, features: int, rank: int) -> MlpConfig:
+    """gate and up with their up-projections, of ranks up to ``rank``; about four programs per processor."""
     if rank == 0 or rank > MLP_RANK:
-        return TileConfig(_power(tokens, 1, 16), 256, 0, 4, 1)
-    return TileConfig(_power(tokens, 16, 32 if rank <= 32 else 64), 128, _power(rank, 16, 64), 4, 2)
+        block_t, block_o, warps, stages, block_r = _power(tokens, 1, 16), 256, 4, 2, 0
+    else:
+        block_t, block_o, warps, stages, block_r = _power(tokens, 16, 32), 128, 4, 1, _power(rank, 16, 64)
+    strips = max(1, 4 * PROCESSORS // -(-features // block_o))
+    rows = -(-tokens // (block_t * strips)) * block_t
+    return MlpConfig(block_t, block_o, _launchable(tokens, rows), warps, stages, block_r)
 
 
 @functools.lru_cache(maxsize=1024)

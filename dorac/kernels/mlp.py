@@ -16,8 +16,7 @@ import functools
 import triton
 import triton.language as tl
 
-from dorac.kernels.compose import GROUP
-from dorac.kernels.configs import MlpBackwardConfig, TileConfig
+from dorac.kernels.configs import MlpBackwardConfig, MlpConfig
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum, to_bfloat16
 
@@ -72,7 +71,7 @@ def _inner(
     base_TO,
     base_ptr,
     h_ptr,
-    b_ptr,
+    b_OR,  # or None
     scaling_ptr,
     start_t,
     start_o,
@@ -80,27 +79,19 @@ def _inner(
     O,
     R,
     stride_ht,
-    stride_bo,
-    stride_br,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_R: tl.constexpr,
     WANT_INNER: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """inner as it is rounded, with WANT_INNER written over base."""
-    if BLOCK_R == 0 or b_ptr is None:
+    if b_OR is None:
         return base_TO.to(tl.float32)
     else:
-        acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-        for start_r in tl.range(0, R, BLOCK_R, num_stages=STAGES):
-            h_TR = load_tile(h_ptr, start_t, start_r, T, R, stride_ht, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
-            b_OR = load_tile(
-                b_ptr, start_o, start_r, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False
-            )
-            acc_TO = product(h_TR, b_OR.T, acc_TO, False)
+        h_TR = load_tile(h_ptr, start_t, 0, T, R, stride_ht, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
+        acc_TO = product(h_TR, b_OR.T, tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32), False)
         inner_TO = _rounded(base_TO.to(tl.float32) + number(scaling_ptr) * acc_TO, base_ptr)
         if WANT_INNER:
             store_tile(base_ptr, inner_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
@@ -127,6 +118,7 @@ def mlp_kernel(
     O,
     RG,
     RU,
+    rows_per_program,
     stride_bgo,
     stride_bgr,
     stride_buo,
@@ -140,72 +132,96 @@ def mlp_kernel(
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    blocks_t, blocks_o = tl.cdiv(T, BLOCK_T), tl.cdiv(O, BLOCK_O)
-    group = program // (GROUP * blocks_o)
-    group_size = tl.minimum(blocks_t - group * GROUP, GROUP)
-    start_t = (group * GROUP + program % (GROUP * blocks_o) % group_size) * BLOCK_T
-    start_o = (program % (GROUP * blocks_o) // group_size) * BLOCK_O
+    """A program walks down its rows: what belongs to its columns, lora_B and g, it reads once.
+
+    Where there are products, the tiles of the next step are asked for by hand, as in the backward pass; the last rows
+    are asked for twice.
+    """
+    start_o = tl.program_id(0) * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
+    begin = tl.program_id(1) * rows_per_program
+    rows = tl.minimum(rows_per_program, T - begin)
+    last = begin + (tl.cdiv(rows, BLOCK_T) - 1) * BLOCK_T
 
-    # All loads come first: none would be moved over a store, and each way to memory takes as long as what is computed.
-    up_TO = load_tile(up_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
-    g_up_O, b_up_O = _scale(m_up_ptr, n_up_ptr, cols_O, mask_O), _bias(bias_up_ptr, cols_O, mask_O)
+    if BLOCK_R:
+        tiles = _pair(up_ptr, gate_ptr, begin, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
+    b_up_OR = None
+    b_gate_OR = None
+    if BLOCK_R and b_up_ptr is not None:
+        b_up_OR = load_tile(
+            b_up_ptr, start_o, 0, O, RU, stride_buo, stride_bur, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False
+        )
+    if BLOCK_R and b_gate_ptr is not None:
+        b_gate_OR = load_tile(
+            b_gate_ptr, start_o, 0, O, RG, stride_bgo, stride_bgr, BLOCK_O, BLOCK_R, EVEN and EVEN_R, False
+        )
+    g_up_O, bias_up_O = _scale(m_up_ptr, n_up_ptr, cols_O, mask_O), _bias(bias_up_ptr, cols_O, mask_O)
     if gate_ptr is not None:
-        gate_TO = load_tile(gate_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
-        g_O, b_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
+        g_O, bias_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
+    for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
+        start = begin + done
+        if BLOCK_R:
+            up_TO, gate_TO = tiles
+            following = tl.minimum(start + BLOCK_T, last)
+            tiles = _pair(up_ptr, gate_ptr, following, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
+        else:
+            up_TO, gate_TO = _pair(up_ptr, gate_ptr, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
+        if gate_ptr is not None:
+            inner_TO = _inner(
+                gate_TO,
+                gate_ptr,
+                h_ptr,
+                b_gate_OR,
+                scaling_gate_ptr,
+                start,
+                start_o,
+                T,
+                O,
+                RG,
+                RG + RU,
+                BLOCK_T,
+                BLOCK_O,
+                BLOCK_R,
+                EVEN,
+                EVEN_R,
+                WANT_INNER,
+            )
+            act_TO, _ = activated(g_O[None, :] * inner_TO + bias_O[None, :], ACTIVATION)
         inner_TO = _inner(
-            gate_TO,
-            gate_ptr,
-            h_ptr,
-            b_gate_ptr,
-            scaling_gate_ptr,
-            start_t,
+            up_TO,
+            up_ptr,
+            h_ptr + RG if BLOCK_R else None,
+            b_up_OR,
+            scaling_up_ptr,
+            start,
             start_o,
             T,
             O,
-            RG,
+            RU,
             RG + RU,
-            stride_bgo,
-            stride_bgr,
             BLOCK_T,
             BLOCK_O,
             BLOCK_R,
             EVEN,
             EVEN_R,
             WANT_INNER,
-            STAGES,
         )
-        act_TO, _ = activated(g_O[None, :] * inner_TO + b_O[None, :], ACTIVATION)
-    inner_TO = _inner(
-        up_TO,
-        up_ptr,
-        h_ptr + RG if BLOCK_R else None,
-        b_up_ptr,
-        scaling_up_ptr,
-        start_t,
-        start_o,
-        T,
-        O,
-        RU,
-        RG + RU,
-        stride_buo,
-        stride_bur,
-        BLOCK_T,
-        BLOCK_O,
-        BLOCK_R,
-        EVEN,
-        EVEN_R,
-        WANT_INNER,
-        STAGES,
-    )
-    z_TO = g_up_O[None, :] * inner_TO + b_up_O[None, :]
+        z_TO = g_up_O[None, :] * inner_TO + bias_up_O[None, :]
+        if gate_ptr is None:
+            z_TO, _ = activated(z_TO, ACTIVATION)
+        else:
+            z_TO *= act_TO
+        store_tile(z_ptr, _rounded(z_TO, z_ptr), start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+
+
+@triton.jit
+def _pair(up_ptr, gate_ptr, start_t, start_o, T, O, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, EVEN: tl.constexpr):
+    up_TO = load_tile(up_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
     if gate_ptr is None:
-        z_TO, _ = activated(z_TO, ACTIVATION)
+        return up_TO, up_TO
     else:
-        z_TO *= act_TO
-    store_tile(z_ptr, _rounded(z_TO, z_ptr), start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
+        return up_TO, load_tile(gate_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
 
 
 @triton.jit
@@ -457,7 +473,7 @@ def mlp_launch(
     ranks: tuple[int, int],
     strides: tuple[tuple[int, int], tuple[int, int]],
     activation: str,
-    config: TileConfig,
+    config: MlpConfig,
     *,
     want_inner: bool,
 ) -> Launch:
@@ -466,10 +482,11 @@ def mlp_launch(
     Its tensors: the products of up and gate, h, lora_B of gate and up, magnitude, norm and bias of gate and of up,
     scalings of gate and up, z.
     """
+    assert not config.block_r or max(ranks) <= config.block_r
     return Launch(
         mlp_kernel,
-        (cdiv(tokens, config.block_t) * cdiv(features, config.block_o), 1, 1),
-        (tokens, features, *ranks, *strides[0], *strides[1]),
+        (cdiv(features, config.block_o), cdiv(tokens, config.rows), 1),
+        (tokens, features, *ranks, config.rows, *strides[0], *strides[1]),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
