@@ -134,8 +134,8 @@ def mlp_kernel(
 ):
     """A program walks down its rows: what belongs to its columns, lora_B and g, it reads once.
 
-    Where there are products, the tiles of the next step are asked for by hand, as in the backward pass; the last rows
-    are asked for twice.
+    Where there are products, AHEAD asks for the tiles of the next step by hand, as in the backward pass; for the last
+    rows twice.
     """
     start_o = tl.program_id(0) * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
@@ -144,7 +144,8 @@ def mlp_kernel(
     rows = tl.minimum(rows_per_program, T - begin)
     last = begin + (tl.cdiv(rows, BLOCK_T) - 1) * BLOCK_T
 
-    if BLOCK_R:
+    AHEAD: tl.constexpr = BLOCK_R > 0 and STAGES > 1
+    if AHEAD:
         tiles = _pair(up_ptr, gate_ptr, begin, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
     b_up_OR = None
     b_gate_OR = None
@@ -161,7 +162,7 @@ def mlp_kernel(
         g_O, bias_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
     for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         start = begin + done
-        if BLOCK_R:
+        if AHEAD:
             up_TO, gate_TO = tiles
             following = tl.minimum(start + BLOCK_T, last)
             tiles = _pair(up_ptr, gate_ptr, following, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
