@@ -314,13 +314,15 @@ def test_configs(kinds, config, path, monkeypatch, device):
 
 
 def test_config_thresholds():
-    assert configs.mlp_config(4096, 14336, 16).block_r == configs.mlp_backward_config(4096, 14336, 16).block_r == 16
+    assert (
+        configs.mlp_config(4096, 14336, 16, True).block_r == configs.mlp_backward_config(4096, 14336, 16).block_r == 16
+    )
     for rank in (0, 384):
-        assert not configs.mlp_config(4096, 14336, rank).block_r
+        assert not configs.mlp_config(4096, 14336, rank, True).block_r
         assert not configs.mlp_backward_config(4096, 14336, rank).block_r
     for tokens, features, rank in itertools.product((1, 33, 700, 4096, 2**27), (1, 100, 14336, 150_000), (0, 1, 64)):
         for config in (
-            configs.mlp_config(tokens, features, rank),
+            configs.mlp_config(tokens, features, rank, False),
             configs.mlp_backward_config(tokens, features, rank),
         ):
             assert config.rows % config.block_t == 0

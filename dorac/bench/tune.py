@@ -151,7 +151,7 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
         (layer.rank,) * 2,
     )
     b = layer.lora_B.to(up.dtype)
-    chosen = configs.mlp_config(*up.shape, layer.rank)
+    chosen = configs.mlp_config(*up.shape, layer.rank, True)
     candidates = [
         configs.MlpConfig(*tile, rows, warps, stages)
         for tile in ((8, 256), (16, 256), (32, 128))

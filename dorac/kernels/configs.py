@@ -182,15 +182,20 @@ MLP_RANK = 64
 
 
 @functools.lru_cache(maxsize=1024)
-def mlp_config(tokens: int, features: int, rank: int) -> MlpConfig:
-    """gate and up with their up-projections, of ranks up to ``rank``; about four programs per processor."""
+def mlp_config(tokens: int, features: int, rank: int, training: bool) -> MlpConfig:
+    """gate and up with their up-projections, of ranks up to ``rank``: small tiles, a few of which a program walks down.
+
+    The next tiles are asked for ahead where that leaves registers enough, or where a step takes long.
+    """
     if rank == 0 or rank > MLP_RANK:
-        block_t, block_o, warps, stages, block_r = _power(tokens, 1, 16), 256, 4, 2, 0
+        config = MlpConfig(_power(tokens, 1, 16), 128, 64, 4, 3)
     else:
-        block_t, block_o, warps, stages, block_r = _power(tokens, 16, 32), 128, 4, 1, _power(rank, 16, 64)
-    strips = max(1, 4 * PROCESSORS // -(-features // block_o))
-    rows = -(-tokens // (block_t * strips)) * block_t
-    return MlpConfig(block_t, block_o, _launchable(tokens, rows), warps, stages, block_r)
+        stages = 2 if training and rank > 32 else 1
+        config = MlpConfig(16, 128, 128, 4, stages, _power(rank, 16, 64))
+    rows = config.rows
+    while rows > config.block_t and -(-tokens // rows) * -(-features // config.block_o) < 8 * PROCESSORS:
+        rows //= 2
+    return dataclasses.replace(config, rows=_launchable(tokens, rows))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,7 +203,7 @@ def mlp_backward_config(tokens: int, features: int, rank: int) -> MlpBackwardCon
     """About two programs per processor where products are taken along, whose sums stay in registers for a strip."""
     if rank == 0 or rank > MLP_RANK:
         return MlpBackwardConfig(**dataclasses.asdict(column_config(tokens, features)) | {"block_t": 16})
-    block_o = 128 if rank <= 16 else 64  # or the sums spill
+    block_t, block_o = (16, 128) if rank <= 16 else (32, 64)  # or the sums spill
     strips = max(1, min(2 * PROCESSORS // -(-features // block_o), tokens // 256))
-    rows = -(-tokens // (32 * strips)) * 32
-    return MlpBackwardConfig(32, block_o, rows, 8, 3, _power(rank, 16, 64), down=rank <= 16)
+    rows = -(-tokens // (block_t * strips)) * block_t
+    return MlpBackwardConfig(block_t, block_o, _launchable(tokens, rows), 4, 3, _power(rank, 16, 64))
