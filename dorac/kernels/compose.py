@@ -64,6 +64,11 @@ def compose_kernel(
     start_t = (group * GROUP + program % (GROUP * blocks_o) % group_size) * BLOCK_T
     start_o = (program % (GROUP * blocks_o) // group_size) * BLOCK_O
 
+    FIRST: tl.constexpr = STAGES == 1  # with a product of one step, which would wait for its operands alone
+    if FIRST:
+        base_TO = load_tile(
+            base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
+        )
     if PROJECT:
         acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
         for start_r in tl.range(0, R, BLOCK_R, num_stages=STAGES):
@@ -72,9 +77,11 @@ def compose_kernel(
             )
             b_OR = load_tile(b_ptr, start_o, start_r, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, DESCRIPTORS)
             acc_TO = product(h_TR, b_OR.T, acc_TO, SPLIT)
-    base_TO = load_tile(
-        base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
-    ).to(tl.float32)
+    if not FIRST:
+        base_TO = load_tile(
+            base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
+        )
+    base_TO = base_TO.to(tl.float32)
     if HAS_LORA:
         if not PROJECT:
             acc_TO = load_tile(
