@@ -36,6 +36,7 @@ def compose_kernel(
     T,
     O,
     R,
+    rows_per_program,
     stride_base_t,
     stride_base_o,
     stride_lora_t,
@@ -56,50 +57,131 @@ def compose_kernel(
     SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # the five matrices are tensor descriptors, which handle the edges
     STAGES: tl.constexpr,
+    WALK: tl.constexpr,  # down several tiles of rows, with all ranks in one step
 ):
     program = tl.program_id(0)
-    blocks_t, blocks_o = tl.cdiv(T, BLOCK_T), tl.cdiv(O, BLOCK_O)
+    blocks_t, blocks_o = tl.cdiv(T, rows_per_program), tl.cdiv(O, BLOCK_O)
     group = program // (GROUP * blocks_o)
     group_size = tl.minimum(blocks_t - group * GROUP, GROUP)
-    start_t = (group * GROUP + program % (GROUP * blocks_o) % group_size) * BLOCK_T
+    begin = (group * GROUP + program % (GROUP * blocks_o) % group_size) * rows_per_program
     start_o = (program % (GROUP * blocks_o) // group_size) * BLOCK_O
 
-    FIRST: tl.constexpr = STAGES == 1  # with a product of one step, which would wait for its operands alone
-    if FIRST:
-        base_TO = load_tile(
-            base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
-        )
-    if PROJECT:
-        acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-        for start_r in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+    if WALK:  # lora_B and g are read once
+        b_OR = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
+        cols_O = start_o + tl.arange(0, BLOCK_O)
+        g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)
+        for start_t in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=1):
             h_TR = load_tile(
-                lora_ptr, start_t, start_r, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, DESCRIPTORS
+                lora_ptr, start_t, 0, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, False
             )
-            b_OR = load_tile(b_ptr, start_o, start_r, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, DESCRIPTORS)
-            acc_TO = product(h_TR, b_OR.T, acc_TO, SPLIT)
-    if not FIRST:
-        base_TO = load_tile(
-            base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
-        )
-    base_TO = base_TO.to(tl.float32)
-    if HAS_LORA:
-        if not PROJECT:
+            base_TO = load_tile(
+                base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, False
+            )
+            acc_TO = product(h_TR, b_OR.T, tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32), SPLIT)
+            _write(
+                base_TO,
+                acc_TO,
+                g_O,
+                scaling_ptr,
+                bias_ptr,
+                y_ptr,
+                inner_ptr,
+                start_t,
+                start_o,
+                T,
+                O,
+                BLOCK_T,
+                BLOCK_O,
+                EVEN,
+                True,
+                HAS_BIAS,
+                HOLDS_BIAS,
+                DELTA,
+                WANT_INNER,
+                False,
+            )
+    else:
+        acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+        if PROJECT:
+            for start_r in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+                h_TR = load_tile(
+                    lora_ptr, begin, start_r, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, DESCRIPTORS
+                )
+                b_OR = load_tile(
+                    b_ptr, start_o, start_r, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, DESCRIPTORS
+                )
+                acc_TO = product(h_TR, b_OR.T, acc_TO, SPLIT)
+        elif HAS_LORA:
             acc_TO = load_tile(
-                lora_ptr, start_t, start_o, T, O, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_O, EVEN, False
+                lora_ptr, begin, start_o, T, O, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_O, EVEN, False
             ).to(tl.float32)
+        base_TO = load_tile(
+            base_ptr, begin, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS
+        )
+        cols_O = start_o + tl.arange(0, BLOCK_O)
+        g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)
+        _write(
+            base_TO,
+            acc_TO,
+            g_O,
+            scaling_ptr,
+            bias_ptr,
+            y_ptr,
+            inner_ptr,
+            begin,
+            start_o,
+            T,
+            O,
+            BLOCK_T,
+            BLOCK_O,
+            EVEN,
+            HAS_LORA,
+            HAS_BIAS,
+            HOLDS_BIAS,
+            DELTA,
+            WANT_INNER,
+            DESCRIPTORS,
+        )
+
+
+@triton.jit
+def _write(
+    base_TO,
+    acc_TO,
+    g_O,
+    scaling_ptr,
+    bias_ptr,
+    y_ptr,
+    inner_ptr,
+    start_t,
+    start_o,
+    T,
+    O,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HOLDS_BIAS: tl.constexpr,
+    DELTA: tl.constexpr,
+    WANT_INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """y and inner of a tile."""
+    base_TO, g_O = base_TO.to(tl.float32), g_O[None, :]
+    if HAS_LORA:
         lora_TO = number(scaling_ptr) * acc_TO
         inner_TO = base_TO + lora_TO
     else:
         inner_TO = base_TO
-    cols_O = start_o + tl.arange(0, BLOCK_O)
     if HAS_BIAS:
+        cols_O = start_o + tl.arange(0, BLOCK_O)
         bias_O = tl.load(bias_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)[None, :]
         if HOLDS_BIAS:
             bias_O = tl.where(tl.abs(bias_O) < float("inf"), bias_O, 0.0)  # base has what is not finite
     if WANT_INNER:
         without_TO = inner_TO - bias_O if HOLDS_BIAS else inner_TO
         store_tile(inner_ptr, without_TO, start_t, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, DESCRIPTORS)
-    g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)[None, :]
     if DELTA:
         y_TO = (g_O - 1) * base_TO + g_O * lora_TO
     else:
@@ -141,11 +223,14 @@ def compose_launch(
     Its tensors: base, lora, lora_B, magnitude, weight_norm, scaling, bias, y, inner.
     """
     project = rank is not None
+    walk = project and config.rows > config.block_t
+    assert not walk or (rank <= config.block_r and not descriptors)
+    rows = config.rows if walk else config.block_t
     edges = tokens % config.block_t or out_features % config.block_o or (project and rank % config.block_r)
     return Launch(
         compose_kernel,
-        (cdiv(tokens, config.block_t) * cdiv(out_features, config.block_o), 1, 1),
-        (tokens, out_features, rank or 1, *(s for pair in strides for s in pair or (0, 0))),
+        (cdiv(tokens, rows) * cdiv(out_features, config.block_o), 1, 1),
+        (tokens, out_features, rank or 1, rows, *(s for pair in strides for s in pair or (0, 0))),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
@@ -161,6 +246,7 @@ def compose_launch(
         SPLIT=split,
         DESCRIPTORS=descriptors,
         STAGES=config.stages,
+        WALK=walk,
     )
 
 

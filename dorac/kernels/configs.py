@@ -28,7 +28,10 @@ class NormConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """A program's tile of activations, and the ranks of a step of its product."""
+    """A program's tile of activations, and the ranks of a step of its product.
+
+    With ``rows``, a multiple of ``block_t``, it walks down so many, and all ranks are in one step.
+    """
 
     block_t: int
     block_o: int
@@ -36,6 +39,7 @@ class TileConfig:
     warps: int
     stages: int
     descriptors: bool = False  # load and store through the tensor memory accelerator
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
