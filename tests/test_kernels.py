@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import types
 
 import pytest
@@ -276,6 +277,26 @@ class TestCompose:
         through = compose(base, h, *arguments, want_inner=True, config=dataclasses.replace(config, descriptors=True))
         for left, right in zip(plain, through, strict=True):
             assert torch.equal(left, right)
+
+    @pytest.mark.parametrize("form", [{}, {"delta": True}, {"holds_bias": True}], ids=["full", "delta", "holds_bias"])
+    @pytest.mark.parametrize("shape", [(160, 256, 64, 16), (105, 136, 64, 9)], ids=["aligned", "over_the_edges"])
+    def test_walk(self, shape, form, device):
+        """A program that walks down several tiles of rows writes what one for each tile writes."""
+        inputs = linear_inputs(shape, dtype=torch.bfloat16, device=device)
+        base, h, norm = activations(inputs)
+        arguments = (inputs.lora_B, inputs.magnitude, norm, scaling(device), inputs.bias)
+        config = configs.TileConfig(16, 128, 16, 4, 2)
+        plain = compose(base, h, *arguments, want_inner=True, config=config, **form)
+        walked = compose(base, h, *arguments, want_inner=True, config=dataclasses.replace(config, rows=48), **form)
+        for left, right in zip(plain, walked, strict=True):
+            assert torch.equal(left, right)
+
+    def test_walks_where_there_are_programs_enough(self):
+        for tokens, features, rank in itertools.product((33, 700, 4096, 2**22), (1, 100, 14336), (1, 16, 64)):
+            config = configs.tile_config(tokens, features, rank, torch.bfloat16, torch.bfloat16)
+            assert config.rows % config.block_t == 0
+            assert rank <= config.block_r
+            assert config.rows == config.block_t or -(-tokens // config.rows) * -(-features // 128) >= 256
 
     def test_zero_rows(self, device):
         inputs = linear_inputs("odd", dtype=torch.bfloat16, device=device, bias=False)

@@ -71,9 +71,7 @@ def compose_kernel(
         cols_O = start_o + tl.arange(0, BLOCK_O)
         g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)
         for start_t in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=1):
-            h_TR = load_tile(
-                lora_ptr, start_t, 0, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, False
-            )
+            h_TR = load_tile(lora_ptr, start_t, 0, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, False)
             base_TO = load_tile(
                 base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, False
             )

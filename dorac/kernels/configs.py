@@ -135,9 +135,13 @@ def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype,
     block_t = _power(tokens, 16, 32)
     if base_dtype is torch.float32:
         return TileConfig(block_t, 64, 16, 4, 2)
+    if rank <= 64 and h_dtype.itemsize == 2 and tokens > 32:
+        # A program that walks down its rows reads lora_B once, as long as there are programs enough.
+        tile, warps, rows, programs = ((16, 128), 4, 128, 512) if rank <= 32 else ((64, 128), 8, 512, 256)
+        while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < programs:
+            rows //= 2
+        return TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=rows)
     if rank <= 64 or tokens <= 32:
-        if rank > 32 and h_dtype.itemsize == 2:
-            block_t = _power(tokens, 16, 64)  # which reads lora_B half as often
         return TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
     if h_dtype is torch.float32:
         return TileConfig(64, 128, 32, 4, 2)
