@@ -78,6 +78,11 @@ def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obje
             (32, 64, 128), (128, 256), (4, 8), (3,), (False, True)
         )
     ]
+    if layer.rank <= chosen.block_r:
+        candidates += [
+            configs.TileConfig(*tile, chosen.block_r, warps, 2, rows=rows)
+            for tile, rows, warps in itertools.product(((16, 128), (32, 128), (64, 128)), (128, 256, 512), (4, 8))
+        ]
 
     def call(config):
         tensors = base, h, layer.lora_B, layer.magnitude, norm, scaling, None
