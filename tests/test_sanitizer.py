@@ -9,8 +9,9 @@ import pytest
 
 # Off the tiles' edges, one program and several, each path that a kernel has; no allocator between tensors and checker.
 SCRIPT = """
-import itertools, torch
+import dataclasses, itertools, torch
 from dorac.functional import Projection, dora_mlp
+from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm, row_norms
@@ -35,11 +36,16 @@ for dtype, factor_dtype in itertools.product((torch.bfloat16, torch.float32), (t
             _, inner = compose(base, h, inputs.lora_B, inputs.magnitude, norm, s, bias, delta=delta, want_inner=True)
             compose(base, h @ inputs.lora_B.T, None, inputs.magnitude, norm, s, bias, delta=delta, want_inner=True)
         compose_backward(base, inner, inputs.magnitude, norm)
+        if dtype is factor_dtype is torch.bfloat16 and shape[3] <= 16:
+            walk = configs.TileConfig(16, 128, 16, 4, 2, rows=48)
+            compose(base, h, inputs.lora_B, inputs.magnitude, norm, s, bias, want_inner=True, config=walk)
         if dtype is factor_dtype is torch.bfloat16 and shape[3] <= 384:
             lora_b_backward(base, inner, inputs.magnitude, norm, h, s, h_is_scaled=False)
             of_y = inputs.x, inputs.weight, inputs.lora_B
             inputs.magnitude[0] = 0
             lora_b_backward(base, inner, inputs.magnitude, norm, h, s, h_is_scaled=False, of_y=of_y)
+chosen = configs.mlp_config
+configs.mlp_config = lambda *sizes: dataclasses.replace(chosen(*sizes), rows=48, stages=2)
 for (tokens, features, inputs, rank), activation in itertools.product(
     ((33, 65, 127, 7), (70, 264, 136, 72)), ("silu", "gelu", "gelu_tanh", "relu")
 ):
