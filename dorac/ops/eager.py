@@ -145,17 +145,37 @@ def forget_plans() -> None:
 def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
     """All that the checks and a plan look at."""
     device = x.device
+    kind = device.type
     return (
-        *(type(x), x.shape, x.dtype, device),
-        *(type(weight), weight.shape, weight.dtype, weight.device, weight.stride()),
-        *(type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.stride()),
-        *(type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.stride()),
-        *(type(magnitude), magnitude.shape, magnitude.dtype, magnitude.device, magnitude.stride()),
+        type(x),
+        x.shape,
+        x.dtype,
+        device,
+        type(weight),
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        weight.stride(),
+        type(lora_A),
+        lora_A.shape,
+        lora_A.dtype,
+        lora_A.device,
+        lora_A.stride(),
+        type(lora_B),
+        lora_B.shape,
+        lora_B.dtype,
+        lora_B.device,
+        lora_B.stride(),
+        type(magnitude),
+        magnitude.shape,
+        magnitude.dtype,
+        magnitude.device,
+        magnitude.stride(),
         bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.stride()),
         weight_norm
         if weight_norm is None
         else (type(weight_norm), weight_norm.shape, weight_norm.dtype, weight_norm.device, weight_norm.stride()),
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
     )
 
 
@@ -411,18 +431,23 @@ class _Linear(torch.autograd.Function):
         return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
 
-def scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B."""
+def scaled_gradients(
+    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B.
+
+    ``others``: x, weight and lora_B of the products, or three None; ``at_the_end`` is what the last launch gets in
+    their place.
+    """
     strips, launch, add = launches
     d_base = dy.new_empty(dy.shape)
-    d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
-    if add is None:
-        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
-    else:
-        parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
+    d_m, d_b = parts_m, parts_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+    if strips > 1:
+        parts_m = norm.new_empty(strips, lora_B.shape[0], dtype=torch.float32)
         parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
-        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
-        add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
+    launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
+    if add is not None:
+        add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *(at_the_end or others), d_m, d_b)
     return d_base, d_m, d_b
 
 
