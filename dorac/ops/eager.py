@@ -46,6 +46,7 @@ class Plan:
 
     dtype: torch.dtype  # of the products
     casts_factors: bool
+    cast: Callable | None  # of the factors and what they become in the dtype of the products; None: torch casts them
     dropout_on: str | None  # None without dropout
     keeps_y: bool  # for backward, in place of inner
     autocast: str | None  # the device type for which it is on
@@ -265,6 +266,7 @@ def make_plan(
     return Plan(
         dtype=dtype,
         casts_factors=casts_factors,
+        cast=cast_of(lora_A, lora_B) if casts_factors else None,
         dropout_on=dropout_on,
         keeps_y=keeps_y,
         autocast=None if autocast is None else x.device.type,
@@ -297,7 +299,7 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if norm is None:
         norm = computed_norm(plan, weight, lora_A, lora_B, scaling)
     if plan.casts_factors:
-        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        lora_A, lora_B = cast_factors(plan, lora_A, lora_B)
     delta = plan.dropout_on == "adapter"
     h, base = F.linear(x if x_adapter is None else x_adapter, lora_A), F.linear(x_adapter if delta else x, weight)
     inner = base if training and not plan.keeps_y else None
@@ -306,6 +308,22 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if delta:
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return y, lora_A, lora_B, norm, h, inner
+
+
+def cast_of(lora_A: Tensor, lora_B: Tensor) -> Callable | None:
+    from dorac.kernels.cast import cast_launch
+
+    contiguous = lora_A.is_contiguous() and lora_B.is_contiguous()
+    return bound(cast_launch(lora_A.numel(), lora_B.numel())) if contiguous else None
+
+
+def cast_factors(plan, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors in the dtype of the products."""
+    if plan.cast is None:
+        return lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+    a, b = torch.empty_like(lora_A, dtype=plan.dtype), torch.empty_like(lora_B, dtype=plan.dtype)
+    plan.cast(lora_A, lora_B, a, b)
+    return a, b
 
 
 def computed_norm(plan, weight, lora_A, lora_B, scaling) -> Tensor:

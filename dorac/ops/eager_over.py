@@ -86,6 +86,7 @@ class Plan:
     dtype: torch.dtype  # of the products
     device: str  # its type
     casts_factors: bool
+    cast: Callable | None  # as in ops/eager.py
     holds_bias: bool
     kept: "_Kept | None"  # the weight where y is kept for backward; None where inner is
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
@@ -222,6 +223,7 @@ def make_plan(
         dtype=dtype,
         device=x.device.type,
         casts_factors=lora_A.dtype is not dtype,
+        cast=None if lora_A.dtype is dtype else eager.cast_of(lora_A, lora_B),
         holds_bias=holds_bias,
         kept=kept,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
@@ -235,7 +237,7 @@ def _forward(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scaling, trai
     Autocast, where it is on, makes the same casts.
     """
     if plan.casts_factors:
-        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        lora_A, lora_B = eager.cast_factors(plan, lora_A, lora_B)
     h, y = F.linear(x, lora_A), torch.empty_like(base)
     inner = torch.empty_like(base) if training and plan.kept is None else None
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
