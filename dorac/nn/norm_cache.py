@@ -134,12 +134,11 @@ class PackedMoment(Moment):
             super().__init__([weight, *stored, *factors], grad_mode)
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
-        weight, lora_A, lora_B, *_ = tensors
-        pieces = self.pieces
-        if (base := pieces.base()) is None:
+        weight, *others = tensors
+        if (base := self.pieces.base()) is None:
             return True
         stored = packed.stored(base)
-        return pieces.differ(weight, stored) or super().passed([weight, *stored, lora_A, lora_B])
+        return self.pieces.differ(weight, stored) or super().passed([weight, *stored, *others])
 
 
 plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer slowly through their __torch_function__

@@ -482,13 +482,14 @@ _apply = super(torch.autograd.Function, _Linear).apply
 
 def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
     """The trained parameters, which are not saved: each saved tensor costs time, most of all under a checkpoint."""
-    for tensor, version in zip(ctx.trained, ctx.versions, strict=True):
-        if tensor._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
-            )
-    return ctx.trained
+    trained, versions = ctx.trained, ctx.versions
+    if [t._version for t in trained] != versions:
+        tensor, version = next(pair for pair in zip(trained, versions, strict=True) if pair[0]._version != pair[1])
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
+        )
+    return trained
 
 
 def share_memory(left: Tensor, right: Tensor) -> bool:

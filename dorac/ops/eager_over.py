@@ -217,7 +217,8 @@ def make_plan(
         )
         if of_y and not read:
             add = finish_launch(tokens, out_features, in_features, rank, strips, kept.form, strides, of_b)
-        return strips, eager.bound(launch), eager.bound(add) if not of_y or kept.aligned else add
+            return strips, eager.bound(launch), eager.bound(add) if kept.aligned else add
+        return strips, eager.bound(launch), eager.bound(add)
 
     return Plan(
         dtype=dtype,
