@@ -319,8 +319,8 @@ class _Over(torch.autograd.Function):
         d_base, d_m, d_b = eager.scaled_gradients(
             launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end
         )
-        d_inner = _rows(d_base)
-        d_h = torch.addmm(eager.scalar(d_base.dtype, d_base.device), d_inner, b, beta=0, alpha=scaling)
+        unread = eager.scalar(d_base.dtype, d_base.device)
+        d_h = torch.addmm(unread, _rows(d_base), b, beta=0, alpha=scaling)
         d_a = eager.wide_mm(d_h.t(), x, lora_A.dtype)
         dx = None
         if needs_x:
