@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward
+from dorac.kernels.cast import cast_launch
 from dorac.kernels.compose import compose
 from dorac.kernels.dropout import BLOCK, drop_launch, pack_launch
 from dorac.kernels.launch import Launch, LaunchError
@@ -434,6 +435,23 @@ class TestLoraBBackward:
         inner, h, norm = activations(inputs)
         with pytest.raises(ValueError, match="rank must be at most 384 here, got 385"):
             lora_b_backward(inner, inner, inputs.magnitude, norm, h, scaling(device), h_is_scaled=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), HALF[::-1], HALF]
+)
+@pytest.mark.parametrize("sizes", [(1, 1), (1023, 1025), (2048, 5), (3, 4096)])
+def test_cast(sizes, dtype, cast, device):
+    """As torch rounds them; whatever lies behind stays."""
+    sources = [torch.randn(size, device=device).to(dtype) for size in sizes]
+    for source in sources:
+        source[: source.numel() // 3] *= 1e-4
+    sources[0][0], sources[1][-1] = torch.inf, -70000.0  # which float16 does not hold
+    targets = [torch.full((size + 7,), 3.0, dtype=cast, device=device) for size in sizes]
+    cast_launch(*sizes)(*sources, *targets)
+    for source, target, size in zip(sources, targets, sizes, strict=True):
+        assert torch.equal(target[:size], source.to(cast))
+        assert (target[size:] == 3).all()
 
 
 def packed(mask):

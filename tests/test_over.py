@@ -5,6 +5,7 @@ On the CPU the kernels run in Triton's interpreter.
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import packed_weights
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional, reference
-from dorac.ops import eager_over, front
+from dorac.ops import eager, eager_over, front
 from dorac.testing import REGIMES, layer_budgets, linear_inputs
 
 HALF = (torch.bfloat16, torch.float16)
@@ -424,6 +425,67 @@ def test_y_kept_in_place_of_inner(name, magnitudes, consumer, path, device):
         size = expected.double().abs().max().item()
         torch.testing.assert_close(actual.double(), expected.double(), rtol=4 * unit, atol=4 * unit * size)
     assert path == ["training"] * 2
+
+
+def strips_of(rows, monkeypatch):
+    """Has backward go over so many rows at once, whatever was planned before."""
+    from dorac.kernels import configs
+
+    config = configs.lora_b_config(40, 35, 5)
+    monkeypatch.setattr(configs, "lora_b_config", lambda *sizes: dataclasses.replace(config, rows=rows))
+    eager.forget_plans()
+
+
+@pytest.mark.parametrize("name", ["bnb_nf4", pytest.param("bnb_int8", marks=pytest.mark.full)])
+@pytest.mark.parametrize("strips", [1, 2])
+def test_y_kept_over_packed_rows_of_all_kinds(strips, name, path, device, monkeypatch):
+    """Usual and faint rows beside one another in every block, a zero row and a tiny one, whatever adds them up."""
+    strips_of(64 // strips, monkeypatch)
+    tensors, norm, weight = kept_layer(name, device, shape=(35, 128), tokens=40)
+    with torch.no_grad():
+        tensors[4][[0, 7, 31, 34]] = 0
+        tensors[4][[1, 20]] *= 1e-4
+        norm[[3, 7]] = 0
+    dy = torch.linspace(-1, 1, 40 * 35, device=device).view(40, 35).to(torch.bfloat16)
+
+    def gradients(**kept):
+        y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, **kept)
+        return torch.autograd.grad(y, tensors, dy)
+
+    kept = {"save_output": True, "weight": weight}
+    found, expected = gradients(**kept), gradients()
+    assert all(map(torch.equal, found, gradients(**kept)))
+    unit = torch.finfo(torch.bfloat16).eps
+    for actual, exact in zip(found, expected, strict=True):
+        size = exact.double().abs().max().item()
+        torch.testing.assert_close(actual.double(), exact.double(), rtol=4 * unit, atol=4 * unit * size)
+    assert not found[4][[3, 7]].any()
+    assert found[4][[0, 31, 34, 1, 20]].all()
+    assert path == ["training"] * 3
+
+
+def test_launches_over_a_packed_weight(path, device, monkeypatch):
+    """One casts both factors; one adds up backward's strips and sees to rows of a faint g."""
+    from dorac.kernels import launch
+
+    strips_of(32, monkeypatch)
+    (base, x, *factors, magnitude), norm, weight = kept_layer("bnb_nf4", device, shape=(35, 128), tokens=40)
+    factors = [t.detach().float().requires_grad_() for t in factors]
+    launched, call = [], launch.Launch.__call__
+
+    def spy(self, *arguments):
+        launched.append(self.kernel.__name__)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(launch.Launch, "__call__", spy)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = functional.dora_over(
+            base, x, *factors, magnitude, weight_norm=norm, scaling=S, save_output=True, weight=weight
+        )
+    assert launched == ["cast_kernel", "compose_kernel"]
+    y.sum().backward()
+    assert launched[2:] == ["lora_b_backward_kernel", "finish_kernel"]
+    assert path == ["training"]
 
 
 def test_y_kept_under_a_checkpoint_and_a_mode(path, device):

@@ -1,8 +1,9 @@
-"""The magnitude's gradient of rows whose g is too small for y to tell it, over a packed weight.
+"""The end of the backward pass where y is kept in place of inner, over a packed weight.
 
-Where y is saved in place of inner, ``d_m = colsum(dy * y) / m`` (``kernels/backward.py``) says nothing of a row with
-m = 0. For such rows ``inner = x W^T + s h lora_B^T`` is computed again, from the packed storage: slowly, and hardly
-ever; a program without one ends at once.
+``d_m = colsum(dy * y) / m`` (``kernels/backward.py``) says nothing of a row with m = 0, or of another whose g is too
+small for y to tell it. For such rows ``inner = x W^T + s h lora_B^T`` is computed again, from the packed storage:
+slowly, and hardly ever. The kernel that adds up the strips does that too; where there is one strip it is all it does,
+and a program without such a row ends at once.
 
 Legend: T tokens, O out_features, C stored columns, R rank.
 """
@@ -16,13 +17,22 @@ from dorac.kernels.backward import FAINT
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.packed_norm import Form
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
-from dorac.kernels.tiles import load_tile, number, product
+from dorac.kernels.tiles import load_tile, number, product, strip_sum
 
-BLOCK_C = 64
+BLOCK_O, BLOCK_C, BLOCK_B = 16, 64, 512
 
 
 @triton.jit
-def faint_kernel(
+def finish_kernel(
+    partial_m_ptr,  # these two not read without SUMS
+    partial_b_ptr,
+    dy_ptr,
+    magnitude_ptr,
+    norm_ptr,
+    h_ptr,
+    scaling_ptr,  # or a number
+    x_ptr,
+    b_ptr,
     codes_ptr,
     table_ptr,
     scale_ptr,
@@ -30,19 +40,14 @@ def faint_kernel(
     scale_table_ptr,
     scale_scale_ptr,
     scale_offset_ptr,
-    dy_ptr,
-    x_ptr,
-    h_ptr,
-    b_ptr,
-    magnitude_ptr,
-    norm_ptr,
-    scaling_ptr,  # or a number
     d_m_ptr,
+    d_b_ptr,
     T,
     O,
     C,
     R,
     groups,
+    strips,
     stride_so,
     stride_sg,
     stride_dt,
@@ -56,14 +61,30 @@ def faint_kernel(
     GROUP: tl.constexpr,
     SWIZZLED: tl.constexpr,
     HALVES: tl.constexpr,
+    SUMS: tl.constexpr,  # add up the strips: first the blocks of d_magnitude, then those of d_lora_B
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    start_o = tl.program_id(0) * BLOCK_O
+    block = tl.program_id(0)
+    if SUMS:
+        blocks_m = tl.cdiv(O, BLOCK_O)
+        if block >= blocks_m:
+            index = (block - blocks_m).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+            size = tl.cast(O, tl.int64) * R
+            total = strip_sum(partial_b_ptr, index, index < size, size, strips)
+            tl.store(d_b_ptr + index, total.to(d_b_ptr.dtype.element_ty), mask=index < size)
+            return
+    start_o = block * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
-    m_O = tl.load(magnitude_ptr + cols_O, mask=cols_O < O, other=1.0).to(tl.float32)
-    norm_O = tl.load(norm_ptr + cols_O, mask=cols_O < O, other=0.0).to(tl.float32)
+    mask_O = cols_O < O
+    m_O = tl.load(magnitude_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+    norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=0.0).to(tl.float32)
     faint_O = (tl.abs(m_O) < norm_O * FAINT) & (norm_O > 1e-12)
+    if SUMS:
+        dot_O = strip_sum(partial_m_ptr, cols_O, mask_O, O, strips)
+        d_m_O = tl.where(norm_O <= 1e-12, 0.0, dot_O / tl.where(faint_O, 1.0, m_O))
+        tl.store(d_m_ptr + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O & ~faint_O)
     if tl.max(faint_O.to(tl.int32), axis=0) > 0:
         scales = (scale_ptr, zero_ptr, scale_table_ptr, scale_scale_ptr, scale_offset_ptr)
         table = in_lanes(table_ptr, FORMAT) if HALVES == 2 else None
@@ -125,19 +146,28 @@ def faint_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def faint_launch(
-    tokens: int, out_features: int, in_features: int, rank: int, form: Form, dy: tuple[int, int], b: tuple[int, int]
+def finish_launch(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    strips: int,
+    form: Form,
+    dy: tuple[int, int],
+    b: tuple[int, int],
 ) -> Launch:
     """The launch for a weight of this form, x and h contiguous, dy and lora_B of these strides.
 
-    Its tensors: the weight's seven pieces, dy, x, h, lora_B, magnitude, norm, scaling and d_magnitude, which has the
-    other rows' values.
+    Its tensors: the strips of both gradients (with one strip the gradients themselves, which are done but for the rows
+    of a faint g), dy, magnitude, norm, h, scaling, x, lora_B, the weight's seven pieces, and the gradients of magnitude
+    and lora_B.
     """
     columns = in_features // form.halves
+    blocks = cdiv(out_features, BLOCK_O) + (cdiv(out_features * rank, BLOCK_B) if strips > 1 else 0)
     return Launch(
-        faint_kernel,
-        (cdiv(out_features, 16), 1, 1),
-        (tokens, out_features, columns, rank, cdiv(columns, form.group), *form.strides[1:3], *dy, *b),
+        finish_kernel,
+        (blocks, 1, 1),
+        (tokens, out_features, columns, rank, cdiv(columns, form.group), strips, *form.strides[1:3], *dy, *b),
         4,
         FORMAT=form.name,
         DTYPE=form.dtype,
@@ -146,6 +176,8 @@ def faint_launch(
         GROUP=form.group,
         SWIZZLED=form.swizzled,
         HALVES=form.halves,
-        BLOCK_O=16,
+        SUMS=strips > 1,
+        BLOCK_O=BLOCK_O,
         BLOCK_C=BLOCK_C,
+        BLOCK_B=BLOCK_B,
     )

@@ -81,25 +81,26 @@ _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 class Moment:
     """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
 
-    __slots__ = ("grad_mode", "places", "states", "storages")
+    __slots__ = ("grad_mode", "places", "state", "storages")
 
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
         self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
-        self.states = self._of(tensors)
+        self.state = self._of(tensors)
         self.storages = [weakref.ref(tensors[i].untyped_storage()) for i in self.places]
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
-    def _of(self, tensors: Sequence[Tensor]) -> list[tuple]:
+    def _of(self, tensors: Sequence[Tensor]) -> tuple:
+        """Flat: what lies apart in memory takes its time in every forward."""
         tensors = [tensors[i] for i in self.places]
         try:
-            return [(t.data_ptr(), t._version, t.stride()) for t in tensors]
+            return *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
         except RuntimeError:  # of a tensor of inference mode, which has no version
-            return [(t.data_ptr(), _version(t), t.stride()) for t in tensors]
+            return *map(_address, tensors), *map(_version, tensors), *map(_strides, tensors)
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have been written to since; others may follow them."""
         # Where a storage lies that is alive, no other one does.
-        return self._of(tensors) != self.states or None in [storage() for storage in self.storages]
+        return self._of(tensors) != self.state or None in [storage() for storage in self.storages]
 
     def in_other_grad_mode(self) -> bool:
         """Whether gradients are on where they were off in the last forward, or the other way round.
@@ -112,51 +113,59 @@ class Moment:
         return grad_mode != self.grad_mode and not front.in_backward()
 
 
+_address, _strides = torch._C.TensorBase.data_ptr, torch._C.TensorBase.stride
+_written = torch._C.TensorBase._version.__get__
+
+
 class PackedMoment(Moment):
-    """That of a packed weight and its factors."""
+    """That of a packed weight, whose pieces are asked of the module that holds them each time, and its factors."""
 
     __slots__ = ("pieces",)
 
     def __init__(
         self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module, earlier: "Moment | None"
     ) -> None:
-        weight, *others = tensors
-        super().__init__(others, grad_mode)
+        weight, *factors = tensors
         with plainly():
+            stored = packed.stored(base)
             lasts = type(earlier) is PackedMoment and earlier.pieces.base() is base
-            lasts = lasts and not earlier.pieces.replaced(weight)
-            self.pieces = earlier.pieces if lasts else Pieces(weight, base)
+            lasts = lasts and not earlier.pieces.replaced(weight, stored)
+            self.pieces = earlier.pieces if lasts else Pieces(weight, base, stored)
+            super().__init__([weight, *stored, *factors], grad_mode)
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         weight, *others = tensors
-        return super().passed(others) or self.pieces.replaced(weight)
+        if (base := self.pieces.base()) is None:
+            return True
+        stored = packed.stored(base)
+        return self.pieces.differ(weight, stored) or super().passed([weight, *stored, *others])
 
 
 plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer slowly through their __torch_function__
 
 
 class Pieces(Moment):
-    """That of a packed weight, whose pieces are asked of the module that holds them each time.
+    """That of a packed weight alone, and what was found in it: they last longer than its factors.
 
     What is written to the weight as a whole counts in its own version, not in that of its pieces.
     """
 
     __slots__ = ("base", "count", "held", "value", "version")
 
-    def __init__(self, weight: Tensor, base: nn.Module) -> None:
-        pieces = [weight, *packed.stored(base)]
-        super().__init__(pieces)
-        self.count, self.base, self.version = len(pieces), weakref.ref(base), _version(weight)
+    def __init__(self, weight: Tensor, base: nn.Module, stored: list[Tensor]) -> None:
+        super().__init__([weight, *stored])
+        self.count, self.base = len(stored), weakref.ref(base)
+        self.version = None if _has_memory(weight) else _version(weight)  # else its state has it
         self.value: packed.Packed | None = None  # the weight; None: not looked at yet
         self.held: eager_over.Held | packed.Packed | None = None  # that for dora_over
 
-    def replaced(self, weight: Tensor) -> bool:
+    def differ(self, weight: Tensor, stored: list[Tensor]) -> bool:
+        """Whether these are more or fewer, or the weight was written to as a whole where that is not in its state."""
+        return len(stored) != self.count or (self.version is not None and _version(weight) != self.version)
+
+    def replaced(self, weight: Tensor, stored: list[Tensor]) -> bool:
         """Whether the weight or a piece of it has been written to, or another one stands in its place."""
-        base = self.base()
-        if base is None or _version(weight) != self.version:
-            return True
-        pieces = [weight, *packed.stored(base)]
-        return len(pieces) != self.count or self.passed(pieces)
+        return self.differ(weight, stored) or self.passed([weight, *stored])
 
 
 def packed_weight(
@@ -363,20 +372,24 @@ def unshelve(layer: Keeper, adapter: str) -> bool:
         return same and not layer.cached_at.passed(layer.cached_of)
 
 
-def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:
+def known_norm(
+    layer: Keeper, inputs: tuple[Tensor, ...] | None = None, scaling: float | Tensor | None = None
+) -> Tensor | None:
     """The cached norm if a forward may use it, else None; checked first where the layer asks for that.
 
-    ``inputs``: the layer's ``norm_inputs()``, for who has them at hand.
+    ``inputs``, ``scaling``: the layer's ``norm_inputs()`` and its scaling, for who has them at hand.
     """
     if not layer.caches_norm:
         return None
+    if scaling is None:
+        scaling = layer._scaling
     if torch.compiler.is_compiling():
-        if not _usable(layer, inputs) or layer.norm_in_doubt:
+        if not _usable(layer, scaling, inputs) or layer.norm_in_doubt:
             return None
         _verify_while_tracing(layer.cached_norm)
     else:
         with plainly():
-            if not _usable(layer, inputs):
+            if not _usable(layer, scaling, inputs):
                 return None
         if not layer.check_cached_norm:
             if not _verified(layer):
@@ -427,7 +440,7 @@ def written_since(layer: Keeper) -> bool:
 
 def is_stale(layer: Keeper) -> bool:
     """Whether a forward would use a norm that is not the present one. Waits for the device."""
-    if layer.merged or not layer.caches_norm or not _usable(layer):
+    if layer.merged or not layer.caches_norm or not _usable(layer, layer._scaling):
         return False
     if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
         return False  # no forward would use it
@@ -437,7 +450,7 @@ def is_stale(layer: Keeper) -> bool:
     return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
 
 
-def _usable(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> bool:
+def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] | None = None) -> bool:
     """Whether the cached norm is that of the tensors which stand in the layer now.
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
@@ -445,7 +458,7 @@ def _usable(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> bool:
     its own norm, since nobody would refresh it there.
     """
     of = layer.cached_of
-    if of is None or layer.norm_grad or isinstance(layer._scaling, Tensor) or front.exporting_module():
+    if of is None or layer.norm_grad or isinstance(scaling, Tensor) or front.exporting_module():
         return False
     if inputs is None:
         inputs = layer.norm_inputs()

@@ -46,6 +46,7 @@ class Plan:
 
     dtype: torch.dtype  # of the products
     casts_factors: bool
+    cast: Callable | None  # of the factors and what they become in the dtype of the products; None: torch casts them
     dropout_on: str | None  # None without dropout
     keeps_y: bool  # for backward, in place of inner
     autocast: str | None  # the device type for which it is on
@@ -145,17 +146,37 @@ def forget_plans() -> None:
 def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
     """All that the checks and a plan look at."""
     device = x.device
+    kind = device.type
     return (
-        *(type(x), x.shape, x.dtype, device),
-        *(type(weight), weight.shape, weight.dtype, weight.device, weight.stride()),
-        *(type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.stride()),
-        *(type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.stride()),
-        *(type(magnitude), magnitude.shape, magnitude.dtype, magnitude.device, magnitude.stride()),
+        type(x),
+        x.shape,
+        x.dtype,
+        device,
+        type(weight),
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        weight.stride(),
+        type(lora_A),
+        lora_A.shape,
+        lora_A.dtype,
+        lora_A.device,
+        lora_A.stride(),
+        type(lora_B),
+        lora_B.shape,
+        lora_B.dtype,
+        lora_B.device,
+        lora_B.stride(),
+        type(magnitude),
+        magnitude.shape,
+        magnitude.dtype,
+        magnitude.device,
+        magnitude.stride(),
         bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.stride()),
         weight_norm
         if weight_norm is None
         else (type(weight_norm), weight_norm.shape, weight_norm.dtype, weight_norm.device, weight_norm.stride()),
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
     )
 
 
@@ -245,6 +266,7 @@ def make_plan(
     return Plan(
         dtype=dtype,
         casts_factors=casts_factors,
+        cast=cast_of(lora_A, lora_B) if casts_factors else None,
         dropout_on=dropout_on,
         keeps_y=keeps_y,
         autocast=None if autocast is None else x.device.type,
@@ -277,7 +299,7 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if norm is None:
         norm = computed_norm(plan, weight, lora_A, lora_B, scaling)
     if plan.casts_factors:
-        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        lora_A, lora_B = cast_factors(plan, lora_A, lora_B)
     delta = plan.dropout_on == "adapter"
     h, base = F.linear(x if x_adapter is None else x_adapter, lora_A), F.linear(x_adapter if delta else x, weight)
     inner = base if training and not plan.keeps_y else None
@@ -286,6 +308,22 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if delta:
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return y, lora_A, lora_B, norm, h, inner
+
+
+def cast_of(lora_A: Tensor, lora_B: Tensor) -> Callable | None:
+    from dorac.kernels.cast import cast_launch
+
+    contiguous = lora_A.is_contiguous() and lora_B.is_contiguous()
+    return bound(cast_launch(lora_A.numel(), lora_B.numel())) if contiguous else None
+
+
+def cast_factors(plan, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors in the dtype of the products."""
+    if plan.cast is None:
+        return lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+    a, b = torch.empty_like(lora_A, dtype=plan.dtype), torch.empty_like(lora_B, dtype=plan.dtype)
+    plan.cast(lora_A, lora_B, a, b)
+    return a, b
 
 
 def computed_norm(plan, weight, lora_A, lora_B, scaling) -> Tensor:
@@ -411,18 +449,23 @@ class _Linear(torch.autograd.Function):
         return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
 
-def scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B."""
+def scaled_gradients(
+    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B.
+
+    ``others``: x, weight and lora_B of the products, or three None; ``at_the_end`` is what the last launch gets in
+    their place.
+    """
     strips, launch, add = launches
     d_base = dy.new_empty(dy.shape)
-    d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
-    if add is None:
-        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)
-    else:
-        parts_m = norm.new_empty(strips, dy.shape[1], dtype=torch.float32)
+    d_m, d_b = parts_m, parts_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+    if strips > 1:
+        parts_m = norm.new_empty(strips, lora_B.shape[0], dtype=torch.float32)
         parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)
-        launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
-        add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *others, d_m, d_b)
+    launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, parts_m, parts_b)
+    if add is not None:
+        add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *(at_the_end or others), d_m, d_b)
     return d_base, d_m, d_b
 
 
@@ -439,13 +482,14 @@ _apply = super(torch.autograd.Function, _Linear).apply
 
 def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
     """The trained parameters, which are not saved: each saved tensor costs time, most of all under a checkpoint."""
-    for tensor, version in zip(ctx.trained, ctx.versions, strict=True):
-        if tensor._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
-            )
-    return ctx.trained
+    trained, versions = ctx.trained, ctx.versions
+    if [t._version for t in trained] != versions:
+        tensor, version = next(pair for pair in zip(trained, versions, strict=True) if pair[0]._version != pair[1])
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
+        )
+    return trained
 
 
 def share_memory(left: Tensor, right: Tensor) -> bool:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,9 @@ MODIFIED = (
 )
 
 
-class _Kept(NamedTuple):
-    """All that checks and a plan look at in the weight whose y is kept."""
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """All that checks and a plan look at in the weight whose y is kept; made once of the same, and hashed as itself."""
 
     form: object  # how a kernel reads a packed weight; None: it is dense
     aligned: bool  # to 16 bytes
@@ -41,23 +41,28 @@ class _Kept(NamedTuple):
     others: tuple  # of a packed weight: what is no tensor, and shape, dtype and device of what is one
 
 
+_kept_of = functools.lru_cache(maxsize=eager.PLANS)(_Kept)
+
+
 class Held:
     """A packed weight whose y may be kept: itself, what the kernel reads of it, and the versions of that."""
 
-    __slots__ = ("kept", "read", "versions", "weight")
+    __slots__ = ("_watched", "kept", "read", "versions", "weight")
 
     def __init__(self, weight: packed.Packed, form: object, read: tuple[Tensor | None, ...]) -> None:
-        self.weight, self.read, self.versions = weight, read, [_version(t) for t in read]
+        self.weight, self.read = weight, read
+        self._watched = [t for t in read if t is not None and not t.is_inference()]
+        self.versions = [t._version for t in self._watched]
         bits = 0
         for tensor in read:
             if tensor is not None:
                 bits |= tensor.data_ptr()
         each = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]])
-        self.kept = _Kept(form, not bits & 15, weight.shape, (*weight[weight.PIECES + 1 :], *each))
+        self.kept = _kept_of(form, not bits & 15, weight.shape, (*weight[weight.PIECES + 1 :], *each))
 
     def unchanged(self) -> tuple[Tensor | None, ...]:
         """What the kernel reads; as autograd does, refuses what has been written to since."""
-        if [_version(t) for t in self.read] != self.versions:
+        if [t._version for t in self._watched] != self.versions:
             raise RuntimeError(MODIFIED.format(f"{type(self.weight).__name__} weight", list(self.weight.shape)))
         return self.read
 
@@ -79,12 +84,13 @@ class Plan:
     """How layers of certain metadata are computed."""
 
     dtype: torch.dtype  # of the products
+    device: str  # its type
     casts_factors: bool
+    cast: Callable | None  # as in ops/eager.py
     holds_bias: bool
     kept: "_Kept | None"  # the weight where y is kept for backward; None where inner is
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
-    faint: Callable[[tuple, tuple], Callable]  # of dy's and lora_B's strides: the kernel for rows with a faint g
     in_ops: bool = False  # which modes see
 
 
@@ -114,9 +120,14 @@ def dora_over(
             or (bias is not None and bias.requires_grad)
             or weight_norm.requires_grad
         )
-        keeps = training and weight is not None and bias is None and front.has_kernels(base)
-        kept, saved, held = _kept(weight, base) if keeps else (None, None, None)
-        key = "over", training, holds_bias, kept, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
+        kept = saved = held = None
+        if training and weight is not None and bias is None:
+            if type(weight) is Held:
+                kept, held = weight.kept, weight
+            elif front.has_kernels(base):
+                kept, saved, held = _kept(weight, base)
+        metadata = eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
+        key = "over", training, holds_bias, kept, metadata
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
         if bias is not None:
@@ -149,16 +160,15 @@ def dora_over(
     return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, saved)[0]
 
 
-def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> tuple[_Kept | None, Tensor | None, Held | None]:
+def _kept(weight: Tensor | packed.Packed, base: Tensor) -> tuple[_Kept | None, Tensor | None, Held | None]:
     """How the weight is read, and what backward has of it: saved if dense, held if packed. None: no kernel reads it."""
     if packed.is_packed(weight):
         weight = held(weight)
-    if weight is None or type(weight) is Held:
         return None if weight is None else weight.kept, None, weight
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
     if not plain or weight.dtype is not base.dtype:
         return None, None, None
-    return _Kept(None, True, weight.shape, (weight.device,)), weight, None
+    return _kept_of(None, True, weight.shape, (weight.device,)), weight, None
 
 
 def make_plan(
@@ -186,7 +196,7 @@ def make_plan(
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
-    from dorac.kernels.faint import faint_launch
+    from dorac.kernels.faint import finish_launch
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
@@ -202,24 +212,23 @@ def make_plan(
             read = in_features if kept.form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank)
-        strips, *launches = backward.lora_b_backward_launches(
+        strips, launch, add = backward.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )
-        return strips, *map(eager.bound, launches)
-
-    @functools.lru_cache(maxsize=16)
-    def faint(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
-        launch = faint_launch(tokens, out_features, in_features, rank, kept.form, strides, of_b)
-        return eager.bound(launch) if kept.aligned else launch
+        if of_y and not read:
+            add = finish_launch(tokens, out_features, in_features, rank, strips, kept.form, strides, of_b)
+            return strips, eager.bound(launch), eager.bound(add) if kept.aligned else add
+        return strips, eager.bound(launch), eager.bound(add)
 
     return Plan(
         dtype=dtype,
+        device=x.device.type,
         casts_factors=lora_A.dtype is not dtype,
+        cast=None if lora_A.dtype is dtype else eager.cast_of(lora_A, lora_B),
         holds_bias=holds_bias,
         kept=kept,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
-        faint=faint,
     )
 
 
@@ -229,7 +238,7 @@ def _forward(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scaling, trai
     Autocast, where it is on, makes the same casts.
     """
     if plan.casts_factors:
-        lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
+        lora_A, lora_B = eager.cast_factors(plan, lora_A, lora_B)
     h, y = F.linear(x, lora_A), torch.empty_like(base)
     inner = torch.empty_like(base) if training and plan.kept is None else None
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
@@ -282,35 +291,50 @@ class _Over(torch.autograd.Function):
             return (None,) * 11
         if d_inner is not None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy, d_inner)
-        if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
+        plan, scaling, held = ctx.plan, ctx.scaling, ctx.held
+        if torch.is_autocast_enabled(plan.device):  # backward called inside it: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return _Over.backward(ctx, dy, None)
         x, a, b, h, kept, weight, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
-        plan, scaling, held, norm = ctx.plan, ctx.scaling, ctx.held, _norm(ctx)
+        norm, (base_shape, x_shape) = _norm(ctx), ctx.shapes
         needs_base, needs_x, *_ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
-        if dy.dim() != 2:
-            dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        others, of_y = (None, None, None), plan.kept is not None
+        if dy.is_contiguous():  # for the kernel, which is given strides, it is a matrix at any rate
+            strides = dy.shape[-1], 1
+        else:
+            dy = _rows(dy)
+            strides = dy.stride()
+        x, of_y = _rows(x), plan.kept is not None
         if of_y and (ctx.probe._version != ctx.version or eager.share_memory(dy, kept)):  # y is not y any more
-            kept, of_y = _inner(held, weight, x, h, b, scaling), False
-        if of_y:
-            x, h = (t if t.data_ptr() % 16 == 0 and t.is_contiguous() else t.contiguous().clone() for t in (x, h))
-            others = (x, weight, b) if held is None else others
-        launches = plan.backward(dy.stride(), b.stride(), of_y)
-        d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
-        if of_y and held is not None:
-            faint = plan.faint(dy.stride(), b.stride())
-            faint(*held.unchanged(), dy, x, h, b, magnitude, norm, scaling, d_m)
-        d_h = torch.addmm(eager.scalar(d_base.dtype, d_base.device), d_base, b, beta=0, alpha=scaling)
+            kept, of_y = _inner(held, weight, x, _rows(h), b, scaling), False
+        if of_y and ((x.data_ptr() | h.data_ptr()) & 15 or not (x.is_contiguous() and h.is_contiguous())):
+            x, h = (t.clone(memory_format=torch.contiguous_format) for t in (x, h))
+        others = (x, weight, b) if of_y and held is None else (None, None, None)
+        at_the_end = (x, b, *held.unchanged()) if of_y and held is not None else None
+        launches = plan.backward(strides, b.stride(), of_y)
+        d_base, d_m, d_b = eager.scaled_gradients(
+            launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end
+        )
+        unread = eager.scalar(d_base.dtype, d_base.device)
+        d_h = torch.addmm(unread, _rows(d_base), b, beta=0, alpha=scaling)
         d_a = eager.wide_mm(d_h.t(), x, lora_A.dtype)
-        base_shape, x_shape = ctx.shapes
-        dx = torch.mm(d_h, a).view(x_shape) if needs_x else None
-        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * 6
+        dx = None
+        if needs_x:
+            dx = torch.mm(d_h, a)
+            dx = dx if len(x_shape) == 2 else dx.view(x_shape)
+        if not needs_base:
+            d_base = None
+        elif d_base.dim() != len(base_shape):
+            d_base = d_base.view(base_shape)
+        return d_base, dx, d_a, d_b, d_m, *(None,) * 6
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _norm(ctx) -> Tensor:

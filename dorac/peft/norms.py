@@ -41,7 +41,7 @@ class AdapterNorm:
             if torch.compiler.is_compiling():
                 return None
             self.cached_at = None  # it is taken anew, once
-        return norm_cache.known_norm(self, inputs)
+        return norm_cache.known_norm(self, inputs, scaling)
 
     @property
     def scaling(self) -> float | Tensor:

@@ -26,7 +26,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
     if p and module.lora_variant[adapter].dropout_on == "adapter":
         return None
     base, m = module._modules["base_layer"], magnitude.current()
-    if isinstance(base, BaseTunerLayer):
+    if "base_layer" in base._modules and isinstance(base, BaseTunerLayer):  # isinstance of an ABC is slow
         base = base.get_base_layer()
     bias = _own(base, "bias")
     if result.dtype not in FLOAT_DTYPES or x.dtype not in FLOAT_DTYPES:
@@ -49,7 +49,7 @@ def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tenso
     if strength is not None:
         lora_B, m, norm = functional.at_strength(lora_B, m.to(norm.device), norm, strength)
     device = result.device
-    if any([t.device != device for t in (x, lora_A, lora_B, m, norm)]):
+    if not (device == x.device == lora_A.device == lora_B.device == m.device == norm.device):
         x, lora_A, lora_B, m, norm = (t.to(device) for t in (x, lora_A, lora_B, m, norm))
     return functional.dora_over(
         result,
