@@ -84,7 +84,7 @@ class FusedMLP(_Fused):
         if operands is None:
             return None
         if roles.is_joined:
-            if isinstance(operands[0].weight, tuple):
+            if not isinstance(operands[0].weight, Tensor):
                 return None
             operands = *_halves(operands[0], roles.gate_comes_last), operands[1]
         gate = None if roles.gate is None else operands[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dorac import packed
 from dorac.nn import norm_cache, shared
 from dorac.ops import front
+from dorac.ops.packed_product import Held
 
 # Up to so many rows without gradients, as in generation, the library has faster kernels for a GPU.
 FEW_ROWS = 128
@@ -48,14 +49,15 @@ def takes(layer: nn.Module | None, x: Tensor) -> bool:
 
 def weight_for(
     layer: nn.Module, x: Tensor, keeper: norm_cache.Keeper | None = None, norm: Tensor | None = None
-) -> packed.Bnb4bit | None:
+) -> Held | packed.Bnb4bit | None:
     """The packed weight of a layer that takes x, for a block; None where the layer makes another dense one of it.
 
-    ``keeper``, ``norm``: of :func:`norm_cache.packed_value`.
+    ``keeper``, ``norm``: of :func:`norm_cache.packed_weight`.
     """
-    value = norm_cache.packed_value(keeper, layer, norm)
+    weight = norm_cache.packed_weight(keeper, layer, norm)
+    value = weight.weight if type(weight) is Held else weight
     if type(value) is not packed.Bnb4bit or value.codes.device != x.device:
         return None
     if value.dtype is not x.dtype:  # the layer rounds it once, a block twice
         return None
-    return value if value.shape == (layer.out_features, layer.in_features) else None
+    return weight if value.shape == (layer.out_features, layer.in_features) else None

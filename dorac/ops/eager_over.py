@@ -5,8 +5,7 @@ the dtype that the low-rank branch runs in; anything else is left to ``ops/over.
 
 With a ``weight``, packed or dense, and no bias, y is kept in place of inner, as there; of the weight inner is computed
 again for rows with a faint g, and for all where y has been written to. A second derivative then finds no base. A dense
-weight is saved; a packed one is held as it is (its layer does the same): each of its many tensors would take the time
-that saving takes, most of all under a checkpoint.
+weight is saved; a packed one is held as it is (its layer does the same).
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -16,7 +15,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,53 +23,7 @@ from torch import Tensor
 from dorac import checks, packed
 from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
-
-MODIFIED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
-    "DoRA layer"
-)
-
-
-class _Kept(NamedTuple):
-    """All that checks and a plan look at in the weight whose y is kept."""
-
-    form: object  # how a kernel reads a packed weight; None: it is dense
-    aligned: bool  # to 16 bytes
-    shape: tuple[int, ...]
-    others: tuple  # of a packed weight: what is no tensor, and shape, dtype and device of what is one
-
-
-class Held:
-    """A packed weight whose y may be kept: itself, what the kernel reads of it, and the versions of that."""
-
-    __slots__ = ("kept", "read", "versions", "weight")
-
-    def __init__(self, weight: packed.Packed, form: object, read: tuple[Tensor | None, ...]) -> None:
-        self.weight, self.read, self.versions = weight, read, [_version(t) for t in read]
-        bits = 0
-        for tensor in read:
-            if tensor is not None:
-                bits |= tensor.data_ptr()
-        each = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]])
-        self.kept = _Kept(form, not bits & 15, weight.shape, (*weight[weight.PIECES + 1 :], *each))
-
-    def unchanged(self) -> tuple[Tensor | None, ...]:
-        """What the kernel reads; as autograd does, refuses what has been written to since."""
-        if [_version(t) for t in self.read] != self.versions:
-            raise RuntimeError(MODIFIED.format(f"{type(self.weight).__name__} weight", list(self.weight.shape)))
-        return self.read
-
-
-def held(weight: packed.Packed) -> Held | None:
-    """The weight for ``dora_over``, looked at once for many calls; None where no kernel reads it."""
-    from dorac.kernels.packed_norm import described
-
-    form = described(weight) if len(weight.shape) == 2 else None
-    return None if form is None else Held(weight, *form)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+from dorac.ops.packed_product import MODIFIED, Held, Seen, version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,10 +33,10 @@ class Plan:
     dtype: torch.dtype  # of the products
     casts_factors: bool
     holds_bias: bool
-    kept: "_Kept | None"  # the weight where y is kept for backward; None where inner is
+    keeps_y: bool  # for backward, in place of inner
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
-    faint: Callable[[tuple, tuple], Callable]  # of dy's and lora_B's strides: the kernel for rows with a faint g
+    faint: Callable[[tuple, tuple], Callable] | None  # :func:`faint_launches`; None where no packed weight is read
     in_ops: bool = False  # which modes see
 
 
@@ -115,8 +67,16 @@ def dora_over(
             or weight_norm.requires_grad
         )
         keeps = training and weight is not None and bias is None and front.has_kernels(base)
-        kept, saved, held = _kept(weight, base) if keeps else (None, None, None)
-        key = "over", training, holds_bias, kept, *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
+        kept = _kept(weight, base) if keeps else None
+        held = kept if type(kept) is Held else None
+        of_kept = kept if kept is None else (kept.shape, kept.device) if held is None else held.seen().key
+        key = (
+            "over",
+            training,
+            holds_bias,
+            of_kept,
+            *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm),
+        )
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
         if bias is not None:
@@ -127,10 +87,11 @@ def dora_over(
     if plan is False:
         checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
         if kept is not None:
-            checks.check_weight_over(weight if held is None else held.weight, base, x)
+            checks.check_weight_over(kept if held is None else held.weight, base, x)
         tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept)
+            seen = None if held is None else held.seen()
+            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept is not None, seen)
         eager.keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
@@ -146,19 +107,33 @@ def dora_over(
         return _forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, saved)[0]
+    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, kept)[0]
 
 
-def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> tuple[_Kept | None, Tensor | None, Held | None]:
-    """How the weight is read, and what backward has of it: saved if dense, held if packed. None: no kernel reads it."""
+def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> Tensor | Held | None:
+    """The weight where y is kept: a dense one is saved, a packed one held. None: no kernel reads it."""
     if packed.is_packed(weight):
-        weight = held(weight)
-    if weight is None or type(weight) is Held:
-        return None if weight is None else weight.kept, None, weight
+        weight = Held(weight)
+    if type(weight) is Held:
+        return None if weight.seen().form is None else weight
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    if not plain or weight.dtype is not base.dtype:
-        return None, None, None
-    return _Kept(None, True, weight.shape, (weight.device,)), weight, None
+    return weight if plain and weight.dtype is base.dtype else None
+
+
+def faint_launches(
+    tokens: int, in_features: int, out_features: int, rank: int, of_h: int, seen: Seen
+) -> Callable[[tuple, tuple], Callable]:
+    """Of dy's and lora_B's strides: the kernel for rows with a faint g. ``of_h``: h's stride of rows."""
+    form, aligned = seen.form, seen.aligned  # a plan holds no tensors
+
+    @functools.lru_cache(maxsize=16)
+    def launch(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
+        from dorac.kernels.faint import faint_launch
+
+        launch = faint_launch(tokens, out_features, in_features, rank, form, strides, of_h, of_b)
+        return eager.bound(launch) if aligned else launch
+
+    return launch
 
 
 def make_plan(
@@ -171,9 +146,13 @@ def make_plan(
     weight_norm,
     training: bool,
     holds_bias: bool,
-    kept: _Kept | None,
+    keeps_y: bool,
+    seen: Seen | None,
 ) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
+    """The plan for tensors that passed the checks; None if they are not computed here.
+
+    ``seen``: of the packed weight where y is kept.
+    """
     given = [t for t in (x, base, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if not x.numel() or not base.numel() or not front.all_eager(*given) or not front.has_kernels(*given):
         return None
@@ -186,20 +165,19 @@ def make_plan(
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
-    from dorac.kernels.faint import faint_launch
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     flags = {"has_norm": True, "has_bias": bias is not None, "holds_bias": holds_bias, "delta": False, "split": False}
-    flags |= {"want_inner": training and kept is None}
+    flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
 
     @functools.lru_cache(maxsize=16)
     def backward_launches(strides: tuple[int, int], of_b: tuple[int, int], of_y: bool) -> tuple:
         tensors, read = (strides, activation, h), None
         if of_y:
-            read = in_features if kept.form is None else 0
+            read = in_features if seen is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank)
         strips, *launches = backward.lora_b_backward_launches(
@@ -207,19 +185,14 @@ def make_plan(
         )
         return strips, *map(eager.bound, launches)
 
-    @functools.lru_cache(maxsize=16)
-    def faint(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
-        launch = faint_launch(tokens, out_features, in_features, rank, kept.form, strides, of_b)
-        return eager.bound(launch) if kept.aligned else launch
-
     return Plan(
         dtype=dtype,
         casts_factors=lora_A.dtype is not dtype,
         holds_bias=holds_bias,
-        kept=kept,
+        keeps_y=keeps_y,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
-        faint=faint,
+        faint=None if seen is None else faint_launches(tokens, in_features, out_features, rank, rank, seen),
     )
 
 
@@ -231,7 +204,7 @@ def _forward(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scaling, trai
     if plan.casts_factors:
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
     h, y = F.linear(x, lora_A), torch.empty_like(base)
-    inner = torch.empty_like(base) if training and plan.kept is None else None
+    inner = torch.empty_like(base) if training and not plan.keeps_y else None
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
     return y, inner, lora_A, lora_B, h
 
@@ -245,23 +218,23 @@ def _forward_in_ops(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scalin
         rows = over.forward(*tensors, plan.holds_bias, "fused", True, training)
     # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
     y, inner, h = (torch.ops.aten._unsafe_view(t, (*base.shape[:-1], t.shape[1])) for t in rows)
-    return y, inner if plan.kept is None else None, lora_A, lora_B, h
+    return y, None if plan.keeps_y else inner, lora_A, lora_B, h
 
 
 class _Over(torch.autograd.Function):
     """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved.
 
-    ``held``, ``weight``: the packed or the dense weight where y is kept.
+    ``weight``: where y is kept.
     """
 
     @staticmethod
-    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, weight):
+    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, weight):
         forward = _forward_in_ops if plan.in_ops else _forward
         y, inner, a, b, h = forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, True)
         if not plan.casts_factors:
             a = b = None
         kept = inner
-        if plan.kept is not None:  # as in ops/eager.py
+        if plan.keeps_y:  # as in ops/eager.py
             kept, probe = y.data, y.detach()
             probe.data = eager.nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
@@ -270,16 +243,17 @@ class _Over(torch.autograd.Function):
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        ctx.norm, ctx.norm_version = weight_norm, _version(weight_norm)  # held, as a packed weight is
+        ctx.held, weight = (weight, None) if type(weight) is Held else (None, weight)
+        ctx.norm, ctx.norm_version = weight_norm, version(weight_norm)  # held, as a packed weight is
         ctx.save_for_backward(x, a, b, h, kept, weight, *trained)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan, ctx.shapes, ctx.held = scaling, plan, (base.shape, x.shape), held
+        ctx.scaling, ctx.plan, ctx.shapes = scaling, plan, (base.shape, x.shape)
         return y, inner
 
     @staticmethod
     def backward(ctx, dy, d_inner):
         if dy is None and d_inner is None:
-            return (None,) * 11
+            return (None,) * 10
         if d_inner is not None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy, d_inner)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
@@ -295,7 +269,7 @@ class _Over(torch.autograd.Function):
             dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        others, of_y = (None, None, None), plan.kept is not None
+        others, of_y = (None, None, None), plan.keeps_y
         if of_y and (ctx.probe._version != ctx.version or eager.share_memory(dy, kept)):  # y is not y any more
             kept, of_y = _inner(held, weight, x, h, b, scaling), False
         if of_y:
@@ -305,16 +279,16 @@ class _Over(torch.autograd.Function):
         d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
         if of_y and held is not None:
             faint = plan.faint(dy.stride(), b.stride())
-            faint(*held.unchanged(), dy, x, h, b, magnitude, norm, scaling, d_m)
+            faint(*held.read(), dy, x, h, b, magnitude, norm, scaling, d_m)
         d_h = torch.addmm(eager.scalar(d_base.dtype, d_base.device), d_base, b, beta=0, alpha=scaling)
         d_a = eager.wide_mm(d_h.t(), x, lora_A.dtype)
         base_shape, x_shape = ctx.shapes
         dx = torch.mm(d_h, a).view(x_shape) if needs_x else None
-        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * 6
+        return d_base.view(base_shape) if needs_base else None, dx, d_a, d_b, d_m, *(None,) * 5
 
 
 def _norm(ctx) -> Tensor:
-    if _version(ctx.norm) != ctx.norm_version:
+    if version(ctx.norm) != ctx.norm_version:
         raise RuntimeError(MODIFIED.format("norm", list(ctx.norm.shape)))
     return ctx.norm
 
@@ -322,8 +296,7 @@ def _norm(ctx) -> Tensor:
 def _inner(held: Held | None, weight: Tensor | None, x, h, b, scaling) -> Tensor:
     """inner of rows, of a dense weight."""
     if held is not None:
-        held.unchanged()
-        weight = held.weight.rows(0, held.weight.shape[0]).to(x.dtype)
+        weight = held.dense(x.dtype)
     return torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling)
 
 
@@ -336,7 +309,7 @@ def _seen_gradients(ctx, dy, d_inner):
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):
             return _seen_gradients(ctx, dy, d_inner)
-    if ctx.plan.kept is not None and torch.is_grad_enabled():
+    if ctx.plan.keeps_y and torch.is_grad_enabled():
         raise RuntimeError("dora_over with save_output saves no base, which a second derivative needs: leave it out")
     x, _, _, h, inner, weight, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
@@ -346,7 +319,7 @@ def _seen_gradients(ctx, dy, d_inner):
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     if torch.is_grad_enabled():
         h = x @ a.t()
-    if ctx.plan.kept is not None:  # the kernel makes no product for it: a counter of operations is not to count one
+    if ctx.plan.keeps_y:  # the kernel makes no product for it: a counter of operations is not to count one
         hides = front.seen_by_modes_alone()
         with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
             inner = _inner(ctx.held, weight, x, h, b, ctx.scaling)
@@ -364,4 +337,4 @@ def _seen_gradients(ctx, dy, d_inner):
     )
     dx = None if dx is None else dx.view(x_shape)
     d_base = d_base.view(base_shape) if needs_base else None
-    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * 6
+    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * 5

@@ -6,6 +6,7 @@ the format's definition (``rows``), which is what is traced, too.
 """
 
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,8 @@ from dorac.ops import front
 _tables = WeakTensorKeyDictionary()  # of a table of 4-bit numbers: its version, and the library's name for it
 
 
-def dense(weight: Tensor | packed.Packed, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in ``dtype``; a dense one itself."""
-    if not isinstance(weight, tuple):
-        return weight.to(dtype)
+def dense(weight: packed.Packed, dtype: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` in ``dtype``."""
     if type(weight) is packed.Bnb4bit and front.unobserved(but_by_modes=True) and front.all_eager(weight.codes):
         kind = _table(weight.code)
         if kind is not None:
@@ -34,11 +33,11 @@ def _table(code: Tensor) -> str | None:
     library = sys.modules.get("bitsandbytes")
     if library is None or front.capturing():
         return None if library is None else _tables.get(code, (0, None))[1]
-    version, kind = _tables.get(code, (None, None))
-    if version is None or version != _version(code):
+    seen_at, kind = _tables.get(code, (None, None))
+    if seen_at is None or seen_at != version(code):
         names = (n for n in ("nf4", "fp4") if torch.equal(code, library.functional.get_4bit_type(n, code.device)))
         kind = next(names, None)
-        _tables[code] = _version(code), kind
+        _tables[code] = version(code), kind
     return kind
 
 
@@ -53,26 +52,97 @@ def _by_bitsandbytes(weight: packed.Bnb4bit, kind: str) -> Tensor:
     )
 
 
-def _version(tensor: Tensor | None) -> int:
+def version(tensor: Tensor | None) -> int:
+    """0 of one that has none."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-class Held:
-    """A packed weight that backward reads again, and refuses, as autograd does, where it has been written to."""
+class Seen(NamedTuple):
+    """What the eager paths look at in a packed weight."""
 
-    __slots__ = ("versions", "weight")
+    key: object  # the same of two weights that are alike in all that checks and plans depend on
+    form: object  # how kernels read it; None: they do not
+    pieces: tuple[Tensor | None, ...]  # that they read
+    aligned: bool  # these, to 16 bytes
+
+
+class Held:
+    """A packed weight that is looked at once for many calls, in its place in a projection or in ``dora_over``.
+
+    Backward reads it again, and refuses, as autograd does, one that has been written to. It is held, not saved: each of
+    its many tensors would take the time that saving takes, most of all under a checkpoint.
+    """
+
+    __slots__ = ("_seen", "versions", "weight")
 
     def __init__(self, weight: packed.Packed) -> None:
-        self.weight, self.versions = weight, [_version(t) for t in weight[: weight.PIECES]]
+        self.weight, self.versions = weight, [version(t) for t in weight[: weight.PIECES]]
+        self._seen: Seen | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def seen(self) -> Seen:
+        if self._seen is None:
+            self._seen = _look(self.weight)
+        return self._seen
+
+    def _unchanged(self) -> packed.Packed:
+        weight = self.weight
+        if [version(t) for t in weight[: weight.PIECES]] != self.versions:
+            raise RuntimeError(MODIFIED.format(weight.NAME, list(weight.shape)))
+        return weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self.weight
-        if [_version(t) for t in weight[: weight.PIECES]] != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"{weight.NAME} {list(weight.shape)} of a layer"
-            )
-        return dense(weight, dtype)
+        """For backward."""
+        return dense(self._unchanged(), dtype)
+
+    def read(self) -> tuple[Tensor | None, ...]:
+        """For backward: the pieces that kernels read."""
+        self._unchanged()
+        return self.seen().pieces
+
+
+MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
+    "layer"
+)
+
+
+def forward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
+    """For forward; a dense weight itself."""
+    return dense(weight.weight, dtype) if type(weight) is Held else weight
+
+
+def backward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
+    """As :func:`forward_dense`, for backward."""
+    return weight.dense(dtype) if type(weight) is Held else weight
+
+
+_keys: dict[tuple, object] = {}
+_KEYS = 4096  # kept; beyond, all are dropped
+
+
+def _look(weight: packed.Packed) -> Seen:
+    form, read, pieces = None, (), weight[: weight.PIECES]
+    if len(weight.shape) == 2 and front.has_kernels(weight.codes):
+        from dorac.kernels.packed_norm import described
+
+        form, read = described(weight) or (None, ())
+    bits = 0
+    for tensor in read:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    of_pieces = [t if t is None else (t.shape, t.dtype, t.device) for t in pieces]
+    metadata = (type(weight), form, not bits & 15, *weight[weight.PIECES :], *of_pieces)
+    if len(_keys) >= _KEYS:
+        _keys.clear()
+    return Seen(_keys.setdefault(metadata, object()), form, read, not bits & 15)
 
 
 class _Product(torch.autograd.Function):
