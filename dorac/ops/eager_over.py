@@ -70,13 +70,8 @@ def dora_over(
         kept = _kept(weight, base) if keeps else None
         held = kept if type(kept) is Held else None
         of_kept = kept if kept is None else (kept.shape, kept.device) if held is None else held.seen().key
-        key = (
-            "over",
-            training,
-            holds_bias,
-            of_kept,
-            *eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm),
-        )
+        metadata = eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
+        key = "over", training, holds_bias, of_kept, *metadata
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
         if bias is not None:
