@@ -1,8 +1,10 @@
-"""bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight in x's dtype, and does nothing else.
+"""bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight as a block does, and that is all.
 
-A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`). The layer casts x to its
-``compute_dtype`` and its output back, packs its weight anew on CPUs with bf16 instructions, and chooses a dtype and
-casts its bias when it is called first: wherever it would do one of these, it is called.
+A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`), in x's dtype or autocast's.
+The layer casts x to its ``compute_dtype`` and its output back: float32 hidden states, as PEFT's
+``prepare_model_for_kbit_training`` has them, stay float32 under an autocast to that dtype, while the product is in it.
+Otherwise than there it is called where that is a cast; and where it would pack its weight anew, as on CPUs with bf16
+instructions, or choose a dtype and cast its bias, as in its first call.
 """
 
 import torch
@@ -27,18 +29,20 @@ def is_stock(layer: nn.Module | None) -> bool:
 
 
 def takes(layer: nn.Module | None, x: Tensor) -> bool:
-    """Whether ``layer(x)`` is the product with the dense weight, in x's dtype, as far as it is known without that."""
+    """Whether ``layer(x)`` is a block's product with the dense weight, as far as it is known without that.
+
+    Its result has x's dtype: see :func:`shared.as_called`.
+    """
     if not is_stock(layer) or not shared.is_plainly_called(layer):
         return False
-    attributes, parameters, dtype = vars(layer), layer._parameters, x.dtype
+    attributes, parameters, dtype = vars(layer), layer._parameters, _product_dtype(layer, x)
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if getattr(weight, "quant_state", None) is None:
+    if getattr(weight, "quant_state", None) is None or not attributes.get("compute_type_is_set", True):
         return False
-    if attributes["compute_dtype"] not in (None, dtype) or not attributes.get("compute_type_is_set", True):
+    autocast = front.autocast_dtype(x)
+    if autocast not in (None, dtype) or (x.dtype is not dtype and (x.dtype is not torch.float32 or autocast is None)):
         return False
     if bias is not None and not (shared.is_plain(bias) and bias.dtype is dtype):
-        return False
-    if front.autocast_dtype(x) not in (None, dtype):
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return True
@@ -58,6 +62,10 @@ def weight_for(
     value = weight.weight if type(weight) is Held else weight
     if type(value) is not packed.Bnb4bit or value.codes.device != x.device:
         return None
-    if value.dtype is not x.dtype:  # the layer rounds it once, a block twice
+    if value.dtype is not _product_dtype(layer, x):  # the layer rounds it once, a block twice
         return None
     return weight if value.shape == (layer.out_features, layer.in_features) else None
+
+
+def _product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
+    return vars(layer)["compute_dtype"] or x.dtype
