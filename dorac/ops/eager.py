@@ -412,10 +412,12 @@ class _Linear(torch.autograd.Function):
         return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
 
-def scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B) -> tuple[Tensor, Tensor, Tensor]:
-    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B."""
+def scaled_gradients(
+    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, overwrites: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B; the first over ``kept``?"""
     strips, launch, add = launches
-    d_base = dy.new_empty(dy.shape)
+    d_base = kept if overwrites else dy.new_empty(dy.shape)
     d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
     if add is None:
         launch(dy, dy, kept, magnitude, norm, h, scaling, *others, d_base, d_m, d_b)

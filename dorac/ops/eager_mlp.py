@@ -277,6 +277,7 @@ def _forward(plan, x, scalings, tensors):
             y.addmm_(h_down, b_down.t(), alpha=scalings[DOWN])
     else:
         h_down, y = torch.mm(z, a_down.t()), torch.mm(z, weight.t())
+        del weight, z
         if plan.training:
             inner_down, y = y, torch.empty_like(y)
         base = y if inner_down is None else inner_down
@@ -390,7 +391,10 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if needs_bias[DOWN]:
         grads[DOWN][BIAS] = dy.sum(0, dtype=torch.float32).to(down[BIAS].dtype)
 
-    d_base, d_h_down = _through_down(plan, down, dy, h_down, inners[DOWN], b_down, scalings[DOWN], grads[DOWN], in_ops)
+    overwrites = not in_ops and ctx.overwrites and not front.keeps_graph()
+    ctx.overwritten = overwrites
+    tensors = dy, h_down, inners[DOWN], b_down
+    d_base, d_h_down = _through_down(plan, down, *tensors, scalings[DOWN], grads[DOWN], in_ops, overwrites)
     down_inside = plan.down_inside and not in_ops
     if d_h_down is None or down_inside:
         dz = torch.mm(d_base, backward_dense(down[WEIGHT], plan.dtype))
@@ -401,8 +405,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if in_ops:
         d_gate, d_up, z = _join_in_ops(*arguments)
     else:
-        ctx.overwritten = ctx.overwrites and not front.keeps_graph()
-        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, ctx.overwritten)
+        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, overwrites)
     del dz, inners, arguments
     if z is not None:
         grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
@@ -437,7 +440,7 @@ def _added(onto: Tensor, left: Tensor, right: Tensor, in_ops: bool) -> Tensor:
     return torch.addmm(onto, left, right) if in_ops else onto.addmm_(left, right)
 
 
-def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
+def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrites):
     """The gradients of the product ``z W^T`` and of h; those of lora_B and magnitude into ``grads``."""
     _, _, lora_B, magnitude, _, norm = down
     if b is None:
@@ -455,7 +458,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
             dy = dy.clone(memory_format=torch.contiguous_format)
         launches = plan.dora[DOWN].backward(dy.stride(), None)
         tensors = _for_kernel(inner), magnitude, norm, _for_kernel(h), scaling, (None, None, None), lora_B
-        d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors)
+        d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors, overwrites)
     return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
 
 
