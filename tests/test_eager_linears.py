@@ -740,7 +740,7 @@ FAINT = torch.tensor([0.0, 1e-4, -1e-3])
 @pytest.mark.parametrize("consumer", ["keeps y", "writes to y", "gives y back"])
 @pytest.mark.parametrize("factors", first_in_ci(torch.float32, None))
 def test_rows_of_packed_weights_with_a_faint_g(consumer, factors, path, device):
-    """Their gradient is not in y: it comes from the packed storage, or from inner where y is no longer y."""
+    """Their gradient is not in y: it comes from the weight, as that of all where y is no longer y."""
     x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
     for save_output in (True, False):
         over, _ = packed_layers(QKV, device, factors, save_output=save_output)
@@ -766,7 +766,8 @@ def test_rows_of_packed_weights_with_a_faint_g(consumer, factors, path, device):
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("factors", [torch.float32, None])
 def test_saved_output_over_a_packed_weight_is_the_single_layers(rank, factors, path, device):
-    """Bit by bit, but for the gradient of x, which is accumulated here and added up there."""
+    """Bit by bit, but for two gradients: that of x is accumulated here and added up there, and the magnitude's in rows
+    with a faint g is summed in another order."""
     x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
     (p,), _ = packed_layers(("dora",), device, factors, save_output=True)
     lora_A, lora_B = p.lora_A.detach()[:rank], p.lora_B.detach()[:, :rank].contiguous()
@@ -785,15 +786,16 @@ def test_saved_output_over_a_packed_weight_is_the_single_layers(rank, factors, p
             y = layer()
         outcomes.append([y, *torch.autograd.grad(y, [p.lora_A, p.lora_B, p.magnitude, x], cotangents([y]))])
     assert path == ["training"]
-    (*block, dx), (*single, dx_single) = outcomes
-    assert all(map(torch.equal, block, single))
-    assert_near({"x": dx}, {"x": dx_single}, torch.bfloat16)
+    (*block, d_m, dx), (*single, d_m_alone, dx_alone) = outcomes
+    assert all(map(torch.equal, (*block, d_m[3:]), (*single, d_m_alone[3:])))
+    assert_near({"faint": d_m[:3]}, {"faint": d_m_alone[:3]}, torch.float16)
+    assert_near({"x": dx}, {"x": dx_alone}, torch.bfloat16)
 
 
 @pytest.mark.parametrize("x_is_trained", [True, False])
 @pytest.mark.parametrize("piece", ["codes", "absmax", "nested_absmax"])
 def test_a_packed_weight_that_has_been_written_to_is_refused(piece, x_is_trained, path, device):
-    """With a saved output also where no product needs it: rows are read from it."""
+    """With a saved output also where no product needs it: rows with a faint g read it."""
     over, _ = packed_layers(QKV, device, save_output=not x_is_trained)
     x = activation(torch.bfloat16, device, (blocks.TOKENS, 64)).requires_grad_(x_is_trained)
     ys = functional.dora_linears(x, over)

@@ -97,7 +97,7 @@ def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, how, hidden):
     assert (linears.call_count, mlp.call_count) == ((1, 0) if kind is test_fuse.Attention else (0, 1))
     if kind is test_fuse.Attention:
         plan = linears.call_args.args[5]
-        assert any(layer.faint is not None for layer in plan.layers) == (how == "saved outputs")
+        assert any(layer.keeps_y for layer in plan.layers) == (how == "saved outputs")
     for i, (actual, other, want) in enumerate(zip(fused, unfused, truth, strict=True)):
         assert actual.dtype is other.dtype
         assert_rms_beside(actual, other, want, label=str(i))

@@ -47,7 +47,6 @@ def faint_kernel(
     stride_sg,
     stride_dt,
     stride_do,
-    stride_ht,
     stride_bo,
     stride_br,
     FORMAT: tl.constexpr,  # to HALVES: see packed_norm_kernel
@@ -72,7 +71,7 @@ def faint_kernel(
         for start in tl.range(0, T, 16, num_stages=1):
             inner_TO = tl.zeros([16, BLOCK_O], dtype=tl.float32)
             for rank in tl.range(0, R, 16, num_stages=1):
-                h_TR = load_tile(h_ptr, start, rank, T, R, stride_ht, 1, 16, 16, False, False)
+                h_TR = load_tile(h_ptr, start, rank, T, R, R, 1, 16, 16, False, False)
                 b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, 16, False, False)
                 inner_TO = product(h_TR, b_OR.T, inner_TO, False)
             inner_TO *= number(scaling_ptr)
@@ -127,16 +126,9 @@ def faint_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def faint_launch(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    form: Form,
-    dy: tuple[int, int],
-    h: int,
-    b: tuple[int, int],
+    tokens: int, out_features: int, in_features: int, rank: int, form: Form, dy: tuple[int, int], b: tuple[int, int]
 ) -> Launch:
-    """The launch for a weight of this form, x contiguous, dy and lora_B of these strides, h of this one of rows.
+    """The launch for a weight of this form, x and h contiguous, dy and lora_B of these strides.
 
     Its tensors: the weight's seven pieces, dy, x, h, lora_B, magnitude, norm, scaling and d_magnitude, which has the
     other rows' values.
@@ -145,7 +137,7 @@ def faint_launch(
     return Launch(
         faint_kernel,
         (cdiv(out_features, 16), 1, 1),
-        (tokens, out_features, columns, rank, cdiv(columns, form.group), *form.strides[1:3], *dy, h, *b),
+        (tokens, out_features, columns, rank, cdiv(columns, form.group), *form.strides[1:3], *dy, *b),
         4,
         FORMAT=form.name,
         DTYPE=form.dtype,

@@ -51,7 +51,7 @@ class Plan:
     autocast: str | None  # the device type for which it is on
     norm: tuple | None  # what splits the factors, column splits, launch, finish; None where the norm is given
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
-    backward: Callable[[tuple, tuple | None], tuple]  # of dy's strides and what y is read beside: strips, launches
+    backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
     scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
     pack: Callable | None  # of dropout's mask, a byte an element, and its bits, which it writes
     drop: Callable | None  # of rows, bits, 1 / (1 - p) and the result, which may be the rows
@@ -223,8 +223,7 @@ def make_plan(
         norm = split, splits, *map(bound, launches)
 
     @functools.lru_cache(maxsize=16)
-    def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...] | None) -> tuple:
-        """``of_y``: None for inner; for y the strides of weight and lora_B, or nothing where no weight is read."""
+    def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...]) -> tuple:
         strips, *launches = backward.lora_b_backward_launches(
             tokens,
             out_features,
@@ -233,7 +232,7 @@ def make_plan(
             configs.lora_b_config(tokens, out_features, rank),
             scale_b=True,
             delta=delta,
-            in_features=None if of_y is None else in_features if of_y else 0,
+            in_features=in_features if of_y else None,
         )
         return strips, *map(bound, launches)
 
@@ -384,7 +383,7 @@ class _Linear(torch.autograd.Function):
         if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
         # A hook on saved tensors may give back other strides.
-        launches = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else None)
+        launches = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
         others = (x, weight, b) if of_y else (None, None, None)
         d_base, d_m, d_b = scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
         unread = scalar(d_base.dtype, d_base.device)

@@ -11,7 +11,7 @@ and without factors a frozen layer. What the layers have in common is done once:
 Taken are adapters that are trained whole over frozen weights, all of them, or no training at all. Where a mode over ops
 looks on in training, the same Function goes through the ops, and saves the same tensors.
 
-Packed weights are made dense for each product, but for rows with a faint g where y is kept: see ``ops/eager_over.py``.
+Packed weights are made dense for each product; backward has the same copy for rows with a faint g where y is kept.
 
 Legend: T tokens, I in_features, O out_features, R the ranks of all layers. A layer's tensors are, in this order,
 ``weight, lora_A, lora_B, magnitude, bias, weight_norm``.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, eager_over, front, linear
+from dorac.ops import eager, front, linear
 from dorac.ops.norm import norm_factored
 from dorac.ops.packed_product import Held, backward_dense, forward_dense
 
@@ -40,7 +40,6 @@ class Layer:
     dora: eager.Plan | None  # with a magnitude
     adapter: int | None  # its place among the adapted ones
     keeps_y: bool = False  # for backward, in place of inner
-    faint: Callable[[tuple, tuple], Callable] | None = None  # see eager_over.Plan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,20 +161,15 @@ def make_plan(
             layers.append(Layer(None, place))
             continue
         of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
-        save_output, seen, faint = bool(projection[TENSORS + 2]), None, None
+        save_output = bool(projection[TENSORS + 2])
         if type(of_layer[WEIGHT]) is Held:
             if of_layer[NORM] is None:
                 return None
-            seen = of_layer[WEIGHT].seen()
-            save_output = save_output and seen.form is not None
             of_layer = x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]
         dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
         if dora is None:
             return None
-        if dora.keeps_y and seen is not None:
-            sizes = x.numel() // x.shape[-1], x.shape[-1], len(magnitude), ranks[place]
-            faint = eager_over.faint_launches(*sizes, sum(ranks), seen)
-        layers.append(Layer(dora, place, dora.keeps_y, faint))
+        layers.append(Layer(dora, place, dora.keeps_y))
 
     from dorac.kernels.dropout import drop_launch, pack_launch
 
@@ -387,6 +381,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
             continue
         weight, norm, kept = kept_of[i]
         _, lora_B, magnitude = trained[i]
+        adds = needs_x and (plan.dropout_on is None or (delta and layer.dora is not None))
+        dense = backward_dense(weight, plan.dtype) if adds or layer.keeps_y else None
         if dy.dim() != 2:
             dy = dy.reshape(-1, dy.shape[-1])
         if ctx.bias_dtypes[i] is not None and ctx.needs_input_grad[6 + i * TENSORS + BIAS]:
@@ -400,20 +396,14 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
             else:
                 if dy.data_ptr() % 16:
                     dy = dy.clone(memory_format=torch.contiguous_format)
-                of_y, others, faint = None, (None, None, None), None
-                if layer.keeps_y:
+                of_y = layer.keeps_y
+                if of_y:
                     probe, version = ctx.probes[i]
                     if probe._version != version or eager.share_memory(dy, kept):  # y is not y any more
-                        inner = torch.mm(x, backward_dense(weight, plan.dtype).t())
-                        kept = inner.addmm_(h_i, b.t(), alpha=s)
-                    elif layer.faint is None:
-                        of_y, others = (weight.stride(), b.stride()), (x, weight, b)
-                    else:
-                        of_y, faint = (), layer.faint(dy.stride(), b.stride())
-                launches = layer.dora.backward(dy.stride(), of_y)
+                        kept, of_y = torch.addmm(torch.mm(x, dense.t()), h_i, b.t(), alpha=s), False
+                launches = layer.dora.backward(dy.stride(), (dense.stride(), b.stride()) if of_y else ())
+                others = (x, dense, b) if of_y else (None, None, None)
                 d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h_i, s, others, lora_B)
-                if faint is not None:
-                    faint(*weight.read(), dy, x, h_i, b, magnitude, norm, s, d_m)
                 grads[i * TENSORS + MAGNITUDE], grads[i * TENSORS + LORA_B] = d_m, d_b
                 if delta:
                     g_b = eager.scaled_b(layer.dora, b, magnitude, norm)
@@ -422,10 +412,9 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
                     torch.addmm(unread, d_base, b, beta=0, alpha=s, out=d_h_i)
         if not needs_x:
             continue
-        if plan.dropout_on is None or (delta and layer.dora is not None):
-            factor = backward_dense(weight, plan.dtype)
-            dx = torch.mm(d_base, factor) if dx is None else dx.addmm_(d_base, factor)
-            del factor
+        if adds:
+            dx = torch.mm(d_base, dense) if dx is None else dx.addmm_(d_base, dense)
+        del dense
         if plan.dropout_on is not None:  # onto what has been dropped
             later.append((dy if delta else d_base, weight))
         del d_base, kept

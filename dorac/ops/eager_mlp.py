@@ -456,7 +456,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrite
     else:
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        launches = plan.dora[DOWN].backward(dy.stride(), None)
+        launches = plan.dora[DOWN].backward(dy.stride(), ())
         tensors = _for_kernel(inner), magnitude, norm, _for_kernel(h), scaling, (None, None, None), lora_B
         d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors, overwrites)
     return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)

@@ -36,7 +36,7 @@ class Plan:
     keeps_y: bool  # for backward, in place of inner
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
-    faint: Callable[[tuple, tuple], Callable] | None  # :func:`faint_launches`; None where no packed weight is read
+    faint: Callable[[tuple, tuple], Callable]  # of dy's and lora_B's strides: the kernel for rows with a faint g
     in_ops: bool = False  # which modes see
 
 
@@ -115,22 +115,6 @@ def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> Tensor | Held 
     return weight if plain and weight.dtype is base.dtype else None
 
 
-def faint_launches(
-    tokens: int, in_features: int, out_features: int, rank: int, of_h: int, seen: Seen
-) -> Callable[[tuple, tuple], Callable]:
-    """Of dy's and lora_B's strides: the kernel for rows with a faint g. ``of_h``: h's stride of rows."""
-    form, aligned = seen.form, seen.aligned  # a plan holds no tensors
-
-    @functools.lru_cache(maxsize=16)
-    def launch(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
-        from dorac.kernels.faint import faint_launch
-
-        launch = faint_launch(tokens, out_features, in_features, rank, form, strides, of_h, of_b)
-        return eager.bound(launch) if aligned else launch
-
-    return launch
-
-
 def make_plan(
     base,
     x,
@@ -160,6 +144,7 @@ def make_plan(
 
     from dorac.kernels import backward, configs
     from dorac.kernels.compose import compose_launch, composer
+    from dorac.kernels.faint import faint_launch
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
@@ -180,6 +165,13 @@ def make_plan(
         )
         return strips, *map(eager.bound, launches)
 
+    form, aligned = (None, True) if seen is None else (seen.form, seen.aligned)  # a plan holds no tensors
+
+    @functools.lru_cache(maxsize=16)
+    def faint(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:
+        launch = faint_launch(tokens, out_features, in_features, rank, form, strides, of_b)
+        return eager.bound(launch) if aligned else launch
+
     return Plan(
         dtype=dtype,
         casts_factors=lora_A.dtype is not dtype,
@@ -187,7 +179,7 @@ def make_plan(
         keeps_y=keeps_y,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
-        faint=None if seen is None else faint_launches(tokens, in_features, out_features, rank, rank, seen),
+        faint=faint,
     )
 
 
