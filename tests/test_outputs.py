@@ -105,7 +105,7 @@ def test_a_packed_weight_is_looked_at_once(kernels):
     base.quant_state.absmax = base.quant_state.absmax / 2
     dorac.save_outputs(model)
     gradient()
-    assert model[0].cached_at.pieces.held.seen().pieces[2] is base.quant_state.absmax
+    assert model[0].cached_at.pieces.held.reading().pieces[2] is base.quant_state.absmax
 
 
 def test_a_part_of_a_model_and_a_layer():

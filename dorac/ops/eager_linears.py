@@ -91,7 +91,7 @@ def dora_linears(
                 if t is None:
                     key.append(None)
                 elif type(t) is Held:
-                    key.append(t.seen().key)
+                    key.append(t.key)
                 else:
                     key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
                     bits |= t.data_ptr()

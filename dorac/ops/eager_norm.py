@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dorac import checks, packed
 from dorac.ops import eager, front
-from dorac.ops.packed_product import Held, Seen
+from dorac.ops.packed_product import Held, Reading
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ def packed_norm(weight: packed.Packed | Held, lora_A: Tensor, lora_B: Tensor, sc
         return None
     try:
         held = weight if type(weight) is Held else Held(weight)
-        seen = held.seen()
-        if seen.form is None or not seen.aligned:
+        reading = held.reading()
+        if reading is None or not reading.aligned:
             return None
         key = (
-            *("norm", seen.key),
+            *("norm", reading.key),
             *(type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.stride()),
             *(type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.stride()),
         )
@@ -47,7 +47,7 @@ def packed_norm(weight: packed.Packed | Held, lora_A: Tensor, lora_B: Tensor, sc
         return None
     if plan is False:
         checks.check_packed_factors(held.weight, lora_A, lora_B)
-        plan = eager.keep_plan(key, make_plan(seen, held.shape, lora_A, lora_B))
+        plan = eager.keep_plan(key, make_plan(reading, held.shape, lora_A, lora_B))
     if plan is None or bits & 15:
         return None
     out_features, in_features = held.shape
@@ -62,16 +62,16 @@ def packed_norm(weight: packed.Packed | Held, lora_A: Tensor, lora_B: Tensor, sc
         a = arranged(lora_A.detach())
     norm = lora_B.new_empty(out_features, dtype=torch.float32)
     parts = norm if plan.column_splits == 1 else norm.new_empty(plan.column_splits, 1, out_features)
-    plan.launch(*seen.pieces, a, b, scaling, parts)
+    plan.launch(*reading.pieces, a, b, scaling, parts)
     if plan.finish is not None:
         plan.finish(parts, norm)
     return norm
 
 
-def make_plan(seen: Seen, shape: tuple[int, int], lora_A: Tensor, lora_B: Tensor) -> Plan | None:
+def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: Tensor) -> Plan | None:
     """The plan for tensors that passed the checks; None if the norm is not taken here."""
-    form, (out_features, in_features), rank = seen.form, shape, lora_A.shape[0]
-    tensors = lora_A, lora_B, *(t for t in seen.pieces if t is not None)
+    form, (out_features, in_features), rank = reading.form, shape, lora_A.shape[0]
+    tensors = lora_A, lora_B, *(t for t in reading.pieces if t is not None)
     if not (out_features and in_features and front.all_eager(*tensors) and front.has_kernels(*tensors)):
         return None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dorac import checks, packed
 from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
-from dorac.ops.packed_product import MODIFIED, Held, Seen, version
+from dorac.ops.packed_product import MODIFIED, Held, Reading, version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def dora_over(
         keeps = training and weight is not None and bias is None and front.has_kernels(base)
         kept = _kept(weight, base) if keeps else None
         held = kept if type(kept) is Held else None
-        of_kept = kept if kept is None else (kept.shape, kept.device) if held is None else held.seen().key
+        of_kept = kept if kept is None else (kept.shape, kept.device) if held is None else held.reading().key
         metadata = eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
         key = "over", training, holds_bias, of_kept, *metadata
         plan = eager.plans.get(key, False)
@@ -85,8 +85,8 @@ def dora_over(
             checks.check_weight_over(kept if held is None else held.weight, base, x)
         tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            seen = None if held is None else held.seen()
-            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept is not None, seen)
+            reading = None if held is None else held.reading()
+            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept is not None, reading)
         eager.keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
@@ -110,7 +110,7 @@ def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> Tensor | Held 
     if packed.is_packed(weight):
         weight = Held(weight)
     if type(weight) is Held:
-        return None if weight.seen().form is None else weight
+        return None if weight.reading() is None else weight
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
     return weight if plain and weight.dtype is base.dtype else None
 
@@ -126,11 +126,11 @@ def make_plan(
     training: bool,
     holds_bias: bool,
     keeps_y: bool,
-    seen: Seen | None,
+    reading: Reading | None,
 ) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here.
 
-    ``seen``: of the packed weight where y is kept.
+    ``reading``: of the packed weight where y is kept.
     """
     given = [t for t in (x, base, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if not x.numel() or not base.numel() or not front.all_eager(*given) or not front.has_kernels(*given):
@@ -153,19 +153,20 @@ def make_plan(
     flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
 
+    # A plan holds no tensors.
+    form, aligned = (None, True) if reading is None else (reading.form, reading.aligned)
+
     @functools.lru_cache(maxsize=16)
     def backward_launches(strides: tuple[int, int], of_b: tuple[int, int], of_y: bool) -> tuple:
         tensors, read = (strides, activation, h), None
         if of_y:
-            read = in_features if seen is None else 0
+            read = in_features if form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank)
         strips, *launches = backward.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )
         return strips, *map(eager.bound, launches)
-
-    form, aligned = (None, True) if seen is None else (seen.form, seen.aligned)  # a plan holds no tensors
 
     @functools.lru_cache(maxsize=16)
     def faint(strides: tuple[int, int], of_b: tuple[int, int]) -> Callable:

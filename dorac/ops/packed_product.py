@@ -57,12 +57,12 @@ def version(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-class Seen(NamedTuple):
-    """What the eager paths look at in a packed weight."""
+class Reading(NamedTuple):
+    """How kernels read a packed weight."""
 
-    key: object  # the same of two weights that are alike in all that checks and plans depend on
-    form: object  # how kernels read it; None: they do not
-    pieces: tuple[Tensor | None, ...]  # that they read
+    key: object  # as Held.key, for plans that depend on this, too
+    form: object
+    pieces: tuple[Tensor | None, ...]
     aligned: bool  # these, to 16 bytes
 
 
@@ -73,11 +73,11 @@ class Held:
     its many tensors would take the time that saving takes, most of all under a checkpoint.
     """
 
-    __slots__ = ("_seen", "versions", "weight")
+    __slots__ = ("_key", "_reading", "versions", "weight")
 
     def __init__(self, weight: packed.Packed) -> None:
         self.weight, self.versions = weight, [version(t) for t in weight[: weight.PIECES]]
-        self._seen: Seen | None = None
+        self._key = self._reading = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,10 +87,20 @@ class Held:
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def seen(self) -> Seen:
-        if self._seen is None:
-            self._seen = _look(self.weight)
-        return self._seen
+    @property
+    def key(self) -> object:
+        """The same of two weights that are alike in all that checks and plans depend on."""
+        if self._key is None:
+            weight = self.weight
+            of_pieces = [t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]]
+            self._key = _interned((type(weight), *weight[weight.PIECES :], *of_pieces))
+        return self._key
+
+    def reading(self) -> Reading | None:
+        """None where no kernel reads it."""
+        if self._reading is None:
+            self._reading = _reading(self) or False
+        return self._reading or None
 
     def _unchanged(self) -> packed.Packed:
         weight = self.weight
@@ -105,7 +115,7 @@ class Held:
     def read(self) -> tuple[Tensor | None, ...]:
         """For backward: the pieces that kernels read."""
         self._unchanged()
-        return self.seen().pieces
+        return self.reading().pieces
 
 
 MODIFIED = (
@@ -128,21 +138,29 @@ _keys: dict[tuple, object] = {}
 _KEYS = 4096  # kept; beyond, all are dropped
 
 
-def _look(weight: packed.Packed) -> Seen:
-    form, read, pieces = None, (), weight[: weight.PIECES]
-    if len(weight.shape) == 2 and front.has_kernels(weight.codes):
-        from dorac.kernels.packed_norm import described
-
-        form, read = described(weight) or (None, ())
-    bits = 0
-    for tensor in read:
-        if tensor is not None:
-            bits |= tensor.data_ptr()
-    of_pieces = [t if t is None else (t.shape, t.dtype, t.device) for t in pieces]
-    metadata = (type(weight), form, not bits & 15, *weight[weight.PIECES :], *of_pieces)
+def _interned(metadata: tuple) -> object:
+    """What stands for this in the keys of plans, where it would be hashed in every call."""
     if len(_keys) >= _KEYS:
         _keys.clear()
-    return Seen(_keys.setdefault(metadata, object()), form, read, not bits & 15)
+    return _keys.setdefault(metadata, object())
+
+
+def _reading(held: Held) -> Reading | None:
+    weight = held.weight
+    if len(weight.shape) != 2 or not front.has_kernels(weight.codes):
+        return None
+    from dorac.kernels.packed_norm import described
+
+    found = described(weight)
+    if found is None:
+        return None
+    form, pieces = found
+    bits = 0
+    for tensor in pieces:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    aligned = not bits & 15
+    return Reading(_interned((held.key, form, aligned)), form, pieces, aligned)
 
 
 class _Product(torch.autograd.Function):
