@@ -155,7 +155,7 @@ class DoraQuantLinear(DoraLinear):
         lora_A, lora_B, magnitude = own = self._own_parameters()
         if not all(map(shared.is_plain, own)):
             return None
-        norm = known_norm(self) if self.caches_norm else None
+        norm = known_norm(self, (self.weight, lora_A, lora_B)) if self.caches_norm else None
         weight = linear4bit.weight_for(base, x, self, norm)
         if weight is None:
             return None

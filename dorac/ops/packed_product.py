@@ -42,14 +42,11 @@ def _table(code: Tensor) -> str | None:
 
 
 def _by_bitsandbytes(weight: packed.Bnb4bit, kind: str) -> Tensor:
-    absmax = weight.absmax
+    absmax, library = weight.absmax, torch.ops.bitsandbytes
     if weight.nested_code is not None:
-        sizes = weight.nested_blocksize, torch.float32
-        nested = weight.nested_absmax, weight.nested_code, *sizes
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *nested) + weight.nested_offset
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.codes, absmax, weight.blocksize, kind, weight.shape, weight.dtype
-    )
+        nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
+        absmax = library.dequantize_blockwise.default(absmax, *nested, torch.float32) + weight.nested_offset
+    return library.dequantize_4bit.default(weight.codes, absmax, weight.blocksize, kind, weight.shape, weight.dtype)
 
 
 def version(tensor: Tensor | None) -> int:
