@@ -1,10 +1,9 @@
 """bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight as a block does, and that is all.
 
-A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`), in x's dtype or autocast's.
-The layer casts x to its ``compute_dtype`` and its output back: float32 hidden states, as PEFT's
-``prepare_model_for_kbit_training`` has them, stay float32 under an autocast to that dtype, while the product is in it.
-Otherwise than there it is called where that is a cast; and where it would pack its weight anew, as on CPUs with bf16
-instructions, or choose a dtype and cast its bias, as in its first call.
+A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`). The layer casts x to its
+``compute_dtype`` and its output back, packs its weight anew on CPUs with bf16 instructions, and chooses a dtype and
+casts its bias when it is called first: wherever it would do one of these, it is called. One case is a block's, too:
+float32 hidden states, as PEFT's ``prepare_model_for_kbit_training`` has them, under an autocast to ``compute_dtype``.
 """
 
 import torch

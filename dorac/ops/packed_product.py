@@ -1,4 +1,6 @@
-"""The product with a packed weight: of a dense copy, which is made again for backward and never kept.
+"""Packed weights in eager: how they are held for backward, made dense, and multiplied with.
+
+A product is of a dense copy, which is made again for backward and never kept.
 
 ``x W^T`` with W as its library makes it dense, rounded to the packed weight's dtype and cast to x's, as the library's
 layer multiplies. bitsandbytes' 4-bit weights are made dense by its own kernels where it is imported, anything else by
