@@ -62,9 +62,11 @@ def fuse(model: nn.Module) -> Fusion:
     one, too, in the same graph as without: there the compiler fuses what lies between them.
 
     Of quantised layers bitsandbytes' ``Linear4bit`` (nf4, fp4) are fused, which multiply by their dense weight, and in
-    calls where that is all that they do: x has their ``compute_dtype``, the dtype that the weight had and, under
-    autocast, autocast's; on a GPU without gradients, more than 128 tokens; on a CPU, where the library packs weights
-    anew in eval mode, x has a gradient. All other quantised layers go on as they were.
+    calls where that is all that they do: their ``compute_dtype`` is the dtype that the weight had and, under autocast,
+    autocast's; x has it, too, or is float32 under autocast, as ``prepare_model_for_kbit_training`` of PEFT's makes it
+    (the result is then float32 as the layers', rounded to that dtype); on a GPU without gradients, more than 128
+    tokens; on a CPU, where the library packs weights anew in eval mode, x has a gradient. All other quantised layers go
+    on as they were.
 
     Args:
         model: with layers of ``dorac.nn``, or of PEFT's under :func:`dorac.peft.enable`. A second call looks again,

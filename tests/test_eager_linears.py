@@ -667,9 +667,10 @@ def test_cuda_graphs(kinds, path):
     assert all(map(torch.equal, actual, expected))
 
 
-def packed_layers(kinds, device="cpu", factors=None, dropout_p=0.0, given=True):
-    """Layers over 4-bit weights, and the same over what these stand for."""
-    layers = projections(*kinds, inputs=64, dtype=torch.bfloat16, device=device, factor_dtype=factors, given=False)
+def packed_layers(kinds, device="cpu", factors=None, dropout_p=0.0, given=True, save_output=False):
+    """Layers over 4-bit weights, and the same over what these stand for; without a bias if they save the output."""
+    options = {"factor_dtype": factors, "given": False, "save_output": save_output, "bias": not save_output}
+    layers = projections(*kinds, inputs=64, dtype=torch.bfloat16, device=device, **options)
     over, dense = [], []
     for i, p in enumerate(layers):
         value, weight = packed_weights.bnb_4bit((len(p.weight), 64), nested=i != 1, seed=i)
@@ -686,10 +687,10 @@ def packed_layers(kinds, device="cpu", factors=None, dropout_p=0.0, given=True):
 @pytest.mark.parametrize("kinds", first_in_ci(MIXED, QKV), ids=str)
 @pytest.mark.parametrize("factors", first_in_ci(torch.float32, None))
 @pytest.mark.parametrize(("dropout_p", "meaning"), [(0.0, "adapter"), (0.4, "adapter"), (0.4, "low_rank")])
-@pytest.mark.parametrize("given", [True, False])
-def test_packed_weights(kinds, factors, dropout_p, meaning, given, path, device):
+@pytest.mark.parametrize(("given", "save_output"), [(True, False), (True, True), (False, False)])
+def test_packed_weights(kinds, factors, dropout_p, meaning, given, save_output, path, device):
     """The bits of the layers over dense weights, and nothing of a weight's size is kept."""
-    over, dense = packed_layers(kinds, device, factors, dropout_p, given)
+    over, dense = packed_layers(kinds, device, factors, dropout_p, given, save_output)
     x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
     for layers in (over, dense):
         torch.manual_seed(3)
@@ -700,6 +701,9 @@ def test_packed_weights(kinds, factors, dropout_p, meaning, given, path, device)
             kept, ys = kept_by(functools.partial(functional.dora_linears, x, layers, dropout_on=meaning))
         weights = {2 * 64 * out for out in blocks.OUT}
         assert weights.isdisjoint(kept.values()) == (layers is over)
+        keeps_y = save_output and not (dropout_p and meaning == "adapter")
+        for p, y in zip(layers, ys, strict=True):
+            assert (y.untyped_storage().data_ptr() in kept) == (keeps_y and p.magnitude is not None)
         torch.autograd.backward(ys, cotangents(ys))
         outcomes.append([*ys, *(t.grad for t in tensors if t.requires_grad)])
     assert path == ["training"] * (1 + given)
@@ -710,9 +714,10 @@ def test_packed_weights(kinds, factors, dropout_p, meaning, given, path, device)
         assert_near(*named, torch.bfloat16)
 
 
+@pytest.mark.parametrize("save_output", [True, False])
 @pytest.mark.parametrize("case", ["second", "mode over backward", "mode over forward", "no grad"])
-def test_packed_weights_when_looked_at(case, path, device):
-    over, dense = packed_layers(MIXED, device)
+def test_packed_weights_when_looked_at(case, save_output, path, device):
+    over, dense = packed_layers(MIXED, device, save_output=save_output)
     x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
     for layers in (over, dense):
         trained = [x, *(t for p in layers for t in p[1:5] if t is not None and t.requires_grad)]
@@ -729,10 +734,70 @@ def test_packed_weights_when_looked_at(case, path, device):
     assert all(map(torch.equal, *outcomes))
 
 
+FAINT = torch.tensor([0.0, 1e-4, -1e-3])
+
+
+@pytest.mark.parametrize("consumer", ["keeps y", "writes to y", "gives y back"])
+@pytest.mark.parametrize("factors", first_in_ci(torch.float32, None))
+def test_rows_of_packed_weights_with_a_faint_g(consumer, factors, path, device):
+    """Their gradient is not in y: it comes from the weight, as that of all where y is no longer y."""
+    x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
+    for save_output in (True, False):
+        over, _ = packed_layers(QKV, device, factors, save_output=save_output)
+        over = [p._replace(bias=None) for p in over]
+        trained = [x, *(t for p in over for t in p[1:4])]
+        with torch.no_grad():
+            for p in over:
+                p.magnitude[:3] = FAINT
+        with torch.autocast(device, torch.bfloat16, enabled=factors is not None):
+            ys = functional.dora_linears(x, over)
+        dys = cotangents(ys)
+        if consumer == "writes to y":
+            ys = [torch.relu_(y) for y in ys]
+        elif consumer == "gives y back":
+            dys = [y.detach() if save_output else y.detach().clone() for y in ys]
+        grads = torch.autograd.grad(ys, trained, dys)
+        assert all(grad[consumer != "keeps y" : 3].all() for grad in grads[3::3])  # of a y that is 0 it is 0
+        outcomes.append(dict(enumerate(grads)) | {f"faint {i}": grad[:3] for i, grad in enumerate(grads[3::3])})
+    assert path == ["training"] * 2
+    assert_near(*outcomes, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("factors", [torch.float32, None])
+def test_saved_output_over_a_packed_weight_is_the_single_layers(rank, factors, path, device):
+    """Bit by bit, but for two gradients: that of x is accumulated here and added up there, and the magnitude's in rows
+    with a faint g is summed in another order."""
+    x, outcomes = activation(torch.bfloat16, device, (blocks.TOKENS, 64)), []
+    (p,), _ = packed_layers(("dora",), device, factors, save_output=True)
+    lora_A, lora_B = p.lora_A.detach()[:rank], p.lora_B.detach()[:, :rank].contiguous()
+    norm = functional.norm_factored(p.weight, lora_A, lora_B, p.scaling)
+    p = p._replace(lora_A=lora_A.requires_grad_(), lora_B=lora_B.requires_grad_(), weight_norm=norm)
+    with torch.no_grad():
+        p.magnitude[:3] = FAINT
+
+    def alone():
+        base, adapter = packed_product.product(x, p.weight), (p.lora_A, p.lora_B, p.magnitude)
+        options = {"weight_norm": p.weight_norm, "scaling": p.scaling, "save_output": True, "weight": p.weight}
+        return functional.dora_over(base, x, *adapter, **options)
+
+    for layer in (lambda: functional.dora_linears(x, (p,))[0], alone):
+        with torch.autocast(device, torch.bfloat16, enabled=factors is not None):
+            y = layer()
+        outcomes.append([y, *torch.autograd.grad(y, [p.lora_A, p.lora_B, p.magnitude, x], cotangents([y]))])
+    assert path == ["training"]
+    (*block, d_m, dx), (*single, d_m_alone, dx_alone) = outcomes
+    assert all(map(torch.equal, (*block, d_m[3:]), (*single, d_m_alone[3:])))
+    assert_near({"faint": d_m[:3]}, {"faint": d_m_alone[:3]}, torch.float16)
+    assert_near({"x": dx}, {"x": dx_alone}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("x_is_trained", [True, False])
 @pytest.mark.parametrize("piece", ["codes", "absmax", "nested_absmax"])
-def test_a_packed_weight_that_has_been_written_to_is_refused(piece, path, device):
-    over, _ = packed_layers(QKV, device)
-    x = activation(torch.bfloat16, device, (blocks.TOKENS, 64))
+def test_a_packed_weight_that_has_been_written_to_is_refused(piece, x_is_trained, path, device):
+    """With a saved output also where no product needs it: rows with a faint g read it."""
+    over, _ = packed_layers(QKV, device, save_output=not x_is_trained)
+    x = activation(torch.bfloat16, device, (blocks.TOKENS, 64)).requires_grad_(x_is_trained)
     ys = functional.dora_linears(x, over)
     getattr(over[0].weight, piece).mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation: the bitsandbytes 4-bit weight"):

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import test_fuse
 import torch
+from blocks import first_in_ci
 
 import dorac
 from dorac import packed
@@ -22,9 +23,9 @@ def kernels(device, monkeypatch):
 
 
 def results(model, x):
-    """The output and all gradients; half precision under autocast, as PEFT's defaults have it."""
+    """The output and all gradients; but for the truth under autocast, as PEFT's defaults have it."""
     leaf = x.clone().requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype is torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype is not torch.float64):
         y = model(leaf)
     trained = [p for p in model.parameters() if p.requires_grad]
     return [y, *torch.autograd.grad(y.double().square().sum(), [leaf, *trained])]
@@ -59,9 +60,10 @@ def test_a_block(kernels, monkeypatch, kind, how):
         assert_rms_beside(actual, other, exact, label=str(i))
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("how", ["plain", "cached", "saved outputs"])
+@pytest.mark.parametrize("hidden", first_in_ci(torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("kind", [test_fuse.Attention, test_fuse.GatedMLP], ids=["attention", "mlp"])
-def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, cached):
+def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, how, hidden):
     """Weights are made dense for each product: what is near float64 is near that of the dense weights."""
     for name, size in (("HIDDEN", 64), ("INNER", 96)):
         monkeypatch.setattr(test_fuse, name, size)
@@ -80,10 +82,12 @@ def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, cached):
     test_fuse.off_init(block)
     trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
     exact.load_state_dict({name: p.detach() for name, p in trained.items()}, strict=False)
-    x = torch.randn(16, 64, dtype=torch.bfloat16, device=kernels)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, device=kernels).to(hidden)
     truth, unfused = results(exact.double(), x.double()), results(block, x)
-    if cached:
+    if how == "cached":
         dorac.cache_norms(block)
+    elif how == "saved outputs":
+        dorac.save_outputs(block)
     assert not dorac.fuse(block).left
     with (
         mock.patch.object(eager_linears, "_apply", wraps=eager_linears._apply) as linears,
@@ -91,5 +95,9 @@ def test_a_block_of_4_bit_layers(kernels, monkeypatch, kind, cached):
     ):
         fused = results(block, x)
     assert (linears.call_count, mlp.call_count) == ((1, 0) if kind is test_fuse.Attention else (0, 1))
+    if kind is test_fuse.Attention:
+        plan = linears.call_args.args[5]
+        assert any(layer.keeps_y for layer in plan.layers) == (how == "saved outputs")
     for i, (actual, other, want) in enumerate(zip(fused, unfused, truth, strict=True)):
+        assert actual.dtype is other.dtype
         assert_rms_beside(actual, other, want, label=str(i))

@@ -12,6 +12,7 @@ import dorac
 from dorac import packed
 from dorac.nn import linear4bit, norm_cache
 from dorac.testing import quantised_layers as fake
+from dorac.testing.rounding import assert_rms_beside
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -52,14 +53,14 @@ def adapt(model, way, r=4, targets="all-linear", **options):
                 if isinstance(layer, dorac.nn.DoraLinear):
                     layer.lora_magnitude_vector.mul_(1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector))
         return model
-    model.is_loaded_in_4bit = True  # PEFT chooses its layers by what transformers sets
+    # PEFT chooses its layers by what transformers sets.
+    model.is_loaded_in_4bit = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     model = peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=8, target_modules=targets, use_dora=True))
     dorac.peft.enable(model)
     return off_init(model)
 
 
-def llama(library, way, dtype=torch.float32):
-    """In training mode: on a CPU, bitsandbytes packs weights anew in eval mode."""
+def dense_llama(dtype, **options):
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=HIDDEN,
@@ -69,18 +70,25 @@ def llama(library, way, dtype=torch.float32):
         num_key_value_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,
+        **options,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
+
+
+def llama(library, way, dtype=torch.float32):
+    """In training mode: on a CPU, bitsandbytes packs weights anew in eval mode."""
+    model = dense_llama(dtype)
     options = {"quant_type": "nf4"} if library == "bitsandbytes" else {}  # else fp4
     return adapt(quantise(model, library, dtype, **options), way).train()
 
 
-def results(model):
+def results(model, autocast=None):
     """The logits and all gradients, by name; of the first x, too."""
     x = model.get_input_embeddings()(tokens()).detach().requires_grad_()
     model.zero_grad()
-    output = model(inputs_embeds=x, labels=tokens())
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        output = model(inputs_embeds=x, labels=tokens())
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -202,18 +210,76 @@ def test_layers_that_do_more_than_multiply_are_called(calls, change):  # noqa: F
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_of_x(calls, dtype, autocast):  # noqa: F811
-    """Fused where x, the layer and autocast agree; the dtype of y is the layers' at any rate."""
+    """Fused where x, the layer and autocast agree, and float32 where the others do; the dtype of y is the layers'."""
     model = block()
-    x = torch.randn(5, HIDDEN, dtype=dtype)
+    x = torch.randn(5, HIDDEN, dtype=dtype, requires_grad=True)
+    fuses = dtype is torch.bfloat16 and autocast is None
+    fuses |= dtype in (torch.bfloat16, torch.float32) and autocast is torch.bfloat16
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         expected = model(x)
         assert not dorac.fuse(model).left
         y = model(x)
-    assert bool(calls) == (dtype is torch.bfloat16 and autocast is not torch.float16)
+    assert bool(calls) == fuses
+    (grad,), (other,) = (torch.autograd.grad(t.float().square().sum(), x) for t in (y, expected))
+    for actual, want in ((y, expected), (grad, other)):
+        assert actual.dtype == want.dtype
+        assert (actual - want).abs().max() <= 2**-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("dense", [("up_proj",), ("down_proj",), ("gate_proj", "up_proj")], ids=str)
+def test_dtypes_of_float32_among_dense_layers(calls, dense):  # noqa: F811
+    """Those return autocast's dtype, the library's x's: whichever down is, y has the dtype as without."""
+    torch.manual_seed(0)
+    model = quantise(nn.Sequential(Wide()).bfloat16(), "fake", torch.bfloat16, besides=dense)
+    adapt(model, "nn", targets=["gate_proj", "up_proj", "down_proj"])
+    x = torch.randn(5, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        assert not dorac.fuse(model).left
+        y = model(x)
+    assert calls == {0: 1}
     assert y.dtype == expected.dtype
     assert (y - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("way", ["nn", "peft"])
+def test_a_model_prepared_for_kbit_training(calls, way, checkpointing):  # noqa: F811
+    """Float32 hidden states under autocast, with real layers: no further from float64 than the layers one by one."""
+    pytest.importorskip("bitsandbytes")
+    model, exact = (dense_llama(torch.bfloat16, attention_bias=True) for _ in range(2))
+    quantise(model, "bitsandbytes", torch.bfloat16, quant_type="nf4")
+    for name, layer in model.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            exact.get_submodule(name).weight.data.copy_(packed.of(layer).rows(0, layer.out_features))
+    model.is_loaded_in_4bit = True
+    options = {"use_gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    model = adapt(peft.prepare_model_for_kbit_training(model, **options), way).train()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    exact = adapt(exact, way).train().double()
+    assert not exact.load_state_dict(trained, strict=False).unexpected_keys
+    truth = results(exact)
+    results(model, torch.bfloat16)  # in the first call the library casts what prepare_... has made of biases
+    unfused = results(model, torch.bfloat16)
+    assert len(dorac.fuse(model).fused) == 4
+    dorac.cache_norms(model)
+    calls.clear()
+    fused = results(model, torch.bfloat16)
+    assert calls == {0: 2 + 2 * checkpointing, 3: 2 + 2 * checkpointing}
+    assert fused.keys() == unfused.keys() == truth.keys()
+    for name, other in unfused.items():
+        assert fused[name].dtype is other.dtype
+        assert_rms_beside(fused[name], other, truth[name], label=name)
+    calls.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        actual = model(input_ids=tokens()).logits
+        assert calls == {0: 2, 3: 2}
+        dorac.unfuse(model)
+        expected = model(input_ids=tokens()).logits
+    assert actual.dtype is expected.dtype
+    assert_rms_beside(actual, expected, truth["logits"])
 
 
 def test_what_is_left_with_the_reason():

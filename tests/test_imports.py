@@ -108,6 +108,13 @@ def test_works_where_triton_is_missing():
         "layer = dorac.nn.DoraLinear(torch.nn.Linear(6, 5), r=2, init_lora_weights=False)\n"
         "layer(torch.randn(3, 6)).sum().backward()\n"
         "assert layer.lora_magnitude_vector.grad.abs().sum() > 0\n"
+        "from dorac.testing import quantised_layers\n"
+        "model = torch.nn.Sequential(quantised_layers.Linear4bit(64, 5, bias=False)).to('cpu')\n"
+        "dorac.apply_dora(model, ['0'], r=2, init_lora_weights=False)\n"
+        "for prepare in (lambda model: None, dorac.cache_norms, dorac.save_outputs):\n"
+        "    prepare(model)\n"
+        "    model(torch.randn(3, 64)).sum().backward()\n"
+        "assert model[0].lora_magnitude_vector.grad.abs().sum() > 0\n"
     )
 
 

@@ -495,15 +495,15 @@ def test_what_is_kept_is_written_over(path, monkeypatch, device):
     def kept(retain=False, hooks=None):
         with hooks or contextlib.nullcontext():
             y = functional.dora_mlp(x, *layers)
-        inner = y.grad_fn.saved_tensors[4]
-        assert inner.shape == (TOKENS, FEATURES)
-        before = inner.clone()
+        inners = gate, down = [y.grad_fn.saved_tensors[i] for i in (4, 6)]
+        assert (gate.shape, down.shape) == ((TOKENS, FEATURES), y.shape)
+        before = [inner.clone() for inner in inners]
         y.backward(cotangent(y), retain_graph=retain)
-        return torch.equal(inner, before)
+        return [*map(torch.equal, inners, before)]
 
-    assert not kept()
-    assert kept(retain=True)
-    assert kept(hooks=torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t))
+    assert not any(kept())
+    assert all(kept(retain=True))
+    assert all(kept(hooks=torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t)))
 
     def fails(*arguments):
         raise MemoryError("out of memory")

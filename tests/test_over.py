@@ -551,7 +551,7 @@ def test_a_write_to_what_is_held_is_an_error(written, path, device):
     tensors, norm, weight = kept_layer("bnb_nf4", device)
     y = functional.dora_over(*tensors, weight_norm=norm, scaling=S, save_output=True, weight=weight)
     (norm if written == "norm" else weight.absmax).mul_(2)
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the (norm|Bnb4bit weight)"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the (norm|bitsandbytes 4-bit weight)"):
         y.sum().backward()
 
 

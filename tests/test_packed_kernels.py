@@ -8,7 +8,7 @@ from packed_weights import CASES, FORMATS, factors, on, truth, worst
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional
-from dorac.ops import eager_norm, eager_over, front
+from dorac.ops import eager_norm, front, packed_product
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def test_the_eager_way(name, factor_dtype, device, taken):
     assert all(norm is not None for norm in taken)
     with torch.autocast(device, torch.bfloat16):
         assert torch.equal(functional.norm_factored(value, lora_A, lora_B, S), expected)
-    assert torch.equal(functional.norm_factored(eager_over.held(value), lora_A, lora_B, S), expected)
+    assert torch.equal(functional.norm_factored(packed_product.Held(value), lora_A, lora_B, S), expected)
     del taken[:]
     left = [functional.norm_factored(value, lora_A, lora_B, torch.tensor(S, device=device))]
     assert not taken

@@ -17,7 +17,7 @@ from dorac.functional.norm import magnitude_scale, norm_factored, scaling_number
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_linears, eager_mlp
 from dorac.ops.mlp import ACTIVATIONS
-from dorac.ops.packed_product import product
+from dorac.ops.packed_product import Held, product
 
 
 class Projection(NamedTuple):
@@ -141,10 +141,12 @@ def _checked_mlp(
 
 
 def _checked(x: Tensor, projection: Projection, name: str) -> Projection:
-    """The projection with its numbers as Python's; errors carry its name, but those of x by itself."""
+    """The projection as the formula takes it; errors carry its name, but those of x by itself."""
     checks.check_float("x", x)
     if not isinstance(projection, Projection):
         raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
+    if type(projection.weight) is Held:
+        projection = projection._replace(weight=projection.weight.weight)
     try:
         scaling = checks.check_scaling(projection.scaling)
         dropout_p = checks.check_dropout(projection.dropout_p)

@@ -9,6 +9,7 @@ from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_over
 from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.ops.packed_product import Held
 
 
 def compose(
@@ -188,7 +189,7 @@ def dora_over(
             return y
     checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
     if save_output:
-        checks.check_weight_over(weight.weight if type(weight) is eager_over.Held else weight, base, x)
+        checks.check_weight_over(weight.weight if type(weight) is Held else weight, base, x)
     s = scaling_tensor(scaling, base, accumulate_dtype(base, lora_A, lora_B))
     tensors = base, x, lora_A, lora_B, magnitude, weight_norm, s, bias
     return ops.over.dora_over(*tensors, scaling_number(scaling), base_has_bias)

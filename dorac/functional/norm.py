@@ -5,8 +5,9 @@ from torch import Tensor
 
 from dorac import checks, ops, packed
 from dorac.numerics import accumulate_dtype
-from dorac.ops import eager_norm, eager_over, front
+from dorac.ops import eager_norm, front
 from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.ops.packed_product import Held
 
 
 def scaling_tensor(scaling: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +79,7 @@ def norm_factored(
         ValueError: shapes or devices that do not fit, a scaling that is not finite, a budget below one byte; pieces of
             a packed weight that do not fit, ``norm_grad`` over one.
     """
-    if packed.is_packed(weight) or type(weight) is eager_over.Held:
+    if packed.is_packed(weight) or type(weight) is Held:
         return _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget)
     checks.check_factors(weight, lora_A, lora_B)
     scaling = checks.check_scaling(scaling)
@@ -98,7 +99,7 @@ def _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget):
         norm = eager_norm.packed_norm(weight, lora_A, lora_B, float(scaling))
         if norm is not None:
             return norm
-    if type(weight) is eager_over.Held:
+    if type(weight) is Held:
         weight = weight.weight
     checks.check_packed_factors(weight, lora_A, lora_B)
     checks.check_vector("weight_sq", weight_sq, weight)

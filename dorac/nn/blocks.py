@@ -84,12 +84,14 @@ class FusedMLP(_Fused):
         if operands is None:
             return None
         if roles.is_joined:
-            if isinstance(operands[0].weight, tuple):
+            if not isinstance(operands[0].weight, Tensor):
                 return None
             operands = *_halves(operands[0], roles.gate_comes_last), operands[1]
         gate = None if roles.gate is None else operands[0]
         up, down = operands[-2:]
         y = functional.dora_mlp(x, gate, up, down, activation=roles.activation, dropout_on=dropout_on)
+        if any(p is not None and not isinstance(p.weight, Tensor) for p in (gate, up)):  # else down gets y's dtype
+            y = shared.as_called(y, x, down)
         for name in roles.after:
             y = modules[name](y)
         return y

@@ -1,8 +1,9 @@
-"""bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight in x's dtype, and does nothing else.
+"""bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight as a block does, and that is all.
 
 A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`). The layer casts x to its
 ``compute_dtype`` and its output back, packs its weight anew on CPUs with bf16 instructions, and chooses a dtype and
-casts its bias when it is called first: wherever it would do one of these, it is called.
+casts its bias when it is called first: wherever it would do one of these, it is called. One case is a block's, too:
+float32 hidden states, as PEFT's ``prepare_model_for_kbit_training`` has them, under an autocast to ``compute_dtype``.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dorac import packed
 from dorac.nn import norm_cache, shared
 from dorac.ops import front
+from dorac.ops.packed_product import Held
 
 # Up to so many rows without gradients, as in generation, the library has faster kernels for a GPU.
 FEW_ROWS = 128
@@ -26,18 +28,20 @@ def is_stock(layer: nn.Module | None) -> bool:
 
 
 def takes(layer: nn.Module | None, x: Tensor) -> bool:
-    """Whether ``layer(x)`` is the product with the dense weight, in x's dtype, as far as it is known without that."""
+    """Whether ``layer(x)`` is a block's product with the dense weight, as far as it is known without that.
+
+    Its result has x's dtype: see :func:`shared.as_called`.
+    """
     if not is_stock(layer) or not shared.is_plainly_called(layer):
         return False
-    attributes, parameters, dtype = vars(layer), layer._parameters, x.dtype
+    attributes, parameters, dtype = vars(layer), layer._parameters, _product_dtype(layer, x)
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if getattr(weight, "quant_state", None) is None:
+    if getattr(weight, "quant_state", None) is None or not attributes.get("compute_type_is_set", True):
         return False
-    if attributes["compute_dtype"] not in (None, dtype) or not attributes.get("compute_type_is_set", True):
+    autocast = front.autocast_dtype(x)
+    if autocast not in (None, dtype) or (x.dtype is not dtype and (x.dtype is not torch.float32 or autocast is None)):
         return False
     if bias is not None and not (shared.is_plain(bias) and bias.dtype is dtype):
-        return False
-    if front.autocast_dtype(x) not in (None, dtype):
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return True
@@ -48,14 +52,19 @@ def takes(layer: nn.Module | None, x: Tensor) -> bool:
 
 def weight_for(
     layer: nn.Module, x: Tensor, keeper: norm_cache.Keeper | None = None, norm: Tensor | None = None
-) -> packed.Bnb4bit | None:
+) -> Held | packed.Bnb4bit | None:
     """The packed weight of a layer that takes x, for a block; None where the layer makes another dense one of it.
 
-    ``keeper``, ``norm``: of :func:`norm_cache.packed_value`.
+    ``keeper``, ``norm``: of :func:`norm_cache.packed_weight`.
     """
-    value = norm_cache.packed_value(keeper, layer, norm)
+    weight = norm_cache.packed_weight(keeper, layer, norm)
+    value = weight.weight if type(weight) is Held else weight
     if type(value) is not packed.Bnb4bit or value.codes.device != x.device:
         return None
-    if value.dtype is not x.dtype:  # the layer rounds it once, a block twice
+    if value.dtype is not _product_dtype(layer, x):  # the layer rounds it once, a block twice
         return None
-    return value if value.shape == (layer.out_features, layer.in_features) else None
+    return weight if value.shape == (layer.out_features, layer.in_features) else None
+
+
+def _product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
+    return vars(layer)["compute_dtype"] or x.dtype

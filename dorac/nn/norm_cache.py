@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
-from dorac.ops import eager_over, front, sharded
+from dorac.ops import front, sharded
 from dorac.ops.norm import row_norms
+from dorac.ops.packed_product import Held
 
 
 class Keeper(Protocol):
@@ -150,14 +151,13 @@ class Pieces(Moment):
     What is written to the weight as a whole counts in its own version, not in that of its pieces.
     """
 
-    __slots__ = ("base", "count", "held", "value", "version")
+    __slots__ = ("base", "count", "held", "version")
 
     def __init__(self, weight: Tensor, base: nn.Module, stored: list[Tensor]) -> None:
         super().__init__([weight, *stored])
         self.count, self.base = len(stored), weakref.ref(base)
         self.version = None if _has_memory(weight) else _version(weight)  # else its state has it
-        self.value: packed.Packed | None = None  # the weight; None: not looked at yet
-        self.held: eager_over.Held | packed.Packed | None = None  # that for dora_over
+        self.held: Held | None = None  # the weight; None: not looked at yet
 
     def differ(self, weight: Tensor, stored: list[Tensor]) -> bool:
         """Whether these are more or fewer, or the weight was written to as a whole where that is not in its state."""
@@ -168,36 +168,18 @@ class Pieces(Moment):
         return self.differ(weight, stored) or self.passed([weight, *stored])
 
 
-def packed_weight(
-    layer: Keeper | None, base: nn.Module, norm: Tensor | None
-) -> "eager_over.Held | packed.Packed | None":
-    """The packed weight of ``base``, for ``dora_over`` in the forward whose norm is ``norm``; None for another one.
+def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) -> Held | packed.Packed | None:
+    """The packed weight of ``base`` in the forward whose norm is ``norm``; None for another one.
 
     Where that is the norm that the layer keeps, the weight is that of the last forward, and not looked at again.
     """
-    pieces = _pieces(layer, norm)
-    if pieces is None:
-        return packed.of(base)
-    if pieces.held is None:
-        weight = packed.of(base)
-        pieces.held = eager_over.held(weight) or weight
-    return pieces.held
-
-
-def packed_value(layer: Keeper | None, base: nn.Module, norm: Tensor | None) -> packed.Packed | None:
-    """As :func:`packed_weight`, the value itself."""
-    pieces = _pieces(layer, norm)
-    if pieces is None:
-        return packed.of(base)
-    if pieces.value is None:
-        pieces.value = packed.of(base)
-    return pieces.value
-
-
-def _pieces(layer: Keeper | None, norm: Tensor | None) -> Pieces | None:
-    """Those that ``norm`` was taken of, if it is the one that the layer keeps."""
     moment = None if norm is None or layer is None or norm is not layer.cached_norm else layer.cached_at
-    return None if type(moment) is not PackedMoment or torch.compiler.is_compiling() else moment.pieces
+    if type(moment) is not PackedMoment or torch.compiler.is_compiling():
+        return packed.of(base)
+    pieces = moment.pieces
+    if pieces.held is None:
+        pieces.held = Held(packed.of(base))
+    return pieces.held
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -124,6 +124,7 @@ class Together:
             return
         operands, dropout_on = found
         ys = functional.dora_linears(x, operands, dropout_on=dropout_on)
+        ys = [as_called(y, x, p) for y, p in zip(ys, operands, strict=True)]
         self.x, self.state, self.outputs = x, state, dict(zip(self.waiting, ys, strict=True))
 
 
@@ -157,6 +158,11 @@ def projections(layers: Sequence[nn.Module], x: Tensor) -> tuple[list[functional
             dropout_on = on
         found.append(projection)
     return found, dropout_on or "adapter"
+
+
+def as_called(y: Tensor, x: Tensor, projection: functional.Projection) -> Tensor:
+    """``y`` of a block as the layer itself returns it: one over a packed weight casts it to x's dtype."""
+    return y if isinstance(projection.weight, Tensor) else y.to(x.dtype)
 
 
 def is_plainly_called(module: nn.Module) -> bool:

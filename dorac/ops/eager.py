@@ -450,15 +450,15 @@ class _Linear(torch.autograd.Function):
 
 
 def scaled_gradients(
-    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end=None
+    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end=None, overwrites: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B.
 
     ``others``: x, weight and lora_B of the products, or three None; ``at_the_end`` is what the last launch gets in
-    their place.
+    their place. With ``overwrites`` the first result lies where ``kept`` is.
     """
     strips, launch, add = launches
-    d_base = dy.new_empty(dy.shape)
+    d_base = kept if overwrites else dy.new_empty(dy.shape)
     d_m, d_b = parts_m, parts_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
     if strips > 1:
         parts_m = norm.new_empty(strips, lora_B.shape[0], dtype=torch.float32)

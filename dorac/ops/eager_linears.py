@@ -11,6 +11,8 @@ and without factors a frozen layer. What the layers have in common is done once:
 Taken are adapters that are trained whole over frozen weights, all of them, or no training at all. Where a mode over ops
 looks on in training, the same Function goes through the ops, and saves the same tensors.
 
+Packed weights are made dense for each product; backward has the same copy for rows with a faint g where y is kept.
+
 Legend: T tokens, I in_features, O out_features, R the ranks of all layers. A layer's tensors are, in this order,
 ``weight, lora_A, lora_B, magnitude, bias, weight_norm``.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from dorac.ops import eager, front, linear
 from dorac.ops.norm import norm_factored
-from dorac.ops.packed_product import Held, dense
+from dorac.ops.packed_product import Held, backward_dense, forward_dense
 
 WEIGHT, LORA_A, LORA_B, MAGNITUDE, BIAS, NORM, TENSORS = range(7)
 TRAINED = (LORA_A, LORA_B, MAGNITUDE)
@@ -83,12 +85,13 @@ def dora_linears(
                 scaling = float(scaling)
             if scaling - scaling != 0 or type(dropout_p) not in (float, int) or not 0 <= dropout_p < 1:
                 return None
+            if isinstance(of_layer[WEIGHT], tuple):  # a packed one
+                of_layer[WEIGHT] = Held(of_layer[WEIGHT])
             for t in of_layer:
                 if t is None:
                     key.append(None)
-                elif isinstance(t, tuple):  # a packed weight
-                    pieces = [p if p is None else (p.shape, p.dtype, p.device) for p in t[: t.PIECES]]
-                    key += type(t), *t[t.PIECES :], *pieces
+                elif type(t) is Held:
+                    key.append(t.key)
                 else:
                     key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
                     bits |= t.data_ptr()
@@ -107,7 +110,8 @@ def dora_linears(
     if plan is False:
         check()
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = eager.keep_plan(key, make_plan(x, projections, dropout_on))
+            layers = [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
+            plan = eager.keep_plan(key, make_plan(x, layers, projections, dropout_on))
     if plan is None or (in_ops and not plan.training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
@@ -122,10 +126,11 @@ def dora_linears(
     return _apply(x, x_adapter, mask, 1 / (1 - dropped), scalings, plan, *tensors)
 
 
-def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
-    tensors = [p[:TENSORS] for p in projections]
-    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None and not isinstance(t, tuple))]
+def make_plan(
+    x: Tensor, tensors: Sequence[Sequence[Tensor | Held | None]], projections: Sequence[tuple], dropout_on: str
+) -> Plan | None:
+    """The plan for tensors of layers that passed the checks; None if they are not computed here."""
+    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None and type(t) is not Held)]
     if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
         return None
     adapted = [i for i, t in enumerate(tensors) if t[LORA_A] is not None]
@@ -135,7 +140,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
     casts = any(t.dtype is not dtype for t in factors)
     if dtype.itemsize != 2 or (casts and autocast is None):
         return None
-    if any(t[WEIGHT].dtype is not dtype for t in tensors if not isinstance(t[WEIGHT], tuple)):
+    if any(t[WEIGHT].dtype is not dtype for t in tensors if type(t[WEIGHT]) is not Held):
         return None
     training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if training and not all(map(_trained_as_usual, tensors)):
@@ -157,10 +162,10 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
             continue
         of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
         save_output = bool(projection[TENSORS + 2])
-        if isinstance(of_layer[WEIGHT], tuple):  # its product is all that is done with it
+        if type(of_layer[WEIGHT]) is Held:
             if of_layer[NORM] is None:
                 return None
-            of_layer, save_output = (x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]), False
+            of_layer = x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]
         dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
         if dora is None:
             return None
@@ -185,7 +190,7 @@ def make_plan(x: Tensor, projections: Sequence[tuple], dropout_on: str) -> Plan 
 
 def _trained_as_usual(of_layer: Sequence[Tensor | None]) -> bool:
     weight, lora_A, lora_B, magnitude, _, norm = of_layer
-    if (not isinstance(weight, tuple) and weight.requires_grad) or (norm is not None and norm.requires_grad):
+    if (type(weight) is not Held and weight.requires_grad) or (norm is not None and norm.requires_grad):
         return False
     return lora_A is None or all(t is None or t.requires_grad for t in (lora_A, lora_B, magnitude))
 
@@ -228,7 +233,7 @@ def _forward(plan, x, x_adapter, scalings, tensors):
     ys, norms, inners = [], [], []
     for i, layer in enumerate(plan.layers):
         weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-        inner, weight = None, _dense(weight, plan.dtype)
+        inner, weight = None, forward_dense(weight, plan.dtype)
         if layer.dora is None:
             y = _product(x, weight, bias)
             if layer.adapter is not None:
@@ -255,10 +260,6 @@ def _forward(plan, x, x_adapter, scalings, tensors):
 _without_autocast = eager.without_autocast(_forward)
 
 
-def _dense(weight: Tensor | tuple, dtype: torch.dtype) -> Tensor:
-    return dense(weight, dtype) if isinstance(weight, tuple) else weight
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b``, no view, which autograd would not let a consumer write to."""
     if bias is None or x.dim() == 2:
@@ -277,7 +278,7 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
         rows, hs, norms, inners = [], [], [], []
         for i, layer in enumerate(plan.layers):
             weight, lora_A, lora_B, magnitude, bias, norm = tensors[i * TENSORS : (i + 1) * TENSORS]
-            inner, h, weight = None, None, _dense(weight, plan.dtype)
+            inner, h, weight = None, None, forward_dense(weight, plan.dtype)
             if layer.dora is not None:
                 s = torch.full((), scalings[i], dtype=torch.float32, device=x.device)
                 if norm is None:
@@ -317,9 +318,8 @@ class _Linears(torch.autograd.Function):
                 probe.data = eager.nothing(y.dtype, y.device)
                 probe = probe, probe._version
             ctx.probes.append(probe)
-            weight, held = tensors[i * TENSORS + WEIGHT], None
-            if isinstance(weight, tuple):
-                weight, held = None, Held(weight)
+            weight = tensors[i * TENSORS + WEIGHT]
+            held, weight = (weight, None) if type(weight) is Held else (None, weight)
             ctx.held.append(held)
             kept += weight, norms[i], y.data if layer.keeps_y else inners[i]
         trained = [
@@ -349,7 +349,7 @@ class _Linears(torch.autograd.Function):
 
 
 def _saved(ctx) -> tuple:
-    """x, what holds the cast factors, h, the mask's bits; per layer what is kept, and its trained tensors."""
+    """x, what holds the cast factors, h, the mask's bits; per layer weight, norm, inner or y; its trained tensors."""
     plan, (x, cast, h, mask, *kept) = ctx.plan, ctx.saved_tensors
     kept, saved = kept[: 3 * len(plan.layers)], kept[3 * len(plan.layers) :]
     rest = iter(saved or eager.unchanged(ctx))
@@ -357,7 +357,8 @@ def _saved(ctx) -> tuple:
     for layer in plan.layers:
         a, b = (None, None) if layer.adapter is None else (next(rest), next(rest))
         trained.append((a, b, None if layer.dora is None else next(rest)))
-    return x, cast, h, mask, [kept[3 * i : 3 * i + 3] for i in range(len(plan.layers))], trained
+    kept_of = [(held or kept[3 * i], *kept[3 * i + 1 : 3 * i + 3]) for i, held in enumerate(ctx.held)]
+    return x, cast, h, mask, kept_of, trained
 
 
 def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
@@ -380,6 +381,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
             continue
         weight, norm, kept = kept_of[i]
         _, lora_B, magnitude = trained[i]
+        adds = needs_x and (plan.dropout_on is None or (delta and layer.dora is not None))
+        dense = backward_dense(weight, plan.dtype) if adds or layer.keeps_y else None
         if dy.dim() != 2:
             dy = dy.reshape(-1, dy.shape[-1])
         if ctx.bias_dtypes[i] is not None and ctx.needs_input_grad[6 + i * TENSORS + BIAS]:
@@ -397,9 +400,9 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
                 if of_y:
                     probe, version = ctx.probes[i]
                     if probe._version != version or eager.share_memory(dy, kept):  # y is not y any more
-                        kept, of_y = torch.addmm(torch.mm(x, weight.t()), h_i, b.t(), alpha=s), False
-                launches = layer.dora.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
-                others = (x, weight, b) if of_y else (None, None, None)
+                        kept, of_y = torch.addmm(torch.mm(x, dense.t()), h_i, b.t(), alpha=s), False
+                launches = layer.dora.backward(dy.stride(), (dense.stride(), b.stride()) if of_y else ())
+                others = (x, dense, b) if of_y else (None, None, None)
                 d_base, d_m, d_b = eager.scaled_gradients(launches, dy, kept, magnitude, norm, h_i, s, others, lora_B)
                 grads[i * TENSORS + MAGNITUDE], grads[i * TENSORS + LORA_B] = d_m, d_b
                 if delta:
@@ -409,12 +412,11 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
                     torch.addmm(unread, d_base, b, beta=0, alpha=s, out=d_h_i)
         if not needs_x:
             continue
-        if plan.dropout_on is None or (delta and layer.dora is not None):
-            factor = weight if weight is not None else ctx.held[i].dense(plan.dtype)
-            dx = torch.mm(d_base, factor) if dx is None else dx.addmm_(d_base, factor)
-            del factor
+        if adds:
+            dx = torch.mm(d_base, dense) if dx is None else dx.addmm_(d_base, dense)
+        del dense
         if plan.dropout_on is not None:  # onto what has been dropped
-            later.append((dy if delta else d_base, weight, ctx.held[i]))
+            later.append((dy if delta else d_base, weight))
         del d_base, kept
     seen = x
     if mask is not None:
@@ -429,8 +431,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
         dx = torch.mm(d_h, a) if dx is None else dx.addmm_(d_h, a)
         if mask is not None:
             plan.drop(dx, mask, ctx.kept_scale, dx)
-            for d_base, weight, held in later:
-                dx.addmm_(d_base, weight if weight is not None else held.dense(plan.dtype))
+            for d_base, weight in later:
+                dx.addmm_(d_base, backward_dense(weight, plan.dtype))
         dx = dx.view(ctx.shape)
     return dx, *(None,) * 5, *grads
 
@@ -463,7 +465,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
         if dy is None:
             grads += (None,) * TENSORS
             continue
-        weight = weight if weight is not None else ctx.held[i].dense(dtype)
+        weight = backward_dense(weight, dtype)
         dy = dy.reshape(-1, weight.shape[0])
         d_a = d_b = d_m = d_bias = dx_adapter = None
         needs_bias = ctx.needs_input_grad[6 + i * TENSORS + BIAS]

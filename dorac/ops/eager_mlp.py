@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.ops import eager, front, linear, mlp
-from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _dense, _trained_as_usual
-from dorac.ops.packed_product import Held
+from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _trained_as_usual
+from dorac.ops.packed_product import Held, backward_dense, forward_dense
 
 GATE, UP, DOWN = range(3)
 
@@ -84,13 +84,14 @@ def dora_mlp(
                 return None
             if dropout_p != 0:
                 return None
+            if isinstance(weight, tuple):  # a packed one
+                weight = Held(weight)
             for t in (weight, lora_A, lora_B, magnitude, bias, norm):
                 tensors.append(t)
                 if t is None:
                     key.append(None)
-                elif isinstance(t, tuple):  # a packed weight
-                    pieces = [p if p is None else (p.shape, p.dtype, p.device) for p in t[: t.PIECES]]
-                    key += type(t), *t[t.PIECES :], *pieces
+                elif type(t) is Held:
+                    key.append(t.key)
                 else:
                     key += type(t), t.shape, t.dtype, t.device, t.stride(), t.requires_grad
                     bits |= t.data_ptr()
@@ -127,14 +128,14 @@ def _layers(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], 
 def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> Plan | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     layers = _layers(tensors)
-    given = [x, *(t for t in tensors if t is not None and not isinstance(t, tuple))]
+    given = [x, *(t for t in tensors if t is not None and type(t) is not Held)]
     if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
         return None
     factors = [t for layer in layers for t in layer[LORA_A : LORA_B + 1] if t is not None]
     autocast = front.autocast_dtype(x)
     dtype = autocast or x.dtype
     casts = any(t.dtype is not dtype for t in factors)
-    weights = [layer[WEIGHT] for layer in layers if layer[WEIGHT] is not None and not isinstance(layer[WEIGHT], tuple)]
+    weights = [layer[WEIGHT] for layer in layers if layer[WEIGHT] is not None and type(layer[WEIGHT]) is not Held]
     if dtype.itemsize != 2 or any(t.dtype is not dtype for t in weights) or (casts and autocast is None):
         return None
     vectors = [t for layer in layers for t in layer[MAGNITUDE : NORM + 1] if t is not None]
@@ -158,7 +159,7 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
         # z has x's rows; of x a plan looks at the shape alone.
         seen = x.new_empty(()).expand(*x.shape[:-1], features) if i == DOWN else x
         of_b = (rank, 1) if casts else layer[LORA_B].stride()
-        if isinstance(layer[WEIGHT], tuple):  # its product is all that is done with it
+        if type(layer[WEIGHT]) is Held:  # its product is all that is done with it
             if layer[NORM] is None:
                 return None
             layer = x.new_empty((), dtype=dtype).expand(layer[WEIGHT].shape), *layer[1:]
@@ -253,8 +254,8 @@ def _forward(plan, x, scalings, tensors):
     ]
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     h = None if a is None else torch.mm(rows, a.t())
-    inner_gate = None if gate[WEIGHT] is None else torch.mm(rows, _dense(gate[WEIGHT], plan.dtype).t())
-    inner_up = torch.mm(rows, _dense(up[WEIGHT], plan.dtype).t())
+    inner_gate = None if gate[WEIGHT] is None else torch.mm(rows, forward_dense(gate[WEIGHT], plan.dtype).t())
+    inner_up = torch.mm(rows, forward_dense(up[WEIGHT], plan.dtype).t())
     if h is not None and not plan.inside:
         for inner, columns, b, s in zip(
             (inner_gate, inner_up), _split(plan, h), (b_gate, b_up), scalings, strict=False
@@ -268,7 +269,7 @@ def _forward(plan, x, scalings, tensors):
         *(scalings[GATE], scalings[UP], z),
     )
     weight, _, _, magnitude, bias, _ = down
-    weight, h_down, inner_down = _dense(weight, plan.dtype), None, None
+    weight, h_down, inner_down = forward_dense(weight, plan.dtype), None, None
     if plan.dora[DOWN] is None:
         y = F.linear(z, weight, bias)
         if a_down is not None:
@@ -276,6 +277,7 @@ def _forward(plan, x, scalings, tensors):
             y.addmm_(h_down, b_down.t(), alpha=scalings[DOWN])
     else:
         h_down, y = torch.mm(z, a_down.t()), torch.mm(z, weight.t())
+        del weight, z
         if plan.training:
             inner_down, y = y, torch.empty_like(y)
         base = y if inner_down is None else inner_down
@@ -300,7 +302,7 @@ def _forward_in_ops(plan, x, scalings, tensors):
     """:func:`_forward` in what modes see."""
     layers = _layers(tensors)
     with front.autocast_off(x):
-        gate, up, down = ((_dense(layer[WEIGHT], plan.dtype), *layer[1:]) for layer in layers)
+        gate, up, down = ((forward_dense(layer[WEIGHT], plan.dtype), *layer[1:]) for layer in layers)
         cast, factors = _cast(plan, _in_order(layers))
         a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
         a_of = (None, None) if a is None else a.split(plan.ranks[:DOWN])
@@ -328,9 +330,9 @@ class _MLP(torch.autograd.Function):
         if all(t.is_leaf for t in trained):  # the graph holds them at any rate
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        # Packed weights are held, not saved; see ops/packed_product.py.
-        ctx.held = [Held(layer[WEIGHT]) if isinstance(layer[WEIGHT], tuple) else None for layer in layers]
-        weights = [layer[WEIGHT] if held is None else None for layer, held in zip(layers, ctx.held, strict=True)]
+        weights = [layer[WEIGHT] for layer in layers]
+        ctx.held = [weight if type(weight) is Held else None for weight in weights]  # not saved
+        weights = [None if type(weight) is Held else weight for weight in weights]
         frozen = *weights, *(layer[BIAS] for layer in layers)
         ctx.save_for_backward(x, cast, h, h_down, *inners, *norms, *frozen, *trained)
         ctx.set_materialize_grads(False)
@@ -389,19 +391,21 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if needs_bias[DOWN]:
         grads[DOWN][BIAS] = dy.sum(0, dtype=torch.float32).to(down[BIAS].dtype)
 
-    d_base, d_h_down = _through_down(plan, down, dy, h_down, inners[DOWN], b_down, scalings[DOWN], grads[DOWN], in_ops)
+    overwrites = not in_ops and ctx.overwrites and not front.keeps_graph()
+    ctx.overwritten = overwrites
+    tensors = dy, h_down, inners[DOWN], b_down
+    d_base, d_h_down = _through_down(plan, down, *tensors, scalings[DOWN], grads[DOWN], in_ops, overwrites)
     down_inside = plan.down_inside and not in_ops
     if d_h_down is None or down_inside:
-        dz = torch.mm(d_base, _made_dense(down[WEIGHT], plan.dtype))
+        dz = torch.mm(d_base, backward_dense(down[WEIGHT], plan.dtype))
     else:
-        dz = _added(torch.mm(d_h_down, a_down), d_base, _made_dense(down[WEIGHT], plan.dtype), in_ops)
+        dz = _added(torch.mm(d_h_down, a_down), d_base, backward_dense(down[WEIGHT], plan.dtype), in_ops)
     del d_base
     arguments = plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads
     if in_ops:
         d_gate, d_up, z = _join_in_ops(*arguments)
     else:
-        ctx.overwritten = ctx.overwrites and not front.keeps_graph()
-        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, ctx.overwritten)
+        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, overwrites)
     del dz, inners, arguments
     if z is not None:
         grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
@@ -425,14 +429,10 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if needs_x:
         for d_base, matrix in ((d_h, a), (d_gate, gate[WEIGHT]), (d_up, up[WEIGHT])):
             if d_base is not None:
-                matrix = _made_dense(matrix, plan.dtype)
+                matrix = backward_dense(matrix, plan.dtype)
                 dx = torch.mm(d_base, matrix) if dx is None else _added(dx, d_base, matrix, in_ops)
         dx = dx.view(x.shape)
     return dx, None, None, *(grad for of_layer in grads for grad in of_layer)
-
-
-def _made_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
-    return weight.dense(dtype) if type(weight) is Held else weight
 
 
 def _added(onto: Tensor, left: Tensor, right: Tensor, in_ops: bool) -> Tensor:
@@ -440,7 +440,7 @@ def _added(onto: Tensor, left: Tensor, right: Tensor, in_ops: bool) -> Tensor:
     return torch.addmm(onto, left, right) if in_ops else onto.addmm_(left, right)
 
 
-def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
+def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrites):
     """The gradients of the product ``z W^T`` and of h; those of lora_B and magnitude into ``grads``."""
     _, _, lora_B, magnitude, _, norm = down
     if b is None:
@@ -458,7 +458,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops):
             dy = dy.clone(memory_format=torch.contiguous_format)
         launches = plan.dora[DOWN].backward(dy.stride(), ())
         tensors = _for_kernel(inner), magnitude, norm, _for_kernel(h), scaling, (None, None, None), lora_B
-        d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors)
+        d_base, grads[MAGNITUDE], grads[LORA_B] = eager.scaled_gradients(launches, dy, *tensors, overwrites=overwrites)
     return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
 
 
@@ -501,7 +501,7 @@ def _gradients_again(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of the layers one by one, connected to all that they are made of: these can be differentiated again."""
     plan, again = ctx.plan, torch.is_grad_enabled()
     x, _, _, _, layers = _saved(ctx)
-    layers = [(_made_dense(weight, plan.dtype), *others) for weight, *others in layers]
+    layers = [(backward_dense(weight, plan.dtype), *others) for weight, *others in layers]
     with torch.enable_grad():
         gated = None if layers[GATE][WEIGHT] is None else mlp.layer(plan.dtype, x, layers[GATE], ctx.scalings[GATE])
         z = mlp.joined(plan.activation, gated, mlp.layer(plan.dtype, x, layers[UP], ctx.scalings[UP]))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dorac import checks, packed
-from dorac.ops import eager, eager_over, front
+from dorac.ops import eager, front
+from dorac.ops.packed_product import Held, Reading
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,18 +27,17 @@ class Plan:
     finish: Callable | None
 
 
-def packed_norm(
-    weight: packed.Packed | eager_over.Held, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor | None:
+def packed_norm(weight: packed.Packed | Held, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor | None:
     """The norm for a finite ``scaling``, or None if it is not taken here; errors are ``check_packed_factors``'s."""
     if not front.unobserved():
         return None
     try:
-        seen = weight if type(weight) is eager_over.Held else eager_over.held(weight)
-        if seen is None or not seen.kept.aligned:
+        held = weight if type(weight) is Held else Held(weight)
+        reading = held.reading()
+        if reading is None or not reading.aligned:
             return None
         key = (
-            *("norm", seen.kept),
+            *("norm", reading.key),
             *(type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device, lora_A.stride()),
             *(type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device, lora_B.stride()),
         )
@@ -46,11 +46,11 @@ def packed_norm(
     except (AttributeError, RuntimeError, TypeError):  # as in ops/eager.py
         return None
     if plan is False:
-        checks.check_packed_factors(seen.weight, lora_A, lora_B)
-        plan = eager.keep_plan(key, make_plan(seen, lora_A, lora_B))
+        checks.check_packed_factors(held.weight, lora_A, lora_B)
+        plan = eager.keep_plan(key, make_plan(reading, held.shape, lora_A, lora_B))
     if plan is None or bits & 15:
         return None
-    out_features, in_features = seen.weight.shape
+    out_features, in_features = held.shape
     a, b = lora_A, lora_B
     if plan.split is not None:
         a = lora_A.new_empty(plan.rank, in_features, dtype=torch.bfloat16)
@@ -62,16 +62,16 @@ def packed_norm(
         a = arranged(lora_A.detach())
     norm = lora_B.new_empty(out_features, dtype=torch.float32)
     parts = norm if plan.column_splits == 1 else norm.new_empty(plan.column_splits, 1, out_features)
-    plan.launch(*seen.read, a, b, scaling, parts)
+    plan.launch(*reading.pieces, a, b, scaling, parts)
     if plan.finish is not None:
         plan.finish(parts, norm)
     return norm
 
 
-def make_plan(seen: eager_over.Held, lora_A: Tensor, lora_B: Tensor) -> Plan | None:
+def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: Tensor) -> Plan | None:
     """The plan for tensors that passed the checks; None if the norm is not taken here."""
-    form, (out_features, in_features), rank = seen.kept.form, seen.weight.shape, lora_A.shape[0]
-    tensors = lora_A, lora_B, *(t for t in seen.read if t is not None)
+    form, (out_features, in_features), rank = reading.form, shape, lora_A.shape[0]
+    tensors = lora_A, lora_B, *(t for t in reading.pieces if t is not None)
     if not (out_features and in_features and front.all_eager(*tensors) and front.has_kernels(*tensors)):
         return None
 

@@ -5,8 +5,7 @@ the dtype that the low-rank branch runs in; anything else is left to ``ops/over.
 
 With a ``weight``, packed or dense, and no bias, y is kept in place of inner, as there; of the weight inner is computed
 again for rows with a faint g, and for all where y has been written to. A second derivative then finds no base. A dense
-weight is saved; a packed one is held as it is (its layer does the same): each of its many tensors would take the time
-that saving takes, most of all under a checkpoint.
+weight is saved; a packed one is held as it is (its layer does the same).
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -24,59 +23,7 @@ from torch import Tensor
 from dorac import checks, packed
 from dorac.dense import PLAIN
 from dorac.ops import eager, front, linear, over
-
-MODIFIED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
-    "DoRA layer"
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Kept:
-    """All that checks and a plan look at in the weight whose y is kept; made once of the same, and hashed as itself."""
-
-    form: object  # how a kernel reads a packed weight; None: it is dense
-    aligned: bool  # to 16 bytes
-    shape: tuple[int, ...]
-    others: tuple  # of a packed weight: what is no tensor, and shape, dtype and device of what is one
-
-
-_kept_of = functools.lru_cache(maxsize=eager.PLANS)(_Kept)
-
-
-class Held:
-    """A packed weight whose y may be kept: itself, what the kernel reads of it, and the versions of that."""
-
-    __slots__ = ("_watched", "kept", "read", "versions", "weight")
-
-    def __init__(self, weight: packed.Packed, form: object, read: tuple[Tensor | None, ...]) -> None:
-        self.weight, self.read = weight, read
-        self._watched = [t for t in read if t is not None and not t.is_inference()]
-        self.versions = [t._version for t in self._watched]
-        bits = 0
-        for tensor in read:
-            if tensor is not None:
-                bits |= tensor.data_ptr()
-        each = tuple([t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]])
-        self.kept = _kept_of(form, not bits & 15, weight.shape, (*weight[weight.PIECES + 1 :], *each))
-
-    def unchanged(self) -> tuple[Tensor | None, ...]:
-        """What the kernel reads; as autograd does, refuses what has been written to since."""
-        if [t._version for t in self._watched] != self.versions:
-            raise RuntimeError(MODIFIED.format(f"{type(self.weight).__name__} weight", list(self.weight.shape)))
-        return self.read
-
-
-def held(weight: packed.Packed) -> Held | None:
-    """The weight for ``dora_over``, looked at once for many calls; None where no kernel reads it."""
-    from dorac.kernels.packed_norm import described
-
-    form = described(weight) if len(weight.shape) == 2 else None
-    return None if form is None else Held(weight, *form)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+from dorac.ops.packed_product import MODIFIED, Held, Reading, version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +35,7 @@ class Plan:
     casts_factors: bool
     cast: Callable | None  # as in ops/eager.py
     holds_bias: bool
-    kept: "_Kept | None"  # the weight where y is kept for backward; None where inner is
+    keeps_y: bool  # for backward, in place of inner
     compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
     backward: Callable[[tuple, tuple, bool], tuple]  # of dy's and lora_B's strides, and whether y is: strips, launches
     in_ops: bool = False  # which modes see
@@ -120,14 +67,14 @@ def dora_over(
             or (bias is not None and bias.requires_grad)
             or weight_norm.requires_grad
         )
-        kept = saved = held = None
+        kept = of_kept = None
         if training and weight is not None and bias is None:
-            if type(weight) is Held:
-                kept, held = weight.kept, weight
-            elif front.has_kernels(base):
-                kept, saved, held = _kept(weight, base)
+            kept = _kept(weight, base)
+        held = kept if type(kept) is Held else None
+        if kept is not None:
+            of_kept = (kept.shape, kept.device) if held is None else held.reading().key
         metadata = eager.metadata(x, base, lora_A, lora_B, magnitude, bias, weight_norm)
-        key = "over", training, holds_bias, kept, metadata
+        key = "over", training, holds_bias, of_kept, metadata
         plan = eager.plans.get(key, False)
         bits = base.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
         if bias is not None:
@@ -138,10 +85,11 @@ def dora_over(
     if plan is False:
         checks.check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm)
         if kept is not None:
-            checks.check_weight_over(weight if held is None else held.weight, base, x)
+            checks.check_weight_over(kept if held is None else held.weight, base, x)
         tensors = base, x, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept)
+            reading = None if held is None else held.reading()
+            plan = make_plan(*tensors, training, bias is not None and holds_bias, kept is not None, reading)
         eager.keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
@@ -157,18 +105,16 @@ def dora_over(
         return _forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, False)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, saved)[0]
+    return _apply(base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, kept)[0]
 
 
-def _kept(weight: Tensor | packed.Packed, base: Tensor) -> tuple[_Kept | None, Tensor | None, Held | None]:
-    """How the weight is read, and what backward has of it: saved if dense, held if packed. None: no kernel reads it."""
-    if packed.is_packed(weight):
-        weight = held(weight)
-        return None if weight is None else weight.kept, None, weight
+def _kept(weight: Tensor | packed.Packed | Held, base: Tensor) -> Tensor | Held | None:
+    """The weight where y is kept: a dense one is saved, a packed one held. None: no kernel reads it."""
+    if type(weight) is Held or packed.is_packed(weight):
+        held = weight if type(weight) is Held else Held(weight)
+        return None if held.reading() is None else held
     plain = type(weight) in PLAIN and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    if not plain or weight.dtype is not base.dtype:
-        return None, None, None
-    return _kept_of(None, True, weight.shape, (weight.device,)), weight, None
+    return weight if plain and weight.dtype is base.dtype and front.has_kernels(base) else None
 
 
 def make_plan(
@@ -181,9 +127,13 @@ def make_plan(
     weight_norm,
     training: bool,
     holds_bias: bool,
-    kept: _Kept | None,
+    keeps_y: bool,
+    reading: Reading | None,
 ) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
+    """The plan for tensors that passed the checks; None if they are not computed here.
+
+    ``reading``: of the packed weight where y is kept.
+    """
     given = [t for t in (x, base, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if not x.numel() or not base.numel() or not front.all_eager(*given) or not front.has_kernels(*given):
         return None
@@ -202,22 +152,25 @@ def make_plan(
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
     flags = {"has_norm": True, "has_bias": bias is not None, "holds_bias": holds_bias, "delta": False, "split": False}
-    flags |= {"want_inner": training and kept is None}
+    flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
+
+    # A plan holds no tensors.
+    form, aligned = (None, True) if reading is None else (reading.form, reading.aligned)
 
     @functools.lru_cache(maxsize=16)
     def backward_launches(strides: tuple[int, int], of_b: tuple[int, int], of_y: bool) -> tuple:
         tensors, read = (strides, activation, h), None
         if of_y:
-            read = in_features if kept.form is None else 0
+            read = in_features if form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank)
         strips, launch, add = backward.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )
         if of_y and not read:
-            add = finish_launch(tokens, out_features, in_features, rank, strips, kept.form, strides, of_b)
-            return strips, eager.bound(launch), eager.bound(add) if kept.aligned else add
+            add = finish_launch(tokens, out_features, in_features, rank, strips, form, strides, of_b)
+            return strips, eager.bound(launch), eager.bound(add) if aligned else add
         return strips, eager.bound(launch), eager.bound(add)
 
     return Plan(
@@ -226,7 +179,7 @@ def make_plan(
         casts_factors=lora_A.dtype is not dtype,
         cast=None if lora_A.dtype is dtype else eager.cast_of(lora_A, lora_B),
         holds_bias=holds_bias,
-        kept=kept,
+        keeps_y=keeps_y,
         compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
         backward=backward_launches,
     )
@@ -240,7 +193,7 @@ def _forward(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scaling, trai
     if plan.casts_factors:
         lora_A, lora_B = eager.cast_factors(plan, lora_A, lora_B)
     h, y = F.linear(x, lora_A), torch.empty_like(base)
-    inner = torch.empty_like(base) if training and plan.kept is None else None
+    inner = torch.empty_like(base) if training and not plan.keeps_y else None
     plan.compose(base, h, lora_B, magnitude, norm, scaling, bias, y, inner)
     return y, inner, lora_A, lora_B, h
 
@@ -254,23 +207,23 @@ def _forward_in_ops(plan, base, x, lora_A, lora_B, magnitude, bias, norm, scalin
         rows = over.forward(*tensors, plan.holds_bias, "fused", True, training)
     # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
     y, inner, h = (torch.ops.aten._unsafe_view(t, (*base.shape[:-1], t.shape[1])) for t in rows)
-    return y, inner if plan.kept is None else None, lora_A, lora_B, h
+    return y, None if plan.keeps_y else inner, lora_A, lora_B, h
 
 
 class _Over(torch.autograd.Function):
     """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved.
 
-    ``held``, ``weight``: the packed or the dense weight where y is kept.
+    ``weight``: where y is kept.
     """
 
     @staticmethod
-    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, held, weight):
+    def forward(ctx, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, plan, weight):
         forward = _forward_in_ops if plan.in_ops else _forward
         y, inner, a, b, h = forward(plan, base, x, lora_A, lora_B, magnitude, bias, weight_norm, scaling, True)
         if not plan.casts_factors:
             a = b = None
         kept = inner
-        if plan.kept is not None:  # as in ops/eager.py
+        if plan.keeps_y:  # as in ops/eager.py
             kept, probe = y.data, y.detach()
             probe.data = eager.nothing(y.dtype, y.device)
             ctx.probe, ctx.version = probe, probe._version
@@ -279,16 +232,17 @@ class _Over(torch.autograd.Function):
         if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
-        ctx.norm, ctx.norm_version = weight_norm, _version(weight_norm)  # held, as a packed weight is
+        ctx.held, weight = (weight, None) if type(weight) is Held else (None, weight)
+        ctx.norm, ctx.norm_version = weight_norm, version(weight_norm)  # held, as a packed weight is
         ctx.save_for_backward(x, a, b, h, kept, weight, *trained)
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.plan, ctx.shapes, ctx.held = scaling, plan, (base.shape, x.shape), held
+        ctx.scaling, ctx.plan, ctx.shapes = scaling, plan, (base.shape, x.shape)
         return y, inner
 
     @staticmethod
     def backward(ctx, dy, d_inner):
         if dy is None and d_inner is None:
-            return (None,) * 11
+            return (None,) * 10
         if d_inner is not None or torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return _seen_gradients(ctx, dy, d_inner)
         plan, scaling, held = ctx.plan, ctx.scaling, ctx.held
@@ -308,13 +262,13 @@ class _Over(torch.autograd.Function):
         else:
             dy = _rows(dy)
             strides = dy.stride()
-        x, of_y = _rows(x), plan.kept is not None
+        x, of_y = _rows(x), plan.keeps_y
         if of_y and (ctx.probe._version != ctx.version or eager.share_memory(dy, kept)):  # y is not y any more
             kept, of_y = _inner(held, weight, x, _rows(h), b, scaling), False
         if of_y and ((x.data_ptr() | h.data_ptr()) & 15 or not (x.is_contiguous() and h.is_contiguous())):
             x, h = (t.clone(memory_format=torch.contiguous_format) for t in (x, h))
         others = (x, weight, b) if of_y and held is None else (None, None, None)
-        at_the_end = (x, b, *held.unchanged()) if of_y and held is not None else None
+        at_the_end = (x, b, *held.read()) if of_y and held is not None else None
         launches = plan.backward(strides, b.stride(), of_y)
         d_base, d_m, d_b = eager.scaled_gradients(
             launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end
@@ -330,7 +284,7 @@ class _Over(torch.autograd.Function):
             d_base = None
         elif d_base.dim() != len(base_shape):
             d_base = d_base.view(base_shape)
-        return d_base, dx, d_a, d_b, d_m, *(None,) * 6
+        return d_base, dx, d_a, d_b, d_m, *(None,) * 5
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -338,7 +292,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _norm(ctx) -> Tensor:
-    if _version(ctx.norm) != ctx.norm_version:
+    if version(ctx.norm) != ctx.norm_version:
         raise RuntimeError(MODIFIED.format("norm", list(ctx.norm.shape)))
     return ctx.norm
 
@@ -346,8 +300,7 @@ def _norm(ctx) -> Tensor:
 def _inner(held: Held | None, weight: Tensor | None, x, h, b, scaling) -> Tensor:
     """inner of rows, of a dense weight."""
     if held is not None:
-        held.unchanged()
-        weight = held.weight.rows(0, held.weight.shape[0]).to(x.dtype)
+        weight = held.dense(x.dtype)
     return torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling)
 
 
@@ -360,7 +313,7 @@ def _seen_gradients(ctx, dy, d_inner):
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):
             return _seen_gradients(ctx, dy, d_inner)
-    if ctx.plan.kept is not None and torch.is_grad_enabled():
+    if ctx.plan.keeps_y and torch.is_grad_enabled():
         raise RuntimeError("dora_over with save_output saves no base, which a second derivative needs: leave it out")
     x, _, _, h, inner, weight, *trained = ctx.saved_tensors
     lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
@@ -370,7 +323,7 @@ def _seen_gradients(ctx, dy, d_inner):
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     if torch.is_grad_enabled():
         h = x @ a.t()
-    if ctx.plan.kept is not None:  # the kernel makes no product for it: a counter of operations is not to count one
+    if ctx.plan.keeps_y:  # the kernel makes no product for it: a counter of operations is not to count one
         hides = front.seen_by_modes_alone()
         with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
             inner = _inner(ctx.held, weight, x, h, b, ctx.scaling)
@@ -388,4 +341,4 @@ def _seen_gradients(ctx, dy, d_inner):
     )
     dx = None if dx is None else dx.view(x_shape)
     d_base = d_base.view(base_shape) if needs_base else None
-    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * 6
+    return d_base, dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_m, *(None,) * 5

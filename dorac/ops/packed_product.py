@@ -1,4 +1,6 @@
-"""The product with a packed weight: of a dense copy, which is made again for backward and never kept.
+"""Packed weights in eager: how they are held for backward, made dense, and multiplied with.
+
+A product is of a dense copy, which is made again for backward and never kept.
 
 ``x W^T`` with W as its library makes it dense, rounded to the packed weight's dtype and cast to x's, as the library's
 layer multiplies. bitsandbytes' 4-bit weights are made dense by its own kernels where it is imported, anything else by
@@ -6,6 +8,7 @@ the format's definition (``rows``), which is what is traced, too.
 """
 
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,8 @@ from dorac.ops import front
 _tables = WeakTensorKeyDictionary()  # of a table of 4-bit numbers: its version, and the library's name for it
 
 
-def dense(weight: Tensor | packed.Packed, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in ``dtype``; a dense one itself."""
-    if not isinstance(weight, tuple):
-        return weight.to(dtype)
+def dense(weight: packed.Packed, dtype: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` in ``dtype``."""
     if type(weight) is packed.Bnb4bit and front.unobserved(but_by_modes=True) and front.all_eager(weight.codes):
         kind = _table(weight.code)
         if kind is not None:
@@ -34,45 +35,131 @@ def _table(code: Tensor) -> str | None:
     library = sys.modules.get("bitsandbytes")
     if library is None or front.capturing():
         return None if library is None else _tables.get(code, (0, None))[1]
-    version, kind = _tables.get(code, (None, None))
-    if version is None or version != _version(code):
+    seen_at, kind = _tables.get(code, (None, None))
+    if seen_at is None or seen_at != version(code):
         names = (n for n in ("nf4", "fp4") if torch.equal(code, library.functional.get_4bit_type(n, code.device)))
         kind = next(names, None)
-        _tables[code] = _version(code), kind
+        _tables[code] = version(code), kind
     return kind
 
 
 def _by_bitsandbytes(weight: packed.Bnb4bit, kind: str) -> Tensor:
-    absmax = weight.absmax
+    absmax, library = weight.absmax, torch.ops.bitsandbytes
     if weight.nested_code is not None:
-        sizes = weight.nested_blocksize, torch.float32
-        nested = weight.nested_absmax, weight.nested_code, *sizes
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *nested) + weight.nested_offset
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.codes, absmax, weight.blocksize, kind, weight.shape, weight.dtype
-    )
+        nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
+        absmax = library.dequantize_blockwise.default(absmax, *nested, torch.float32) + weight.nested_offset
+    return library.dequantize_4bit.default(weight.codes, absmax, weight.blocksize, kind, weight.shape, weight.dtype)
 
 
-def _version(tensor: Tensor | None) -> int:
+def version(tensor: Tensor | None) -> int:
+    """0 of one that has none."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-class Held:
-    """A packed weight that backward reads again, and refuses, as autograd does, where it has been written to."""
+class Reading(NamedTuple):
+    """How kernels read a packed weight."""
 
-    __slots__ = ("versions", "weight")
+    key: object  # as Held.key, for plans that depend on this, too
+    form: object
+    pieces: tuple[Tensor | None, ...]
+    aligned: bool  # these, to 16 bytes
+
+
+class Held:
+    """A packed weight that is looked at once for many calls, in its place in a projection or in ``dora_over``.
+
+    Backward reads it again, and refuses, as autograd does, one that has been written to. It is held, not saved: each of
+    its many tensors would take the time that saving takes, most of all under a checkpoint.
+    """
+
+    __slots__ = ("_key", "_reading", "versions", "weight")
 
     def __init__(self, weight: packed.Packed) -> None:
-        self.weight, self.versions = weight, [_version(t) for t in weight[: weight.PIECES]]
+        self.weight, self.versions = weight, [version(t) for t in weight[: weight.PIECES]]
+        self._key = self._reading = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def key(self) -> object:
+        """The same of two weights that are alike in all that checks and plans depend on."""
+        if self._key is None:
+            weight = self.weight
+            of_pieces = [t if t is None else (t.shape, t.dtype, t.device) for t in weight[: weight.PIECES]]
+            self._key = _interned((type(weight), *weight[weight.PIECES :], *of_pieces))
+        return self._key
+
+    def reading(self) -> Reading | None:
+        """None where no kernel reads it."""
+        if self._reading is None:
+            self._reading = _reading(self) or False
+        return self._reading or None
+
+    def _unchanged(self) -> packed.Packed:
+        weight = self.weight
+        if [version(t) for t in weight[: weight.PIECES]] != self.versions:
+            raise RuntimeError(MODIFIED.format(weight.NAME, list(weight.shape)))
+        return weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self.weight
-        if [_version(t) for t in weight[: weight.PIECES]] != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"{weight.NAME} {list(weight.shape)} of a layer"
-            )
-        return dense(weight, dtype)
+        """For backward."""
+        return dense(self._unchanged(), dtype)
+
+    def read(self) -> tuple[Tensor | None, ...]:
+        """For backward: the pieces that kernels read."""
+        self._unchanged()
+        return self.reading().pieces
+
+
+MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} {} of a "
+    "layer"
+)
+
+
+def forward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
+    """For forward; a dense weight itself."""
+    return dense(weight.weight, dtype) if type(weight) is Held else weight
+
+
+def backward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
+    """As :func:`forward_dense`, for backward."""
+    return weight.dense(dtype) if type(weight) is Held else weight
+
+
+_keys: dict[tuple, object] = {}
+_KEYS = 4096  # kept; beyond, all are dropped
+
+
+def _interned(metadata: tuple) -> object:
+    """What stands for this in the keys of plans, where it would be hashed in every call."""
+    if len(_keys) >= _KEYS:
+        _keys.clear()
+    return _keys.setdefault(metadata, object())
+
+
+def _reading(held: Held) -> Reading | None:
+    weight = held.weight
+    if len(weight.shape) != 2 or not front.has_kernels(weight.codes):
+        return None
+    from dorac.kernels.packed_norm import described
+
+    found = described(weight)
+    if found is None:
+        return None
+    form, pieces = found
+    bits = 0
+    for tensor in pieces:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    aligned = not bits & 15
+    return Reading(_interned((held.key, form, aligned)), form, pieces, aligned)
 
 
 class _Product(torch.autograd.Function):

@@ -53,15 +53,19 @@ def stored(source: nn.Module) -> list[Tensor]:
         ValueError: as :func:`of`.
     """
     parameters = source._parameters
-    weight = parameters.get("weight")
+    weight = parameters.get("weight")  # through __getattr__ it takes ten times as long
     state = vars(weight).get("quant_state") if type(weight).__name__ == "Params4bit" else None
     if state is not None:  # what every forward asks for; the codes are the weight's own memory
-        pieces, nested = (state.absmax, state.code), getattr(state, "state2", None)
-        if nested is not None:  # a weight packed for the CPU has none
-            pieces = *pieces, state.offset, nested.absmax, nested.code
-    elif experts := [name.removesuffix("_blocks") for name in parameters if name.endswith("_blocks")]:
-        pieces = [piece for name in experts for piece in of(source, name)[: Mxfp4.PIECES]]
-    elif hasattr(type(weight := source.weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype
+        nested = getattr(state, "state2", None)  # a weight packed for the CPU has none
+        if nested is None:
+            return [state.absmax, state.code]
+        return [state.absmax, state.code, state.offset, nested.absmax, nested.code]
+    experts = [name.removesuffix("_blocks") for name in parameters if name.endswith("_blocks")]
+    if experts:
+        return [piece for name in experts for piece in of(source, name)[: Mxfp4.PIECES]]
+    if weight is None:
+        weight = source.weight
+    if hasattr(type(weight), "__tensor_flatten__"):  # of which of() may have copies in another dtype
         pieces = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
     else:
         value = of(source)
