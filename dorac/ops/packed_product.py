@@ -18,13 +18,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dorac import packed
 from dorac.ops import front
 
+_NESTED_BLOCK = 64  # the smallest that the library's kernels for a GPU read right; it makes blocks of 256
 _tables = WeakTensorKeyDictionary()  # of a table of 4-bit numbers: its version, and the library's name for it
 
 
 def dense(weight: packed.Packed, dtype: torch.dtype) -> Tensor:
     """The weight ``[out, in]`` in ``dtype``."""
     if type(weight) is packed.Bnb4bit and front.unobserved(but_by_modes=True) and front.all_eager(weight.codes):
-        kind = _table(weight.code)
+        kind = None if 0 < weight.nested_blocksize < _NESTED_BLOCK else _table(weight.code)
         if kind is not None:
             return _by_bitsandbytes(weight, kind).to(dtype)
     return weight.rows(0, weight.shape[0]).to(dtype)
