@@ -4,14 +4,16 @@ import functools
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dorac.apply import bare, dora_layers
-from dorac.nn import DoraLayer, norm_cache, offloaded, starts
+from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
 
 _WRITTEN = (
@@ -81,7 +83,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
             f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first, or give a model of "
             "PEFT's to dorac.peft.enable"
         )
-    return NormCache(layers, debug=debug)
+    return NormCache(layers, gathered.by_unit(model, layers.values()), debug=debug)
 
 
 class NormCache:
@@ -90,18 +92,27 @@ class NormCache:
     A copy or a pickle of it holds no layers, as a copy of the model holds no cached norms.
     """
 
-    def __init__(self, layers: dict[str, Keeper], *, debug: bool) -> None:
+    def __init__(
+        self, layers: dict[str, Keeper], units: Mapping[nn.Module, Sequence[Keeper]] | None = None, *, debug: bool
+    ) -> None:
+        units = units or {}
+        whole_in_forward = {layer for of in units.values() for layer in of}
         for layer in layers.values():
             if isinstance(layer, DoraLayer):
                 starts.settle(layer)
-        refused = {name or type(layer).__name__: norm_cache.uncacheable(layer) for name, layer in layers.items()}
+        refused = {
+            name or type(layer).__name__: norm_cache.uncacheable(layer, layer in whole_in_forward)
+            for name, layer in layers.items()
+        }
         refused = {name: reason for name, reason in refused.items() if reason}
         if refused:
             listed = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
         self._layers = weakref.WeakValueDictionary(layers)  # it may be kept longer than the model
+        self._hooks: list[RemovableHandle] = []
         try:
             norm_cache.start(layers.values(), debug=debug)
+            self._hooks += gathered.follow(units)
             _HOOKS.register()
         except BaseException:
             self.remove()
@@ -129,6 +140,8 @@ class NormCache:
         """Lets forward compute the norms again; a second call does nothing."""
         norm_cache.stop(self._layers.values())
         self._layers.clear()
+        for hook in self._hooks:
+            hook.remove()
         _HOOKS.leave()
 
     def __enter__(self) -> Self:
@@ -177,7 +190,12 @@ _HOOKS = _StepHooks()
 def _stepped(optimizer: Optimizer) -> list[Keeper]:
     """The layers of which the optimizer holds what the norm is taken of."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, layer.norm_inputs()))]
+    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, _depends_on(layer)))]
+
+
+def _depends_on(layer: Keeper) -> tuple[Tensor, ...]:
+    """The parameters of the layer's norm, of which FSDP2 may have put others in their place."""
+    return layer.norm_inputs() if layer.gathered is None else (*layer.norm_inputs(), *layer.gathered.tensors)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
