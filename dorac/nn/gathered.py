@@ -73,7 +73,9 @@ def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[
     unit_of: dict[nn.Module, nn.Module] = {}
 
     def walk(module: nn.Module, unit: nn.Module | None) -> None:
-        unit = module if isinstance(module, fsdp.FSDPModule) else unit
+        if isinstance(module, fsdp.FSDPModule):
+            unit = module
+            unit.reshard()  # what a forward without gradients may have left whole
         if unit is not None:
             unit_of[module] = unit
         for child in module.children():
@@ -83,7 +85,7 @@ def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[
     for layer in layers:
         module = layer if isinstance(layer, nn.Module) else layer.layer
         tensors = [t for t in layer.norm_inputs() if sharded.any_sharded(t)]
-        once = all(sum(p.is_shard() for p in t.placements) < 2 for t in tensors)
+        once = all(sum(not p.is_replicate() for p in t.placements) < 2 for t in tensors)
         if module in unit_of and tensors and once:
             units.setdefault(unit_of[module], []).append(layer)
     return units

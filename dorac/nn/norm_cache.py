@@ -271,6 +271,8 @@ def take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | 
     """As :func:`refresh`; a norm that is the same as ever may be written while a graph holds it, unseen by autograd."""
     taken = []
     layers = [layer for layer in layers if layer.caches_norm]
+    if not layers:
+        return
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
