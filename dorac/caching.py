@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from dorac.apply import bare, dora_layers
+from dorac.apply import bare, dora_layers, reshard
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
 
@@ -75,6 +75,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
             format that is not known; cached already). The model is then unchanged.
     """
     model = bare(model)
+    reshard(model)
     layers: dict[str, Keeper] = dict(dora_layers(model))
     if (norms := sys.modules.get("dorac.peft.norms")) is not None:  # else no model runs on dorac.peft
         layers |= norms.adapter_norms(model)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dorac import packed
 from dorac.nn import norm_cache
 from dorac.nn.norm_cache import Keeper, Moment
 from dorac.ops import front, sharded
@@ -73,9 +74,7 @@ def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[
     unit_of: dict[nn.Module, nn.Module] = {}
 
     def walk(module: nn.Module, unit: nn.Module | None) -> None:
-        if isinstance(module, fsdp.FSDPModule):
-            unit = module
-            unit.reshard()  # what a forward without gradients may have left whole
+        unit = module if isinstance(module, fsdp.FSDPModule) else unit
         if unit is not None:
             unit_of[module] = unit
         for child in module.children():
@@ -111,6 +110,7 @@ class _Hook:
         layers = [layer for layer in (ref() for ref in self.layers) if layer is not None and layer.gathered is not None]
         changed, doubted = [], []
         for layer in layers:
+            packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
             inputs = layer.norm_inputs()
             if layer.merged or sharded.any_sharded(*inputs):
                 continue

@@ -70,6 +70,16 @@ def weight_of(module: nn.Module) -> tuple | Tensor:
     return (module if holder(module) is _HQQ else module.weight).dequantize()
 
 
+def restore(module: nn.Module) -> None:
+    """Gives the parameter that FSDP has put in the place of bitsandbytes' the statistics that the layer keeps.
+
+    The layer's forward does so, too, but by another parameter each time.
+    """
+    weight, state = module._parameters.get("weight"), getattr(module, "quant_state", None)
+    if type(weight) is nn.Parameter and state is not None and getattr(weight, "quant_state", None) is None:
+        weight.quant_state = state
+
+
 def unreadable(module: nn.Module) -> str | None:
     """Why the weight of a holder cannot be read or its product not be differentiated now, or None if both can."""
     kind, name = type(module).__name__, holder(module).attribute

@@ -22,9 +22,14 @@ def is_partitioned(tensor: Tensor | None) -> bool:
 
 
 def is_plain(weight: Tensor | None) -> bool:
-    """Whether ``weight`` can be used as it lies there: dense, float, whole."""
+    """Whether ``weight`` can be used as it lies there: dense, float, whole.
+
+    Not bitsandbytes' 4-bit numbers, which FSDP gathers into a plain parameter of a float dtype.
+    """
     kind = type(weight)
-    return (kind is nn.Parameter or kind is Tensor) and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "ds_id")
+    if (kind is not nn.Parameter and kind is not Tensor) or weight.dtype not in FLOAT_DTYPES:
+        return False
+    return not hasattr(weight, "ds_id") and not hasattr(weight, "quant_state")
 
 
 def is_fsdp_unit(module: nn.Module) -> bool:
