@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from dorac import ranks
 from dorac.apply import bare, dora_layers, reshard
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
@@ -48,7 +49,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     weights) with none of these around them, and in compiled code whatever is written without one of them after it was
     compiled, between calls without an optimizer: call ``refresh()`` after such writes.
 
-    Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP), within a step that is given a
+    Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP1), within a step that is given a
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
 
@@ -58,6 +59,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Of several adapters of a model of ``dorac.nn`` each has its norms kept: :func:`dorac.set_adapter` takes none that is
     still right.
+
+    Under FSDP2 (``fully_shard`` before this call) a norm is taken of the whole parameters in the first forward of its
+    unit after a step, compiled or not, without a collective, and again where this rank's parts were written to.
 
     Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
     weight is there, and again where the host's tensor was written to or replaced.
@@ -71,8 +75,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; parameters that are sharded, or offloaded to disk; a base weight of a
-            format that is not known; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded by tensor parallelism, or offloaded to
+            disk; a base weight of a format that is not known; cached already); under FSDP2, where every rank calls
+            this, layers that are others on another rank. The model is then unchanged.
     """
     model = bare(model)
     reshard(model)
@@ -84,7 +89,12 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
             f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first, or give a model of "
             "PEFT's to dorac.peft.enable"
         )
-    return NormCache(layers, gathered.by_unit(model, layers.values()), debug=debug)
+    units = gathered.by_unit(model, layers.values())
+    in_units = {layer for of in units.values() for layer in of}
+    shared = {name: layer for name, layer in layers.items() if layer in in_units and isinstance(layer, DoraLayer)}
+    if shared:
+        ranks.refuse_other_adapters(shared, ranks.mesh_of(t for layer in shared.values() for t in layer.norm_inputs()))
+    return NormCache(layers, units, debug=debug)
 
 
 class NormCache:

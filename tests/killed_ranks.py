@@ -1,7 +1,7 @@
 """Run as a script with a folder: in each scenario one of two ranks is killed; prints how both ended, as JSON.
 
-Both train an MLP under FSDP2 and save it whole. Then rank 1 dies in the backward of the next step, or while it writes its
-part of the next checkpoint, or rank 0 while it replaces the adapter.
+Both train an MLP under FSDP2 and save it whole. Then rank 1 dies in the backward of the next step, or while it writes
+its part of the next checkpoint, or rank 0 while it replaces the adapter.
 """
 
 import datetime

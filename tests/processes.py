@@ -1,4 +1,4 @@
-"""Processes on this machine, two by default, over gloo or over NCCL with a GPU each, which run a function of a test file."""
+"""Processes on this machine, over gloo or over NCCL with a GPU each, which run a function of a test file."""
 
 import os
 import sys

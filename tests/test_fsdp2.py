@@ -156,7 +156,7 @@ def graphs_held(mesh, _folder):
 
 
 def other_layers(mesh, _folder):
-    """Embeddings, convolutions, a weight [in, out], layers that FSDP2 leaves out, and rank 1, of which a rank has no row."""
+    """Embeddings, convolutions, layers that FSDP2 leaves out, and r = 1, of which a rank has no row."""
     from torch.distributed.fsdp import fully_shard
 
     layers = other_kinds()

@@ -1,7 +1,7 @@
 """FSDP2 over quantised layers on two processes, through ``dorac.nn`` and the drop-in: one process's numbers.
 
-bitsandbytes' 4-bit weights are sharded in a float storage, as FSDP-QLoRA does. torchao's (0.18) have no operations to be
-sharded by: they are left whole on each rank (``ignored_params``), and their adapters are sharded.
+bitsandbytes' 4-bit weights are sharded in a float storage, as FSDP-QLoRA does. torchao's (0.18) have no operations to
+be sharded by: they are left whole on each rank (``ignored_params``), and their adapters are sharded.
 """
 
 import contextlib
@@ -114,7 +114,9 @@ class Trained:
 def workers(sides, storages=(torch.bfloat16,), library="nf4"):
     frozen = [functools.partial(nf4, s) for s in storages] if library == "nf4" else [torchao]
     return [
-        functools.partial(trains_as_one, frozen=f, side=side, whole=library == "torchao") for f in frozen for side in sides
+        functools.partial(trains_as_one, frozen=f, side=side, whole=library == "torchao")
+        for f in frozen
+        for side in sides
     ]
 
 

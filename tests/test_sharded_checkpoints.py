@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint and adapters of sharded models: resumed, resharded, and whole after a rank was killed."""
+"""torch.distributed.checkpoint and adapters of sharded models: resumed, resharded, whole after a rank was killed."""
 
 import json
 import os
@@ -130,7 +130,10 @@ def saved_by_two(folder):
     for layout in ("fsdp2", "tensor parallel"):
         resume(folder, layout)
     dist.barrier()
-    reshard(folder, [("fsdp2", "tensor parallel"), ("tensor parallel", "fsdp2"), ("one", "fsdp2"), ("one", "tensor parallel")])
+    reshard(
+        folder,
+        [("fsdp2", "tensor parallel"), ("tensor parallel", "fsdp2"), ("one", "fsdp2"), ("one", "tensor parallel")],
+    )
 
 
 def on_one(folder):
@@ -194,5 +197,7 @@ def test_a_rank_is_killed(tmp_path):
         for name, p in trained(model).items():
             assert torch.equal(p, trained(adapter)[name]), (scenario, name)
             assert not torch.equal(p, start[name]), (scenario, name)
-    with pytest.raises(dcp.api.CheckpointException, match="metadata"):  # the one that was being written is no checkpoint
+    with pytest.raises(
+        dcp.api.CheckpointException, match="metadata"
+    ):  # the one that was being written is no checkpoint
         loaded(tmp_path / "save" / "checkpoint-2", "one")

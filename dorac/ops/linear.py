@@ -327,11 +327,10 @@ def forward(
     if path == "separate":
         # With the bias, and of x in its own shape and strides: the bits of the frozen layer.
         holds_bias = not delta and takes_bias(x, bias)
-        if delta:
-            held = None if bias is None else bias.to(x.dtype)  # which autocast casts the frozen layer's to
+        if delta and bias is not None:
+            base = F.linear(x, weight, bias.to(x.dtype))  # as autocast casts the frozen layer's
         else:
-            held = finite_part(bias) if holds_bias else None
-        base = F.linear(x, weight, held)
+            base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
         g, rows = magnitude_scale(magnitude, weight_norm), _rows(seen)
         h = rows.to(lora_A.dtype) @ lora_A.t()
         if delta:

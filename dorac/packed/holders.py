@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from dorac.packed.recognise import kind_of, of
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+IN_PARTS = (
+    "its quantised weight is in parts (a DTensor), and a merge would gather it on every rank and quantise it anew: "
+    "save the adapter, load it into the model in one process, and merge there"
+)
 LEAST = 1e-30  # that a scale of torchao's floats is taken of: it makes NaN of a row of zeros else
 
 
