@@ -13,24 +13,6 @@ import torch
 
 import dorac.peft
 
-
-def shard_on_cpus():
-    """accelerate shards on GPUs alone: what it would note of one, of processes over gloo."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    stock = AcceleratorState.__init__
-
-    def noting(self, *args, fsdp_plugin=None, **options):
-        stock(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-        if "fsdp_plugin" in self._shared_state:
-            self.distributed_type = DistributedType.FSDP
-
-    AcceleratorState.__init__ = noting
-
-
 base, kind, checkpoint, folder, options = sys.argv[1:]
 kind, _, start = kind.partition(":")
 if kind == "dorac":
@@ -41,7 +23,7 @@ else:
     model = peft.PeftModel.from_pretrained(tiny.load(base), start, is_trainable=True)
 options = json.loads(options)
 if options.get("fsdp"):
-    shard_on_cpus()
+    tiny.shard_on_cpus()
 trainer = tiny.trainer(model, Path(folder, "out"), gradient_accumulation_steps=2, **options)
 trainer.train(resume_from_checkpoint=None if checkpoint == "-" else checkpoint)
 trained = tiny.trained(trainer.model)
