@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 
 from dorac import packed
@@ -138,6 +138,10 @@ def partitioned_base(view: Tensor) -> Tensor:
     return view._base if is_partitioned(view._base) else view
 
 
+def _is_gathered(tensor: Tensor) -> bool:
+    return tensor.numel() == math.prod(tensor.ds_shape)
+
+
 @contextlib.contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     """The partitioned ones of ``tensors`` made whole for the block; yields whether there are any.
@@ -151,9 +155,13 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     if not partitioned:
         yield False
         return
-    with gather_params_ctx(partitioned, modifier_rank=None):  # only read: nothing to broadcast at the end
+    # Of one that is whole already, for a module that runs or in a block around this one, DeepSpeed takes no second
+    # gathering. PEFT's gather_params_ctx would do nothing where transformers does not know of DeepSpeed's config.
+    others = [t for t in partitioned if not _is_gathered(t)]
+    zero = sys.modules["deepspeed"].zero
+    with zero.GatheredParameters(others, modifier_rank=None):  # only read: nothing to broadcast at the end
         for tensor in partitioned:
-            if tensor.numel() != math.prod(tensor.ds_shape):
+            if not _is_gathered(tensor):
                 raise RuntimeError(
                     f"DeepSpeed did not gather a parameter of shape {list(tensor.ds_shape)}: "
                     f"this process holds {tensor.numel()} of its elements"
