@@ -1,8 +1,9 @@
-"""DeepSpeed itself, ZeRO-3 on the CPU over two processes: the drop-in gives one process's losses and parameters.
+"""DeepSpeed itself, ZeRO-3 on the CPU over two processes: one process's losses and parameters.
 
 Its CPU build compiles an extension in the first run. test_peft_zero3.py has what needs no DeepSpeed.
 """
 
+import itertools
 import os
 import socket
 
@@ -13,8 +14,11 @@ from peft_models import Holder, off_init
 from processes import WORLD, run
 from test_peft_sharded import Net
 from test_sharded import assert_same
+from torch import nn
 
 peft = pytest.importorskip("peft")
+
+import dorac.peft  # noqa: E402
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 3,
@@ -24,14 +28,17 @@ CONFIG = {
 }
 
 
-def built(lora_dropout):
-    import dorac.peft
-
+def built(side, lora_dropout):
     torch.manual_seed(0)
     targets = ["table", "first", "second", "filter"]
-    config = peft.LoraConfig(r=4, use_dora=True, lora_dropout=lora_dropout, target_modules=targets)
-    model = off_init(peft.get_peft_model(Holder(Net()), config)).train()
-    dorac.peft.enable(model)
+    if side == "nn":
+        dorac.apply_dora(model := Net(), targets, r=4, lora_dropout=lora_dropout, init_lora_weights=False)
+        for layer in model.children():
+            nn.init.uniform_(layer.lora_magnitude_vector, 0.5, 1.5)
+    else:
+        config = peft.LoraConfig(r=4, use_dora=True, lora_dropout=lora_dropout, target_modules=targets)
+        model = off_init(peft.get_peft_model(Holder(Net()), config)).train()
+        dorac.peft.enable(model)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
 
 
@@ -48,8 +55,8 @@ def trains_as_one(port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     deepspeed.init_distributed(dist_backend="gloo")
-    for lora_dropout in (0.0, 0.5):
-        reference, its = built(lora_dropout)
+    for side, lora_dropout in itertools.product(("nn", "drop-in"), (0.0, 0.5)):
+        reference, its = built(side, lora_dropout)
         expected = []
         for step in range(3):
             its.zero_grad()
@@ -57,7 +64,7 @@ def trains_as_one(port):
             losses.mean().backward()
             its.step()
             expected.append(losses[rank].detach())
-        model, optimizer = built(lora_dropout)
+        model, optimizer = built(side, lora_dropout)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
         assert all(p.numel() == 0 for p in model.parameters())
         for step in range(3):
