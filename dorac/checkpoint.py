@@ -135,6 +135,11 @@ def _refuse_without_values(layers: dict[str, DoraLayer]) -> None:
                 raise ValueError(
                     f"{name}.{key} is on meta and has no values: load the base weights or an adapter first"
                 )
+            if hasattr(parameter, "ds_id") and not parameter.numel():
+                raise ValueError(
+                    f"{name}.{key} is in parts (DeepSpeed ZeRO-3): call this within deepspeed.zero.GatheredParameters, "
+                    "or give the state_dict that the trainer has gathered"
+                )
             if not sharded.all_finite(parameter):
                 raise ValueError(f"{name}.{key} is not finite: the adapter is not saved")
 

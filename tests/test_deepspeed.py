@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft")
 import dorac.peft  # noqa: E402
 
 CONFIG = {
+    "gradient_clipping": 0.0,
     "train_micro_batch_size_per_gpu": 3,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
@@ -73,6 +74,9 @@ def trains_as_one(port):
             engine.step()
             assert_same(loss, expected[step])
         assert all(p.numel() == 0 for p in model.parameters())
+        if side == "nn":
+            with pytest.raises(ValueError, match=r"is in parts \(DeepSpeed ZeRO-3\)"):
+                dorac.save_adapter(model, "nowhere")
         for name, p in reference.named_parameters():
             if p.requires_grad:
                 with deepspeed.zero.GatheredParameters([parted := model.get_parameter(name)]):

@@ -154,3 +154,13 @@ def test_a_merge_that_would_gather(tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
     run(in_turn, tmp_path, "cpu", (merges,), tmp_path)
+
+
+def test_an_adapter_in_parts_of_zero_3_is_not_saved(tmp_path):
+    """DeepSpeed leaves tensors without elements between forwards: they are no adapter."""
+    model = model_of()
+    p = model.up.lora_A
+    p.ds_id, p.data = 0, torch.empty(0)
+    with pytest.raises(ValueError, match=r"up.lora_A is in parts \(DeepSpeed ZeRO-3\): call this within"):
+        dorac.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
