@@ -4,14 +4,17 @@ import functools
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from dorac.apply import bare, dora_layers
-from dorac.nn import DoraLayer, norm_cache, offloaded, starts
+from dorac import ranks
+from dorac.apply import bare, dora_layers, reshard
+from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.norm_cache import Keeper
 
 _WRITTEN = (
@@ -46,7 +49,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     weights) with none of these around them, and in compiled code whatever is written without one of them after it was
     compiled, between calls without an optimizer: call ``refresh()`` after such writes.
 
-    Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP), within a step that is given a
+    Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP1), within a step that is given a
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
 
@@ -56,6 +59,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Of several adapters of a model of ``dorac.nn`` each has its norms kept: :func:`dorac.set_adapter` takes none that is
     still right.
+
+    Under FSDP2 (``fully_shard`` before this call) a norm is taken of the whole parameters in the first forward of its
+    unit after a step, compiled or not, without a collective, and again where this rank's parts were written to.
 
     Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
     weight is there, and again where the host's tensor was written to or replaced.
@@ -69,10 +75,12 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; parameters that are sharded, or offloaded to disk; a base weight of a
-            format that is not known; cached already). The model is then unchanged.
+            weight or the norm itself is trained; parameters that are sharded by tensor parallelism, or offloaded to
+            disk; a base weight of a format that is not known; cached already); under FSDP2, where every rank calls
+            this, layers that are others on another rank. The model is then unchanged.
     """
     model = bare(model)
+    reshard(model)
     layers: dict[str, Keeper] = dict(dora_layers(model))
     if (norms := sys.modules.get("dorac.peft.norms")) is not None:  # else no model runs on dorac.peft
         layers |= norms.adapter_norms(model)
@@ -81,7 +89,12 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
             f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first, or give a model of "
             "PEFT's to dorac.peft.enable"
         )
-    return NormCache(layers, debug=debug)
+    units = gathered.by_unit(model, layers.values())
+    in_units = {layer for of in units.values() for layer in of}
+    shared = {name: layer for name, layer in layers.items() if layer in in_units and isinstance(layer, DoraLayer)}
+    if shared:
+        ranks.refuse_other_adapters(shared, ranks.mesh_of(t for layer in shared.values() for t in layer.norm_inputs()))
+    return NormCache(layers, units, debug=debug)
 
 
 class NormCache:
@@ -90,18 +103,27 @@ class NormCache:
     A copy or a pickle of it holds no layers, as a copy of the model holds no cached norms.
     """
 
-    def __init__(self, layers: dict[str, Keeper], *, debug: bool) -> None:
+    def __init__(
+        self, layers: dict[str, Keeper], units: Mapping[nn.Module, Sequence[Keeper]] | None = None, *, debug: bool
+    ) -> None:
+        units = units or {}
+        whole_in_forward = {layer for of in units.values() for layer in of}
         for layer in layers.values():
             if isinstance(layer, DoraLayer):
                 starts.settle(layer)
-        refused = {name or type(layer).__name__: norm_cache.uncacheable(layer) for name, layer in layers.items()}
+        refused = {
+            name or type(layer).__name__: norm_cache.uncacheable(layer, layer in whole_in_forward)
+            for name, layer in layers.items()
+        }
         refused = {name: reason for name, reason in refused.items() if reason}
         if refused:
             listed = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
         self._layers = weakref.WeakValueDictionary(layers)  # it may be kept longer than the model
+        self._hooks: list[RemovableHandle] = []
         try:
             norm_cache.start(layers.values(), debug=debug)
+            self._hooks += gathered.follow(units)
             _HOOKS.register()
         except BaseException:
             self.remove()
@@ -129,6 +151,8 @@ class NormCache:
         """Lets forward compute the norms again; a second call does nothing."""
         norm_cache.stop(self._layers.values())
         self._layers.clear()
+        for hook in self._hooks:
+            hook.remove()
         _HOOKS.leave()
 
     def __enter__(self) -> Self:
@@ -177,7 +201,12 @@ _HOOKS = _StepHooks()
 def _stepped(optimizer: Optimizer) -> list[Keeper]:
     """The layers of which the optimizer holds what the norm is taken of."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, layer.norm_inputs()))]
+    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, _depends_on(layer)))]
+
+
+def _depends_on(layer: Keeper) -> tuple[Tensor, ...]:
+    """The parameters of the layer's norm, of which FSDP2 may have put others in their place."""
+    return layer.norm_inputs() if layer.gathered is None else (*layer.norm_inputs(), *layer.gathered.tensors)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, checks, hub, named, notices, offload, packed
+from dorac import adapter_config, checks, hub, named, notices, offload, packed, ranks
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.apply import (
     bare,
@@ -134,6 +134,11 @@ def _refuse_without_values(layers: dict[str, DoraLayer]) -> None:
             if parameter.is_meta:
                 raise ValueError(
                     f"{name}.{key} is on meta and has no values: load the base weights or an adapter first"
+                )
+            if hasattr(parameter, "ds_id") and not parameter.numel():
+                raise ValueError(
+                    f"{name}.{key} is in parts (DeepSpeed ZeRO-3): call this within deepspeed.zero.GatheredParameters, "
+                    "or give the state_dict that the trainer has gathered"
                 )
             if not sharded.all_finite(parameter):
                 raise ValueError(f"{name}.{key} is not finite: the adapter is not saved")
@@ -263,7 +268,8 @@ def load_adapter(
             DoRA, asks for what dorac does not have, or is not the one that the weights were saved with; keys, shapes,
             dtypes, ranks or scalings that do not fit and values that are not finite in the dtype they go to, all of
             them listed, other ranks first. The path is in the sentence. Also an adapter that accelerate offloads to
-            disk, an ``adapter_name`` that is there, and with one what :func:`dorac.add_adapter` refuses. Then, and
+            disk, an ``adapter_name`` that is there, and with one what :func:`dorac.add_adapter` refuses; of a sharded
+            model, which every rank calls this for, a file or an adapter that is another one on another rank. Then, and
             whatever else is raised, the model is what it was.
     """
     checks.check_dropout_on(dropout_on)
@@ -274,11 +280,7 @@ def load_adapter(
     layers = dora_layers(model)
     _refuse_root(layers)
     active = named.check_new(model, layers, adapter_name) if layers and adapter_name is not None else None
-    directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
-    config = adapter_config.read_config(directory / CONFIG_NAME)
-    tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
-    adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
-    file = _File(directory, config, tensors)
+    file = _read_alike(layers, directory, revision)
     if active is None:
         return _load(root, file, dropout_on=dropout_on, adapter_name=adapter_name or "default")
     with Undo() as log:
@@ -298,6 +300,32 @@ class _File(NamedTuple):
     directory: Path
     config: dict
     tensors: dict[str, Tensor]
+
+
+def _read(directory: str | os.PathLike, revision: str | None) -> _File:
+    directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
+    config = adapter_config.read_config(directory / CONFIG_NAME)
+    tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
+    adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
+    return _File(directory, config, tensors)
+
+
+def _read_alike(layers: Mapping[str, DoraLayer], directory: str | os.PathLike, revision: str | None) -> _File:
+    """What the files hold; of a sharded model the same on every rank, or an error on every rank."""
+    mesh = ranks.mesh_of(p for layer in layers.values() for p in layer.parameters(recurse=False))
+    if mesh is None:
+        return _read(directory, revision)
+    file = error = None
+    try:
+        file = _read(directory, revision)
+        found = f"adapter {ranks.digest(file.tensors, adapter_config.digests(file.config))}"
+    except (OSError, ValueError) as raised:
+        error, found = raised, f"an error ({raised})"
+    ranks.refuse_others({"what load_adapter reads": found}, mesh, "give every rank the same directory")
+    if error is not None:
+        raise error
+    ranks.refuse_other_adapters(layers, mesh)
+    return file
 
 
 def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:

@@ -491,3 +491,17 @@ def test_flops_are_counted(meaning, on_gpu, device):
     products = 2 if meaning == "adapter" else 1
     assert forward.get_total_flops() == products * base + low_rank
     assert backward.get_total_flops() == products * base + 2 * low_rank
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)], ids=str)
+def test_a_float32_layer_with_a_bias_under_autocast(meaning, shape):
+    """Where the delta is zero it is the frozen layer's product, whose bias autocast casts."""
+    base = torch.nn.Linear(12, 7)
+    layer = dorac.nn.DoraLinear(base, r=3, lora_dropout=0.5, dropout_on=meaning)
+    x = torch.randn(shape, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x), base(x)
+    y.square().sum().backward()
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
+    assert layer.lora_magnitude_vector.grad.isfinite().all()

@@ -28,6 +28,7 @@ FLOORS = {
     "offload": 3.5,
     "hooks": 3.6,
     "nn": 4,
+    "ranks": 4.5,
     "notices": 5,
     "parallel": 5,
     "peft": 5,

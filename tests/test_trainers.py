@@ -125,21 +125,40 @@ def test_two_processes(base, stock_losses, tmp_path):
     torch.testing.assert_close(torch.tensor(whole[0]["losses"]), torch.tensor(stock_losses))
 
 
+FSDP2 = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+IN_PARTS = FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}}
+ZERO_3 = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+DEEPSPEED = {
+    "zero_optimization": ZERO_3,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+}
 SHARDED = {
-    "dorac": ("dorac", {}),
-    "dorac, checkpoints in parts": ("dorac", {"state_dict_type": "SHARDED_STATE_DICT"}),
-    "drop-in": ("dropin:{start}", {}),
+    "FSDP2": ("dorac", FSDP2),
+    "FSDP2, norms kept": ("dorac", FSDP2 | {"keep_norms": True}),
+    "FSDP2, checkpoints in parts": ("dorac", IN_PARTS),
+    "FSDP2, drop-in": ("dropin:{start}", FSDP2),
+    "FSDP2, drop-in, norms kept": ("dropin:{start}", FSDP2 | {"keep_norms": True}),
+    "DDP, norms kept": ("dorac", {"keep_norms": True}),
+    "ZeRO-3, drop-in": ("dropin:{start}", {"deepspeed": DEEPSPEED}),
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", SHARDED)
 def test_two_processes_sharded(base, stock_losses, case, tmp_path):
-    """FSDP2 of every block: resumed, bit for bit; the losses are those of DDP over stock PEFT; adapters are kept."""
-    kind, config = SHARDED[case]
+    """Resumed, bit for bit; the losses are those of DDP over stock PEFT; adapters are kept."""
+    kind, options = SHARDED[case]
+    if "deepspeed" in options:
+        pytest.importorskip("deepspeed")
     tiny.save_start(base, tmp_path / "start")
     kind = kind.format(start=tmp_path / "start")
-    options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]} | config}
     whole = torchrun([base, kind, "-"], tmp_path / "whole", **options)
     checkpoints = tmp_path / "whole" / "out"
     resumed = torchrun([base, kind, checkpoints / "checkpoint-2"], tmp_path / "resumed", **options)

@@ -77,6 +77,23 @@ def stock_twin(model, base, directory):
     return peft.PeftModel.from_pretrained(load(base), directory, is_trainable=True)
 
 
+def shard_on_cpus():
+    """accelerate shards on GPUs alone: what it would note of one, of processes over gloo."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    stock = AcceleratorState.__init__
+
+    def noting(self, *args, fsdp_plugin=None, **options):
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if "fsdp_plugin" in self._shared_state:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = noting
+
+
 class Rows(Dataset):
     """Sixteen rows of nine tokens."""
 

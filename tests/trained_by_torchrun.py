@@ -10,26 +10,9 @@ from pathlib import Path
 import peft
 import tiny_trainers as tiny
 import torch
+import transformers
 
 import dorac.peft
-
-
-def shard_on_cpus():
-    """accelerate shards on GPUs alone: what it would note of one, of processes over gloo."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    stock = AcceleratorState.__init__
-
-    def noting(self, *args, fsdp_plugin=None, **options):
-        stock(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-        if "fsdp_plugin" in self._shared_state:
-            self.distributed_type = DistributedType.FSDP
-
-    AcceleratorState.__init__ = noting
-
 
 base, kind, checkpoint, folder, options = sys.argv[1:]
 kind, _, start = kind.partition(":")
@@ -40,12 +23,32 @@ else:
         dorac.peft.enable()
     model = peft.PeftModel.from_pretrained(tiny.load(base), start, is_trainable=True)
 options = json.loads(options)
+
+
+class KeepNorms(transformers.TrainerCallback):
+    """As README has it: once the trainer has sharded the model."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        dorac.cache_norms(model)
+
+
+def whole(parameter):
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
 if options.get("fsdp"):
-    shard_on_cpus()
+    tiny.shard_on_cpus()
+keeps = options.pop("keep_norms", False)
 trainer = tiny.trainer(model, Path(folder, "out"), gradient_accumulation_steps=2, **options)
+if keeps:
+    trainer.add_callback(KeepNorms())
 trainer.train(resume_from_checkpoint=None if checkpoint == "-" else checkpoint)
-trained = tiny.trained(trainer.model)
-trained = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trained.items()}
+trained = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 if kind == "dorac":  # on every rank, whatever the trainer's checkpoints hold
     dorac.save_adapter(trainer.model, Path(folder, "adapter"))
 torch.save({"trained": trained, "losses": tiny.losses(trainer)}, Path(folder, f"{os.environ['RANK']}.pt"))

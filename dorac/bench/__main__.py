@@ -21,6 +21,7 @@ from dorac.bench import (
     layer,
     measure,
     memory,
+    mesh,
     model,
     norm,
     options,
@@ -39,6 +40,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "memory": memory,
     "host": host,
     "surgery": surgery,
+    "mesh": mesh,
     "tune": tune,
 }
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_parameter_registration_hooks as _registration_hooks
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -356,6 +357,10 @@ class DoraLayer(Switched, nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         """What is read off the base layer is set there, so that forward sees it."""
+        parameters = self.__dict__.get("_parameters")
+        if parameters and name in parameters and isinstance(value, nn.Parameter) and not _registration_hooks:
+            parameters[name] = value  # FSDP2 comes here for each parameter, four times a step
+            return
         if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
             raise TypeError(MIXED.format(type(self).__name__))
         if self._base_has(name) and name not in self.__dict__ and not hasattr(type(self), name):

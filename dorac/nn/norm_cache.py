@@ -66,6 +66,7 @@ NOTHING_KEPT = {
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
     "cached_scaling": None,  # the scaling that it was taken with
     "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
+    "gathered": None,  # the gathered.Parts of what FSDP2 makes whole, see there; None: it doesn't
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
@@ -96,7 +97,7 @@ class Moment:
         try:
             return *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
         except RuntimeError:  # of a tensor of inference mode, which has no version
-            return *map(_address, tensors), *map(_version, tensors), *map(_strides, tensors)
+            return *map(_address, tensors), *map(version, tensors), *map(_strides, tensors)
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have been written to since; others may follow them."""
@@ -156,12 +157,12 @@ class Pieces(Moment):
     def __init__(self, weight: Tensor, base: nn.Module, stored: list[Tensor]) -> None:
         super().__init__([weight, *stored])
         self.count, self.base = len(stored), weakref.ref(base)
-        self.version = None if _has_memory(weight) else _version(weight)  # else its state has it
+        self.version = None if _has_memory(weight) else version(weight)  # else its state has it
         self.held: Held | None = None  # the weight; None: not looked at yet
 
     def differ(self, weight: Tensor, stored: list[Tensor]) -> bool:
         """Whether these are more or fewer, or the weight was written to as a whole where that is not in its state."""
-        return len(stored) != self.count or (self.version is not None and _version(weight) != self.version)
+        return len(stored) != self.count or (self.version is not None and version(weight) != self.version)
 
     def replaced(self, weight: Tensor, stored: list[Tensor]) -> bool:
         """Whether the weight or a piece of it has been written to, or another one stands in its place."""
@@ -182,7 +183,7 @@ def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) ->
     return pieces.held
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
@@ -192,18 +193,26 @@ def _has_memory(tensor: Tensor) -> bool:
     return kind in (Tensor, torch.nn.Parameter) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def uncacheable(layer: Keeper) -> str | None:
-    """Why the norm of this layer cannot be cached, or None if it can."""
+SHARDED = "its parameters are sharded (DTensor), and no unit of fully_shard in this model gathers them whole"
+
+
+def uncacheable(layer: Keeper, whole_in_forward: bool = False) -> str | None:
+    """Why the norm of this layer cannot be cached, or None if it can.
+
+    Args:
+        whole_in_forward: whether parameters that are sharded are whole in the forward of a unit of FSDP2's.
+    """
     if layer.caches_norm:
         return "it is cached already; remove() that cache first"
-    if layer.cannot_cache:
-        return layer.cannot_cache
+    reason = layer.cannot_cache
+    if reason and not (whole_in_forward and reason == SHARDED):
+        return reason
     if any(weight.requires_grad for weight in layer.base_weights()):
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
         return "its norm_grad is set: a norm that carries a gradient belongs to one forward"
-    if sharded.any_sharded(*layer.norm_inputs()):
-        return "its parameters are sharded (DTensor)"
+    if sharded.any_sharded(*layer.norm_inputs()) and not whole_in_forward:
+        return SHARDED
     return None
 
 
@@ -233,15 +242,28 @@ def refresh(layers: Iterable[Keeper]) -> None:
     """Takes the cached norms of these layers anew; that of a merged layer when it is unmerged.
 
     A layer that has been sharded since takes its own from then on; so do all of them until the next refresh if this one
-    does not come to its end. That of an offloaded layer is taken in its next forward.
+    does not come to its end. That of an offloaded layer is taken in its next forward, that of one in FSDP2 in its
+    unit's.
     """
-    _take(layers, seen_by_autograd=True)
+    take([layer for layer in layers if not _taken_by_unit(layer)], seen_by_autograd=True)
 
 
-def _take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
+def _taken_by_unit(layer: Keeper) -> bool:
+    """Whether the next forward of a unit of FSDP2's is to take the norm, which ends here."""
+    if layer.gathered is None:
+        return False
+    inputs = layer.norm_inputs()
+    tensors = inputs if sharded.any_sharded(*inputs) else layer.gathered.tensors
+    layer.cached_of, layer.gathered = None, layer.gathered.of(tensors, taken=False)
+    return True
+
+
+def take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
     """As :func:`refresh`; a norm that is the same as ever may be written while a graph holds it, unseen by autograd."""
     taken = []
     layers = [layer for layer in layers if layer.caches_norm]
+    if not layers:
+        return
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
@@ -283,8 +305,12 @@ def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) ->
         return
     if grad_mode is None and layer.cached_at is not None:
         grad_mode = layer.cached_at.grad_mode
-    base = layer.packed_base()
-    moment = Moment(tensors, grad_mode) if base is None else PackedMoment(tensors, grad_mode, base, layer.cached_at)
+    if layer.gathered is not None:
+        moment = layer.gathered.moment(tensors, grad_mode)
+    elif (base := layer.packed_base()) is None:
+        moment = Moment(tensors, grad_mode)
+    else:
+        moment = PackedMoment(tensors, grad_mode, base, layer.cached_at)
     vars(layer).update(  # setattr is slow
         cached_of=of, cached_scaling=layer.scaling, cached_at=moment, norm_in_doubt=layer.norm_distrusted
     )
@@ -395,7 +421,7 @@ def _verified(layer: Keeper) -> bool:
         return False
     grad_mode = torch.is_grad_enabled()
     with torch.no_grad():
-        _take([layer], seen_by_autograd=False, grad_mode=grad_mode)
+        take([layer], seen_by_autograd=False, grad_mode=grad_mode)
     return True
 
 
@@ -410,7 +436,7 @@ def _verify_while_tracing(norm: Tensor) -> None:
     layer.norm_traced = True
     if written_since(layer):
         with torch.no_grad():
-            _take([layer], seen_by_autograd=False)
+            take([layer], seen_by_autograd=False)
 
 
 def written_since(layer: Keeper) -> bool:

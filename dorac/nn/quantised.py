@@ -14,6 +14,7 @@ from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm, packed_weight
 from dorac.numerics import accumulate_dtype
+from dorac.ops import sharded
 from dorac.undo import Undo
 
 
@@ -181,6 +182,8 @@ class DoraQuantLinear(DoraLinear):
     def cannot_merge(self) -> str | None:
         if offload.is_offloaded(self.base_layer):
             return "it is quantised and offloaded: take accelerate's hooks off first"
+        if sharded.any_sharded(self.weight):
+            return packed.IN_PARTS
         if self.holder.requantised is None:
             return self.holder.cannot_requantise(self.base_layer)
         return super().cannot_merge()

@@ -23,6 +23,7 @@ dimension 1 either way, g and bias [O]); the functional layer accepts any leadin
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -282,6 +283,14 @@ class _Compose(torch.autograd.Function):
         return d_base, d_lora, d_mag, None, d_bias, None, None, None
 
 
+def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """What nobody else has, in another shape, in eager as no view.
+
+    A consumer's write in place to a view would make FSDP2 lose the hook that it puts on a layer's output.
+    """
+    return torch.ops.aten._unsafe_view(y, shape) if front.all_eager(y) else y.view(shape)
+
+
 def _channels_last(activation: Tensor, dim: int) -> bool:
     """Whether the activation lies in memory as rows of the outputs ``dim``, as torch allocates channels-last."""
     rows = activation.movedim(dim, -1)
@@ -310,7 +319,7 @@ def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, hol
     else:
         arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias)
         y = compose_parts(*arguments, eager=eager, needs_inner=False)[0]
-    return y.view(shape)
+    return reshaped(y, shape)
 
 
 compose = register_composite(

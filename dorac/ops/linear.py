@@ -48,6 +48,7 @@ from dorac.ops.compose import (
     compose_parts,
     finite_part,
     magnitude_scale,
+    reshaped,
     takes_bias,
 )
 from dorac.ops.library import lib, register_composite, register_leaf
@@ -326,7 +327,10 @@ def forward(
     if path == "separate":
         # With the bias, and of x in its own shape and strides: the bits of the frozen layer.
         holds_bias = not delta and takes_bias(x, bias)
-        base = F.linear(x, weight, bias if delta else finite_part(bias) if holds_bias else None)
+        if delta and bias is not None:
+            base = F.linear(x, weight, bias.to(x.dtype))  # as autocast casts the frozen layer's
+        else:
+            base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
         g, rows = magnitude_scale(magnitude, weight_norm), _rows(seen)
         h = rows.to(lora_A.dtype) @ lora_A.t()
         if delta:
@@ -566,7 +570,7 @@ def _dora_linear(
         path = route(x, lora_A, training=training, traced=not eager, delta=delta)
         arguments = (*tensors, number, path, eager, delta)
         y = _DoraLinear.apply(*arguments)[0] if training else forward(*arguments, False)[0]
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return reshaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 dora_linear = register_composite(

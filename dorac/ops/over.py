@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
+from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale, reshaped
 from dorac.ops.library import register_composite
 from dorac.ops.linear import _rows, gradients, route, up_compose, up_compose_forward
 
@@ -112,7 +112,7 @@ def _dora_over(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias=No
             y = _DoraOver.apply(*rows, number, holds_bias, path, eager)[0]
         else:
             y = forward(*rows, holds_bias, path, eager, False)[0]
-        return y.view(base.shape)
+        return reshaped(y, base.shape)
 
 
 dora_over = register_composite(

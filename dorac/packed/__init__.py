@@ -11,7 +11,7 @@ import torch
 from dorac.packed.bnb_4bit import Bnb4bit, Bnb4bitCpu
 from dorac.packed.bnb_int8 import BnbInt8
 from dorac.packed.float4 import Mxfp4, Nvfp4
-from dorac.packed.holders import Holder, holder, unreadable, weight_of
+from dorac.packed.holders import IN_PARTS, Holder, holder, restore, unreadable, weight_of
 from dorac.packed.recognise import of, stored
 from dorac.packed.scaled_8bit import Scaled8bit
 from dorac.packed.torchao_int4 import TorchaoInt4
@@ -38,6 +38,7 @@ def unflatten(kind: str, pieces: list, shape: list[int], dtype: torch.dtype, siz
 
 __all__ = [
     "FORMATS",
+    "IN_PARTS",
     "Bnb4bit",
     "Bnb4bitCpu",
     "BnbInt8",
@@ -51,6 +52,7 @@ __all__ = [
     "holder",
     "is_packed",
     "of",
+    "restore",
     "stored",
     "unflatten",
     "unreadable",

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from dorac.packed.recognise import kind_of, of
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+IN_PARTS = (
+    "its quantised weight is in parts (a DTensor), and a merge would gather it on every rank and quantise it anew: "
+    "save the adapter, load it into the model in one process, and merge there"
+)
 LEAST = 1e-30  # that a scale of torchao's floats is taken of: it makes NaN of a row of zeros else
 
 
@@ -68,6 +72,16 @@ def weight_of(module: nn.Module) -> tuple | Tensor:
     if value is not None:
         return value
     return (module if holder(module) is _HQQ else module.weight).dequantize()
+
+
+def restore(module: nn.Module) -> None:
+    """Gives the parameter that FSDP has put in the place of bitsandbytes' the statistics that the layer keeps.
+
+    The layer's forward does so, too, but by another parameter each time.
+    """
+    weight, state = module._parameters.get("weight"), getattr(module, "quant_state", None)
+    if type(weight) is nn.Parameter and state is not None and getattr(weight, "quant_state", None) is None:
+        weight.quant_state = state
 
 
 def unreadable(module: nn.Module) -> str | None:

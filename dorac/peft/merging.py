@@ -31,10 +31,13 @@ def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:
 
     Raises:
         RuntimeError: FSDP1 holds the weight in parts now.
+        ValueError: FSDP2 holds a quantised one in parts.
     """
-    log.add(partial(norms.refresh, layer))  # once all is restored, which is a write
     base = layer.base_layer
     weight = own_weight(layer.get_base_layer())
+    if sharded.any_sharded(weight) and getattr(layer.get_base_layer(), "quant_state", None) is not None:
+        raise ValueError(packed.IN_PARTS)
+    log.add(partial(norms.refresh, layer))  # once all is restored, which is a write
     if is_plain(weight):
         whole(weight)
     for module in layer.modules():  # PEFT's onload_layer leaves there what it has brought in when a merge fails

@@ -97,7 +97,7 @@ class AdapterNorm:
         if is_partitioned(weight) or is_partitioned(lora_A):
             return "its parameters are partitioned (DeepSpeed ZeRO-3)"
         if sharded.any_sharded(*inputs):
-            return "its parameters are sharded (DTensor)"
+            return norm_cache.SHARDED
         if weight.is_meta or lora_A.is_meta:
             return "its parameters are on the meta device (offloaded, or not loaded yet)"
         dense = is_plain(weight)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 
 from dorac import packed
@@ -22,9 +22,14 @@ def is_partitioned(tensor: Tensor | None) -> bool:
 
 
 def is_plain(weight: Tensor | None) -> bool:
-    """Whether ``weight`` can be used as it lies there: dense, float, whole."""
+    """Whether ``weight`` can be used as it lies there: dense, float, whole.
+
+    Not bitsandbytes' 4-bit numbers, which FSDP gathers into a plain parameter of a float dtype.
+    """
     kind = type(weight)
-    return (kind is nn.Parameter or kind is Tensor) and weight.dtype in FLOAT_DTYPES and not hasattr(weight, "ds_id")
+    if (kind is not nn.Parameter and kind is not Tensor) or weight.dtype not in FLOAT_DTYPES:
+        return False
+    return not hasattr(weight, "ds_id") and not hasattr(weight, "quant_state")
 
 
 def is_fsdp_unit(module: nn.Module) -> bool:
@@ -133,6 +138,10 @@ def partitioned_base(view: Tensor) -> Tensor:
     return view._base if is_partitioned(view._base) else view
 
 
+def _is_gathered(tensor: Tensor) -> bool:
+    return tensor.numel() == math.prod(tensor.ds_shape)
+
+
 @contextlib.contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     """The partitioned ones of ``tensors`` made whole for the block; yields whether there are any.
@@ -146,9 +155,13 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
     if not partitioned:
         yield False
         return
-    with gather_params_ctx(partitioned, modifier_rank=None):  # only read: nothing to broadcast at the end
+    # Of one that is whole already, for a module that runs or in a block around this one, DeepSpeed takes no second
+    # gathering. PEFT's gather_params_ctx would do nothing where transformers does not know of DeepSpeed's config.
+    others = [t for t in partitioned if not _is_gathered(t)]
+    zero = sys.modules["deepspeed"].zero
+    with zero.GatheredParameters(others, modifier_rank=None):  # only read: nothing to broadcast at the end
         for tensor in partitioned:
-            if tensor.numel() != math.prod(tensor.ds_shape):
+            if not _is_gathered(tensor):
                 raise RuntimeError(
                     f"DeepSpeed did not gather a parameter of shape {list(tensor.ds_shape)}: "
                     f"this process holds {tensor.numel()} of its elements"
