@@ -56,11 +56,11 @@ class GatheredMoment(Moment):
 
     __slots__ = ()
 
-    def _of(self, tensors: Sequence[Tensor]) -> list[int | None]:
-        return [norm_cache.version(tensors[i]) for i in self.places]
+    def _of(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
+        return tuple([norm_cache.version(tensors[i]) for i in self.places])
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
-        return self._of(tensors) != self.states
+        return self._of(tensors) != self.state
 
 
 def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[Keeper]]:
