@@ -39,6 +39,7 @@ FLOORS = {
     "adapter_config": 7,
     "named": 7,
     "caching": 7,
+    "files": 7.5,
     "checkpoint": 8,
     "fusing": 7,
     "idle": 7,
