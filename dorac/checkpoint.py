@@ -30,6 +30,9 @@ from dorac.apply import (
     wrap,
 )
 from dorac.bounded import Bounded
+from dorac.files import into_model, storage
+from dorac.files.parts import Given
+from dorac.files.peft import one_adapter
 from dorac.names import ModuleNames, Pattern, plain_name
 from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
@@ -228,8 +231,13 @@ def load_adapter(
     adapter_name: str | None = None,
     revision: str | None = None,
     dropout_on: str = "adapter",
+    lora_alpha: float | None = None,
+    scaling: float | None = None,
+    norm_axis: str | None = None,
+    eps: float | None = None,
+    component: str | None = None,
 ) -> list[str]:
-    """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
+    """Reads an adapter written by :func:`save_adapter`, by PEFT or by another trainer into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     With an ``adapter_name`` a wrapped model gets the adapter beside those that it has, of any ranks and scalings but
@@ -246,13 +254,23 @@ def load_adapter(
     same part is taken out of the base weights again. So the model must have the weights that the adapter began with.
     PEFT's own conversion leaves out the magnitudes; :func:`save_adapter` of the model writes a converted adapter.
 
+    Files of the other formats in :data:`dorac.files.FORMATS` are known by what is in them. Their layers are matched
+    with the model's modules, by the names of diffusers', kohya's, Black Forest Labs', Stability's, torchtune's and
+    Megatron's models too; rows that another library keeps in another order, or for several layers in one, are put where
+    they belong. Plain LoRA among the layers gets the magnitudes that leave it as it is. Magnitudes per input column are
+    refused, since no layer of dorac's computes with them: ``python -m dorac merge`` merges such files.
+
     Args:
-        directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
-            there is no such directory and huggingface_hub is installed.
+        directory: where the files are, or one file of weights; or the id of a repository on the Hugging Face Hub, such
+            as "user/adapter", if there is no such directory and huggingface_hub is installed.
         adapter_name: the name of the adapter, new to the model; of a plain model's first one "default" if it is None.
         revision: a branch, tag or commit of the repository.
         dropout_on: for a plain model, what the config's dropout is on (the file does not say: PEFT's config has no word
             for it); a wrapped model keeps its own. See :func:`dorac.functional.dora_linear`.
+        lora_alpha, scaling, norm_axis, eps: what files of other formats leave out, see :func:`dorac.files.read`; a file
+            that has an alpha of its own takes these in its place. PEFT's pair of files takes none.
+        component: of a file for several parts of a pipeline, the one that ``model`` is: "unet", "transformer",
+            "text_encoder", "text_encoder_2".
 
     Returns:
         The names of the modules that the adapter went to.
@@ -274,11 +292,14 @@ def load_adapter(
     layers = dora_layers(model)
     _refuse_root(layers)
     active = named.check_new(model, layers, adapter_name) if layers and adapter_name is not None else None
-    directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
-    config = adapter_config.read_config(directory / CONFIG_NAME)
-    tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
-    adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
-    file = _File(directory, config, tensors)
+    given = Given(lora_alpha, scaling, norm_axis, eps)
+    path = hub.local(directory, (CONFIG_NAME, *storage.WEIGHTS_NAMES), revision)
+    file = (
+        _read_pefts(path, given, component)
+        if into_model.is_pefts(path, given)
+        else _read_others(model, path, given, component)
+    )
+    directory = file.directory
     if active is None:
         return _load(root, file, dropout_on=dropout_on, adapter_name=adapter_name or "default")
     with Undo() as log:
@@ -290,6 +311,25 @@ def load_adapter(
         names = _load(root, file, beside_others=True)
         norm_cache.refresh(named.exchange(model, layers, active, log))
         return names
+
+
+def _read_pefts(directory: Path, given: Given, component: str | None) -> "_File":
+    if named := [name for name, value in (*given._asdict().items(), ("component", component)) if value is not None]:
+        raise ValueError(
+            f"{directory} holds PEFT's files, which say all that is needed: {named[0]}= has no place there"
+        )
+    config = adapter_config.read_config(directory / CONFIG_NAME)
+    weights = directory / WEIGHTS_NAME
+    if not weights.is_file() and weights.with_suffix(".bin").is_file():
+        weights = weights.with_suffix(".bin")
+    tensors, metadata = _read_tensors(weights)
+    adapter_config.check_digests(directory / CONFIG_NAME, config, weights, metadata)
+    return _File(directory, config, tensors)
+
+
+def _read_others(model: nn.Module, path: Path, given: Given, component: str | None) -> "_File":
+    config, tensors = into_model.read(model, path, given, component)
+    return _File(path, config, tensors)
 
 
 class _File(NamedTuple):
@@ -527,11 +567,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of the file, and its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path.parent}")
+    raw = storage.read(path)
     try:
-        with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        return one_adapter(raw.tensors), dict(raw.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target]]:

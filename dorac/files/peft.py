@@ -14,6 +14,7 @@ from dorac.files.storage import CONFIG_NAME, Raw
 from dorac.names import Pattern, plain_name
 
 NAME = "PEFT"
+NVLABS_TYPE = "DORA"  # of NVlabs' fork
 PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 # base_model.model.<module>.<role>[.<adapter>][.weight]

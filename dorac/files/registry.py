@@ -86,6 +86,15 @@ def read_raw(raw: Raw, given: Given) -> Contents:
     return contents
 
 
+def refuse_others(contents: Contents) -> None:
+    """Raises a ``ValueError`` that names tensors beside the adapters."""
+    if contents.others:
+        names = ", ".join(list(contents.others)[:3])
+        raise ValueError(
+            f"{contents.format}: {len(contents.others)} tensors of the file belong to no DoRA layer: {names}"
+        )
+
+
 def write(contents: Contents, path: str | os.PathLike, to: str, *, prefix: str = "lycoris") -> None:
     """Writes an adapter in another format, whole or not at all.
 

@@ -72,6 +72,18 @@ def read(path: Path) -> Raw:
     return Raw(weights, _unpickled(weights), {}, config)
 
 
+def keys(path: Path) -> list[str]:
+    """The keys of a file, without its tensors where it is a safetensors file.
+
+    Raises:
+        OSError, ValueError: see :func:`read`.
+    """
+    if path.suffix != ".safetensors":
+        return list(_unpickled(path))
+    with opened(path) as file:
+        return list(file.keys())
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[safetensors.safe_open]:
     """A safetensors file whose tensors are read when they are asked for."""
