@@ -98,15 +98,20 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is a pickle that asks for more than tensors, or none at all: {reason}") from None
+        raise ValueError(
+            f"{path} is a pickle that asks for more than tensors, or none at all: {_first_line(error)}"
+        ) from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file of tensors: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a whole file of tensors: {_first_line(error)}") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ValueError(f"{path} holds no state dict, but {type(loaded).__name__}")
     if wrong := next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None):
         raise ValueError(f"{path} holds no state dict of tensors: {wrong} is {type(loaded[wrong]).__name__}")
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_json(path: Path) -> dict:
