@@ -49,6 +49,8 @@ FLOORS = {
     "testing": 8,
     "cli": 8,
     "quantise": 8,
+    "commands": 9,
+    "__main__": 10,
     "demo": 9,
     "bench": 9,
 }

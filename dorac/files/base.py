@@ -83,9 +83,10 @@ class Checkpoint:
         shape = self._shapes[key]
         return torch.Size(reversed(shape)) if self._is_transposed(key) else shape
 
-    def prefix(self, file: Path) -> str:
-        """What stands before the keys of a file in the modules' names."""
-        return self.files[file]
+    def place(self, name: str) -> tuple[Path, str]:
+        """The file that holds a module's weight, and its key there."""
+        file = self._file_of[name + _SUFFIX]
+        return file, (name + _SUFFIX).removeprefix(self.files[file])
 
     def is_tied(self) -> bool:
         """Whether the embedding's weight is the head's, too."""
@@ -100,9 +101,9 @@ class Checkpoint:
         Raises:
             ValueError: it is no floating-point tensor.
         """
-        key = name + _SUFFIX
-        with storage.opened(self._file_of[key]) as file:
-            tensor = file.get_tensor(key.removeprefix(self.files[self._file_of[key]]))
+        path, key = self.place(name)
+        with storage.opened(path) as file:
+            tensor = file.get_tensor(key)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"the base weight {key} is {tensor.dtype}, quantised: take the model it was made from")
         yield tensor.t() if self.modules[name].transposed else tensor

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dorac.functional import column_norm, merge_columns, merge_weight, norm_factored
+from dorac.functional import column_norm, magnitude_scale, merge_columns, merge_weight, norm_factored
 from dorac.numerics import accumulate_dtype
 
 # One magnitude per output row, as the paper and PEFT have it, or one per input column.
@@ -143,6 +143,22 @@ def completed(layer: Layer, weight: Tensor) -> Layer:
     if layer.lora_A is not None:
         lora_A, lora_B = layer.lora_A, layer.lora_B
     return layer._replace(lora_A=lora_A, lora_B=lora_B, magnitude=magnitude, eps=0.0)
+
+
+def difference(layer: Layer, weight: Tensor) -> Tensor:
+    """``W' - W`` as a matrix ``[out, in * taps]``: ``(g - 1) W + g s BA``, in float32 (float64)."""
+    acc = accumulate_dtype(weight, layer.lora_A, layer.lora_B)
+    matrix, lora_A, lora_B = matrices(layer, weight.to(acc))
+    product = lora_B.to(acc) @ lora_A.to(acc) * layer.scaling
+    if layer.magnitude is None:
+        return product
+    weight_norm = norm(layer, weight.to(acc))
+    g = magnitude_scale(magnitude_for(layer, weight_norm), weight_norm)
+    if layer.norm_axis == "out":
+        g = g[:, None]
+    elif layer.kind == "conv":
+        g = g.repeat_interleave(math.prod(weight.shape[2:]))
+    return torch.addcmul((g - 1) * matrix, g, product)
 
 
 def merged(layer: Layer, weight: Tensor) -> Tensor:

@@ -97,22 +97,25 @@ def _alphas(raw: Raw, given: Given, from_torchtune: bool):
     return lambda name: (pattern.value(name, config["lora_alpha"]), rslora)
 
 
-def tensors_of(layer: Layer) -> dict[str, Tensor]:
-    """A layer's tensors under PEFT's keys.
+def tensors_of(layer: Layer, *, plain: bool = False) -> dict[str, Tensor]:
+    """A layer's tensors under PEFT's keys; ``plain`` without a magnitude, as LoRA.
 
     Raises:
         ValueError: a layer that PEFT has nothing for.
     """
-    refuse_what_peft_lacks(layer)
+    if not plain:
+        refuse_what_peft_lacks(layer)
     key = f"{PREFIX}{layer.name}."
-    if layer.kind == "embedding":
-        factors = {"lora_embedding_A": layer.lora_A, "lora_embedding_B": layer.lora_B}
-    else:
-        factors = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    factors = (
+        ("lora_embedding_A", "lora_embedding_B") if layer.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    )
+    tensors = {key + factors[0]: layer.lora_A, key + factors[1]: layer.lora_B}
+    if plain:
+        return tensors
     magnitude = layer.magnitude
     if layer.kind == "conv":
         magnitude = magnitude.view(1, -1, *[1] * (layer.lora_A.ndim - 2))
-    return {key + name: tensor for name, tensor in (*factors.items(), ("lora_magnitude_vector", magnitude))}
+    return tensors | {f"{key}lora_magnitude_vector": magnitude}
 
 
 def refuse_what_peft_lacks(layer: Layer) -> None:
@@ -161,10 +164,8 @@ def _differing(values: Mapping[str, float], usual: float) -> dict[str, float]:
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
 
-def files(contents: Contents) -> tuple[dict[str, object], dict[str, str]]:
-    """The two files by their names, and the metadata of the weights."""
-    tensors = {key: tensor for layer in contents.layers for key, tensor in tensors_of(layer).items()}
-    return {
-        "adapter_model.safetensors": tensors,
-        CONFIG_NAME: config_of(contents.layers, contents.config),
-    }, {"format": "pt"}
+def files(contents: Contents, *, plain: bool = False) -> tuple[dict[str, object], dict[str, str]]:
+    """The two files by their names, and the metadata of the weights; ``plain`` those of LoRA."""
+    tensors = {key: t for layer in contents.layers for key, t in tensors_of(layer, plain=plain).items()}
+    config = config_of(contents.layers, contents.config, use_dora=not plain)
+    return {"adapter_model.safetensors": tensors, CONFIG_NAME: config}, {"format": "pt"}

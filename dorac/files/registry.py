@@ -24,7 +24,7 @@ from dorac.files.storage import Raw
 # with keys of their own come before those whose keys others share.
 _READERS: tuple[ModuleType, ...] = (nvlabs, fsdp_qlora, megatron, torchtune, mlx, ai_toolkit, lycoris, peft, diffusers)
 FORMATS = tuple(sorted(format.NAME for format in _READERS))
-TARGETS = ("peft", "lycoris", "mlx")
+TARGETS = ("peft", "lycoris", "mlx", "lora")
 
 
 def recognise(raw: Raw) -> ModuleType | None:
@@ -100,7 +100,8 @@ def write(contents: Contents, path: str | os.PathLike, to: str, *, prefix: str =
 
     Args:
         path: the directory, made if it is not there; of "lycoris" a ``.safetensors`` file.
-        to: "peft", "lycoris" or "mlx".
+        to: "peft", "lycoris", "mlx", or "lora": PEFT's files of plain LoRA, for layers without magnitudes, as
+            :func:`dorac.files.low_rank.low_rank` gives them.
         prefix: of LyCORIS' keys: "lycoris" for any model, "lora_unet" and such for kohya's.
 
     Raises:
@@ -115,5 +116,7 @@ def write(contents: Contents, path: str | os.PathLike, to: str, *, prefix: str =
         tensors = lycoris.file_tensors(contents, prefix)
         storage.write(path.parent, {path.name: tensors}, {"ss_network_module": "lycoris.kohya"})
         return
-    files, metadata = (peft if to == "peft" else mlx).files(contents)
+    if to == "lora" and (layer := next((own for own in contents.layers if own.magnitude is not None), None)):
+        raise ValueError(f"{layer.name} has a magnitude, which plain LoRA has not: approximate it first")
+    files, metadata = mlx.files(contents) if to == "mlx" else peft.files(contents, plain=to == "lora")
     storage.write(path, files, metadata)

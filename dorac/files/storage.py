@@ -147,6 +147,14 @@ def write(directory: Path, files: Mapping[str, Mapping[str, Tensor] | dict | str
             os.replace(Path(scratch, name), directory / name)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file beside its place and moves it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        Path(scratch, path.name).write_bytes(content)
+        os.replace(Path(scratch, path.name), path)
+
+
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """``save_file`` of views too, whose errors are the system's."""
     try:
