@@ -1,5 +1,6 @@
 """From the command line to the exit code."""
 
+import os
 import sys
 from types import ModuleType
 
@@ -18,11 +19,14 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         with torch.no_grad():
             return COMMANDS[args.command].run(args)
+    except BrokenPipeError:  # whatever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (BadInput, OSError, TypeError, ValueError, MemoryError) as error:
         print(f"python -m dorac: error: {error or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; nothing is half written", file=sys.stderr)
         return 130
 
 

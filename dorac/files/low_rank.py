@@ -1,4 +1,4 @@
-"""Plain LoRA in the place of DoRA: the nearest of its rank to what the adapter does to a weight, and how far it is off."""
+"""Plain LoRA in the place of DoRA: the nearest of its rank to what the adapter does to a weight, and its error."""
 
 from typing import NamedTuple
 
