@@ -265,7 +265,7 @@ def case(trainer: str, shape: str) -> tuple[str, Tensor, Written]:
     return format, weight, write(weight)
 
 
-@pytest.mark.parametrize(("trainer", "shape"), CASES, ids="-".join)
+@pytest.mark.parametrize(("trainer", "shape"), CASES, ids=map("-".join, CASES))
 def test_values_are_the_trainers_own(trainer, shape, tmp_path):
     format, weight, written = case(trainer, shape)
     path = save(tmp_path, written)
@@ -293,7 +293,7 @@ def writable(contents: files.Contents, to: str) -> bool:
 
 
 @pytest.mark.parametrize("to", ["peft", "lycoris", "mlx"])
-@pytest.mark.parametrize(("trainer", "shape"), CASES, ids="-".join)
+@pytest.mark.parametrize(("trainer", "shape"), CASES, ids=map("-".join, CASES))
 def test_written_and_read_back(trainer, shape, to, tmp_path):
     """In every other format that has the layer; the formats that have not refuse it by name."""
     _, weight, written = case(trainer, shape)

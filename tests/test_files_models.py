@@ -22,6 +22,9 @@ MODULES = {
 }
 
 
+NAMED = [case for case in CASES if case[0] != "torchtune"]
+
+
 class Config:
     def __init__(self, **values):
         self.values = values
@@ -75,7 +78,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
-@pytest.mark.parametrize(("trainer", "shape"), [case for case in CASES if case[0] != "torchtune"], ids="-".join)
+@pytest.mark.parametrize(("trainer", "shape"), NAMED, ids=map("-".join, NAMED))
 def test_into_a_model(trainer, shape, wrapped, tmp_path):
     _, weight, written = test_files.case(trainer, shape)
     family = (
