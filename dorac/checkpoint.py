@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import torch
@@ -31,8 +30,9 @@ from dorac.apply import (
 )
 from dorac.bounded import Bounded
 from dorac.files import into_model, storage
+from dorac.files.into_model import AdapterFile
 from dorac.files.parts import Given
-from dorac.files.peft import one_adapter
+from dorac.files.storage import WEIGHTS_NAME
 from dorac.names import ModuleNames, Pattern, plain_name
 from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
@@ -41,7 +41,6 @@ from dorac.ops import sharded
 from dorac.targets import Target, find_targets
 from dorac.undo import Undo
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
 
@@ -292,55 +291,22 @@ def load_adapter(
     layers = dora_layers(model)
     _refuse_root(layers)
     active = named.check_new(model, layers, adapter_name) if layers and adapter_name is not None else None
-    given = Given(lora_alpha, scaling, norm_axis, eps)
     path = hub.local(directory, (CONFIG_NAME, *storage.WEIGHTS_NAMES), revision)
-    file = (
-        _read_pefts(path, given, component)
-        if into_model.is_pefts(path, given)
-        else _read_others(model, path, given, component)
-    )
-    directory = file.directory
+    file = into_model.read(model, path, Given(lora_alpha, scaling, norm_axis, eps), component)
     if active is None:
         return _load(root, file, dropout_on=dropout_on, adapter_name=adapter_name or "default")
     with Undo() as log:
         try:
             named.put_on_shelves(model, layers, adapter_name, _like(file, layers, dropout_on), log)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the adapter in {directory} does not fit the model: {error}") from None
+            raise ValueError(f"the adapter in {path} does not fit the model: {error}") from None
         named.exchange(model, layers, adapter_name, log)  # whose norms are taken when it has values
         names = _load(root, file, beside_others=True)
         norm_cache.refresh(named.exchange(model, layers, active, log))
         return names
 
 
-def _read_pefts(directory: Path, given: Given, component: str | None) -> "_File":
-    if named := [name for name, value in (*given._asdict().items(), ("component", component)) if value is not None]:
-        raise ValueError(
-            f"{directory} holds PEFT's files, which say all that is needed: {named[0]}= has no place there"
-        )
-    config = adapter_config.read_config(directory / CONFIG_NAME)
-    weights = directory / WEIGHTS_NAME
-    if not weights.is_file() and weights.with_suffix(".bin").is_file():
-        weights = weights.with_suffix(".bin")
-    tensors, metadata = _read_tensors(weights)
-    adapter_config.check_digests(directory / CONFIG_NAME, config, weights, metadata)
-    return _File(directory, config, tensors)
-
-
-def _read_others(model: nn.Module, path: Path, given: Given, component: str | None) -> "_File":
-    config, tensors = into_model.read(model, path, given, component)
-    return _File(path, config, tensors)
-
-
-class _File(NamedTuple):
-    """What an adapter's two files hold."""
-
-    directory: Path
-    config: dict
-    tensors: dict[str, Tensor]
-
-
-def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:
+def _like(file: AdapterFile, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:
     """What makes an adapter without values for a layer, of the rank and the settings that the file has."""
     config, compile = file.config, Bounded().compile
     ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
@@ -364,7 +330,7 @@ def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Call
 
 def _load(
     root: nn.Module,
-    file: _File,
+    file: AdapterFile,
     *,
     dropout_on: str = "adapter",
     adapter_name: str = "default",
@@ -561,17 +527,6 @@ def _refuse_root(layers: dict[str, DoraLayer]) -> None:
     if "" in layers:
         kind = type(layers[""]).__name__
         raise ValueError(f"the model is itself a {kind}, which PEFT's keys cannot name; pass a model that holds it")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of the file, and its metadata."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path.parent}")
-    raw = storage.read(path)
-    try:
-        return one_adapter(raw.tensors), dict(raw.metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target]]:

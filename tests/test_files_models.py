@@ -7,7 +7,7 @@ import pytest
 import test_files
 import torch
 from safetensors.torch import save_file
-from test_files import CASES, F64, S, drawn, off_norm, row_norms
+from test_files import CASES, F64, S, drawn, lycoris, off_norm, row_norms
 from torch import nn
 
 import dorac
@@ -55,7 +55,7 @@ def layer_of(weight: torch.Tensor, embedding: bool = False) -> nn.Module:
     else:
         cls = {3: nn.Conv1d, 4: nn.Conv2d}[weight.ndim]
         layer = cls(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), dtype=F64)
-    layer.weight.data = weight.clone()
+    layer.weight.data = weight.clone().to(layer.weight.device)
     return layer
 
 
@@ -321,3 +321,59 @@ def test_plain_lora_beside_dora(tmp_path):
     expected = base + S * tensors["lora_unet_a_y.lora_up.weight"] @ tensors["lora_unet_a_y.lora_down.weight"]
     dorac.load_adapter(model, tmp_path / "lora.safetensors")
     torch.testing.assert_close(merged(model)["a.y.weight"], expected)
+
+
+PROJ = "down_blocks.0.attentions.0.proj_in"
+
+
+@pytest.fixture
+def large_eps(tmp_path):
+    """A file whose values need the base weights, that weight, and what the layer computes of an input."""
+    weight, x = drawn(6, 6), drawn(3, 6)
+    written = lycoris(weight, on_out=True, eps=0.25)
+    return test_files.save(tmp_path, written), weight, x, x @ written.merged.T
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_base_weights(where, large_eps, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    path, weight, x, expected = large_eps
+    model = nested(**{PROJ: layer_of(weight)})
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device="cpu")
+    dorac.load_adapter(model, path, eps=0.25)
+    bias = model.get_submodule(PROJ)(torch.zeros_like(x))
+    torch.testing.assert_close(model.get_submodule(PROJ)(x) - bias, expected)
+
+
+def test_beside_another_adapter_and_in_compiled_blocks(large_eps):
+    path, weight, x, expected = large_eps
+    model = nested(**{PROJ: layer_of(weight)})
+    model.down_blocks = torch.compile(model.down_blocks, backend="eager")
+    (name,) = dorac.load_adapter(model, path, eps=0.25)
+    assert name == PROJ.replace("blocks", "blocks._orig_mod")
+    layer = model.get_submodule(name)
+    torch.testing.assert_close(layer(x) - layer(torch.zeros_like(x)), expected)
+    dorac.load_adapter(model, path, eps=0, adapter_name="second")
+    torch.testing.assert_close(layer(x) - layer(torch.zeros_like(x)), expected)
+    dorac.set_adapter(model, "second")
+    assert not torch.allclose(layer(x) - layer(torch.zeros_like(x)), expected)
+
+
+def test_base_weights_without_values(large_eps):
+    path, weight, *_ = large_eps
+    with torch.device("meta"):
+        model = nested(**{PROJ: layer_of(weight)})
+    with pytest.raises(ValueError, match=f"{PROJ} is on meta and has no values: load the base weights first"):
+        dorac.load_adapter(model, path, eps=0.25)
+    assert dorac.load_adapter(model, path, eps=0) == [PROJ]  # for which they are not needed
+
+
+def test_arguments_that_pefts_files_have_no_place_for(tmp_path):
+    model = nested(**{"a.x": linear(5, 4)})
+    dorac.apply_dora(model, ["x"], r=2)
+    dorac.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="holds PEFT's files, which say all that is needed: lora_alpha= has no place"):
+        dorac.load_adapter(model, tmp_path, lora_alpha=3)

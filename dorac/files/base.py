@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from dorac import hub, offload, packed
 from dorac.files import storage
 from dorac.files.places import Module
+from dorac.names import plain_name
 from dorac.nn import DoraLayer, layer_class
 from dorac.nn.linear import is_conv1d
+from dorac.ops import sharded
 from dorac.targets import named_places
 
 _CONFIGS = ("config.json", "model_index.json")
@@ -110,7 +112,7 @@ class Checkpoint:
 
 
 class Model:
-    """A model in memory as a base; its adapted layers count as the layers inside them."""
+    """A model in memory as a base: adapted layers count as the layers inside them, compiled blocks as plain ones."""
 
     def __init__(self, model: nn.Module) -> None:
         self._bases: dict[str, nn.Module] = {}
@@ -122,7 +124,7 @@ class Model:
             elif name.rpartition(".")[0] in adapted:
                 continue
             if name and layer_class(module) is not None:
-                self._bases[name] = module
+                self._bases[plain_name(name)] = module
         self.modules = {name: Module(_matrix_shape(module), is_conv1d(module)) for name, module in self._bases.items()}
         config = getattr(model, "config", None)
         self.config: Mapping[str, object] = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -141,7 +143,8 @@ class Model:
                 weight = weight.rows(0, weight.shape[-2])
             if weight.is_meta:
                 raise ValueError(f"{name} is on meta and has no values: load the base weights first")
-            yield weight.detach().t() if self.modules[name].transposed else weight.detach()
+            weight = sharded.whole(weight.detach())  # of a sharded model, on every rank
+            yield weight.t() if self.modules[name].transposed else weight
 
 
 def _matrix_shape(module: nn.Module) -> torch.Size:

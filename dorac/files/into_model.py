@@ -1,20 +1,41 @@
-"""A file of another format as PEFT's two would be for a model in memory."""
+"""What ``load_adapter`` reads: PEFT's two files, or a file of another format as they would be for the model."""
 
-import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dorac import adapter_config
 from dorac.files import peft, registry, storage
 from dorac.files.base import Model
-from dorac.files.layers import Contents, Layer, completed
+from dorac.files.layers import Layer, completed
 from dorac.files.parts import Given
 from dorac.files.places import place
 from dorac.files.storage import CONFIG_NAME
-from dorac.names import plain_name
 
 
-def is_pefts(path: Path, given: Given) -> bool:
+class AdapterFile(NamedTuple):
+    """What PEFT's two files hold: the config, and the tensors under PEFT's keys."""
+
+    path: Path
+    config: dict
+    tensors: dict[str, Tensor]
+
+
+def read(model: nn.Module, path: Path, given: Given, component: str | None = None) -> AdapterFile:
+    """PEFT's files as they are, or a file of another format as PEFT's with the same adapter, for the model's modules.
+
+    Raises:
+        OSError, ValueError, TypeError: see :func:`dorac.files.read`; a config that is no DoRA adapter's; layers
+            that are not in the model or do not fit it, tensors that belong to no layer, what PEFT has nothing for.
+    """
+    given.check()
+    if _is_pefts(path, given):
+        return _read_pefts(path, given, component)
+    return _read_others(model, path, given, component)
+
+
+def _is_pefts(path: Path, given: Given) -> bool:
     """Whether ``path`` is to be read as PEFT's pair of files: a directory that holds nothing of another format."""
     if path.is_file():
         return False
@@ -31,16 +52,24 @@ def is_pefts(path: Path, given: Given) -> bool:
     return config.get("peft_type") != peft.NVLABS_TYPE and "fine_tune_type" not in config and "r" not in config
 
 
-def read(
-    model: nn.Module, path: Path, given: Given, component: str | None = None
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The config and the tensors of PEFT's files with the same adapter, for the model's modules.
+def _read_pefts(directory: Path, given: Given, component: str | None) -> AdapterFile:
+    if named := [name for name, value in (*given._asdict().items(), ("component", component)) if value is not None]:
+        raise ValueError(
+            f"{directory} holds PEFT's files, which say all that is needed: {named[0]}= has no place there"
+        )
+    config = adapter_config.read_config(directory / CONFIG_NAME)
+    weights = directory / storage.WEIGHTS_NAME
+    if not weights.is_file() and not (weights := directory / storage.PICKLE_NAME).is_file():
+        raise FileNotFoundError(f"no {storage.WEIGHTS_NAME} in {directory}")
+    raw = storage.read(weights)
+    adapter_config.check_digests(directory / CONFIG_NAME, config, weights, raw.metadata)
+    try:
+        return AdapterFile(directory, config, peft.one_adapter(raw.tensors))
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
 
-    Raises:
-        OSError, ValueError, TypeError: see :func:`dorac.files.read`; layers that are not in the model or do not fit it,
-            tensors that belong to no layer, and what PEFT has nothing for.
-    """
-    given.check()
+
+def _read_others(model: nn.Module, path: Path, given: Given, component: str | None) -> AdapterFile:
     raw = storage.read(path)
     contents = registry.read_raw(raw, given)
     base = Model(model)
@@ -50,17 +79,14 @@ def read(
         tensors = {key: tensor for layer in layers for key, tensor in peft.tensors_of(layer).items()}
     except ValueError as error:
         raise ValueError(f"{raw.path}: {error}") from None
-    return peft.config_of(layers, _neutral(contents)), tensors
+    more = dict(contents.config) if contents.format == peft.NAME else {}
+    return AdapterFile(path, peft.config_of(layers, more), tensors)
 
 
 def _whole(base: Model, layer: Layer) -> Layer:
-    """The layer with all that PEFT's has, under the name that it has where nothing is compiled."""
+    """The layer with all that PEFT's has."""
     lacks = layer.lora_A is None or layer.magnitude is None or layer.eps
-    with base.weight(layer.name) if lacks and layer.norm_axis == "out" else contextlib.nullcontext() as weight:
-        whole = layer if weight is None else completed(layer, weight)
-    return whole._replace(name=plain_name(layer.name))
-
-
-def _neutral(contents: Contents) -> dict[str, object]:
-    """What PEFT's own config says besides."""
-    return dict(contents.config) if contents.format == peft.NAME else {}
+    if not lacks or layer.norm_axis == "in":
+        return layer
+    with base.weight(layer.name) as weight:
+        return completed(layer, weight)

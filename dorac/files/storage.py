@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's
+PICKLE_NAME = "adapter_model.bin"
 # What the libraries call their files, in the order in which they are looked for.
 WEIGHTS_NAMES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
+    WEIGHTS_NAME,
+    PICKLE_NAME,
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
