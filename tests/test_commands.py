@@ -144,6 +144,7 @@ def test_merge_in_the_bases_dtype_and_shards(folder, out, capsys):
     half = tiny.load(folder / "base").bfloat16()
     half.save_pretrained(out / "half", max_shard_size="20KB")
     assert len(list((out / "half").glob("*.safetensors"))) > 1
+    (out / "half" / "consolidated.safetensors").write_bytes(b"of another library")  # the index does not name it
     assert run(capsys, "merge", folder / "adapter", out / "merged", "--base", out / "half")[0] == 0
     model = tiny.load(out / "half", dtype=torch.bfloat16)
     dorac.load_adapter(model, folder / "adapter")
@@ -250,6 +251,21 @@ def without_names(folder, out):
     return "convert", path, out / "peft", "--to", "peft"
 
 
+def tied_by_default(folder, out):
+    """As Gemma's config, which says nothing where it is as the class has it."""
+    arguments = tied(folder, out)
+    config = json.loads((out / "tied" / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (out / "tied" / "config.json").write_text(json.dumps(config))
+    return arguments
+
+
+def two_copies(folder, out):
+    shutil.copytree(folder / "base", out)
+    shutil.copy(out / "model.safetensors", out / "model.fp16.safetensors")
+    return "merge", folder / "adapter", out / "merged", "--base", out
+
+
 def quantised(folder, out):
     base = load_file(folder / "base" / "model.safetensors")
     (out / "base").mkdir(parents=True)
@@ -331,6 +347,8 @@ BAD = {
     ),
     "names of no module": (without_names, "a LyCORIS file does not say which modules its layers are"),
     "a tied embedding": (tied, "model.embed_tokens: the head shares its table"),
+    "an embedding that is tied by default": (tied_by_default, "model.embed_tokens: the head shares its table"),
+    "two copies of a base": (two_copies, "is in two files, "),
     "a quantised base": (quantised, "is torch.int8, quantised: take the model it was made from"),
     "values beyond half precision": (overflowing, "the merged weight is not finite in torch.float16"),
     "a file in the way": (a_file_in_the_way, "cannot be written"),

@@ -21,6 +21,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     source.check_out(args.out)
     contents, base = source.read(args)
-    merge_checkpoint(base, contents.layers, args.out, lambda layers: source.progress(layers, "merging"))
+    merge_checkpoint(base, contents.layers, args.out, source.progress)
     print(f"{args.out}: {len(contents.layers)} layers of a {contents.format} adapter merged into {args.base}")
     return 0

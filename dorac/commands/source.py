@@ -74,7 +74,7 @@ def progress(items: Iterable, description: str) -> Iterable:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=description, unit="layer", disable=None)
+    return tqdm(items, desc=description, disable=None)
 
 
 def check_out(path: Path) -> None:

@@ -20,6 +20,8 @@ _CONFIGS = ("config.json", "model_index.json")
 # transformers' models whose linear layers of these names are Conv1D, with weights [in, out].
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_WITH_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+_HEADS = ("lm_head", "embed_out", "output")
 _SUFFIX = ".weight"
 
 
@@ -44,6 +46,10 @@ class Checkpoint:
         for file, prefix in self.files.items():
             with storage.opened(file) as opened:
                 for key in opened.keys():  # noqa: SIM118
+                    if other := self._file_of.get(prefix + key):
+                        raise ValueError(
+                            f"{prefix + key} is in two files, {other} and {file}: name the one that is meant"
+                        )
                     self._shapes[prefix + key] = torch.Size(opened.get_slice(key).get_shape())
                     self._file_of[prefix + key] = file
         self.modules = {
@@ -70,12 +76,16 @@ class Checkpoint:
             nested = {file: f"{file.parent.name}." for file in sorted(self.path.glob("*/*.safetensors"))}
             if nested:
                 return nested
-        files = {file: "" for file in sorted(self.path.glob("*.safetensors")) if not file.name.startswith("adapter")}
+        files = sorted(self.path.glob("*.safetensors"))
+        if index := next(self.path.glob("*.safetensors.index.json"), None):  # what it does not name is another copy
+            named = set(storage.read_json(index).get("weight_map", {}).values())
+            files = [file for file in files if file.name in named]
+        files = [file for file in files if not file.name.startswith("adapter")]
         if not files:
             raise ValueError(
                 f"{self.path} holds no safetensors file of a base model; save it with safe_serialization=True"
             )
-        return files
+        return dict.fromkeys(files, "")
 
     def _is_transposed(self, key: str) -> bool:
         name = key.removesuffix(_SUFFIX).rpartition(".")[2]
@@ -91,10 +101,13 @@ class Checkpoint:
         return file, (name + _SUFFIX).removeprefix(self.files[file])
 
     def is_tied(self) -> bool:
-        """Whether the embedding's weight is the head's, too."""
+        """Whether the embedding's weight is the head's, too: as the config says, or else as there is no other head."""
         nested = self.config.get("text_config")
-        config = nested if isinstance(nested, Mapping) else self.config
-        return bool(config.get("tie_word_embeddings", self.config.get("tie_word_embeddings", False)))
+        for config in (nested if isinstance(nested, Mapping) else {}, self.config):
+            if "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"])
+        generates = any(str(name).endswith(_WITH_HEADS) for name in self.config.get("architectures") or ())
+        return generates and not any(name.rpartition(".")[2] in _HEADS for name in self.modules)
 
     @contextlib.contextmanager
     def weight(self, name: str) -> Iterator[Tensor]:

@@ -13,21 +13,22 @@ from torch import Tensor
 from dorac.files.base import Checkpoint
 from dorac.files.layers import Layer, merged
 
-# What of a model's directory is not copied: weights in formats that are not merged into.
-_LEFT_OUT = (".git", ".cache", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
+# What of a model's directory is not copied: weights that are not merged into.
+_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def merge_checkpoint(
     base: Checkpoint,
     layers: Sequence[Layer],
     out: Path,
-    progress: Callable[[Iterable[Layer]], Iterable[Layer]] = iter,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, _: items,
 ) -> None:
     """Writes the base with the layers merged into its weights, in its dtypes and files; ``out`` is whole or absent.
 
     Args:
         layers: under the base's names, see :func:`dorac.files.places.place`.
         out: a directory that is not there or empty; where the base is one file, a file.
+        progress: what long loops go through, with a word for each.
 
     Raises:
         ValueError: an ``out`` that is there, quantised weights, values that the weight's dtype cannot hold, an
@@ -39,11 +40,10 @@ def merge_checkpoint(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as scratch:
         copy = Path(scratch, out.name)
-        if base.path.is_file():
-            shutil.copyfile(base.path, copy)
-        else:
-            shutil.copytree(base.path, copy, ignore=shutil.ignore_patterns(*_LEFT_OUT), copy_function=shutil.copyfile)
-        for layer in progress(layers):
+        for file, target in progress(_copied(base, copy), "copying"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        for layer in progress(layers, "merging"):
             file, key = base.place(layer.name)
             with base.weight(layer.name) as weight:
                 result = merged(layer, weight)
@@ -53,6 +53,19 @@ def merge_checkpoint(
                 target = copy if base.path.is_file() else copy / file.relative_to(base.path)
                 _overwrite(target, key, stored.contiguous())
         os.replace(copy, out)
+
+
+def _copied(base: Checkpoint, copy: Path) -> list[tuple[Path, Path]]:
+    """The files of the base that have a copy, and their places."""
+    if base.path.is_file():
+        return [(base.path, copy)]
+    found = [file for file in base.path.rglob("*") if file.is_file()]
+    inside = [(file, file.relative_to(base.path)) for file in found]
+    return [
+        (file, copy / name)
+        for file, name in inside
+        if file in base.files or (file.suffix not in _LEFT_OUT and not any(p.startswith(".") for p in name.parts))
+    ]
 
 
 def _refuse_tied(base: Checkpoint, layers: Sequence[Layer]) -> None:

@@ -33,7 +33,7 @@ _PREFIXES = {
 }
 # Families whose rotary halves torchtune keeps in Meta's order, and those that it keeps in transformers'.
 _META_ORDER = ("llama", "mistral", "gemma", "gemma2")
-_SAME_ORDER = ("qwen2", "qwen3", "phi3")
+_SAME_ORDER = ("qwen2", "qwen3")
 
 
 class Module(NamedTuple):
@@ -67,7 +67,12 @@ def place(
     """
     index = _Index(modules)
     heads = Heads.of(config)
-    layers = [_in_order(layer, contents, config, heads) for layer in contents.layers]
+    layers = [
+        layer
+        if layer.name in modules and layer.name not in contents.meta_rows  # of torchtune's own model
+        else _in_order(layer, contents, config, heads)
+        for layer in contents.layers
+    ]
     if component is not None:
         layers = [layer for layer in layers if component in component_of(layer.name)]
         if not layers:
