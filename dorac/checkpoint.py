@@ -257,7 +257,7 @@ def load_adapter(
     with the model's modules, by the names of diffusers', kohya's, Black Forest Labs', Stability's, torchtune's and
     Megatron's models too; rows that another library keeps in another order, or for several layers in one, are put where
     they belong. Plain LoRA among the layers gets the magnitudes that leave it as it is. Magnitudes per input column are
-    refused, since no layer of dorac's computes with them: ``python -m dorac merge`` merges such files.
+    refused, since no layer of dorac's computes with them: :func:`dorac.files.merge_into` merges such files.
 
     Args:
         directory: where the files are, or one file of weights; or the id of a repository on the Hugging Face Hub, such

@@ -11,6 +11,7 @@ from test_files import CASES, F64, S, drawn, lycoris, off_norm, row_norms
 from torch import nn
 
 import dorac
+from dorac import files
 
 # The module that each trainer's layer is, where it is not of the same name.
 MODULES = {
@@ -20,6 +21,14 @@ MODULES = {
     "mlx-lm, embedding": "model.embed_tokens",
     "Megatron-Bridge": "model.layers.0.self_attn.o_proj",
 }
+
+
+PROJ = MODULES["LyCORIS"]
+
+
+def module_of(trainer: str) -> str:
+    family, _, variant = trainer.partition(", ")
+    return MODULES.get(trainer) or (test_files.NAME if variant == "embedding" else MODULES.get(family, test_files.NAME))
 
 
 NAMED = [case for case in CASES if case[0] != "torchtune"]
@@ -81,10 +90,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(("trainer", "shape"), NAMED, ids=map("-".join, NAMED))
 def test_into_a_model(trainer, shape, wrapped, tmp_path):
     _, weight, written = test_files.case(trainer, shape)
-    family = (
-        trainer.partition(",")[0] if trainer.partition(",")[0] in ("LyCORIS", "diffusers", "ai-toolkit") else trainer
-    )
-    name = MODULES.get(family, test_files.NAME)
+    name = module_of(trainer)
     model = nested(**{name: layer_of(weight, "embedding" in trainer), "unused": linear(3, 4)})
     path = test_files.save(tmp_path, written)
     source = path if written.config is None else tmp_path
@@ -102,6 +108,43 @@ def test_into_a_model(trainer, shape, wrapped, tmp_path):
     assert dorac.load_adapter(model, source, **written.arguments) == [name]
     weights = merged(model)
     torch.testing.assert_close(weights[f"{name}.weight"], written.merged, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("trainer", "shape"), NAMED, ids=map("-".join, NAMED))
+def test_merged_into_a_model(trainer, shape, tmp_path):
+    """Of either axis."""
+    _, weight, written = test_files.case(trainer, shape)
+    name = module_of(trainer)
+    model = nested(**{name: layer_of(weight, "embedding" in trainer), "unused": linear(3, 4)})
+    path = test_files.save(tmp_path, written)
+    source = path if written.config is None else tmp_path
+    assert files.merge_into(model, source, **written.arguments) == [name]
+    torch.testing.assert_close(
+        model.get_submodule(name).weight, written.merged, rtol=1e-12, atol=1e-13, check_stride=False
+    )
+
+
+def test_what_is_not_merged_into(tmp_path):
+    weight = drawn(6, 6)
+    path = test_files.save(tmp_path, lycoris(weight, on_out=False))
+    shared = layer_of(weight)
+    model = nested(**{PROJ: shared, "head": nn.Linear(6, 6)})
+    model.head.weight = shared.weight
+    with pytest.raises(ValueError, match=rf"{PROJ}.weight and head.weight are one weight: merging would change both"):
+        files.merge_into(model, path)
+    model = nested(**{PROJ: layer_of(weight)})
+    dorac.apply_dora(model, ["proj_in"], r=2)
+    with pytest.raises(ValueError, match="the model has adapted layers"):
+        files.merge_into(model, path)
+    two = nested(**{"a.x": layer_of(drawn(5, 4)), "a.y": layer_of(drawn(5, 4)).half()})
+    sdxl_file(tmp_path / "two.safetensors", ["lora_unet_a_x", "lora_unet_a_y"])
+    tensors = dict(files.storage.read(tmp_path / "two.safetensors").tensors)
+    tensors["lora_unet_a_y.dora_scale"] *= 1e8
+    save_file(tensors, tmp_path / "two.safetensors")
+    before = snapshot(two)
+    with pytest.raises(ValueError, match=r"a.y: the merged weight is not finite in torch.float16"):
+        files.merge_into(two, tmp_path / "two.safetensors")
+    assert_unchanged(two, before)
 
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "hidden_size": 24}
@@ -314,16 +357,13 @@ def test_plain_lora_beside_dora(tmp_path):
     """Its magnitude is the norm, so that W' = W + s BA."""
     model = nested(**{"a.x": linear(5, 4), "a.y": linear(5, 4)})
     sdxl_file(tmp_path / "lora.safetensors", ["lora_unet_a_x", "lora_unet_a_y"])
-    tensors = dorac.files.storage.read(tmp_path / "lora.safetensors").tensors
+    tensors = files.storage.read(tmp_path / "lora.safetensors").tensors
     del tensors["lora_unet_a_y.dora_scale"]
     save_file(tensors, tmp_path / "lora.safetensors")
     base = model.get_submodule("a.y").weight.detach().clone()
     expected = base + S * tensors["lora_unet_a_y.lora_up.weight"] @ tensors["lora_unet_a_y.lora_down.weight"]
     dorac.load_adapter(model, tmp_path / "lora.safetensors")
     torch.testing.assert_close(merged(model)["a.y.weight"], expected)
-
-
-PROJ = "down_blocks.0.attentions.0.proj_in"
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_what_is_no_adapter(tmp_path):
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     contents = files.read(save(tmp_path, lycoris(drawn(5, 7), on_out=True)))
-    with pytest.raises(ValueError, match="'gguf' is no format that dorac writes, only peft, lycoris, mlx are"):
+    with pytest.raises(ValueError, match="'gguf' is no format that dorac writes, only peft, lycoris, mlx, lora are"):
         files.write(contents, tmp_path / "out", "gguf")
     out = tmp_path / "out"
     files.write(contents, out / "x.safetensors", "lycoris")

@@ -4,7 +4,8 @@
 inspects and checks them.
 """
 
+from dorac.files.in_place import merge_into
 from dorac.files.layers import Contents, Layer, merged
 from dorac.files.registry import FORMATS, read, recognise, write
 
-__all__ = ["FORMATS", "Contents", "Layer", "merged", "read", "recognise", "write"]
+__all__ = ["FORMATS", "Contents", "Layer", "merge_into", "merged", "read", "recognise", "write"]

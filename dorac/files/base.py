@@ -142,6 +142,10 @@ class Model:
         config = getattr(model, "config", None)
         self.config: Mapping[str, object] = config.to_dict() if hasattr(config, "to_dict") else {}
 
+    def module(self, name: str) -> nn.Module:
+        """The layer of that name, without its adapter."""
+        return self._bases[name]
+
     @contextlib.contextmanager
     def weight(self, name: str) -> Iterator[Tensor]:
         """A module's weight, of a linear layer ``[out, in]``, where it lies; an offloaded one is brought in meanwhile.

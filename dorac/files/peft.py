@@ -121,8 +121,8 @@ def tensors_of(layer: Layer, *, plain: bool = False) -> dict[str, Tensor]:
 def refuse_what_peft_lacks(layer: Layer) -> None:
     if layer.norm_axis == "in":
         raise ValueError(
-            f"{layer.name} has a magnitude per input, of which PEFT has none per output that does the same: merge the "
-            "adapter into its base model, or write plain LoRA"
+            f"{layer.name} has a magnitude per input, which no layer with one per output can stand for: merge the "
+            "adapter into its base model (dorac.files.merge_into, python -m dorac merge), or write plain LoRA"
         )
     if layer.magnitude is None or layer.lora_A is None:
         lacking = (
