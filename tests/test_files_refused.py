@@ -159,6 +159,12 @@ def test_arguments_that_cannot_be(tmp_path):
         files.read(path, eps=-1)
     with pytest.raises(TypeError, match="scaling must be a number, got 'much'"):
         files.read(path, scaling="much")
+    _, _, written = case("fsdp_qlora", "linear")
+    path = save(tmp_path, written)
+    for name, value in {"eps": 0.1, "norm_axis": "out"}.items():
+        with pytest.raises(ValueError, match=f"{name} is settled for a fsdp_qlora file: leave it out"):
+            files.read(path, **{name: value})
+    assert files.read(path, scaling=3).layers[0].scaling == 3
 
 
 class Command:

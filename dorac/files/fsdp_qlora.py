@@ -22,5 +22,6 @@ def read(raw: Raw, given: Given) -> Contents:
     layers = []
     for name, tensors in modules.items():
         lora_A, lora_B, magnitude = parts.need(NAME, name, tensors, "lora_A", "lora_B", "magnitude")
-        layers.append(parts.build(NAME, name, lora_A, lora_B, magnitude, 1.0))
+        s = parts.scaling(NAME, given, lora_A.shape[0], lora_A.shape[0])
+        layers.append(parts.build(NAME, name, lora_A, lora_B, magnitude, s))
     return Contents(NAME, tuple(layers), raw.config or {}, others)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dorac.files.layers import Layer, difference
 
 # Matrices whose smaller side is longer are decomposed by random projection, others exactly.
-EXACT_UP_TO = 768
+EXACT_UP_TO = 256
 _OVERSAMPLING = 32
 _ITERATIONS = 4
 

@@ -24,6 +24,8 @@ from dorac.files.storage import Raw
 # with keys of their own come before those whose keys others share.
 _READERS: tuple[ModuleType, ...] = (nvlabs, fsdp_qlora, megatron, torchtune, mlx, ai_toolkit, lycoris, peft, diffusers)
 FORMATS = tuple(sorted(format.NAME for format in _READERS))
+# What besides a scaling can be given for which format: others have one axis, and add nothing to their norms.
+_TAKES = {lycoris: ("norm_axis", "eps"), mlx: ("norm_axis",)}
 TARGETS = ("peft", "lycoris", "mlx", "lora")
 
 
@@ -74,6 +76,9 @@ def read_raw(raw: Raw, given: Given) -> Contents:
         raise ValueError(
             f"{raw.path} is no adapter in a format that dorac knows ({', '.join(FORMATS)}); its keys: {keys}"
         )
+    for name in ("norm_axis", "eps"):
+        if getattr(given, name) is not None and name not in _TAKES.get(format, ()):
+            raise ValueError(f"{raw.path}: {name} is settled for a {format.NAME} file: leave it out")
     try:
         contents = format.read(raw, given)
     except (TypeError, ValueError) as error:
