@@ -12,7 +12,8 @@ from dorac import files
 from dorac.cli import BadInput
 from dorac.commands import source
 from dorac.files import registry
-from dorac.files.layers import Contents, completed
+from dorac.files.base import Checkpoint
+from dorac.files.layers import Contents
 from dorac.files.low_rank import Approximation, low_rank
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             raise BadInput("--to lora needs --base: what DoRA changes depends on the weights")
         contents = _plain(contents, base, rank)
     elif base is not None and args.to != "lycoris":
-        contents = contents._replace(layers=tuple(_completed(contents, base)))
+        contents = contents._replace(layers=tuple(base.completed(layer) for layer in contents.layers))
     files.write(contents, args.out, args.to, prefix=args.prefix)
     print(f"{args.out}: {len(contents.layers)} layers, from {contents.format} to {args.to}")
     if base is None and args.to != "lycoris" and any(layer.eps for layer in contents.layers):
@@ -59,16 +60,7 @@ def _rank(args: argparse.Namespace) -> int | str | None:
     return int(args.rank)
 
 
-def _completed(contents: Contents, base):
-    for layer in contents.layers:
-        if layer.norm_axis == "in" and layer.kind != "embedding":
-            yield layer  # which the writer refuses
-            continue
-        with base.weight(layer.name) as weight:
-            yield completed(layer, weight)
-
-
-def _plain(contents: Contents, base, rank: int | str | None) -> Contents:
+def _plain(contents: Contents, base: Checkpoint, rank: int | str | None) -> Contents:
     """Plain LoRA; prints the relative error of each layer."""
     rank = max(layer.rank for layer in contents.layers) if rank is None else rank
     found: list[Approximation] = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dorac import hub, offload, packed
 from dorac.files import storage
+from dorac.files.layers import Layer, completed
 from dorac.files.places import Module
 from dorac.names import plain_name
 from dorac.nn import DoraLayer, layer_class
@@ -25,7 +26,19 @@ _HEADS = ("lm_head", "embed_out", "output")
 _SUFFIX = ".weight"
 
 
-class Checkpoint:
+class _Base:
+    """What both have: weights that are read when they are needed."""
+
+    def completed(self, layer: Layer) -> Layer:
+        """The layer with all that PEFT's has; one with a magnitude per input stays as it is."""
+        lacks = layer.lora_A is None or layer.magnitude is None or layer.eps
+        if not lacks or layer.norm_axis == "in":
+            return layer
+        with self.weight(layer.name) as weight:
+            return completed(layer, weight)
+
+
+class Checkpoint(_Base):
     """A model's weights in safetensors files: a file, a directory of them, or a pipeline's directories.
 
     Args:
@@ -124,7 +137,7 @@ class Checkpoint:
         yield tensor.t() if self.modules[name].transposed else tensor
 
 
-class Model:
+class Model(_Base):
     """A model in memory as a base: adapted layers count as the layers inside them, compiled blocks as plain ones."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dorac import adapter_config
 from dorac.files import peft, registry, storage
 from dorac.files.base import Model
-from dorac.files.layers import Layer, completed
 from dorac.files.parts import Given
 from dorac.files.places import place
 from dorac.files.storage import CONFIG_NAME
@@ -75,18 +74,11 @@ def _read_others(model: nn.Module, path: Path, given: Given, component: str | No
     base = Model(model)
     try:
         registry.refuse_others(contents)
-        layers = tuple(_whole(base, layer) for layer in place(contents, base.modules, base.config, component=component))
+        layers = tuple(
+            base.completed(layer) for layer in place(contents, base.modules, base.config, component=component)
+        )
         tensors = {key: tensor for layer in layers for key, tensor in peft.tensors_of(layer).items()}
     except ValueError as error:
         raise ValueError(f"{raw.path}: {error}") from None
     more = dict(contents.config) if contents.format == peft.NAME else {}
     return AdapterFile(path, peft.config_of(layers, more), tensors)
-
-
-def _whole(base: Model, layer: Layer) -> Layer:
-    """The layer with all that PEFT's has."""
-    lacks = layer.lora_A is None or layer.magnitude is None or layer.eps
-    if not lacks or layer.norm_axis == "in":
-        return layer
-    with base.weight(layer.name) as weight:
-        return completed(layer, weight)
