@@ -1,5 +1,6 @@
 """Files that are read as nothing: of no format, damaged, without what they need; each with what is missing, by name."""
 
+import json
 import os
 import pickle
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_files import ALPHA, TRAINERS, R, Written, case, drawn, lycoris, mlx, peft, save
 
+import dorac
 from dorac import files
 
 
@@ -165,6 +167,24 @@ def test_arguments_that_cannot_be(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is settled for a fsdp_qlora file: leave it out"):
             files.read(path, **{name: value})
     assert files.read(path, scaling=3).layers[0].scaling == 3
+
+
+def test_pefts_config_is_checked_whatever_is_given(tmp_path):
+    """That of an adapter over a part of the base weights, and one that is not the weights'."""
+    written = peft(drawn(5, 7))
+    save(tmp_path, written)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(written.config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="the adapter is over what init_lora_weights='pissa' leaves of the base"):
+        files.read(tmp_path, lora_alpha=1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    dorac.apply_dora(model, ["0"], r=2)
+    dorac.save_adapter(model, tmp_path / "own")
+    assert files.read(tmp_path / "own").layers[0].scaling == 4
+    config = tmp_path / "own" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 3}))
+    with pytest.raises(ValueError, match=r"is not the config that .* was saved with: lora_alpha differ"):
+        files.read(tmp_path / "own")
 
 
 class Command:

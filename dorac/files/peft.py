@@ -1,7 +1,7 @@
 """PEFT's files, with every spelling of their keys, and torchtune's export to them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(one_adapter(raw.tensors), roles | {"lora_magnitude_vector": "magnitude"})
     has_magnitudes = any("magnitude" in tensors for tensors in modules.values())
     from_torchtune = raw.config is not None and "use_dora" not in raw.config and has_magnitudes
-    alpha = _alphas(raw, given, from_torchtune)
+    alpha = _alphas(raw, from_torchtune)
     layers = []
     for key, tensors in modules.items():
         name = key.removeprefix(PREFIX)
@@ -75,11 +75,10 @@ def read(raw: Raw, given: Given) -> Contents:
     return Contents(NAME, tuple(layers), raw.config or {}, others, meta_rows=rotary)
 
 
-def _alphas(raw: Raw, given: Given, from_torchtune: bool):
+def _alphas(raw: Raw, from_torchtune: bool) -> Callable[[str], tuple[float | None, bool]]:
     """A function of a module's name: its alpha (None where no file says it), and whether s is ``alpha / sqrt(r)``."""
-    if raw.config is None or (given.lora_alpha is not None or given.scaling is not None):
-        rslora = bool(raw.config and raw.config.get("use_rslora"))
-        return lambda name: (None, rslora)
+    if raw.config is None:
+        return lambda name: (None, False)
     path = raw.path.parent / CONFIG_NAME
     if from_torchtune:
         alpha = raw.config.get("lora_alpha")
@@ -87,6 +86,7 @@ def _alphas(raw: Raw, given: Given, from_torchtune: bool):
             raise ValueError(f"{path} lacks lora_alpha")
         return lambda name: (alpha, False)
     config = adapter_config.read_config(path)
+    adapter_config.check_digests(path, config, raw.path, raw.metadata)
     if start := adapter_config.taken_out(config):
         raise ValueError(
             f"{path}: the adapter is over what init_lora_weights={start!r} leaves of the base weights: "
