@@ -143,6 +143,13 @@ def merge_weight(scaling: float, rank: int) -> nn.Module:
     return Call(merge, scaling, lora_A=tensors["lora_A"], **first)
 
 
+def linear_columns(scaling: float, rank: int) -> nn.Module:
+    """One magnitude per input."""
+    tensors = linear_tensors(rank, "weight", "lora_A", "lora_B", "bias")
+    norm = functional.column_norm(tensors["weight"], tensors["lora_A"], tensors["lora_B"], scaling)
+    return Call(functional.dora_linear_columns, scaling, magnitude=1.1 * norm, **tensors)
+
+
 def linear(scaling: float, rank: int, **options) -> nn.Module:
     base = nn.Linear(IN, OUT)
     return off_norm(dorac.nn.DoraLinear(base, r=rank, lora_alpha=rank * scaling, init_lora_weights=False, **options))
@@ -174,6 +181,12 @@ VOCAB, CHANNELS = 40, 6
 def embedding_function(scaling: float, rank: int) -> nn.Module:
     tensors = {"weight": torch.randn(VOCAB, OUT), "lora_A": torch.randn(rank, VOCAB), "lora_B": torch.randn(OUT, rank)}
     return Call(functional.dora_embedding, scaling, **tensors, magnitude=torch.rand(OUT) + 0.5)
+
+
+def embedding_columns(scaling: float, rank: int) -> nn.Module:
+    """One magnitude per token."""
+    tensors = {"weight": torch.randn(VOCAB, OUT), "lora_A": torch.randn(rank, VOCAB), "lora_B": torch.randn(OUT, rank)}
+    return Call(functional.dora_embedding_columns, scaling, **tensors, magnitude=torch.rand(VOCAB) + 0.5)
 
 
 def embedding(scaling: float, rank: int) -> nn.Module:
@@ -323,6 +336,8 @@ ROWS = {
     "compose": Row(compose, outputs, {"ranks": "knows no rank"}),
     "merge_weight": Row(merge_weight, features, NOT_TRAINED),
     "dora_embedding": Row(embedding_function, indices),
+    "dora_linear_columns": Row(linear_columns, features),
+    "dora_embedding_columns": Row(embedding_columns, indices),
     **{f"dora_conv{n}d": Row(conv_function(n), images(n)) for n in (1, 2, 3)},
     "dora_linear, experts": Row(linear_of_experts, rows_of_experts),
     "dora_linear_grouped": Row(grouped, sorted_rows),

@@ -1,6 +1,6 @@
 """dorac: DoRA (weight-decomposed low-rank adaptation) for PyTorch, functional and compile-first."""
 
-from dorac import functional, nn, ops
+from dorac import files, functional, nn, ops
 from dorac.apply import apply_dora, merge, unmerge
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
@@ -23,6 +23,7 @@ __all__ = [
     "cache_norms",
     "delete_adapter",
     "disabled",
+    "files",
     "find_idle",
     "functional",
     "fuse",

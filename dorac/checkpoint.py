@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import torch
@@ -30,6 +29,10 @@ from dorac.apply import (
     wrap,
 )
 from dorac.bounded import Bounded
+from dorac.files import into_model, storage
+from dorac.files.into_model import AdapterFile
+from dorac.files.parts import Given
+from dorac.files.storage import WEIGHTS_NAME
 from dorac.names import ModuleNames, Pattern, plain_name
 from dorac.nn import DoraLayer, DoraLinear, layer_class, norm_cache, residual, starts
 from dorac.nn.kinds import KINDS
@@ -38,7 +41,6 @@ from dorac.ops import sharded
 from dorac.targets import Target, find_targets
 from dorac.undo import Undo
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ENDINGS = tuple({key for kind in KINDS for key in kind.PEFT_KEYS.values()})
 
@@ -233,8 +235,13 @@ def load_adapter(
     adapter_name: str | None = None,
     revision: str | None = None,
     dropout_on: str = "adapter",
+    lora_alpha: float | None = None,
+    scaling: float | None = None,
+    norm_axis: str | None = None,
+    eps: float | None = None,
+    component: str | None = None,
 ) -> list[str]:
-    """Reads an adapter written by :func:`save_adapter` or by PEFT into ``model``.
+    """Reads an adapter written by :func:`save_adapter`, by PEFT or by another trainer into ``model``.
 
     A plain model is wrapped first, as the config says; a wrapped model must hold the same layers, ranks and scalings.
     With an ``adapter_name`` a wrapped model gets the adapter beside those that it has, of any ranks and scalings but
@@ -251,13 +258,23 @@ def load_adapter(
     same part is taken out of the base weights again. So the model must have the weights that the adapter began with.
     PEFT's own conversion leaves out the magnitudes; :func:`save_adapter` of the model writes a converted adapter.
 
+    Files of the other formats in :data:`dorac.files.FORMATS` are known by what is in them. Their layers are matched
+    with the model's modules, by the names of diffusers', kohya's, Black Forest Labs', Stability's, torchtune's and
+    Megatron's models too; rows that another library keeps in another order, or for several layers in one, are put where
+    they belong. Plain LoRA among the layers gets the magnitudes that leave it as it is. Magnitudes per input column are
+    refused, since no layer of dorac's computes with them: :func:`dorac.files.merge_into` merges such files.
+
     Args:
-        directory: where the files are; or the id of a repository on the Hugging Face Hub, such as "user/adapter", if
-            there is no such directory and huggingface_hub is installed.
+        directory: where the files are, or one file of weights; or the id of a repository on the Hugging Face Hub, such
+            as "user/adapter", if there is no such directory and huggingface_hub is installed.
         adapter_name: the name of the adapter, new to the model; of a plain model's first one "default" if it is None.
         revision: a branch, tag or commit of the repository.
         dropout_on: for a plain model, what the config's dropout is on (the file does not say: PEFT's config has no word
             for it); a wrapped model keeps its own. See :func:`dorac.functional.dora_linear`.
+        lora_alpha, scaling, norm_axis, eps: what files of other formats leave out, see :func:`dorac.files.read`; a file
+            that has an alpha of its own takes these in its place. PEFT's pair of files takes none.
+        component: of a file for several parts of a pipeline, the one that ``model`` is: "unet", "transformer",
+            "text_encoder", "text_encoder_2".
 
     Returns:
         The names of the modules that the adapter went to.
@@ -280,46 +297,35 @@ def load_adapter(
     layers = dora_layers(model)
     _refuse_root(layers)
     active = named.check_new(model, layers, adapter_name) if layers and adapter_name is not None else None
-    file = _read_alike(layers, directory, revision)
+
+    def read() -> AdapterFile:
+        path = hub.local(directory, (CONFIG_NAME, *storage.WEIGHTS_NAMES), revision)
+        return into_model.read(model, path, Given(lora_alpha, scaling, norm_axis, eps), component)
+
+    file = _read_alike(layers, read)
     if active is None:
         return _load(root, file, dropout_on=dropout_on, adapter_name=adapter_name or "default")
     with Undo() as log:
         try:
             named.put_on_shelves(model, layers, adapter_name, _like(file, layers, dropout_on), log)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the adapter in {directory} does not fit the model: {error}") from None
+            raise ValueError(f"the adapter in {file.path} does not fit the model: {error}") from None
         named.exchange(model, layers, adapter_name, log)  # whose norms are taken when it has values
         names = _load(root, file, beside_others=True)
         norm_cache.refresh(named.exchange(model, layers, active, log))
         return names
 
 
-class _File(NamedTuple):
-    """What an adapter's two files hold."""
-
-    directory: Path
-    config: dict
-    tensors: dict[str, Tensor]
-
-
-def _read(directory: str | os.PathLike, revision: str | None) -> _File:
-    directory = hub.local(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
-    config = adapter_config.read_config(directory / CONFIG_NAME)
-    tensors, metadata = _read_tensors(directory / WEIGHTS_NAME)
-    adapter_config.check_digests(directory / CONFIG_NAME, config, directory / WEIGHTS_NAME, metadata)
-    return _File(directory, config, tensors)
-
-
-def _read_alike(layers: Mapping[str, DoraLayer], directory: str | os.PathLike, revision: str | None) -> _File:
+def _read_alike(layers: Mapping[str, DoraLayer], read: Callable[[], AdapterFile]) -> AdapterFile:
     """What the files hold; of a sharded model the same on every rank, or an error on every rank."""
     mesh = ranks.mesh_of(p for layer in layers.values() for p in layer.parameters(recurse=False))
     if mesh is None:
-        return _read(directory, revision)
+        return read()
     file = error = None
     try:
-        file = _read(directory, revision)
+        file = read()
         found = f"adapter {ranks.digest(file.tensors, adapter_config.digests(file.config))}"
-    except (OSError, ValueError) as raised:
+    except (OSError, TypeError, ValueError) as raised:
         error, found = raised, f"an error ({raised})"
     ranks.refuse_others({"what load_adapter reads": found}, mesh, "give every rank the same directory")
     if error is not None:
@@ -328,7 +334,7 @@ def _read_alike(layers: Mapping[str, DoraLayer], directory: str | os.PathLike, r
     return file
 
 
-def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:
+def _like(file: AdapterFile, layers: Mapping[str, DoraLayer], dropout_on: str) -> Callable[[str, DoraLayer], Shelved]:
     """What makes an adapter without values for a layer, of the rank and the settings that the file has."""
     config, compile = file.config, Bounded().compile
     ranks = Pattern("rank_pattern", config.get("rank_pattern"), compile)
@@ -352,7 +358,7 @@ def _like(file: _File, layers: Mapping[str, DoraLayer], dropout_on: str) -> Call
 
 def _load(
     root: nn.Module,
-    file: _File,
+    file: AdapterFile,
     *,
     dropout_on: str = "adapter",
     adapter_name: str = "default",
@@ -549,17 +555,6 @@ def _refuse_root(layers: dict[str, DoraLayer]) -> None:
     if "" in layers:
         kind = type(layers[""]).__name__
         raise ValueError(f"the model is itself a {kind}, which PEFT's keys cannot name; pass a model that holds it")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of the file, and its metadata."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {path.parent}")
-    try:
-        with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target]]:

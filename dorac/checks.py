@@ -225,9 +225,41 @@ def check_linear(
     _check_rows("magnitude", magnitude, rows, weight, "weight")
     if weight_norm is not None:
         _check_rows("weight_norm", weight_norm, rows, weight, "weight")
+    _check_input(x, weight, bias)
+
+
+def check_linear_columns(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor | None,
+) -> None:
+    """All tensors of ``dora_linear_columns``."""
+    check_factors(weight, lora_A, lora_B)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [out, in], got shape {list(weight.shape)}")
+    _check_columns(magnitude, weight_norm, weight, "in", weight.shape[1])
+    _check_input(x, weight, bias)
+
+
+def _check_columns(magnitude: Tensor, weight_norm: Tensor | None, weight: Tensor, letter: str, columns: int) -> None:
+    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm)):
+        if vector is None and name == "weight_norm":
+            continue
+        check_float(name, vector)
+        if list(vector.shape) != [columns]:
+            raise ValueError(f"{name} must be [{letter}] = [{columns}], got shape {list(vector.shape)}")
+        _check_device(name, vector, weight)
+
+
+def _check_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What a linear layer of this weight takes beside its adapter."""
     check_float("x", x)
-    *experts, _, in_features = shape
-    shape = x.shape
+    *experts, _, in_features = weight.shape
+    rows, shape = weight.shape[:-1], x.shape
     fits = len(shape) > len(experts) and shape[-1] == in_features
     if not fits or (experts and list(shape[: len(experts)]) != experts):
         expected = f"[E, *, in] with E = {experts[0]} and" if experts else "[*, in] with"
@@ -334,6 +366,21 @@ def check_embedding(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
 ) -> None:
     """The tensors of ``dora_embedding``: ``weight [vocab, dim]``, ``lora_A [r, vocab]``, ``lora_B [dim, r]``."""
+    _check_table(x, weight, lora_A, lora_B)
+    check_adapter(weight.t(), lora_A, lora_B, magnitude, weight_norm)
+
+
+def check_embedding_columns(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor | None
+) -> None:
+    """The tensors of ``dora_embedding_columns``."""
+    _check_table(x, weight, lora_A, lora_B)
+    check_factors(weight.t(), lora_A, lora_B)
+    _check_columns(magnitude, weight_norm, weight, "vocab", weight.shape[0])
+
+
+def _check_table(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Indices, an embedding's weight and factors in PEFT's layout."""
     _check_dense("x", x, "a tensor of indices")
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"x must hold int64 or int32 indices, got {x.dtype}")
@@ -352,7 +399,6 @@ def check_embedding(
                 f"{name} must be {layout} for an embedding [vocab, dim] = {list(weight.shape)} (PEFT's "
                 f"lora_embedding_{name[-1]} as stored, not its transpose), got shape {list(tensor.shape)}"
             )
-    check_adapter(weight.t(), lora_A, lora_B, magnitude, weight_norm)
 
 
 def check_lookup(padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool, vocab: int) -> None:

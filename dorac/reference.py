@@ -151,6 +151,55 @@ def dora_embedding(
     return F.embedding(x, adapted.T)
 
 
+def column_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The norm of each column of V, ``[in]``."""
+    return torch.linalg.vector_norm(adapted_weight(weight, lora_A, lora_B, scaling), dim=-2)
+
+
+def merge_columns(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
+) -> Tensor:
+    """``W' = V * g``, g scaling the columns, ``[out, in]``."""
+    return adapted_weight(weight, lora_A, lora_B, scaling) * magnitude_scale(magnitude, weight_norm)
+
+
+def dora_linear_columns(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    norm_grad: bool = False,
+) -> Tensor:
+    """``y = x (V g)^T + b``, n constant in backprop unless ``norm_grad``."""
+    norm = column_norm(weight, lora_A, lora_B, scaling)
+    merged = merge_columns(
+        weight, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=norm if norm_grad else norm.detach()
+    )
+    return F.linear(x, merged, bias)
+
+
+def dora_embedding_columns(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    norm_grad: bool = False,
+) -> Tensor:
+    """Rows x of ``(V g)^T``, where V adapts ``weight^T``: a magnitude per token."""
+    norm = column_norm(weight.T, lora_A, lora_B, scaling)
+    merged = merge_columns(
+        weight.T, lora_A, lora_B, magnitude, scaling=scaling, weight_norm=norm if norm_grad else norm.detach()
+    )
+    return F.embedding(x, merged.T)
+
+
 def merge_weight(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *, scaling: float, weight_norm: Tensor
 ) -> Tensor:

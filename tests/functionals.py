@@ -217,6 +217,18 @@ def parts() -> tuple[Tensor, ...]:
     return x @ weight.T, x @ lora_A.T @ lora_B.T, magnitude
 
 
+def column_arguments() -> tuple[Tensor, ...]:
+    """A linear layer's, with a magnitude per input."""
+    x, weight, lora_A, lora_B, _, bias = linear_arguments()
+    return x, weight, lora_A, lora_B, 1.2 * reference.column_norm(weight, lora_A, lora_B, SCALING), bias
+
+
+def token_arguments() -> tuple[Tensor, ...]:
+    """An embedding's, with a magnitude per token."""
+    x, weight, lora_A, lora_B, _ = embedding_arguments()
+    return x, weight, lora_A, lora_B, 0.8 * reference.column_norm(weight.T, lora_A, lora_B, SCALING)
+
+
 FUNCTIONALS = {
     "dora_linear": Functional(
         scaled(functional.dora_linear),
@@ -291,6 +303,22 @@ FUNCTIONALS = {
         sums=Sums.of_embedding,
         module=module_of(dorac.nn.DoraEmbedding, lambda: torch.nn.Embedding(6, 4, dtype=torch.float64), 3),
         module_arguments=embedding_state,
+    ),
+    "dora_linear_columns": Functional(
+        scaled(functional.dora_linear_columns), scaled(reference.dora_linear_columns), column_arguments
+    ),
+    "dora_embedding_columns": Functional(
+        scaled(functional.dora_embedding_columns),
+        scaled(reference.dora_embedding_columns),
+        token_arguments,
+        names=LAYER[:5],
+    ),
+    "column_norm": Functional(
+        scaled(functional.column_norm),
+        detachable(scaled(reference.column_norm)),
+        lambda: column_arguments()[1:4],
+        names=LAYER[1:4],
+        adapters=(1, 2),
     ),
     "dora_embedding, sparse": Functional(
         sparse_embedding(functional.dora_embedding, sparse=True),

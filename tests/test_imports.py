@@ -40,6 +40,7 @@ FLOORS = {
     "adapter_config": 7,
     "named": 7,
     "caching": 7,
+    "files": 7.5,
     "checkpoint": 8,
     "fusing": 7,
     "idle": 7,
@@ -49,6 +50,8 @@ FLOORS = {
     "testing": 8,
     "cli": 8,
     "quantise": 8,
+    "commands": 9,
+    "__main__": 10,
     "demo": 9,
     "bench": 9,
 }

@@ -85,6 +85,10 @@ PRELUDES = {
     + "import copy\nbase = copy.deepcopy(model)\ndorac.apply_dora(base, 'all-linear', r=4, init_lora_weights=False)\n"
     + "dorac.save_adapter(base, 'adapter')\n",
     "Offloaded models, 1": MODEL_FILES + TRAIN,
+    "Files of every family, 1": SMALL
+    + "from safetensors.torch import save_file\n"
+    + "tensors = {'0.lora_A.weight': torch.randn(2, 6), '0.lora_B.weight': torch.randn(8, 2)}\n"
+    + "save_file(tensors | {'0.magnitude': torch.rand(8)}, 'lora.safetensors')\n",
     "Fused blocks, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n",
     "QDoRA, 1": MODEL_FILES + TRAIN,
     "PEFT, 1": SMALL + TRAIN,
@@ -129,6 +133,7 @@ dorac.load_adapter(fresh, 'saved')
 assert torch.equal(fresh(x), base(x))
 """,
     "Offloaded models, 1": "train(model)",
+    "Files of every family, 1": "assert (names, contents.format, layer.scaling) == (['0'], 'ai-toolkit', 8.0)",
     "Fused blocks, 1": "assert not report.left\nassert 'layers.1.mlp' in ' '.join(report.fused)",
     "QDoRA, 1": "assert any('Linear4bit' in type(m).__name__ for m in model.modules())",
     "PEFT, 1": "train(model)",

@@ -22,6 +22,7 @@ from dorac.functional.adapters import (
     stack_adapters,
 )
 from dorac.functional.blocks import Projection, dora_linears, dora_mlp
+from dorac.functional.columns import column_norm, dora_embedding_columns, dora_linear_columns, merge_columns
 from dorac.functional.conv import conv_matrices, dora_conv1d, dora_conv2d, dora_conv3d, norm_factored_conv
 from dorac.functional.embedding import dora_embedding
 from dorac.functional.grouped import dora_linear_grouped
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "Projection",
     "at_strength",
+    "column_norm",
     "combine_adapters",
     "combine_in_norm",
     "compose",
@@ -42,7 +44,9 @@ __all__ = [
     "dora_conv2d",
     "dora_conv3d",
     "dora_embedding",
+    "dora_embedding_columns",
     "dora_linear",
+    "dora_linear_columns",
     "dora_linear_grouped",
     "dora_linear_mixed",
     "dora_linears",
@@ -51,6 +55,7 @@ __all__ = [
     "init_magnitude",
     "invertible_scale",
     "magnitude_scale",
+    "merge_columns",
     "merge_weight",
     "mixed_norm",
     "norm_factored",

@@ -1,0 +1,26 @@
+"""Merges a DoRA adapter into its base model on disk.
+
+Writes a copy of the base with W' = m (W + s BA) / ||W + s BA|| in the place of each adapted weight, in the base's
+files and dtypes. One weight is in memory at a time. Adapters with a norm per input column merge as well as any.
+"""
+
+import argparse
+from pathlib import Path
+
+from dorac.commands import source
+from dorac.files.merging import merge_checkpoint
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    source.add_source(parser, base_required=True, base_help="it stays as it is")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the merged model: a directory, or of a single file a file"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    source.check_out(args.out)
+    contents, base = source.read(args)
+    merge_checkpoint(base, contents.layers, args.out, source.progress)
+    print(f"{args.out}: {len(contents.layers)} layers of a {contents.format} adapter merged into {args.base}")
+    return 0
