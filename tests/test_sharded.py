@@ -54,7 +54,8 @@ def collectives():
     counts = {}
     with CommDebugMode() as mode:
         yield counts
-    counts |= {str(op).partition(".")[2].strip("'>)_"): n for op, n in mode.get_comm_counts().items()}
+    names = {op: str(op).partition(".")[2].strip("'>)_") for op in mode.get_comm_counts()}
+    counts |= {names[op].replace("allreduce", "all_reduce"): n for op, n in mode.get_comm_counts().items()}
 
 
 def on_shards():
@@ -403,9 +404,9 @@ def tensor_parallel(mesh, folder):
     }
     with collectives() as counts:
         loss = train(model, x, y)
-    # Forward: down's norm, down's output. Backward: down's magnitude, and what plain LoRA sums too: up's lora_A and
-    # down's lora_B. The inputs need no gradient.
-    assert counts == {"all_reduce": 5}, counts
+    # Forward: down's norm, down's output. Backward, as of plain LoRA: up's lora_A; down's lora_B, and with it the
+    # magnitude. The inputs need no gradient.
+    assert counts == {"all_reduce": 4}, counts
     for name, p in model.named_parameters():
         assert p.grad is None or p.grad.placements == p.placements, name
     assert_same(loss, train(reference, x, y))
@@ -482,8 +483,8 @@ def tensor_parallel(mesh, folder):
     partly = parallelize_module(Mlp(), mesh, {"up.base_layer": ColwiseParallel()})
     with pytest.raises(TypeError, match="lora_A must be a DTensor like weight, got a plain tensor: shard a layer as"):
         partly(x)
-    for layer in other_kinds():
-        with pytest.raises(ValueError, match=r"RowwiseParallel (cannot shard the vocabulary|shards linear layers and)"):
+    for layer in other_kinds()[1:]:
+        with pytest.raises(ValueError, match=r"RowwiseParallel shards linear layers and"):
             parallelize_module(layer, mesh, RowwiseParallel())
     reference = other_kinds()[0]
     embedding = parallelize_module(copy.deepcopy(reference), mesh, ColwiseParallel(output_layouts=Replicate()))

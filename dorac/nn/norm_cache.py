@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
+from dorac.functional import norm_factored
 from dorac.ops import eager_over, front, sharded
 from dorac.ops.norm import row_norms
 
@@ -86,15 +87,21 @@ class Moment:
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
         self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
         self.states = self._of(tensors)
-        self.storages = [weakref.ref(tensors[i].untyped_storage()) for i in self.places]
+        self.storages = [weakref.ref(_part(tensors[i]).untyped_storage()) for i in self.places]
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
     def _of(self, tensors: Sequence[Tensor]) -> list[tuple]:
         tensors = [tensors[i] for i in self.places]
         try:
-            return [(t.data_ptr(), t._version, t.stride()) for t in tensors]
+            states = [(t.data_ptr(), t._version, t.stride()) for t in tensors]
         except RuntimeError:  # of a tensor of inference mode, which has no version
-            return [(t.data_ptr(), _version(t), t.stride()) for t in tensors]
+            states = [(t.data_ptr(), _version(t), t.stride()) for t in tensors]
+        return states if states and states[0][0] else [*states, *self._of_parts(tensors)]
+
+    @staticmethod
+    def _of_parts(tensors: Sequence[Tensor]) -> list[tuple]:
+        """Of DTensors, which have no memory of their own; see :func:`_part`."""
+        return [(_part(t).data_ptr(), _version(_part(t))) for t in tensors]
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have been written to since; others may follow them."""
@@ -195,10 +202,18 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What has the tensor's memory: of a DTensor this rank's part, which counts its writes in a version of its own."""
+    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """Whether the tensor is one of its own; what others hold is their affair."""
-    kind = type(tensor)
-    return kind in (Tensor, torch.nn.Parameter) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    kind = type(_part(tensor))
+    return kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def uncacheable(layer: Keeper) -> str | None:
@@ -211,9 +226,15 @@ def uncacheable(layer: Keeper) -> str | None:
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
         return "its norm_grad is set: a norm that carries a gradient belongs to one forward"
-    if sharded.any_sharded(*layer.norm_inputs()):
-        return "its parameters are sharded (DTensor)"
+    if _out_of_reach(layer, layer.norm_inputs()):
+        return "its parameters are sharded (DTensor) otherwise than by dorac.parallel alone"
     return None
+
+
+def _out_of_reach(layer: Keeper, tensors: Sequence[Tensor]) -> bool:
+    """Whether the layer's forward will not have these tensors: DTensors, but those of tensor parallelism alone."""
+    shards = getattr(layer, "shards", None)
+    return sharded.any_sharded(*tensors) and (shards is None or not shards.holds(tensors))
 
 
 @torch.no_grad()
@@ -254,7 +275,7 @@ def _take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool |
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
-            if layer.merged or sharded.any_sharded(*tensors) or any(t.is_meta for t in tensors):
+            if layer.merged or _out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
                 layer.cached_of = None
             else:
                 taken.append((layer, tensors))
@@ -300,11 +321,12 @@ def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) ->
 
 
 def _norms(layers: list[Keeper]) -> list[Tensor]:
-    """The present norms, those of layers of one layout in one launch."""
+    """The present norms, those of layers of one layout in one launch; of a tensor-parallel layer this rank's rows."""
     scalings = [layer.scaling for layer in layers]
+    spread = [getattr(layer, "shards", None) for layer in layers]
     operands = [
-        None if isinstance(scaling, Tensor) else layer.norm_operands()
-        for layer, scaling in zip(layers, scalings, strict=True)
+        shards.local_operands(layer) if shards else None if isinstance(scaling, Tensor) else layer.norm_operands()
+        for layer, scaling, shards in zip(layers, scalings, spread, strict=True)
     ]
     checked = set()
     for tensors, scaling in zip(operands, scalings, strict=True):
@@ -319,7 +341,15 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
             checks.check_factors(*tensors)
             checked.add(metadata)
     together = row_norms(operands, scalings, [layer.norm_budget for layer in layers])
-    return [layer._norm() if norm is None else norm for layer, norm in zip(layers, together, strict=True)]
+    norms = [
+        norm if norm is not None else norm_factored(*tensors, scaling) if shards else layer._norm()
+        for layer, norm, tensors, scaling, shards in zip(layers, together, operands, scalings, spread, strict=True)
+    ]
+    if any(spread):
+        from dorac.nn.tensor_parallel import total_norms  # which imports torch.distributed
+
+        norms = total_norms(spread, norms)
+    return norms
 
 
 def suspend(layers: Iterable[Keeper]) -> None:
@@ -431,7 +461,7 @@ def is_stale(layer: Keeper) -> bool:
         return False
     if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
         return False  # no forward would use it
-    norm = layer._norm()
+    (norm,) = _norms([layer])
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
     return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)

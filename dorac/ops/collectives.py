@@ -1,0 +1,294 @@
+"""Moves of local tensors between the ranks of a tensor-parallel layer, with their gradients.
+
+A tensor of a group of ranks is *held* (each rank has all of it), *parted* along a dimension, or *due*: a sum of which
+each rank has a summand. The gradient of what is held and used by ranks for parts of their own is due, that of what is
+due is held:
+
+    way        forward                      backward
+    share      held to held, no collective  due to held, all-reduce
+    reduce     due to held, all-reduce      held to held, no collective
+    spread     parted to held, all-gather   due to parted, reduce-scatter
+    scatter    due to parted, its inverse   parted to held, all-gather
+    gather     parted to held, all-gather   held to parted, no collective
+    slice      held to parted, its inverse  parted to held, all-gather
+
+``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it.
+
+In eager these are c10d's collectives, into memory of their own; in traced code the functional ones, which are nodes of
+the graph. :func:`enter` moves the input of a layer and unwraps its parameters in one ``autograd.Function``: in backward
+the gradients of those that the ranks hold are summed in one all-reduce, beside that of the input.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Group = "torch.distributed.ProcessGroup"
+INVERSE = {"share": "reduce", "spread": "scatter", "gather": "slice"}
+INVERSE |= {inverse: way for way, inverse in INVERSE.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, unseen by autograd; waits for a collective that is under way."""
+    part = tensor._local_tensor
+    return part if type(part) is Tensor or torch.compiler.is_compiling() else part.wait()
+
+
+def _in_graph(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
+def begin_sum(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Starts the sum over the ranks; eager code writes it to the tensor. The result waits for it."""
+    if _in_graph(tensor):
+        return functools.partial(_wait, torch.ops._c10d_functional.all_reduce(tensor, "sum", group.group_name))
+    tensor = tensor.contiguous()
+    return functools.partial(_waited, dist.all_reduce(tensor, group=group, async_op=True), tensor)
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def _waited(work: "dist.Work", tensor: Tensor) -> Tensor:
+    work.wait()
+    return tensor
+
+
+def _begin_gather(part: Tensor, dim: int, group: Group) -> Callable[[], Tensor]:
+    part, ranks = part.contiguous(), group.size()
+    if _in_graph(part):
+        parts = torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, group.group_name)
+        end = functools.partial(_wait, parts)
+    else:
+        parts = part.new_empty(ranks * part.shape[0], *part.shape[1:])
+        end = functools.partial(_waited, dist.all_gather_into_tensor(parts, part, group=group, async_op=True), parts)
+    # A copy only where a dimension before has more than one element.
+    return lambda: end().view(ranks, *part.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _begin_scatter(tensor: Tensor, dim: int, group: Group) -> Callable[[], Tensor]:
+    ranks = group.size()
+    parts = tensor.unflatten(dim, (ranks, tensor.shape[dim] // ranks)).movedim(dim, 0).contiguous()
+    if _in_graph(tensor):
+        part = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", ranks, group.group_name)
+        return lambda: _wait(part).squeeze(0)
+    part = parts.new_empty(parts.shape[1:])
+    work = dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group, async_op=True)
+    return functools.partial(_waited, work, part)
+
+
+def begin(tensor: Tensor, way: str, dim: int, group: Group) -> Callable[[], Tensor]:
+    """Starts a move that is not seen by autograd: the tensor may be overwritten. The result waits for it."""
+    if way == "reduce":
+        return begin_sum(tensor, group)
+    dim %= tensor.ndim
+    if way in ("spread", "gather"):
+        return _begin_gather(tensor, dim, group)
+    if way == "scatter":
+        return _begin_scatter(tensor, dim, group)
+    part = tensor
+    if way == "slice":
+        size = tensor.shape[dim] // group.size()
+        part = tensor.narrow(dim, group.rank() * size, size)
+    return lambda: part
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, way, dim, group):
+        ctx.way, ctx.dim, ctx.group = way, dim, group
+        if way == "reduce" and not _in_graph(tensor):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        moved = begin(tensor, way, dim, group)()
+        return moved.view_as(moved) if moved is tensor else moved
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Move.apply(gradient, INVERSE[ctx.way], ctx.dim, ctx.group), None, None, None
+
+
+def move(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """The tensor after such a move of the ranks, each of which calls this."""
+    return _Move.apply(tensor, way, dim, group)
+
+
+def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
+    """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
+    if _in_graph(tensor) or not tensor.is_contiguous():
+        return move(tensor, "reduce", 0, group)
+    dist.all_reduce(tensor.detach(), group=group)
+    return tensor
+
+
+def begin_sums(tensors: Sequence[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    """Starts the sums of several tensors over the ranks, in one collective, in the widest of their dtypes."""
+    if len(tensors) == 1:
+        end = begin_sum(tensors[0], group)
+        return lambda: [end()]
+    end = begin_sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
+
+    def ended() -> list[Tensor]:
+        first, *parts = end().split([tensor.numel() for tensor in tensors])
+        # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
+        parts = [
+            first.to(tensors[0].dtype),
+            *(p.to(t.dtype, copy=True) for p, t in zip(parts, tensors[1:], strict=True)),
+        ]
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    return ended
+
+
+def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    return begin_sums(tensors, group)() if tensors else []
+
+
+class _Sums(torch.autograd.Function):
+    """``reduce`` of several tensors, in one collective."""
+
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        ctx.group = group
+        return tuple(t.clone() for t in sums([t.clone() for t in tensors], group))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+class _TotalNorm(torch.autograd.Function):
+    """``sqrt`` of the sum of the squares of what the ranks have; zeros, infinities and NaNs are constants."""
+
+    @staticmethod
+    def forward(ctx, norm, group):
+        total = begin_sum(norm.double().square(), group)().sqrt().to(norm.dtype)
+        ctx.save_for_backward(norm, total)
+        ctx.group = group
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        norm, total = ctx.saved_tensors
+        constant = (total == 0) | ~total.isfinite()
+        share = torch.where(constant, 0.0, norm / torch.where(constant, 1.0, total))
+        return share * move(d_total, "reduce", 0, ctx.group), None
+
+
+def total_norm(norm: Tensor, group: Group) -> Tensor:
+    """The norm of rows of which each rank has the norm of some columns; summed in float64. Differentiable."""
+    return _TotalNorm.apply(norm, group)
+
+
+def total_norms(norms: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """:func:`total_norm` of several, in one collective, without gradients."""
+    squares = sums([norm.double().square() for norm in norms], group)
+    return [square.sqrt().to(norm.dtype) for square, norm in zip(squares, norms, strict=True)]
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, way, dim, group, due, watched, x, *parameters):
+        ctx.way, ctx.dim, ctx.group, ctx.due, ctx.parameters = way, dim, group, due, parameters
+        ctx.watched = (*watched, *parameters)
+        ctx.versions = [None if t.is_inference() else t._version for t in ctx.watched]
+        ctx.set_materialize_grads(False)
+        if x is not None:
+            moved = begin(x, way, dim, group)()
+            x = moved.view_as(moved) if moved is x else moved
+        return x, *[local(p).detach() for p in parameters]
+
+    @staticmethod
+    def backward(ctx, dx, *gradients):
+        for tensor, version in zip(ctx.watched, ctx.versions, strict=True):
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected "
+                    f"{version}"
+                )
+        needs_x, *needed = ctx.needs_input_grad[5:]
+        gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
+        due = [i for i, g in enumerate(gradients) if g is not None and ctx.due[i]]
+        dx = dx if needs_x else None
+        if torch.is_grad_enabled():
+            totals = _Sums.apply(ctx.group, *(gradients[i] for i in due)) if due else ()
+            dx = None if dx is None else move(dx, INVERSE[ctx.way], ctx.dim, ctx.group)
+        else:
+            end = None if dx is None else begin(dx, INVERSE[ctx.way], ctx.dim, ctx.group)
+            totals = sums([gradients[i] for i in due], ctx.group)
+            dx = None if end is None else end()
+        for i, total in zip(due, totals, strict=True):
+            gradients[i] = total
+        return None, None, None, None, None, dx, *map(_wrapped, gradients, ctx.parameters)
+
+
+def enter(
+    way: str,
+    dim: int,
+    group: Group,
+    due: Sequence[bool],
+    watched: Sequence[DTensor],
+    x: Tensor | None,
+    parameters: Sequence[DTensor],
+) -> tuple[Tensor | None, ...]:
+    """x moved, and each rank's parts of the parameters, whose gradients come back in their layouts.
+
+    Args:
+        way, dim: of x, see this module; "keep" moves nothing.
+        due: of each parameter whether its gradient is; these are summed over the ranks in one collective.
+        watched: DTensors that must not change until backward, with the parameters: autograd counts the writes to a
+            DTensor in a version of its own, not in that of the part that the layer saves.
+    """
+    if way == "keep":  # autograd need not see it
+        return x, *_Enter.apply(way, dim, group, due, watched, None, *parameters)[1:]
+    return _Enter.apply(way, dim, group, due, watched, x, *parameters)
+
+
+def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
+    """The gradient in the parameter's layout and strides."""
+    if gradient is None:
+        return None
+    part = parameter._local_tensor
+    if gradient.stride() != part.stride():
+        gradient = torch.empty_like(part).copy_(gradient)
+    if torch.is_grad_enabled():
+        layout = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False, **layout)
+    return DTensor(gradient, parameter._spec, requires_grad=False)
+
+
+class _Traced(torch.autograd.Function):
+    """The parts as they are; their gradients summed in one collective."""
+
+    @staticmethod
+    def forward(ctx, group, *parts):
+        ctx.group = group
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *_Sums.apply(ctx.group, *gradients)
+
+
+def enter_traced(
+    way: str,
+    dim: int,
+    group: Group,
+    due: Sequence[bool],
+    watched: Sequence[DTensor],
+    x: Tensor | None,
+    parameters: Sequence[DTensor],
+) -> tuple[Tensor | None, ...]:
+    """:func:`enter` for the compiler, which knows how DTensors cross and watches its inputs itself."""
+    x = x if way == "keep" else move(x, way, dim, group)
+    parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
+    summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
+    if summed:
+        for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
+            parts[i] = part
+    return x, *parts
