@@ -199,16 +199,18 @@ class Shards:
     def _way_in(self, x: Tensor, group: Group) -> tuple[str, int, Tensor]:
         """How x comes to this rank: the move, its dimension, and what is moved."""
         last = x.ndim - 1
-        wanted = Shard(last) if self.columns else Replicate()
         if not isinstance(x, DTensor):
-            given = Shard(self.given.dim % x.ndim) if self.given.is_shard() else self.given
-            if given == wanted:
-                return ("keep" if self.columns else "share"), 0, x
-            if self.columns and given == Replicate() and x.shape[last] % group.size() == 0:
+            dim = self.given.dim % x.ndim if self.given.is_shard() else None
+            if self.columns and dim == last:
+                return "keep", 0, x
+            if self.columns and self.given.is_replicate() and x.shape[last] % group.size() == 0:
                 return "slice", last, x
-            if not self.columns and given.is_shard():
-                return "spread", given.dim, x
-            x = DTensor.from_local(x, self.mesh, [given], run_check=False)
+            if not self.columns and self.given.is_replicate():
+                return "share", 0, x
+            if not self.columns and dim is not None:
+                return "spread", dim, x
+            x = DTensor.from_local(x, self.mesh, [self.given if dim is None else Shard(dim)], run_check=False)
+        wanted = Shard(last) if self.columns else Replicate()
         x = x.redistribute(placements=[wanted])
         return "keep", 0, x.to_local(grad_placements=[wanted if self.columns else Partial()])
 
@@ -217,26 +219,27 @@ class Shards:
 
         ``saved``: backward needs y as it is.
         """
-        shape, wanted = torch.Size((*y.shape[:-1], features)), self.wanted
-        wanted = Shard(wanted.dim % y.ndim) if wanted.is_shard() else wanted
-        if self.columns and wanted == Replicate():
+        lead, last = y.shape[:-1], y.ndim - 1
+        dim = self.wanted.dim % y.ndim if self.wanted.is_shard() else None
+        if self.columns and self.wanted.is_replicate():
             y = collectives.move(y, "reduce", 0, group) if saved else collectives.sum_in_place(y, group)
-        elif self.columns and wanted.is_shard() and shape[wanted.dim] % group.size() == 0:
-            y = collectives.move(y, "scatter", wanted.dim, group)
-        elif not self.columns and wanted == Replicate() and features % group.size() == 0:
-            y = collectives.move(y, "gather", y.ndim - 1, group)
-        elif self.columns or wanted != Shard(y.ndim - 1):
-            y = self._wrapped(y, Partial() if self.columns else Shard(y.ndim - 1), shape)
-            y = y.redistribute(placements=[wanted]).to_local()
+        elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:
+            y = collectives.move(y, "scatter", dim, group)
+        elif not self.columns and self.wanted.is_replicate() and features % group.size() == 0:
+            y = collectives.move(y, "gather", last, group)
+        elif self.columns or dim != last:
+            y = self._wrapped(y, Partial() if self.columns else Shard(last), (*lead, features))
+            y = y.redistribute(placements=[self.wanted]).to_local()
         if bias is not None:
-            if wanted == Shard(y.ndim - 1):
+            if dim == last:
                 bias = collectives.move(bias, "slice", 0, group)
             y = y + bias.to(y.dtype)
-        return y if self.returns_local else self._wrapped(y, wanted, shape)
+        return y if self.returns_local else self._wrapped(y, self.wanted, (*lead, features))
 
-    def _wrapped(self, y: Tensor, placement: Placement, shape: torch.Size) -> DTensor:
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(y, self.mesh, [placement], run_check=False, shape=shape, stride=stride)
+    def _wrapped(self, y: Tensor, placement: Placement, shape: tuple[int, ...]) -> DTensor:
+        placement = Shard(placement.dim % y.ndim) if placement.is_shard() else placement
+        whole = torch.empty(shape, device="meta")
+        return DTensor.from_local(y, self.mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def total_norms(shards: Sequence[Shards | None], norms: Sequence[Tensor]) -> list[Tensor]:

@@ -109,7 +109,10 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Move.apply(gradient, INVERSE[ctx.way], ctx.dim, ctx.group), None, None, None
+        inverse = INVERSE[ctx.way], ctx.dim, ctx.group
+        if torch.compiler.is_compiling():  # which takes no Function within the backward of one
+            return begin(gradient, *inverse)(), None, None, None
+        return _Move.apply(gradient, *inverse), None, None, None
 
 
 def move(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
@@ -133,7 +136,7 @@ def begin_sums(tensors: Sequence[Tensor], group: Group) -> Callable[[], list[Ten
     end = begin_sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
 
     def ended() -> list[Tensor]:
-        first, *parts = end().split([tensor.numel() for tensor in tensors])
+        first, *parts = end().split_with_sizes([tensor.numel() for tensor in tensors])
         # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
         parts = [
             first.to(tensors[0].dtype),
@@ -272,7 +275,7 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, *_Sums.apply(ctx.group, *gradients)
+        return None, *sums(gradients, ctx.group)
 
 
 def enter_traced(
