@@ -30,7 +30,7 @@ from dorac import functional
 from dorac.magnitudes import HALF, widen
 from dorac.nn import norm_cache
 from dorac.nn.layer import parameter
-from dorac.ops import collectives, front
+from dorac.ops import collectives, front, sharded
 from dorac.ops.collectives import Group, local
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Shards:
         norm = norm_cache.known_norm(layer, (weight, *adapter[:2])) if adapted and layer.caches_norm else None
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
         due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
-        x, *parts = self._enter(x, group, adapter, weight, (bias, due))
-        *parts, matrix, bias = parts
+        x = self._moved_in(x, group)
+        *parts, matrix, bias = self._enter(group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
         if not adapted:
@@ -100,7 +100,7 @@ class Shards:
         adapter = self._adapter(layer) if adapted else []
         norm = layer._known_norm() if adapted else None
         ids = self._whole(ids, group)
-        _, *parts, table, _ = self._enter(None, group, adapter, base.weight, (None, False))
+        *parts, table, _ = self._enter(group, adapter, base.weight, (None, False))
         padding_idx, inside = base.padding_idx, None
         if self.columns:
             vocabulary, rows = layer.num_embeddings, table.shape[0]
@@ -167,52 +167,42 @@ class Shards:
         return collectives.move(ids, "gather", self.given.dim, group) if self.given.is_shard() else ids
 
     def _enter(
-        self,
-        x: Tensor | None,
-        group: Group,
-        adapter: Sequence[Tensor],
-        weight: Tensor,
-        of_bias: tuple[Tensor | None, bool],
+        self, group: Group, adapter: Sequence[Tensor], weight: Tensor, of_bias: tuple[Tensor | None, bool]
     ) -> tuple[Tensor | None, ...]:
-        """x as the layer wants it, and this rank's parts of the adapter's parameters, of the weight and of the bias.
+        """This rank's parts of the adapter's parameters, of the weight and of the bias.
 
         ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
         """
         bias, bias_is_due = of_bias
-        way, dim, x = ("keep", 0, None) if x is None else self._way_in(x, group)
         entering, due = [*adapter], [not self.columns, self.columns, self.columns][: len(adapter)]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
             entering, due = [*entering, bias], [*due, bias_is_due]
-        parts = []
-        if entering and torch.is_grad_enabled() and any(p.requires_grad for p in entering):
-            enter = collectives.enter_traced if torch.compiler.is_compiling() else collectives.enter
-            x, *parts = enter(way, dim, group, due, (weight,), x, entering)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in entering):
+            parts = [*collectives.enter(group, due, (weight,), entering)]
         else:
-            x = x if way == "keep" else collectives.move(x, way, dim, group)
             parts = [local(p) for p in entering]
         own_bias = None if bias is None else parts.pop() if bias.requires_grad else local(bias)
         own_weight = parts.pop() if weight.requires_grad else local(weight)
-        return x, *parts, own_weight, own_bias
+        return *parts, own_weight, own_bias
 
-    def _way_in(self, x: Tensor, group: Group) -> tuple[str, int, Tensor]:
-        """How x comes to this rank: the move, its dimension, and what is moved."""
+    def _moved_in(self, x: Tensor, group: Group) -> Tensor:
+        """x as the layer wants it."""
         last = x.ndim - 1
         if not isinstance(x, DTensor):
             dim = self.given.dim % x.ndim if self.given.is_shard() else None
             if self.columns and dim == last:
-                return "keep", 0, x
+                return x
             if self.columns and self.given.is_replicate() and x.shape[last] % group.size() == 0:
-                return "slice", last, x
+                return collectives.move(x, "slice", last, group)
             if not self.columns and self.given.is_replicate():
-                return "share", 0, x
+                return collectives.move_once(x, "share", 0, group)
             if not self.columns and dim is not None:
-                return "spread", dim, x
+                return collectives.move_once(x, "spread", dim, group)
             x = DTensor.from_local(x, self.mesh, [self.given if dim is None else Shard(dim)], run_check=False)
         wanted = Shard(last) if self.columns else Replicate()
-        x = x.redistribute(placements=[wanted])
-        return "keep", 0, x.to_local(grad_placements=[wanted if self.columns else Partial()])
+        return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
     def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None, *, saved: bool = False) -> Tensor:
         """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute.

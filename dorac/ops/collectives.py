@@ -15,11 +15,13 @@ due is held:
 ``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it.
 
 In eager these are c10d's collectives, into memory of their own; in traced code the functional ones, which are nodes of
-the graph. :func:`enter` moves the input of a layer and unwraps its parameters in one ``autograd.Function``: in backward
-the gradients of those that the ranks hold are summed in one all-reduce, beside that of the input.
+the graph. :func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those
+that the ranks hold are summed in one all-reduce.
 """
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -120,6 +122,33 @@ def move(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
     return _Move.apply(tensor, way, dim, group)
 
 
+class _Last(threading.local):
+    """The last move of this thread that :func:`move_once` may give again."""
+
+    tensor: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    key: tuple = ()
+    moved: Callable[[], Tensor | None] = tensor
+
+
+_last = _Last()
+
+
+def move_once(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """:func:`move`, of which layers that follow each other with one tensor, as q, k and v, get one result.
+
+    So their gradients add up before they are moved: one collective each way for all of them. Compiled code moves it
+    for each layer: give it a DTensor (torch's ``PrepareModuleInput``), whose parts the compiler moves once.
+    """
+    if torch.compiler.is_compiling() or tensor.is_inference() or not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor if way == "share" and not tensor.requires_grad else move(tensor, way, dim, group)
+    key = way, dim, group, tensor._version
+    moved = _last.moved() if _last.tensor() is tensor and _last.key == key else None
+    if moved is None:
+        moved = move(tensor, way, dim, group)
+        _last.tensor, _last.key, _last.moved = weakref.ref(tensor), key, weakref.ref(moved)
+    return moved
+
+
 def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
     """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
     if _in_graph(tensor) or not tensor.is_contiguous():
@@ -195,18 +224,15 @@ def total_norms(norms: Sequence[Tensor], group: Group) -> list[Tensor]:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, way, dim, group, due, watched, x, *parameters):
-        ctx.way, ctx.dim, ctx.group, ctx.due, ctx.parameters = way, dim, group, due, parameters
+    def forward(ctx, group, due, watched, *parameters):
+        ctx.group, ctx.due, ctx.parameters = group, due, parameters
         ctx.watched = (*watched, *parameters)
         ctx.versions = [None if t.is_inference() else t._version for t in ctx.watched]
         ctx.set_materialize_grads(False)
-        if x is not None:
-            moved = begin(x, way, dim, group)()
-            x = moved.view_as(moved) if moved is x else moved
-        return x, *[local(p).detach() for p in parameters]
+        return tuple([local(p).detach() for p in parameters])
 
     @staticmethod
-    def backward(ctx, dx, *gradients):
+    def backward(ctx, *gradients):
         for tensor, version in zip(ctx.watched, ctx.versions, strict=True):
             if version is not None and tensor._version != version:
                 raise RuntimeError(
@@ -214,42 +240,35 @@ class _Enter(torch.autograd.Function):
                     f"a parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected "
                     f"{version}"
                 )
-        needs_x, *needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[3:]
         gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
         due = [i for i, g in enumerate(gradients) if g is not None and ctx.due[i]]
-        dx = dx if needs_x else None
-        if torch.is_grad_enabled():
-            totals = _Sums.apply(ctx.group, *(gradients[i] for i in due)) if due else ()
-            dx = None if dx is None else move(dx, INVERSE[ctx.way], ctx.dim, ctx.group)
-        else:
-            end = None if dx is None else begin(dx, INVERSE[ctx.way], ctx.dim, ctx.group)
-            totals = sums([gradients[i] for i in due], ctx.group)
-            dx = None if end is None else end()
-        for i, total in zip(due, totals, strict=True):
+        summed = [gradients[i] for i in due]
+        if due:
+            summed = _Sums.apply(ctx.group, *summed) if torch.is_grad_enabled() else sums(summed, ctx.group)
+        for i, total in zip(due, summed, strict=True):
             gradients[i] = total
-        return None, None, None, None, None, dx, *map(_wrapped, gradients, ctx.parameters)
+        return None, None, None, *map(_wrapped, gradients, ctx.parameters)
 
 
 def enter(
-    way: str,
-    dim: int,
-    group: Group,
-    due: Sequence[bool],
-    watched: Sequence[DTensor],
-    x: Tensor | None,
-    parameters: Sequence[DTensor],
-) -> tuple[Tensor | None, ...]:
-    """x moved, and each rank's parts of the parameters, whose gradients come back in their layouts.
+    group: Group, due: Sequence[bool], watched: Sequence[DTensor], parameters: Sequence[DTensor]
+) -> tuple[Tensor, ...]:
+    """This rank's parts of the parameters, whose gradients come back in their layouts.
 
     Args:
-        way, dim: of x, see this module; "keep" moves nothing.
         due: of each parameter whether its gradient is; these are summed over the ranks in one collective.
         watched: DTensors that must not change until backward, with the parameters: autograd counts the writes to a
             DTensor in a version of its own, not in that of the part that the layer saves.
     """
-    if way == "keep":  # autograd need not see it
-        return x, *_Enter.apply(way, dim, group, due, watched, None, *parameters)[1:]
-    return _Enter.apply(way, dim, group, due, watched, x, *parameters)
+    if torch.compiler.is_compiling():  # which knows how DTensors cross, and watches its inputs itself
+        parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
+        summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
+        if summed:
+            for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
+                parts[i] = part
+        return tuple(parts)
+    return _Enter.apply(group, due, watched, *parameters)
 
 
 def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
@@ -276,22 +295,3 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         return None, *sums(gradients, ctx.group)
-
-
-def enter_traced(
-    way: str,
-    dim: int,
-    group: Group,
-    due: Sequence[bool],
-    watched: Sequence[DTensor],
-    x: Tensor | None,
-    parameters: Sequence[DTensor],
-) -> tuple[Tensor | None, ...]:
-    """:func:`enter` for the compiler, which knows how DTensors cross and watches its inputs itself."""
-    x = x if way == "keep" else move(x, way, dim, group)
-    parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
-    summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
-    if summed:
-        for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
-            parts[i] = part
-    return x, *parts
