@@ -223,8 +223,8 @@ class Step:
             p.grad = None
 
     def sent(self) -> Record:
-        """What a step gives to collectives."""
-        with Collectives() as counted:
+        """What a step gives to collectives, in eager: compiled code cannot run under a mode, and is lost by the try."""
+        with torch.compiler.set_stance("force_eager"), Collectives() as counted:
             self()
         names = {name: [counted.counts[name], counted.bytes[name] / MIB] for name in sorted(counted.counts)}
         calls, size = counted.counts.total(), counted.bytes.total() / MIB
