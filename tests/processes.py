@@ -1,4 +1,4 @@
-"""Two processes on this machine, over gloo or over NCCL with a GPU each, which run a function of a test file."""
+"""Processes on this machine, over gloo or over NCCL with a GPU each, which run a function of a test file."""
 
 import os
 import sys
@@ -15,14 +15,14 @@ WORLD = 2
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-def _start(rank, worker, folder, device, args):
+def _start(rank, worker, folder, device, world, args):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.set_default_device(torch.device("cuda", rank))
         torch.backends.cudnn.allow_tf32 = False  # as conftest.py, which these processes don't read
-    dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=world)
     with poisoned_memory():  # as conftest.py
         worker(*args)
     dist.destroy_process_group()
@@ -34,15 +34,16 @@ def _start(rank, worker, folder, device, args):
     os._exit(0)
 
 
-def run(worker, folder, device, *args):
+def run(worker, folder, device, *args, world=WORLD):
     """``worker(*args)`` in every process; a failure carries that process's traceback.
 
     Args:
         folder: an empty one, in which the processes find each other.
         device: ``cpu`` or ``cuda``, the type of each process's default device.
+        world: how many processes.
     """
     if not dist.is_available() or not dist.is_backend_available(BACKENDS[device]):
         pytest.skip(f"needs {BACKENDS[device]}")
-    if device == "cuda" and torch.cuda.device_count() < WORLD:
-        pytest.skip(f"needs {WORLD} GPUs")
-    mp.spawn(_start, (worker, str(folder), device, args), nprocs=WORLD)
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    mp.spawn(_start, (worker, str(folder), device, world, args), nprocs=world)
