@@ -7,10 +7,21 @@ shards an ``nn.Linear``, its factors and magnitude along with the weight:
     ColwiseParallel    Shard(0)                Replicate        Shard(0)          Shard(0)
     RowwiseParallel    Shard(1)                Shard(1)         Replicate         Replicate
 
-(An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
-in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
-and in backward one of the magnitude's gradient (of it and the norm's with ``norm_grad``). Gradients come in the layouts
-of their parameters, those of replicated ones summed over the ranks.
+(An embedding keeps W as ``weight^T``.) The parameters stay DTensors; forward runs on each rank's part of them, which
+:mod:`dorac.nn.tensor_parallel` describes. Gradients come in the layouts of their parameters, those of replicated ones
+summed over the ranks. The rank is never sharded, so a layer has the collectives of plain LoRA in that layout:
+
+    style              forward                   backward
+    ColwiseParallel    none                      all-reduce of dx, one for all layers that are called with one x (in
+                                                 compiled code one for each, without torch's ``PrepareModuleInput``);
+                                                 of lora_A's gradient, r * in elements
+    RowwiseParallel    all-reduce of y; unless   all-reduce of the gradients of lora_B and the magnitude together,
+                       the norm is kept, of its  (r + 1) * out elements
+                       [out] squares, float64
+
+Between layers whose lines are sharded (``Shard(1)``, sequence parallelism) an all-gather of x and a reduce-scatter of y
+take the place of the all-reduces of dx and y, and in backward the inverse. With ``norm_grad`` over columns the
+gradient of the norm is summed too, ``out`` elements.
 """
 
 from torch import nn

@@ -14,6 +14,7 @@ from processes import WORLD, run
 from torch import nn
 
 import dorac
+from dorac import functional
 from dorac.nn import DoraEmbedding, DoraLinear
 from dorac.ops import front
 
@@ -322,6 +323,32 @@ def safe(mesh):
             same(whole(pair[1](own).detach(), style.output_layouts[0], mesh), pair[0](x))
 
 
+def kept(mesh):
+    """Norms that were kept before the layers were sharded are those of the parts, and follow every write."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    layer, x = adapted(), torch.randn(4, 24)
+    for name in ("columns", "rows"):
+        style = styles()[name]
+        model, reference = copy.deepcopy(layer), copy.deepcopy(layer)
+        cache = dorac.cache_norms(model, debug=True)
+        parallelize_module(model, mesh, style)
+        own = part(x, style.input_layouts[0], mesh)
+        for write in (
+            lambda m: m,
+            lambda m: m.lora_B.mul_(1.5),
+            lambda m: getattr(m.lora_A, "_local_tensor", m.lora_A).mul_(1.5),
+            lambda m: setattr(m, "scaling", 0.7),
+        ):
+            for m in (model, reference):
+                with torch.no_grad():
+                    write(m)
+            with mock.patch.object(functional, "norm_factored", side_effect=AssertionError):
+                y = model(own)
+            same(whole(y, style.output_layouts[0], mesh), reference(x))
+        cache.remove()
+
+
 def compiled(mesh):
     """Without a break, in the usual layouts; the sums are in the graph."""
     x = torch.randn(2, 2 * mesh.size(), 24)
@@ -344,11 +371,16 @@ def in_turn(workers, kernels, world):
             worker(mesh)
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["aten", "forms"])
+def both_forms(world):
+    in_turn((linears, square, embeddings, one_move, safe, kept), False, world)
+    in_turn((linears,), True, world)
+
+
 @pytest.mark.parametrize("world", [WORLD, pytest.param(4, marks=pytest.mark.full)])
-def test_layers_have_the_numbers_of_one_process(world, kernels, device, tmp_path):
-    run(in_turn, tmp_path, device, (linears, square, embeddings, one_move, safe), kernels, world, world=world)
+def test_layers_have_the_numbers_of_one_process(world, device, tmp_path):
+    run(both_forms, tmp_path, device, world, world=world)
 
 
+@pytest.mark.full
 def test_compiled_layers_have_the_numbers_of_one_process(device, tmp_path):
     run(in_turn, tmp_path, device, (compiled,), False, WORLD)

@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
       other; ``wall_ratio`` the median of the turns' ratios to LoRA by hand in the same mode.
     - ``gpu_us``: kernels but NCCL's; ``nccl_us``: those, the waiting for other ranks included (CUDA only).
     - ``cpu_us``: what the CPU takes to queue a step while the GPU is busy (CUDA only).
-    - ``collectives`` and ``sent_mib`` of this rank's inputs to them, by name in ``sent`` (of the eager code, which
-      compiled code shares; None where the compiler's own graph hides them).
+    - ``collectives``, and ``sent_mib`` that rank 0 gives to them; by name in ``sent``. Counted in eager: compiled code
+      has the same.
     - ``peak_mib``: beyond what was allocated before a step.
 
     With FSDP the adapters are float32, as its groups need one dtype and the magnitude is float32. Every rank has the
