@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
-from dorac.functional import norm_factored
 from dorac.ops import eager_over, front, sharded
 from dorac.ops.norm import row_norms
 
@@ -325,7 +324,7 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
     scalings = [layer.scaling for layer in layers]
     spread = [getattr(layer, "shards", None) for layer in layers]
     operands = [
-        shards.local_operands(layer) if shards else None if isinstance(scaling, Tensor) else layer.norm_operands()
+        None if isinstance(scaling, Tensor) else (shards.local_operands(layer) if shards else layer.norm_operands())
         for layer, scaling, shards in zip(layers, scalings, spread, strict=True)
     ]
     checked = set()
@@ -342,8 +341,8 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
             checked.add(metadata)
     together = row_norms(operands, scalings, [layer.norm_budget for layer in layers])
     norms = [
-        norm if norm is not None else norm_factored(*tensors, scaling) if shards else layer._norm()
-        for layer, norm, tensors, scaling, shards in zip(layers, together, operands, scalings, spread, strict=True)
+        norm if norm is not None else shards.local_norm(layer) if shards else layer._norm()
+        for layer, norm, shards in zip(layers, together, spread, strict=True)
     ]
     if any(spread):
         from dorac.nn.tensor_parallel import total_norms  # which imports torch.distributed

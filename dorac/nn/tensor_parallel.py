@@ -68,11 +68,7 @@ class Shards:
         if not adapted:
             y = F.linear(x, matrix, bias)
         else:
-            lora_A, lora_B, magnitude = parts
-            if norm is None and (self.columns or layer._strength is not None):
-                norm = self._norm(layer, matrix, lora_A, lora_B, group)
-            if layer._strength is not None:
-                lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, layer._strength)
+            lora_A, lora_B, magnitude, norm = self._operands(layer, matrix, parts, norm, group)
             dropout_p = layer.lora_dropout if layer.training else 0.0
             with _own_places(x, group) if dropout_p and self.columns else contextlib.nullcontext():
                 y = functional.dora_linear(
@@ -113,11 +109,7 @@ class Shards:
         if not adapted:
             y = F.embedding(ids, table, padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         else:
-            lora_A, lora_B, magnitude = parts
-            if norm is None and (self.columns or layer._strength is not None):
-                norm = self._norm(layer, table.t(), lora_A, lora_B, group)
-            if layer._strength is not None:
-                lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, layer._strength)
+            lora_A, lora_B, magnitude, norm = self._operands(layer, table.t(), parts, norm, group)
             y = functional.dora_embedding(
                 ids,
                 table,
@@ -141,7 +133,11 @@ class Shards:
 
     def local_operands(self, layer: "DoraLayer") -> tuple[Tensor, Tensor, Tensor]:
         """``layer.norm_operands()`` of this rank, for :func:`total_norms`."""
-        return tuple(local(t.detach()) for t in layer.norm_operands())
+        return tuple(local(t) for t in layer.norm_operands())
+
+    def local_norm(self, layer: "DoraLayer") -> Tensor:
+        """The norm of this rank's part, without gradient, for :func:`total_norms`."""
+        return functional.norm_factored(*self.local_operands(layer), layer.scaling, budget=layer.norm_budget)
 
     def _adapter(self, layer: "DoraLayer") -> list[Tensor]:
         """lora_A, lora_B and the magnitude."""
@@ -150,11 +146,18 @@ class Shards:
             widen(adapter[2])
         return adapter
 
-    def _norm(self, layer: "DoraLayer", matrix: Tensor, lora_A: Tensor, lora_B: Tensor, group: Group) -> Tensor:
-        """The norm of this rank's rows."""
-        options = {"norm_grad": layer.norm_grad, "budget": layer.norm_budget}
-        norm = functional.norm_factored(matrix, lora_A, lora_B, layer.scaling, **options)
-        return collectives.total_norm(norm, group) if self.columns else norm
+    def _operands(
+        self, layer: "DoraLayer", matrix: Tensor, adapter: Sequence[Tensor], norm: Tensor | None, group: Group
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The adapter at the layer's strength, and the norm of this rank's rows unless the function takes it."""
+        lora_A, lora_B, magnitude = adapter
+        if norm is None and (self.columns or layer._strength is not None):
+            options = {"norm_grad": layer.norm_grad, "budget": layer.norm_budget}
+            norm = functional.norm_factored(matrix, lora_A, lora_B, layer.scaling, **options)
+            norm = collectives.total_norm(norm, group) if self.columns else norm
+        if layer._strength is not None:
+            lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, layer._strength)
+        return lora_A, lora_B, magnitude, norm
 
     def _parts_features(self, ndim: int) -> bool:
         """Whether the result, of so many dimensions, is parted along its last."""

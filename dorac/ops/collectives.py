@@ -14,15 +14,14 @@ due is held:
 
 ``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it.
 
-In eager these are c10d's collectives, into memory of their own; in traced code the functional ones, which are nodes of
-the graph. :func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those
-that the ranks hold are summed in one all-reduce.
+In eager these are c10d's collectives; in traced code, and where a mode over ops looks on, the functional ones.
+:func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those that the
+ranks hold are summed in one all-reduce.
 """
 
-import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,80 +39,75 @@ def local(tensor: Tensor) -> Tensor:
     return part if type(part) is Tensor or torch.compiler.is_compiling() else part.wait()
 
 
-def _in_graph(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+def _functional(tensor: Tensor) -> bool:
+    """Whether somebody traces this, or a mode looks on (a checkpoint that chooses what it saves): nothing in place."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
-def begin_sum(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Starts the sum over the ranks; eager code writes it to the tensor. The result waits for it."""
-    if _in_graph(tensor):
-        return functools.partial(_wait, torch.ops._c10d_functional.all_reduce(tensor, "sum", group.group_name))
+def _sum(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks, which eager code writes to the tensor."""
+    if _functional(tensor):
+        return _wait(torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group.group_name))
     tensor = tensor.contiguous()
-    return functools.partial(_waited, dist.all_reduce(tensor, group=group, async_op=True), tensor)
+    dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def _wait(tensor: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(tensor)
 
 
-def _waited(work: "dist.Work", tensor: Tensor) -> Tensor:
-    work.wait()
-    return tensor
-
-
-def _begin_gather(part: Tensor, dim: int, group: Group) -> Callable[[], Tensor]:
+def _gathered(part: Tensor, dim: int, group: Group) -> Tensor:
     part, ranks = part.contiguous(), group.size()
-    if _in_graph(part):
-        parts = torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, group.group_name)
-        end = functools.partial(_wait, parts)
+    if _functional(part):
+        parts = _wait(torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, group.group_name))
     else:
         parts = part.new_empty(ranks * part.shape[0], *part.shape[1:])
-        end = functools.partial(_waited, dist.all_gather_into_tensor(parts, part, group=group, async_op=True), parts)
+        dist.all_gather_into_tensor(parts, part, group=group)
     # A copy only where a dimension before has more than one element.
-    return lambda: end().view(ranks, *part.shape).movedim(0, dim).flatten(dim, dim + 1)
+    return parts.view(ranks, *part.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _begin_scatter(tensor: Tensor, dim: int, group: Group) -> Callable[[], Tensor]:
+def _scattered(tensor: Tensor, dim: int, group: Group) -> Tensor:
     ranks = group.size()
     parts = tensor.unflatten(dim, (ranks, tensor.shape[dim] // ranks)).movedim(dim, 0).contiguous()
-    if _in_graph(tensor):
+    if _functional(tensor):
         part = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", ranks, group.group_name)
-        return lambda: _wait(part).squeeze(0)
+        return _wait(part).squeeze(0)
     part = parts.new_empty(parts.shape[1:])
-    work = dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group, async_op=True)
-    return functools.partial(_waited, work, part)
+    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
+    return part
 
 
-def begin(tensor: Tensor, way: str, dim: int, group: Group) -> Callable[[], Tensor]:
-    """Starts a move that is not seen by autograd: the tensor may be overwritten. The result waits for it."""
-    if way == "reduce":
-        return begin_sum(tensor, group)
+def _moved(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """A move that autograd does not see; ``reduce`` may overwrite the tensor."""
     dim %= tensor.ndim
-    if way in ("spread", "gather"):
-        return _begin_gather(tensor, dim, group)
+    if way == "reduce":
+        return _sum(tensor, group)
+    if way == "share":
+        return tensor
     if way == "scatter":
-        return _begin_scatter(tensor, dim, group)
-    part = tensor
+        return _scattered(tensor, dim, group)
     if way == "slice":
         size = tensor.shape[dim] // group.size()
-        part = tensor.narrow(dim, group.rank() * size, size)
-    return lambda: part
+        return tensor.narrow(dim, group.rank() * size, size)
+    return _gathered(tensor, dim, group)
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, way, dim, group):
         ctx.way, ctx.dim, ctx.group = way, dim, group
-        if way == "reduce" and not _in_graph(tensor):
+        if way == "reduce":
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        moved = begin(tensor, way, dim, group)()
-        return moved.view_as(moved) if moved is tensor else moved
+        moved = _moved(tensor, way, dim, group)
+        return moved.view_as(moved) if moved is tensor and way == "share" else moved
 
     @staticmethod
     def backward(ctx, gradient):
         inverse = INVERSE[ctx.way], ctx.dim, ctx.group
-        if torch.compiler.is_compiling():  # which takes no Function within the backward of one
-            return begin(gradient, *inverse)(), None, None, None
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _moved(gradient, *inverse), None, None, None  # the gradient of what only layers use is nobody else's
         return _Move.apply(gradient, *inverse), None, None, None
 
 
@@ -122,62 +116,66 @@ def move(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
     return _Move.apply(tensor, way, dim, group)
 
 
-class _Last(threading.local):
-    """The last move of this thread that :func:`move_once` may give again."""
+class _Last:
+    """The last tensor that was moved, by a weak reference, and what came of it, while that tensor lives."""
 
-    tensor: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    key: tuple = ()
-    moved: Callable[[], Tensor | None] = tensor
+    __slots__ = ("key", "moved", "tensor")
+
+    def __init__(self) -> None:
+        self.tensor = self.key = self.moved = None
+
+    def forget(self, tensor: weakref.ref) -> None:
+        if self.tensor is tensor:
+            self.__init__()
 
 
-_last = _Last()
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_here = _Here()
 
 
 def move_once(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
-    """:func:`move`, of which layers that follow each other with one tensor, as q, k and v, get one result.
+    """:func:`move`, of which layers that are called one after the other with one tensor, as q, k and v, get one result.
 
-    So their gradients add up before they are moved: one collective each way for all of them. Compiled code moves it
-    for each layer: give it a DTensor (torch's ``PrepareModuleInput``), whose parts the compiler moves once.
+    So their gradients add up before they are moved: one collective each way for all of them. Compiled code moves the
+    tensor for each layer; give it a DTensor (torch's ``PrepareModuleInput``), whose parts the compiler moves once.
     """
-    if torch.compiler.is_compiling() or tensor.is_inference() or not (torch.is_grad_enabled() and tensor.requires_grad):
-        return tensor if way == "share" and not tensor.requires_grad else move(tensor, way, dim, group)
-    key = way, dim, group, tensor._version
-    moved = _last.moved() if _last.tensor() is tensor and _last.key == key else None
-    if moved is None:
+    if way == "share" and not (tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return move(tensor, way, dim, group)
+    last, key = _here.last, (way, dim, group.group_name, tensor._version, torch.is_grad_enabled())
+    if last.tensor is None or last.tensor() is not tensor or last.key != key:
         moved = move(tensor, way, dim, group)
-        _last.tensor, _last.key, _last.moved = weakref.ref(tensor), key, weakref.ref(moved)
-    return moved
+        last.tensor = weakref.ref(tensor, last.forget)  # first: the end of what was moved before forgets that one
+        last.key, last.moved = key, moved
+        return moved
+    return last.moved
 
 
 def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
     """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
-    if _in_graph(tensor) or not tensor.is_contiguous():
+    if _functional(tensor) or not tensor.is_contiguous():
         return move(tensor, "reduce", 0, group)
     dist.all_reduce(tensor.detach(), group=group)
     return tensor
 
 
-def begin_sums(tensors: Sequence[Tensor], group: Group) -> Callable[[], list[Tensor]]:
-    """Starts the sums of several tensors over the ranks, in one collective, in the widest of their dtypes."""
-    if len(tensors) == 1:
-        end = begin_sum(tensors[0], group)
-        return lambda: [end()]
-    end = begin_sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
-
-    def ended() -> list[Tensor]:
-        first, *parts = end().split_with_sizes([tensor.numel() for tensor in tensors])
-        # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
-        parts = [
-            first.to(tensors[0].dtype),
-            *(p.to(t.dtype, copy=True) for p, t in zip(parts, tensors[1:], strict=True)),
-        ]
-        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-
-    return ended
-
-
 def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    return begin_sums(tensors, group)() if tensors else []
+    """The sums of several tensors over the ranks, in one collective, in the widest of their dtypes.
+
+    A single one may be overwritten.
+    """
+    if len(tensors) < 2:
+        return [_sum(tensor, group) for tensor in tensors]
+    total = _sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
+    first, *others = total.split_with_sizes([tensor.numel() for tensor in tensors])
+    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
+    parts = [first, *(part.clone() for part in others)]
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 class _Sums(torch.autograd.Function):
@@ -186,7 +184,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, *tensors):
         ctx.group = group
-        return tuple(t.clone() for t in sums([t.clone() for t in tensors], group))
+        return tuple(sums([tensor.clone() for tensor in tensors], group))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -198,7 +196,7 @@ class _TotalNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, norm, group):
-        total = begin_sum(norm.double().square(), group)().sqrt().to(norm.dtype)
+        total = _sum(norm.double().square(), group).sqrt().to(norm.dtype)
         ctx.save_for_backward(norm, total)
         ctx.group = group
         return total
