@@ -267,6 +267,36 @@ def one_move(mesh):
         cache.remove()
 
 
+def checkpointed(mesh):
+    """Under activation checkpoints, of everything and of what a policy does not save."""
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.utils import checkpoint
+
+    from dorac.parallel import ColwiseParallel, RowwiseParallel
+
+    reference = Attention()
+    plan = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "o": RowwiseParallel()}
+    model = parallelize_module(copy.deepcopy(reference), mesh, plan)
+    x, dy = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    reference(x).backward(dy)
+    expected = dict(reference.named_parameters())
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.add.Tensor]
+    for contexts in (
+        checkpoint.noop_context_fn,
+        functools.partial(checkpoint.create_selective_checkpoint_contexts, products),
+    ):
+
+        def twice(x, contexts=contexts):  # what follows the sum is computed again, too
+            return checkpoint.checkpoint(lambda x: model(x).exp().log(), x, use_reentrant=False, context_fn=contexts)
+
+        leaf = x.clone().requires_grad_()
+        twice(leaf).backward(dy)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                same(p.grad, expected[name].grad)
+        model.zero_grad()
+
+
 def safe(mesh):
     """What a move once, a sum in place, and parts without versions must not do."""
     from torch.distributed.tensor.parallel import parallelize_module
@@ -375,7 +405,7 @@ def in_turn(workers, kernels, world):
 
 
 def both_forms(world):
-    in_turn((linears, square, embeddings, one_move, safe, kept), False, world)
+    in_turn((linears, square, embeddings, one_move, checkpointed, safe, kept), False, world)
     in_turn((linears,), True, world)
 
 
