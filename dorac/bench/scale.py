@@ -117,8 +117,9 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
       has the same.
     - ``peak_mib``: beyond what was allocated before a step.
 
-    With FSDP the adapters are float32, as its groups need one dtype and the magnitude is float32. Every rank has the
-    same input. Norms kept stay, as between two optimizer steps.
+    With FSDP the adapters are float32, as its groups need one dtype and the magnitude is float32; a bfloat16 stack then
+    runs under autocast, as PEFT's defaults have it. Every rank has the same input. Norms kept stay, as between two
+    optimizer steps.
     """
     if args.fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -181,6 +182,7 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
     how = spread.LAYOUTS[layout]
     drawn = argparse.Namespace(**vars(args) | ({"adapter_dtype": torch.float32} if how.data else {}))
     variants = [name for name in args.variants if layout in DROP_IN or not name.startswith("dorac-peft")]
+    autocast = how.data and args.dtype is torch.bfloat16
     mesh = how.mesh(args.device)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
     x = x[:, : args.tokens // mesh.size()].contiguous() if how.sequence else x
@@ -190,7 +192,7 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
     steps: dict[str, Step] = {}
 
     def start(name: str) -> Record:
-        steps[name] = step = Step(spread.build(drawn, how, mesh, rank, name), x)
+        steps[name] = step = Step(spread.build(drawn, how, mesh, rank, name), x, autocast)
         peak, total = measure.peak_mib(step, args.device)
         return {"cpu_us": measure.cpu_us(step, args.device), "peak_mib": peak, "total_mib": total} | step.sent()
 
@@ -208,16 +210,19 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
 
 
 class Step:
-    """Forward, and backward from ``dy``; gradients are dropped."""
+    """Forward, under bfloat16 autocast if asked for, and backward from ``dy``; gradients are dropped."""
 
-    def __init__(self, stack: nn.Module, x: Tensor) -> None:
+    def __init__(self, stack: nn.Module, x: Tensor, autocast: bool) -> None:
+        self.autocast = autocast
         self.stack, self.x, self.dy = stack, x.detach().requires_grad_(), torch.randn_like(x)
         self.trained = [p for p in stack.parameters() if p.requires_grad]
         for _ in range(WARM_UP):
             self()
 
     def __call__(self) -> None:
-        self.stack(self.x).backward(self.dy)
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
+            y = self.stack(self.x)
+        y.backward(self.dy)
         self.x.grad = None
         for p in self.trained:
             p.grad = None

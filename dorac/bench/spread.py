@@ -97,7 +97,8 @@ def blocks(stack: nn.Module) -> nn.ModuleList:
 class LoraShard(nn.Module):
     """Plain LoRA on this rank's part of a layer, ``addmm(x W^T, s * x lora_A^T, lora_B^T)``.
 
-    The gradient of the factor that every rank holds is summed over the ranks. The input of the layers that share one
+    Factors of another dtype are cast to the activation's. The gradient of the factor that every rank holds is summed
+    over the ranks. The input of the layers that share one
     comes moved, see :func:`_moves_input`.
     """
 
@@ -121,7 +122,7 @@ class LoraShard(nn.Module):
         else:
             lora_A = collectives.move(lora_A, "share", 0, group)
         rows = x.flatten(0, -2)
-        down = (peers.SCALING * F.linear(self.dropout(rows).to(lora_A.dtype), lora_A)).to(x.dtype)
+        down = peers.SCALING * F.linear(self.dropout(rows), lora_A.to(x.dtype))
         y = torch.addmm(F.linear(rows, self.weight), down, lora_B.T.to(x.dtype)).view(*x.shape[:-1], -1)
         if not self.rowwise:
             return y
@@ -139,7 +140,7 @@ class LoraOver(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        down = (peers.SCALING * F.linear(self.dropout(rows).to(self.lora_A.dtype), self.lora_A)).to(x.dtype)
+        down = peers.SCALING * F.linear(self.dropout(rows), self.lora_A.to(x.dtype))
         y = torch.addmm(self.base_layer(rows), down, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
 
