@@ -49,6 +49,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     weights) with none of these around them, and in compiled code whatever is written without one of them after it was
     compiled, between calls without an optimizer: call ``refresh()`` after such writes.
 
+    Of layers that :mod:`dorac.parallel` has sharded each rank keeps its part of the norms, which takes a collective
+    where columns are sharded: all ranks have to step, refresh and check alike.
+
     Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP1), within a step that is given a
     closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
     cache; so do copies and pickles of the model.
@@ -75,9 +78,9 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     Raises:
         ValueError: no DoRA layer in the model; layers whose norms cannot be cached, by name with the reason (a base
-            weight or the norm itself is trained; parameters that are sharded by tensor parallelism, or offloaded to
-            disk; a base weight of a format that is not known; cached already); under FSDP2, where every rank calls
-            this, layers that are others on another rank. The model is then unchanged.
+            weight or the norm itself is trained; parameters that are offloaded to disk, or sharded otherwise than by
+            :mod:`dorac.parallel` or FSDP2; a base weight of a format that is not known; cached already); under FSDP2,
+            where every rank calls this, layers that are others on another rank. The model is then unchanged.
     """
     model = bare(model)
     reshard(model)

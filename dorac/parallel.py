@@ -7,10 +7,21 @@ shards an ``nn.Linear``, its factors and magnitude along with the weight:
     ColwiseParallel    Shard(0)                Replicate        Shard(0)          Shard(0)
     RowwiseParallel    Shard(1)                Shard(1)         Replicate         Replicate
 
-(An embedding keeps W as ``weight^T``.) The rank is never sharded, so neither layout communicates more than plain LoRA
-in that layout does, but for vectors over sharded columns: one all-reduce of the ``[out]`` sums of squares for the norm,
-and in backward one of the magnitude's gradient (of it and the norm's with ``norm_grad``). Gradients come in the layouts
-of their parameters, those of replicated ones summed over the ranks.
+(An embedding keeps W as ``weight^T``.) The parameters stay DTensors; forward runs on each rank's part of them, which
+:mod:`dorac.nn.tensor_parallel` describes. Gradients come in the layouts of their parameters, those of replicated ones
+summed over the ranks. The rank is never sharded, so a layer has the collectives of plain LoRA in that layout:
+
+    style              forward                   backward
+    ColwiseParallel    none                      all-reduce of dx, one for all layers that are called with one x (in
+                                                 compiled code one for each, without torch's ``PrepareModuleInput``);
+                                                 of lora_A's gradient, r * in elements
+    RowwiseParallel    all-reduce of y; unless   all-reduce of the gradients of lora_B and the magnitude together,
+                       the norm is kept, of its  (r + 1) * out elements
+                       [out] squares, float64
+
+Between layers whose lines are sharded (``Shard(1)``, sequence parallelism) an all-gather of x and a reduce-scatter of y
+take the place of the all-reduces of dx and y, and in backward the inverse. With ``norm_grad`` over columns the
+gradient of the norm is summed too, ``out`` elements.
 
 What a training step of one layer sends, in bytes of payload (the larger of what a collective takes and gives), with T
 tokens a rank, a bfloat16 base and float32 adapters:
@@ -40,19 +51,17 @@ where W is 4096 wide, and a gather beneath it 134 MB. Neither vector is on the w
 dx's: the norm does not depend on x, and nothing in backward waits for the magnitude's gradient.
 """
 
-from functools import partial
-
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
 from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from dorac import ranks
-from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear
-from dorac.ops import front
+from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
+from dorac.nn.tensor_parallel import Shards
 
 
 class ColwiseParallel(_ColwiseParallel):
@@ -74,11 +83,12 @@ class ColwiseParallel(_ColwiseParallel):
 
 
 class RowwiseParallel(_RowwiseParallel):
-    """``torch.distributed.tensor.parallel.RowwiseParallel``, also for ``DoraLinear``.
+    """``torch.distributed.tensor.parallel.RowwiseParallel``, also for ``DoraLinear`` and ``DoraEmbedding``.
 
-    Every rank holds some of the input features of the base weight and of lora_A, and the rest whole. The input is
-    sharded on its last dimension, the output summed and replicated, unless ``input_layouts`` and ``output_layouts`` say
-    otherwise.
+    Every rank holds some of the input features (of an embedding some rows of the vocabulary) of the base weight and of
+    lora_A, and the rest whole. The input is sharded on its last dimension (indices are replicated: they need
+    ``input_layouts=Replicate()``, as with torch's), the output summed and replicated, unless ``input_layouts`` and
+    ``output_layouts`` say otherwise.
 
     Args: see torch's class.
 
@@ -89,7 +99,6 @@ class RowwiseParallel(_RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, DoraLayer):
             return super()._apply(module, device_mesh)
-        self.desired_input_layouts = (Shard(-1),)
         return _distribute(self, module, device_mesh, Shard(1))
 
 
@@ -112,19 +121,18 @@ def check_ranks(model: nn.Module, mesh: DeviceMesh) -> None:
     ranks.refuse_other_adapters(layers, mesh)
 
 
-def _summed(gradient: DTensor) -> DTensor:
-    """The gradient of a replicated parameter with its sum over the ranks made.
-
-    Backward leaves it ``Partial``, and torch 2.11's optimizers compute other steps from such gradients.
-    """
-    return gradient.redistribute(placements=[Replicate()] * gradient.device_mesh.ndim)
-
-
-def _sum_gradients(layer: DoraLayer) -> None:
-    """Has the gradients of the layer's replicated parameters summed."""
-    for parameter in layer.parameters(recurse=False):
-        if parameter.requires_grad and parameter.placements[0] == Replicate():
-            front.hook_once(parameter, _summed)
+def _check_embedding(kind: str, layer: DoraEmbedding, mesh: DeviceMesh, over_vocabulary: bool) -> None:
+    base, size = layer.base_layer, mesh.size()
+    if base.sparse:
+        raise ValueError(
+            f"{kind}: a sparse gradient cannot be summed over the ranks; build the embedding without sparse"
+        )
+    if over_vocabulary and base.scale_grad_by_freq:
+        raise ValueError(
+            f"{kind}: scale_grad_by_freq counts indices, of which a rank sees some; shard the features: ColwiseParallel"
+        )
+    if over_vocabulary and layer.num_embeddings <= -(-layer.num_embeddings // size) * (size - 1):
+        raise ValueError(f"{kind}: {layer.num_embeddings} rows are too few for {size} ranks to have one each")
 
 
 def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix: Placement) -> nn.Module:
@@ -136,8 +144,10 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
         raise ValueError(f"{kind}: a quantised base weight ({type(layer.base_layer).__name__}) cannot be sharded")
     if layer.merged:
         raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
-    if isinstance(layer, DoraEmbedding) and matrix == Shard(1):
-        raise ValueError(f"{kind} cannot shard the vocabulary of a DoraEmbedding; shard its features: ColwiseParallel")
+    if mesh.ndim != 1:
+        raise ValueError(f"{kind} needs a mesh of one dimension, as mesh['tp'] of a larger one, got {mesh}")
+    if isinstance(layer, DoraEmbedding):
+        _check_embedding(kind, layer, mesh, matrix == Shard(1))
     transposed = isinstance(layer, DoraEmbedding) or layer.fan_in_fan_out  # the weight is stored [in, out]
     ranks.refuse_other_adapters({"": layer}, mesh)
     in_features, rows = (Replicate(), Shard(0)) if matrix == Shard(0) else (Shard(1), Replicate())
@@ -158,13 +168,7 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
             shards = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
             module.register_parameter(key, nn.Parameter(shards, requires_grad=parameter.requires_grad))
 
-    distribute_module(
-        layer,
-        mesh,
-        partition,
-        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
-        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
-    )
-    layer.on_new_parameters = _sum_gradients
-    layer.follow_parameters()
+    distribute_module(layer, mesh, partition)
+    layer.shards = Shards(mesh, matrix == Shard(1), *style.input_layouts, *style.output_layouts, style.use_local_output)
+    norm_cache.refresh([layer])
     return layer

@@ -23,6 +23,7 @@ from dorac.bench import (
     options,
     peers,
     report,
+    scale,
     stub,
     surgery,
     timeline,
@@ -554,6 +555,70 @@ def test_host_compiled(bench, device):
     for record in graphs:
         assert record["lora_ratio"] is None
         assert record["launches"] == [1]  # two layers: one graph, and the copy of what it is given
+
+
+SCALE = ("scale", "--layers", "1", "--turns", "2", "--repeats", "1", "--ranks", "4")
+
+
+def test_scale_with_fake_ranks(bench):
+    result = bench(*SCALE, "--fake")
+    for layout in scale.LAYOUTS:
+        records = {r["variant"]: r for r in result["records"] if r["case"] == f"{layout} r4, fake"}
+        kinds = scale.KINDS if layout in scale.DROP_IN else scale.KINDS[:3]
+        assert [*records] == [f"{kind}-eager" for kind in kinds]
+        for record in records.values():
+            assert record["wall_us"] > 0
+            assert record["wall_ratio"] > 0
+            # As many in dorac's layers as by hand; one more for each row-wise layer whose norm is not kept, as over
+            # FSDP2, whose unsharded parameters are other tensors.
+            every = {"tp": "every", "sp": "every", "tp-fsdp2": "dorac"}.get(layout, "none")
+            more = int(every in record["variant"])
+            assert record["collectives"] == records["lora-eager"]["collectives"] + more, record
+    sent = {r["case"]: r["sent"] for r in result["records"] if r["variant"] == "dorac-cached-eager"}
+    # Forward one sum of [16, 32] numbers, backward one too and, of rank 4, lora_A of gate and up, lora_B and magnitude.
+    bytes_sent = 2 * (2 * 16 * 32 + 2 * 4 * 32) + 4 * (4 * 32 + 32)
+    assert sent["tp r4, fake"] == {"all_reduce": [5, bytes_sent / 2**20]}
+
+
+def test_scale_in_processes_of_its_own(bench):
+    result = bench(*SCALE, "--layouts", "tp", "--variants", "lora-eager", "dorac-cached-eager")
+    assert names(result) == [("tp r4", "lora-eager"), ("tp r4", "dorac-cached-eager")]
+    assert not any("failed" in record for record in result["records"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stack", ["mlp", "llama"])
+def test_scale_compiled(bench, stack):
+    variants = ["lora-compiled", "dorac-cached-compiled", "lora-eager", "dorac-cached-eager"]
+    result = bench(*SCALE, "--fake", "--stack", stack, "--layouts", "tp", "--variants", *variants)
+    counted = {r["variant"]: r["collectives"] for r in result["records"]}
+    assert len(set(counted.values())) == 1, counted
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--processes", "1"), "scale is of two processes and more; on one GPU use --fake"),
+        (("--stub-kernels",), "--stub-kernels is for --fake on the CPU"),
+        (("--stack", "llama", "--layouts", "sp"), "sp is for --stack mlp"),
+        (("--tokens", "7"), "--tokens 7 must be a multiple of the number of processes, 2"),
+        (("--processes", "3", "--tokens", "6", "--hidden", "6", "--intermediate", "6"), "of an even number"),
+    ],
+)
+def test_scale_refuses(given, message, capsys):
+    assert main(["scale", "--device", "cpu", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_torchrun_reports_once(monkeypatch, tmp_path, capsys):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(scale, "run", lambda args: iter(()))
+    assert main(["scale", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    assert not (tmp_path / "out.json").exists()
+    assert capsys.readouterr().out == ""
+    assert main(["scale", "--device", "cpu", "--fake"]) == 2
+    assert "--fake is one process: start it without torchrun" in capsys.readouterr().err
 
 
 def test_ratios_are_those_of_the_turns():

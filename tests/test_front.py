@@ -150,23 +150,6 @@ def test_symbolic_sizes_are_not_specialised():
     assert seen_sizes == [False, True, False]
 
 
-def test_a_hook_runs_once_and_survives_a_swap():
-    parameter, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(2))
-    calls = []
-
-    def hook(gradient):
-        calls.append(gradient)
-        return 2 * gradient
-
-    for swapped in (False, False, True):
-        if swapped:
-            torch.utils.swap_tensors(parameter, other)
-        front.hook_once(parameter, hook)
-        calls.clear()
-        assert torch.autograd.grad(parameter.sum(), parameter)[0].tolist() == [2, 2]
-        assert len(calls) == 1
-
-
 def test_backward():
     """Of a gradient's hook, and of what a reentrant checkpoint runs again."""
     seen = []

@@ -248,7 +248,9 @@ def refused(mesh, _folder):
 
     from dorac.parallel import ColwiseParallel, RowwiseParallel
 
-    message = r"up: its parameters are sharded \(DTensor\), and no unit of fully_shard in this model gathers them whole"
+    message = (
+        r"up: its parameters are sharded \(DTensor\) otherwise than by dorac.parallel alone, and no unit of fully_shard"
+    )
     model = fully_shard(nn.Sequential(Mlp()), mesh=mesh)
     with pytest.raises(ValueError, match=message):
         dorac.cache_norms(model[0])

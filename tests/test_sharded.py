@@ -403,9 +403,9 @@ def tensor_parallel(mesh, folder):
     }
     with collectives() as counts:
         loss = train(model, x, y)
-    # Forward: down's norm, down's output. Backward: down's magnitude, and what plain LoRA sums too: up's lora_A and
-    # down's lora_B. The inputs need no gradient.
-    assert counts == {"all_reduce": 5}, counts
+    # Forward: down's norm, down's output. Backward, as of plain LoRA: up's lora_A; down's lora_B, and with it the
+    # magnitude. The inputs need no gradient.
+    assert counts == {"all_reduce": 4}, counts
     for name, p in model.named_parameters():
         assert p.grad is None or p.grad.placements == p.placements, name
     assert_same(loss, train(reference, x, y))
@@ -482,8 +482,8 @@ def tensor_parallel(mesh, folder):
     partly = parallelize_module(Mlp(), mesh, {"up.base_layer": ColwiseParallel()})
     with pytest.raises(TypeError, match="lora_A must be a DTensor like weight, got a plain tensor: shard a layer as"):
         partly(x)
-    for layer in other_kinds():
-        with pytest.raises(ValueError, match=r"RowwiseParallel (cannot shard the vocabulary|shards linear layers and)"):
+    for layer in other_kinds()[1:]:
+        with pytest.raises(ValueError, match=r"RowwiseParallel shards linear layers and"):
             parallelize_module(layer, mesh, RowwiseParallel())
     reference = other_kinds()[0]
     embedding = parallelize_module(copy.deepcopy(reference), mesh, ColwiseParallel(output_layouts=Replicate()))
@@ -683,8 +683,8 @@ def compiled(mesh, _folder):
         return sizes
 
     reduced = reductions(backend.fw_graphs), reductions(backend.bw_graphs)
-    # Forward: down's norm and output. The gradients' sums are made by hooks on their parameters.
-    assert reduced == ([[24], [4, 3, 24]], []), reduced
+    # Forward: down's norm and output. Backward: down's lora_B and magnitude together, up's lora_A.
+    assert reduced == ([[24], [4, 3, 24]], [[24 * 4 + 24], [4, 24]]), reduced
     assert sum("row_norm" in str(n.target) for n in backend.fw_graphs[0].graph.nodes) == 2
     with torch.no_grad():
         assert_same(model(x), reference(x))

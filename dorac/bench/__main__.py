@@ -26,6 +26,7 @@ from dorac.bench import (
     norm,
     options,
     report,
+    scale,
     surgery,
     tune,
 )
@@ -39,6 +40,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "decode": decode,
     "memory": memory,
     "host": host,
+    "scale": scale,
     "surgery": surgery,
     "mesh": mesh,
     "tune": tune,
@@ -65,7 +67,9 @@ def run(args, argv: list[str]) -> int:
     torch.manual_seed(args.seed)
     args.ceilings = measure.measure_ceilings(args.device, args.dtype)
     run_info = report.run_info(args, argv)
-    print(report.heading(run_info), flush=True)
+    shown = not getattr(args, "silent", False)  # where several processes run this, one shows
+    if shown:
+        print(report.heading(run_info), flush=True)
     records = []
     # A graph compiled earlier, by another version of the library, is not what is to be measured.
     with torch.compiler.config.patch(force_disable_caches=True):
@@ -73,7 +77,8 @@ def run(args, argv: list[str]) -> int:
             records.append(record)
             if args.json is not None:
                 report.write_json(args.json, run_info, records)
-    print(report.table(records))
+    if shown:
+        print(report.table(records))
     for record in records:
         for key, title in report.DETAILS.items():
             if record.get(key):

@@ -121,6 +121,8 @@ class DoraEmbedding(DoraLayer):
         return self.base_layer.embed_scale if self.is_scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shards is not None:
+            return self.shards.embedding(self, x)
         if offload.is_hooked(self.base_layer):
             return offloaded.forward(self, (self,), x)
         if self.merged or self.runs_base:

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from dorac.numerics import FLOAT_DTYPES
 from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.undo import Undo
+
+if TYPE_CHECKING:
+    from dorac.nn.tensor_parallel import Shards
 
 MIXED = (
     "{} is adapted by dorac already: adapt a model either with dorac.apply_dora or through PEFT, or call "
@@ -182,8 +185,7 @@ class DoraLayer(Switched, nn.Module):
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
         vars(self).update(norm_cache.NOTHING_KEPT)
-        # Called with the layer where other tensors have taken the place of its parameters: hooks of theirs are lost.
-        self.on_new_parameters: Callable[[DoraLayer], None] | None = None
+        self.shards: Shards | None = None  # how dorac.parallel has spread it
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
         # left it empty (and sharded), and what load_state_dict brings while it runs.
         self.waiting: RemovableHandle | None = None
@@ -445,13 +447,7 @@ class DoraLayer(Switched, nn.Module):
         if self.merged_norm is not None:
             self.merged_norm = move(self.merged_norm)
         norm_cache.refresh([self])
-        self.follow_parameters()
         return self
-
-    def follow_parameters(self) -> None:
-        """After other tensors may have taken the place of the parameters."""
-        if self.on_new_parameters is not None:
-            self.on_new_parameters(self)
 
     def train(self, mode: bool = True) -> Self:
         """As any module; what is written to parameters around such a change (averages of them) leaves no trace."""
@@ -537,7 +533,6 @@ class DoraLayer(Switched, nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.switch(disabled=False)
-        self.follow_parameters()
 
     def extra_repr(self) -> str:
         dropout = f"lora_dropout={self.lora_dropout:g}"
@@ -553,7 +548,6 @@ def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:
     """After ``load_state_dict`` of the layer or of what holds it."""
     starts.after_load(layer)
     norm_cache.refresh([layer])
-    layer.follow_parameters()
 
 
 def check_hyperparameters(

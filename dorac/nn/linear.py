@@ -106,6 +106,8 @@ class DoraLinear(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self._modules["base_layer"]
+        if self.shards is not None:
+            return self.shards.linear(self, x)
         if "_hf_hook" in base.__dict__:
             return offloaded.forward(self, (self,), x)
         if not is_dynamo_compiling() and shared.here.together is not None:

@@ -88,16 +88,20 @@ class Moment:
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
         self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
         self.state = self._of(tensors)
-        self.storages = [weakref.ref(tensors[i].untyped_storage()) for i in self.places]
+        self.storages = [weakref.ref(_part(tensors[i]).untyped_storage()) for i in self.places]
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
     def _of(self, tensors: Sequence[Tensor]) -> tuple:
         """Flat: what lies apart in memory takes its time in every forward."""
         tensors = [tensors[i] for i in self.places]
         try:
-            return *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
+            state = *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
         except RuntimeError:  # of a tensor of inference mode, which has no version
-            return *map(_address, tensors), *map(version, tensors), *map(_strides, tensors)
+            state = *map(_address, tensors), *map(version, tensors), *map(_strides, tensors)
+        if state and not state[0]:  # of DTensors, which have no memory of their own: see _part
+            parts = [*map(_part, tensors)]
+            state += *map(_address, parts), *map(version, parts)
+        return state
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have been written to since; others may follow them."""
@@ -187,13 +191,24 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What has the tensor's memory: of a DTensor this rank's part, which counts its writes in a version of its own."""
+    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """Whether the tensor is one of its own; what others hold is their affair."""
-    kind = type(tensor)
-    return kind in (Tensor, torch.nn.Parameter) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    kind = type(_part(tensor))
+    return kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-SHARDED = "its parameters are sharded (DTensor), and no unit of fully_shard in this model gathers them whole"
+SHARDED = (
+    "its parameters are sharded (DTensor) otherwise than by dorac.parallel alone, and no unit of fully_shard in this "
+    "model gathers them whole"
+)
 
 
 def uncacheable(layer: Keeper, whole_in_forward: bool = False) -> str | None:
@@ -211,9 +226,15 @@ def uncacheable(layer: Keeper, whole_in_forward: bool = False) -> str | None:
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
         return "its norm_grad is set: a norm that carries a gradient belongs to one forward"
-    if sharded.any_sharded(*layer.norm_inputs()) and not whole_in_forward:
+    if not whole_in_forward and _out_of_reach(layer, layer.norm_inputs()):
         return SHARDED
     return None
+
+
+def _out_of_reach(layer: Keeper, tensors: Sequence[Tensor]) -> bool:
+    """Whether the layer's forward will not have these tensors: DTensors, but those of tensor parallelism alone."""
+    shards = getattr(layer, "shards", None)
+    return sharded.any_sharded(*tensors) and (shards is None or not shards.holds(tensors))
 
 
 @torch.no_grad()
@@ -267,7 +288,7 @@ def take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | 
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
-            if layer.merged or sharded.any_sharded(*tensors) or any(t.is_meta for t in tensors):
+            if layer.merged or _out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
                 layer.cached_of = None
             else:
                 taken.append((layer, tensors))
@@ -317,11 +338,12 @@ def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) ->
 
 
 def _norms(layers: list[Keeper]) -> list[Tensor]:
-    """The present norms, those of layers of one layout in one launch."""
+    """The present norms, those of layers of one layout in one launch; of a tensor-parallel layer this rank's rows."""
     scalings = [layer.scaling for layer in layers]
+    spread = [getattr(layer, "shards", None) for layer in layers]
     operands = [
-        None if isinstance(scaling, Tensor) else layer.norm_operands()
-        for layer, scaling in zip(layers, scalings, strict=True)
+        None if isinstance(scaling, Tensor) else (shards.local_operands(layer) if shards else layer.norm_operands())
+        for layer, scaling, shards in zip(layers, scalings, spread, strict=True)
     ]
     checked = set()
     for tensors, scaling in zip(operands, scalings, strict=True):
@@ -336,7 +358,15 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
             checks.check_factors(*tensors)
             checked.add(metadata)
     together = row_norms(operands, scalings, [layer.norm_budget for layer in layers])
-    return [layer._norm() if norm is None else norm for layer, norm in zip(layers, together, strict=True)]
+    norms = [
+        norm if norm is not None else shards.local_norm(layer) if shards else layer._norm()
+        for layer, norm, shards in zip(layers, together, spread, strict=True)
+    ]
+    if any(spread):
+        from dorac.nn.tensor_parallel import total_norms  # which imports torch.distributed
+
+        norms = total_norms(spread, norms)
+    return norms
 
 
 def suspend(layers: Iterable[Keeper]) -> None:
@@ -452,7 +482,7 @@ def is_stale(layer: Keeper) -> bool:
         return False
     if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
         return False  # no forward would use it
-    norm = layer._norm()
+    (norm,) = _norms([layer])
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
     return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)

@@ -124,13 +124,11 @@ def _restore(layer: "DoraLayer", present: Mapping[str, Tensor]) -> None:
 def materialise(layer: "DoraLayer") -> None:
     """Puts empty parameters in the place of the adapter's on ``meta``, where the base weight is."""
     device = layer.weight.device
-    replaced = [name for name, p in layer.named_parameters(recurse=False) if p.is_meta and device.type != "meta"]
-    for name in replaced:
-        p = getattr(layer, name)
+    for name, p in [*layer.named_parameters(recurse=False)]:
+        if not p.is_meta or device.type == "meta":
+            continue
         with torch.inference_mode(False):  # what is made in inference mode could never be trained
             setattr(layer, name, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
-    if replaced:
-        layer.follow_parameters()
 
 
 def _is_unset(tensor: Tensor) -> bool:

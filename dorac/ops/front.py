@@ -8,7 +8,6 @@ public in torch; ``tests/test_front.py`` fails if torch moves them.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -148,11 +147,3 @@ def at_most(size: int | torch.SymInt, limit: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
     return statically_known_true(size <= limit)
-
-
-def hook_once(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> None:
-    """Has the gradient go through ``hook``, also where it was registered before and ``swap_tensors`` cut it off."""
-    hooks = tensor._backward_hooks
-    if hooks is None or hook not in hooks.values():
-        tensor.register_hook(hook)
-    tensor._backward_hooks = tensor._backward_hooks  # binds the dictionary to the tensor that is beneath now

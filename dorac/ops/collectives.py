@@ -1,0 +1,295 @@
+"""Moves of local tensors between the ranks of a tensor-parallel layer, with their gradients.
+
+A tensor of a group of ranks is *held* (each rank has all of it), *parted* along a dimension, or *due*: a sum of which
+each rank has a summand. The gradient of what is held and used by ranks for parts of their own is due, that of what is
+due is held:
+
+    way        forward                      backward
+    share      held to held, no collective  due to held, all-reduce
+    reduce     due to held, all-reduce      held to held, no collective
+    spread     parted to held, all-gather   due to parted, reduce-scatter
+    scatter    due to parted, its inverse   parted to held, all-gather
+    gather     parted to held, all-gather   held to parted, no collective
+    slice      held to parted, its inverse  parted to held, all-gather
+
+``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it.
+
+In eager these are c10d's collectives; in traced code, and where a mode over ops looks on, the functional ones.
+:func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those that the
+ranks hold are summed in one all-reduce.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Group = "torch.distributed.ProcessGroup"
+INVERSE = {"share": "reduce", "spread": "scatter", "gather": "slice"}
+INVERSE |= {inverse: way for way, inverse in INVERSE.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, unseen by autograd; waits for a collective that is under way."""
+    part = tensor._local_tensor
+    return part if type(part) is Tensor or torch.compiler.is_compiling() else part.wait()
+
+
+def _functional(tensor: Tensor) -> bool:
+    """Whether somebody traces this, or a mode looks on (a checkpoint that chooses what it saves): nothing in place."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _sum(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks, which eager code writes to the tensor."""
+    if _functional(tensor):
+        return _wait(torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group.group_name))
+    tensor = tensor.contiguous()
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def _gathered(part: Tensor, dim: int, group: Group) -> Tensor:
+    part, ranks = part.contiguous(), group.size()
+    if _functional(part):
+        parts = _wait(torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, group.group_name))
+    else:
+        parts = part.new_empty(ranks * part.shape[0], *part.shape[1:])
+        dist.all_gather_into_tensor(parts, part, group=group)
+    # A copy only where a dimension before has more than one element.
+    return parts.view(ranks, *part.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _scattered(tensor: Tensor, dim: int, group: Group) -> Tensor:
+    ranks = group.size()
+    parts = tensor.unflatten(dim, (ranks, tensor.shape[dim] // ranks)).movedim(dim, 0).contiguous()
+    if _functional(tensor):
+        part = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", ranks, group.group_name)
+        return _wait(part).squeeze(0)
+    part = parts.new_empty(parts.shape[1:])
+    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
+    return part
+
+
+def _moved(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """A move that autograd does not see; ``reduce`` may overwrite the tensor."""
+    dim %= tensor.ndim
+    if way == "reduce":
+        return _sum(tensor, group)
+    if way == "share":
+        return tensor
+    if way == "scatter":
+        return _scattered(tensor, dim, group)
+    if way == "slice":
+        size = tensor.shape[dim] // group.size()
+        return tensor.narrow(dim, group.rank() * size, size)
+    return _gathered(tensor, dim, group)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, way, dim, group):
+        ctx.way, ctx.dim, ctx.group = way, dim, group
+        if way == "reduce":
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        moved = _moved(tensor, way, dim, group)
+        return moved.view_as(moved) if moved is tensor and way == "share" else moved
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inverse = INVERSE[ctx.way], ctx.dim, ctx.group
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _moved(gradient, *inverse), None, None, None  # the gradient of what only layers use is nobody else's
+        return _Move.apply(gradient, *inverse), None, None, None
+
+
+def move(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """The tensor after such a move of the ranks, each of which calls this."""
+    return _Move.apply(tensor, way, dim, group)
+
+
+class _Last:
+    """The last tensor that was moved, by a weak reference, and what came of it, while that tensor lives."""
+
+    __slots__ = ("key", "moved", "tensor")
+
+    def __init__(self) -> None:
+        self.tensor = self.key = self.moved = None
+
+    def forget(self, tensor: weakref.ref) -> None:
+        if self.tensor is tensor:
+            self.__init__()
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_here = _Here()
+
+
+def move_once(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
+    """:func:`move`, of which layers that are called one after the other with one tensor, as q, k and v, get one result.
+
+    So their gradients add up before they are moved: one collective each way for all of them. Compiled code moves the
+    tensor for each layer; give it a DTensor (torch's ``PrepareModuleInput``), whose parts the compiler moves once.
+    """
+    if way == "share" and not (tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return move(tensor, way, dim, group)
+    last, key = _here.last, (way, dim, group.group_name, tensor._version, torch.is_grad_enabled())
+    if last.tensor is None or last.tensor() is not tensor or last.key != key:
+        moved = move(tensor, way, dim, group)
+        last.tensor = weakref.ref(tensor, last.forget)  # first: the end of what was moved before forgets that one
+        last.key, last.moved = key, moved
+        return moved
+    return last.moved
+
+
+def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
+    """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
+    if _functional(tensor) or not tensor.is_contiguous():
+        return move(tensor, "reduce", 0, group)
+    dist.all_reduce(tensor.detach(), group=group)
+    return tensor
+
+
+def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """The sums of several tensors over the ranks, in one collective, in the widest of their dtypes.
+
+    A single one may be overwritten.
+    """
+    if len(tensors) < 2:
+        return [_sum(tensor, group) for tensor in tensors]
+    total = _sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
+    first, *others = total.split_with_sizes([tensor.numel() for tensor in tensors])
+    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
+    parts = [first, *(part.clone() for part in others)]
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
+class _Sums(torch.autograd.Function):
+    """``reduce`` of several tensors, in one collective."""
+
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        ctx.group = group
+        return tuple(sums([tensor.clone() for tensor in tensors], group))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+class _TotalNorm(torch.autograd.Function):
+    """``sqrt`` of the sum of the squares of what the ranks have; zeros, infinities and NaNs are constants."""
+
+    @staticmethod
+    def forward(ctx, norm, group):
+        total = _sum(norm.double().square(), group).sqrt().to(norm.dtype)
+        ctx.save_for_backward(norm, total)
+        ctx.group = group
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        norm, total = ctx.saved_tensors
+        constant = (total == 0) | ~total.isfinite()
+        share = torch.where(constant, 0.0, norm / torch.where(constant, 1.0, total))
+        return share * move(d_total, "reduce", 0, ctx.group), None
+
+
+def total_norm(norm: Tensor, group: Group) -> Tensor:
+    """The norm of rows of which each rank has the norm of some columns; summed in float64. Differentiable."""
+    return _TotalNorm.apply(norm, group)
+
+
+def total_norms(norms: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """:func:`total_norm` of several, in one collective, without gradients."""
+    squares = sums([norm.double().square() for norm in norms], group)
+    return [square.sqrt().to(norm.dtype) for square, norm in zip(squares, norms, strict=True)]
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, due, watched, *parameters):
+        ctx.group, ctx.due, ctx.parameters = group, due, parameters
+        ctx.watched = (*watched, *parameters)
+        ctx.versions = [None if t.is_inference() else t._version for t in ctx.watched]
+        ctx.set_materialize_grads(False)
+        return tuple([local(p).detach() for p in parameters])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        for tensor, version in zip(ctx.watched, ctx.versions, strict=True):
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected "
+                    f"{version}"
+                )
+        needed = ctx.needs_input_grad[3:]
+        gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
+        due = [i for i, g in enumerate(gradients) if g is not None and ctx.due[i]]
+        summed = [gradients[i] for i in due]
+        if due:
+            summed = _Sums.apply(ctx.group, *summed) if torch.is_grad_enabled() else sums(summed, ctx.group)
+        for i, total in zip(due, summed, strict=True):
+            gradients[i] = total
+        return None, None, None, *map(_wrapped, gradients, ctx.parameters)
+
+
+def enter(
+    group: Group, due: Sequence[bool], watched: Sequence[DTensor], parameters: Sequence[DTensor]
+) -> tuple[Tensor, ...]:
+    """This rank's parts of the parameters, whose gradients come back in their layouts.
+
+    Args:
+        due: of each parameter whether its gradient is; these are summed over the ranks in one collective.
+        watched: DTensors that must not change until backward, with the parameters: autograd counts the writes to a
+            DTensor in a version of its own, not in that of the part that the layer saves.
+    """
+    if torch.compiler.is_compiling():  # which knows how DTensors cross, and watches its inputs itself
+        parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
+        summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
+        if summed:
+            for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
+                parts[i] = part
+        return tuple(parts)
+    return _Enter.apply(group, due, watched, *parameters)
+
+
+def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
+    """The gradient in the parameter's layout and strides."""
+    if gradient is None:
+        return None
+    part = parameter._local_tensor
+    if gradient.stride() != part.stride():
+        gradient = torch.empty_like(part).copy_(gradient)
+    if torch.is_grad_enabled():
+        layout = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False, **layout)
+    return DTensor(gradient, parameter._spec, requires_grad=False)
+
+
+class _Traced(torch.autograd.Function):
+    """The parts as they are; their gradients summed in one collective."""
+
+    @staticmethod
+    def forward(ctx, group, *parts):
+        ctx.group = group
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *sums(gradients, ctx.group)
