@@ -123,6 +123,7 @@ class NormCache:
             listed = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"norms that cannot be cached:\n  {listed}")
         self._layers = weakref.WeakValueDictionary(layers)  # it may be kept longer than the model
+        self._units = [weakref.ref(unit) for unit in units]
         self._hooks: list[RemovableHandle] = []
         try:
             norm_cache.start(layers.values(), debug=debug)
@@ -141,12 +142,13 @@ class NormCache:
         norm_cache.refresh(layers)
 
     def check(self) -> None:
-        """Recomputes every norm and compares. Waits for the device.
+        """Recomputes every norm and compares. Waits for the device; under FSDP2 every rank calls this.
 
         Raises:
             RuntimeError: norms that a forward would use are not the present ones; the layers are named.
         """
-        stale = [name or type(layer).__name__ for name, layer in self._layers.items() if _is_stale(layer)]
+        with gathered.whole(unit for unit in (ref() for ref in self._units) if unit is not None):
+            stale = [name or type(layer).__name__ for name, layer in self._layers.items() if _is_stale(layer)]
         if stale:
             raise RuntimeError(norm_cache.STALE.format(", ".join(stale)))
 

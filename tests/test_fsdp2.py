@@ -135,6 +135,28 @@ def kept_norms(mesh, _folder):
                 model(x)
 
 
+def stale_norms(mesh, _folder):
+    """Writes to the parts that leave no trace are found by ``check`` and by ``debug=True``."""
+    for units in ("layers", "whole"):
+        model, x = sharded(Mlp(), mesh, units), torch.randn(2, 24)
+        cache = dorac.cache_norms(model)
+        cache.check()
+        model(x).sum().backward()
+        cache.check()
+        model.down.lora_B.to_local().data.mul_(2)
+        with pytest.raises(RuntimeError, match="the cached norm of down is stale"):
+            cache.check()
+        cache.refresh()
+        model(x).sum().backward()
+        cache.check()
+        cache.remove()
+        dorac.cache_norms(model, debug=True)
+        model(x).sum().backward()
+        model.down.lora_B.to_local().data.mul_(2)
+        with pytest.raises(RuntimeError, match=r"the cached norm of .*DoraLinear is stale"):
+            model(x)
+
+
 def graphs_held(mesh, _folder):
     """Backward has the norm of its own forward, whatever ran in between; a changed one is refused."""
     model = sharded(Mlp(), mesh)
@@ -265,7 +287,7 @@ def refused(mesh, _folder):
 @pytest.mark.parametrize(
     "workers",
     [
-        (kept_norms, graphs_held, other_layers, mixed_precision, refused, compiled_blocks),
+        (kept_norms, stale_norms, graphs_held, other_layers, mixed_precision, refused, compiled_blocks),
         pytest.param((compiled_whole,), marks=pytest.mark.full),
     ],
     ids=["units", "compiled whole"],

@@ -168,10 +168,8 @@ class Mlp(nn.Module):
         if lora:
             self.up, self.down = Lora(self.up, args.rank), Lora(self.down, args.rank)
         else:
-            names = dorac.apply_dora(
-                self, "all-linear", r=args.rank, lora_alpha=SCALING * args.rank, init_lora_weights=False
-            )
-            assert len(names) == 2
+            options = {"lora_alpha": SCALING * args.rank, "init_lora_weights": False}
+            dorac.apply_dora(self, "all-linear", r=args.rank, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))

@@ -7,10 +7,11 @@ FSDP2's own and before compiled code, all of a unit's in one launch; and it is k
 the parts.
 """
 
+import contextlib
 import operator
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,16 @@ def follow(units: Mapping[nn.Module, Sequence[Keeper]]) -> list[RemovableHandle]
             layer.gathered = Parts(layer.norm_inputs(), taken=False)
         handles.append(unit.register_forward_pre_hook(torch.compiler.disable(_Hook(layers))))
     return handles
+
+
+@contextlib.contextmanager
+def whole(units: Iterable[nn.Module]) -> Iterator[None]:
+    """The parameters of these units gathered for the block, as in their forward."""
+    with contextlib.ExitStack() as stack:
+        for unit in units:
+            unit.unshard()
+            stack.callback(unit.reshard)
+        yield
 
 
 class _Hook:

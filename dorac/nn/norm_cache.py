@@ -482,6 +482,8 @@ def is_stale(layer: Keeper) -> bool:
         return False
     if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
         return False  # no forward would use it
+    if layer.gathered is not None and layer.gathered.passed():
+        return False  # its unit will take it anew
     (norm,) = _norms([layer])
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
