@@ -28,7 +28,7 @@ tokens a rank, a bfloat16 base and float32 adapters:
 
     layout            plain LoRA, forward / backward                          what DoRA adds
     ColwiseParallel   - / all-reduce 2 T in, 4 r in                           nothing
-    RowwiseParallel   all-reduce 2 T out / 4 r out                            all-reduce 8 out / 4 out
+    RowwiseParallel   all-reduce 2 T out / 4 r out                            all-reduce 8 out / 4 out in LoRA's
     FSDP2             all-gather 2 out in + 4 r (in + out) / the same, and    4 out to each of the three
                       reduce-scatter 4 r (in + out)
     both              the first two, and FSDP2's over a rank's shards         likewise
@@ -36,14 +36,14 @@ tokens a rank, a bfloat16 base and float32 adapters:
 Counted for an MLP 4096 / 16384 at r = 16 and T = 8 (``python -m dorac.bench mesh``, torch's fake process group):
 
                                   8 ranks             64                  1024                DoRA adds
-    tensor parallelism            0.66 MB, 4 calls    0.66 MB             0.66 MB             0.05 MB, 2 calls
+    tensor parallelism            0.66 MB, 4 calls    0.66 MB             0.66 MB             0.05 MB, 1 call
     FSDP2                         544.7 MB, 3 calls   556.5 MB            792.5 MB            0.25 MB, no call
-    FSDP2, in eights parallel     as the first        70.1 MB, 7 calls    78.4 MB             0.12 MB, 2 calls
+    FSDP2, in eights parallel     as the first        70.1 MB, 7 calls    78.4 MB             0.12 MB, 1 call
 
 What DoRA adds is the same on every mesh. What grows is LoRA's: FSDP2 shards lora_A along r, and above r ranks pads it
 to a row a rank. Nothing grows where that is sharded along its features, on n ranks by ``fully_shard(...,
 shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 and p.shape[0] < n else None)``. A norm that is kept
-(:func:`dorac.cache_norms`, under FSDP2) sends nothing.
+(:func:`dorac.cache_norms`) sends nothing.
 
 On n ranks with the bandwidth B and the latency L of a message, a ring takes about ``2 (n - 1) (L + b / (n B))`` for an
 all-reduce of b bytes, half of it to gather or to reduce and scatter. So what DoRA adds is latency: ``8 out`` is 32 KiB

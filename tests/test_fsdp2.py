@@ -270,9 +270,7 @@ def refused(mesh, _folder):
 
     from dorac.parallel import ColwiseParallel, RowwiseParallel
 
-    message = (
-        r"up: its parameters are sharded \(DTensor\) otherwise than by dorac.parallel alone, and no unit"
-    )
+    message = r"up: its parameters are sharded \(DTensor\) otherwise than by dorac.parallel alone, and no unit"
     model = fully_shard(nn.Sequential(Mlp()), mesh=mesh)
     with pytest.raises(ValueError, match=message):
         dorac.cache_norms(model[0])

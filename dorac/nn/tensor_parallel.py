@@ -142,6 +142,10 @@ class Shards:
     def _adapter(self, layer: "DoraLayer") -> list[Tensor]:
         """lora_A, lora_B and the magnitude."""
         adapter = layer._own_parameters()
+        for name, t in zip(("lora_A", "lora_B", "magnitude"), adapter, strict=True):
+            mesh = getattr(t, "device_mesh", None)
+            if mesh is not self.mesh and mesh != self.mesh:
+                raise ValueError(f"{name} must be on the mesh of weight, {self.mesh}, got {mesh or 'a plain tensor'}")
         if layer.training and adapter[2].dtype in HALF:
             widen(adapter[2])
         return adapter

@@ -12,7 +12,8 @@ due is held:
     gather     parted to held, all-gather   held to parted, no collective
     slice      held to parted, its inverse  parted to held, all-gather
 
-``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it.
+``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it. Of one rank alone
+nothing moves.
 
 In eager these are c10d's collectives; in traced code, and where a mode over ops looks on, the functional ones.
 :func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those that the
@@ -46,6 +47,8 @@ def _functional(tensor: Tensor) -> bool:
 
 def _sum(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the ranks, which eager code writes to the tensor."""
+    if group.size() == 1:
+        return tensor
     if _functional(tensor):
         return _wait(torch.ops._c10d_functional.all_reduce(tensor.contiguous(), "sum", group.group_name))
     tensor = tensor.contiguous()
@@ -59,6 +62,8 @@ def _wait(tensor: Tensor) -> Tensor:
 
 def _gathered(part: Tensor, dim: int, group: Group) -> Tensor:
     part, ranks = part.contiguous(), group.size()
+    if ranks == 1:
+        return part
     if _functional(part):
         parts = _wait(torch.ops._c10d_functional.all_gather_into_tensor(part, ranks, group.group_name))
     else:
@@ -70,6 +75,8 @@ def _gathered(part: Tensor, dim: int, group: Group) -> Tensor:
 
 def _scattered(tensor: Tensor, dim: int, group: Group) -> Tensor:
     ranks = group.size()
+    if ranks == 1:
+        return tensor
     parts = tensor.unflatten(dim, (ranks, tensor.shape[dim] // ranks)).movedim(dim, 0).contiguous()
     if _functional(tensor):
         part = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", ranks, group.group_name)
@@ -98,10 +105,9 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, way, dim, group):
         ctx.way, ctx.dim, ctx.group = way, dim, group
-        if way == "reduce":
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        moved = _moved(tensor, way, dim, group)
-        return moved.view_as(moved) if moved is tensor and way == "share" else moved
+        own = tensor.clone(memory_format=torch.contiguous_format) if way == "reduce" else tensor
+        moved = _moved(own, way, dim, group)
+        return moved.view_as(moved) if moved is tensor else moved
 
     @staticmethod
     def backward(ctx, gradient):
@@ -158,6 +164,8 @@ def move_once(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
 
 def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
     """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
+    if group.size() == 1:
+        return tensor
     if _functional(tensor) or not tensor.is_contiguous():
         return move(tensor, "reduce", 0, group)
     dist.all_reduce(tensor.detach(), group=group)
