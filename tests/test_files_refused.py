@@ -93,13 +93,57 @@ def test_values_that_do_not_go_together(trainer, how, tmp_path):
         tensors[magnitude] = tensors[magnitude][:-1]
     path = written_as(tmp_path, written, tensors)
     words = {
-        "a rank apart": "do not go together: lora_A",
+        "a rank apart": r"do not go together: lora_A|has r = 3 in adapter_config\.json, its lora_A is \[6, 7\]",
         "not finite": "is not finite",
-        "integers": "is torch.int64, not floating point",
+        "integers": "is torch.int64, not floating point of 16 bits or more",
         "a magnitude too short": "has 4 elements, not 5|fits neither axis of|has 4 elements, with 7 inputs",
     }[how]
     with pytest.raises(ValueError, match=rf"^{tmp_path}/\S+: {format}: .*({words})"):
         files.read(path if written.config is None else tmp_path, **written.arguments)
+
+
+ODD = {
+    "a vector": (lambda t: t.flatten()[:1], r"\[1\], which is no factor"),
+    "a number": (lambda t: t.flatten()[0], r"\[\], which is no factor"),
+    "rank 0": (lambda t: t[:0] if t.shape[0] == R else t[:, :0], "which is no factor"),
+    "8 bits": (lambda t: t.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, not floating point of 16 bits or more"),
+}
+
+
+@pytest.mark.parametrize("trainer", NEEDED)
+@pytest.mark.parametrize("how", ODD)
+def test_factors_that_are_none(trainer, how, tmp_path):
+    format, _, written = case(trainer, "linear")
+    change, message = ODD[how]
+    tensors = {key: change(t) if t.ndim == 2 and R in t.shape else t for key, t in written.tensors.items()}
+    path = written_as(tmp_path, written, tensors)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/\S+: {format}: .*({message})"):
+        files.read(path if written.config is None else tmp_path, **written.arguments)
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.tensor(torch.nan), torch.tensor(True)], ids=str)
+def test_an_alpha_that_is_no_number(alpha, tmp_path):
+    written = lycoris(drawn(5, 7), on_out=True)
+    tensors = {key: alpha if key.endswith("alpha") else t for key, t in written.tensors.items()}
+    with pytest.raises(ValueError, match=r"LyCORIS: its alpha must be a finite number, got (nan|True|a tensor .2.)$"):
+        files.read(written_as(tmp_path, written, tensors))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "20", 10**400, True])
+def test_a_scale_that_is_no_number(scale, tmp_path):
+    written = mlx(drawn(5, 7))
+    written.config["lora_parameters"]["scale"] = scale
+    save(tmp_path, written)
+    with pytest.raises(ValueError, match=f"mlx-lm: its scale must be a finite number, got '?{scale}'?$"):
+        files.read(tmp_path)
+
+
+def test_one_tensor_in_two_spellings(tmp_path):
+    written = peft(drawn(5, 7))
+    key = next(key for key in written.tensors if key.endswith("magnitude_vector"))
+    written_as(tmp_path, written, written.tensors | {f"{key}.weight": written.tensors[key] + 1})
+    with pytest.raises(ValueError, match=rf"PEFT: {key} is there twice, in two spellings$"):
+        files.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,8 @@ def read(raw: Raw, given: Given) -> Contents:
 
 
 def _layer(name: str, tensors: dict[str, Tensor], given: Given) -> Layer:
-    down, up = parts.need(NAME, name, tensors, "lora_down", "lora_up")
-    alpha = tensors["alpha"].item() if "alpha" in tensors else None
-    s = parts.scaling(NAME, given, up.shape[1], alpha)
+    down, up = parts.factors(NAME, name, tensors, "lora_down", "lora_up")
+    s = parts.scaling(NAME, given, up.shape[1], tensors.get("alpha"))
     if "lora_mid" in tensors:
         down, up = _untuckered(name, tensors["lora_mid"], down, up)
     scale = tensors.get("dora_scale")
