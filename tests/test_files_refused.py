@@ -1,8 +1,10 @@
 """Files that are read as nothing: of no format, damaged, without what they need; each with what is missing, by name."""
 
+import dataclasses
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -132,8 +134,8 @@ def test_an_alpha_that_is_no_number(alpha, tmp_path):
 @pytest.mark.parametrize("scale", [float("nan"), "20", 10**400, True])
 def test_a_scale_that_is_no_number(scale, tmp_path):
     written = mlx(drawn(5, 7))
-    written.config["lora_parameters"]["scale"] = scale
-    save(tmp_path, written)
+    config = written.config | {"lora_parameters": {"rank": R, "scale": scale}}
+    save(tmp_path, dataclasses.replace(written, config=config))
     with pytest.raises(ValueError, match=f"mlx-lm: its scale must be a finite number, got '?{scale}'?$"):
         files.read(tmp_path)
 
@@ -250,6 +252,25 @@ def test_a_pickle_of_more_than_tensors(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"^{name} {message}"):
             files.read(name)
     assert not os.path.exists("made by a pickle")
+    with pytest.raises(ValueError, match=r"nsupported GLOBAL \S+mkdir") as refused:
+        files.read("a.pt")
+    assert "weights_only" not in str(refused.value)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_damaged_pickles(new, tmp_path):
+    """torch's unpickler meets them with errors of any kind."""
+    path = tmp_path / "x.pt"
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 3)}, path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        with pytest.raises(ValueError, match=f"^{path}"):
+            files.read(path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -278,6 +299,10 @@ def test_what_is_no_adapter(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds 2 files of tensors \(base.safetensors, other.safetensors\): name the one"
     ):
+        files.read(tmp_path)
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        save_file({"model.weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"\(adapter_model.safetensors, pytorch_lora_weights.safetensors\): name the"):
         files.read(tmp_path)
 
 

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,8 @@ WEIGHTS_NAMES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
+# What torch.load's error says of the pickle itself.
+_REASON = re.compile(r"unsupported \w+:? [^\n]+", re.IGNORECASE)
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -47,10 +51,10 @@ def find(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or directory {path}")
-    for name in WEIGHTS_NAMES:
-        if Path(path, name).is_file():
-            return Path(path, name)
-    found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    found = [file for name in WEIGHTS_NAMES if (file := Path(path, name)).is_file()]
+    if found and all(file.stem == found[0].stem for file in found):  # of both kinds of file the safetensors
+        return found[0]
+    found = found or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:5])
         raise ValueError(f"{path} holds {len(found)} files of tensors ({names}): name the one that is meant")
@@ -98,12 +102,15 @@ def opened(path: Path) -> Iterator[safetensors.safe_open]:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of protocols; what cannot be read is said below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle that asks for more than tensors, or none at all: {_first_line(error)}"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        found = _REASON.search(str(error))  # the rest is advice to unpickle all the same
+        reason = f": {found[0]}" if found else ""
+        raise ValueError(f"{path} is a pickle that asks for more than tensors, or none at all{reason}") from None
+    except Exception as error:  # of damaged bytes the unpickler raises whatever it meets
         raise ValueError(f"{path} is not a whole file of tensors: {_first_line(error)}") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ValueError(f"{path} holds no state dict, but {type(loaded).__name__}")
