@@ -166,8 +166,16 @@ def test_an_axis_that_the_shape_does_not_tell(tmp_path):
     with pytest.raises(ValueError, match=r"dora_scale \[6\] of \S+ fits both axes .*: pass norm_axis='out' or 'in'"):
         files.read(path)
     assert files.read(path, norm_axis="in").layers[0].norm_axis == "in"
-    with pytest.raises(ValueError, match=r"dora_scale \[6, 1\] of \S+ fits neither axis"):
+    with pytest.raises(ValueError, match=r"dora_scale \[6, 1\] of \S+ fits not the axis 'in' of \[out, in\]"):
         files.read(written_as(tmp_path, written, lycoris(drawn(6, 6), on_out=True).tensors), norm_axis="in")
+
+
+def test_modules_of_one_name_in_lycoris(tmp_path):
+    layers = files.read(save(tmp_path, lycoris(drawn(5, 7), on_out=True))).layers
+    contents = files.Contents("x", tuple(layers[0]._replace(name=name) for name in ("a.b_c", "a_b.c")))
+    with pytest.raises(ValueError, match=r"^a_b\.c and another module are both lycoris_a_b_c in LyCORIS's names$"):
+        files.write(contents, tmp_path / "out.safetensors", "lycoris")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_means_in_the_place_of_norms(tmp_path):
