@@ -1,13 +1,12 @@
 """Files of tensors: found, read without running what is in them, and written whole or not at all."""
 
-import contextlib
 import json
 import os
 import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,12 +89,15 @@ def keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[safetensors.safe_open]:
-    """A safetensors file whose tensors are read when they are asked for."""
+def opened(path: Path) -> safetensors.safe_open:
+    """A safetensors file whose tensors are read when they are asked for. Opening reads the header, with all keys.
+
+    Raises:
+        OSError: it is missing or cannot be read. ValueError: it is no whole safetensors file.
+    """
     try:
-        with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
-            yield file
+        with path.open("rb"):
+            return safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
@@ -166,8 +168,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """``save_file`` of views too, whose errors are the system's."""
+    alone: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = _alone(tensor)
+        alone[key] = tensor.clone() if tensor.data_ptr() in taken else tensor
+        taken.add(tensor.data_ptr())
     try:
-        save_file({key: _alone(tensor) for key, tensor in tensors.items()}, path, metadata=dict(metadata))
+        save_file(alone, path, metadata=dict(metadata))
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
 
