@@ -74,7 +74,8 @@ def files(contents: Contents) -> tuple[dict[str, object], dict[str, str]]:
         _refuse_what_mlx_lacks(layer)
         lora_A, lora_B = layer.lora_A, layer.lora_B
         if layer.scaling != scale:
-            lora_B = (lora_B.double() * (layer.scaling / scale)).to(lora_B.dtype)
+            wide = torch.promote_types(lora_B.dtype, torch.float32)  # the quotient is none of half precision
+            lora_B = (lora_B.double() * (layer.scaling / scale)).to(wide)
         padding = rank - layer.rank  # columns of zeros add nothing to the product
         tensors[f"{layer.name}.lora_a"] = torch.nn.functional.pad(lora_A.t(), (0, padding))
         tensors[f"{layer.name}.lora_b"] = torch.nn.functional.pad(lora_B.t(), (0, 0, 0, padding))
