@@ -19,6 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    source.refuse_existing(args.out)
     source.check_out(args.out)
     contents, base = source.read(args)
     merge_checkpoint(base, contents.layers, args.out, source.progress)
