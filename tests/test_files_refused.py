@@ -213,6 +213,8 @@ def test_arguments_that_cannot_be(tmp_path):
         files.read(path, norm_axis="rows")
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got -1"):
         files.read(path, eps=-1)
+    with pytest.raises(ValueError, match="scaling must be a finite number, got 1000"):
+        files.read(path, scaling=10**400)
     with pytest.raises(TypeError, match="scaling must be a number, got 'much'"):
         files.read(path, scaling="much")
     _, _, written = case("fsdp_qlora", "linear")
@@ -295,6 +297,8 @@ def test_a_truncated_file(suffix, bytes_left, tmp_path):
 
 def test_what_is_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file or directory"):
+        dorac.load_adapter(torch.nn.Linear(3, 3), tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file or directory"):
         files.read(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no adapter: no adapter_model\.safetensors, "):
         files.read(tmp_path)
@@ -330,3 +334,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
         files.write(contents, out / "x.safetensors", "lycoris")
     assert [p.name for p in out.iterdir()] == ["x.safetensors"]
     assert (out / "x.safetensors").read_bytes() == before
+    with pytest.raises(OSError, match="no space left"):
+        files.write(contents, tmp_path / "new", "peft")
+    assert not (tmp_path / "new").exists()

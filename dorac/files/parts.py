@@ -33,7 +33,7 @@ class Given(NamedTuple):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if value is not None and not (math.isfinite(value) and (name == "scaling" or value >= 0)):
+            if value is not None and not (abs(value) <= sys.float_info.max and (name == "scaling" or value >= 0)):
                 raise ValueError(
                     f"{name} must be a finite number{'' if name == 'scaling' else ' of at least 0'}, got {value}"
                 )

@@ -143,19 +143,28 @@ def read_json(path: Path) -> dict:
 def write(directory: Path, files: Mapping[str, Mapping[str, Tensor] | dict | str], metadata: Mapping[str, str]) -> None:
     """Writes files of tensors (``*.safetensors``) and of JSON into a directory, all beside their places first.
 
+    A directory that was not there is there with all of them, or not at all.
+
     Raises:
         OSError: the directory cannot be made or written; then nothing in it has changed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
+    new = not directory.exists()
+    beside = directory.parent if new else directory
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".writing-") as scratch:
+        written = Path(scratch, directory.name)  # of the user's umask, unlike scratch
+        written.mkdir()
         for name, content in files.items():
-            path = Path(scratch, name)
+            path = written / name
             if name.endswith(".safetensors"):
                 save(content, path, metadata)
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if new:
+            os.replace(written, directory)
+            return
         for name in files:
-            os.replace(Path(scratch, name), directory / name)
+            os.replace(written / name, directory / name)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
