@@ -378,6 +378,10 @@ BAD = {
         plain("convert", "{folder}/adapter", "{folder}/base/model.safetensors", "--to", "lycoris"),
         "is there already",
     ),
+    "one file merged into a directory": (
+        plain("merge", "{folder}/adapter", "{out}", "--base", "{folder}/base/model.safetensors"),
+        "it must end in .safetensors",
+    ),
     "a base cut short": (cut_short, "is not a whole safetensors file"),
     "a base that is not finite": (
         not_finite,
