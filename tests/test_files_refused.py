@@ -337,3 +337,14 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         files.write(contents, tmp_path / "new", "peft")
     assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(out)
+    for name, to in {"y.safetensors": "lycoris", "sub/z.safetensors": "lycoris", ".": "peft"}.items():
+        files.write(contents._replace(layers=(contents.layers[0]._replace(eps=0.0),)), name, to)
+    assert {p.name for p in out.iterdir()} == {
+        "x.safetensors",
+        "y.safetensors",
+        "sub",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }

@@ -152,7 +152,7 @@ def write(directory: Path, files: Mapping[str, Mapping[str, Tensor] | dict | str
     beside = directory.parent if new else directory
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".writing-") as scratch:
-        written = Path(scratch, directory.name)  # of the user's umask, unlike scratch
+        written = Path(scratch, "files")  # of the user's umask, unlike scratch
         written.mkdir()
         for name, content in files.items():
             path = written / name
