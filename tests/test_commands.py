@@ -299,6 +299,26 @@ def there_already(folder, out):
     return "merge", folder / "adapter", out, "--base", folder / "base"
 
 
+def cut_short(folder, out):
+    shutil.copytree(folder / "base", out)
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    return "check", folder / "adapter", "--base", out
+
+
+def not_finite(folder, out):
+    base = load_file(folder / "base" / "model.safetensors")
+    base["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    out.mkdir()
+    save_file(base, out / "model.safetensors")
+    return "convert", folder / "adapter", out / "lora", "--to", "lora", "--base", out
+
+
+def a_directory_to_draw_into(folder, out):
+    out.with_suffix(".png").mkdir()
+    return "inspect", folder / "adapter", "--base", folder / "base", "--plot", out.with_suffix(".png")
+
+
 def plain(*arguments):
     return lambda folder, out: [a.format(folder=folder, out=out) for a in arguments]
 
@@ -353,6 +373,22 @@ BAD = {
     "values beyond half precision": (overflowing, "the merged weight is not finite in torch.float16"),
     "a file in the way": (a_file_in_the_way, "cannot be written"),
     "a place that is taken": (there_already, "is there already"),
+    "the adapter itself": (plain("convert", "{folder}/adapter", "{folder}/adapter", "--to", "mlx"), "is there already"),
+    "a file that is there": (
+        plain("convert", "{folder}/adapter", "{folder}/base/model.safetensors", "--to", "lycoris"),
+        "is there already",
+    ),
+    "one file merged into a directory": (
+        plain("merge", "{folder}/adapter", "{out}", "--base", "{folder}/base/model.safetensors"),
+        "it must end in .safetensors",
+    ),
+    "a base cut short": (cut_short, "is not a whole safetensors file"),
+    "a base that is not finite": (
+        not_finite,
+        "model.layers.1.mlp.up_proj: the change of its base weight is not finite",
+    ),
+    "a directory to draw into": (a_directory_to_draw_into, "is a directory"),
+    "a part of no base": (plain("check", "{folder}/adapter", "--component", "unet"), "--component needs --base"),
 }
 
 

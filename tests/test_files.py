@@ -313,3 +313,13 @@ def test_written_and_read_back(trainer, shape, to, tmp_path):
     back = files.read(out, **eps, **axis)
     assert back.format == {"peft": "PEFT", "lycoris": "LyCORIS", "mlx": "mlx-lm"}[to]
     torch.testing.assert_close(files.merged(back.layers[0], weight), written.merged, rtol=1e-12, atol=1e-13)
+
+
+def test_scalings_made_one_in_half_precision(tmp_path):
+    """mlx-lm has one scale: another layer's quotient goes into its factor, and is not rounded to 8 bits there."""
+    layer = files.Layer("a", "linear", *(drawn(*s).bfloat16() for s in ((R, 7), (5, R))), drawn(5).abs(), 2.0)
+    files.write(files.Contents("x", (layer, layer._replace(name="b", scaling=3.7))), tmp_path, "mlx")
+    weight = drawn(5, 7)
+    for back, scaling in zip(files.read(tmp_path).layers, (2.0, 3.7), strict=True):
+        expected = files.merged(layer._replace(scaling=scaling), weight)
+        torch.testing.assert_close(files.merged(back, weight), expected, rtol=1e-6, atol=1e-6)

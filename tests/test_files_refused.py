@@ -1,8 +1,10 @@
 """Files that are read as nothing: of no format, damaged, without what they need; each with what is missing, by name."""
 
+import dataclasses
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -93,13 +95,57 @@ def test_values_that_do_not_go_together(trainer, how, tmp_path):
         tensors[magnitude] = tensors[magnitude][:-1]
     path = written_as(tmp_path, written, tensors)
     words = {
-        "a rank apart": "do not go together: lora_A",
+        "a rank apart": r"do not go together: lora_A|has r = 3 in adapter_config\.json, its lora_A is \[6, 7\]",
         "not finite": "is not finite",
-        "integers": "is torch.int64, not floating point",
+        "integers": "is torch.int64, not floating point of 16 bits or more",
         "a magnitude too short": "has 4 elements, not 5|fits neither axis of|has 4 elements, with 7 inputs",
     }[how]
     with pytest.raises(ValueError, match=rf"^{tmp_path}/\S+: {format}: .*({words})"):
         files.read(path if written.config is None else tmp_path, **written.arguments)
+
+
+ODD = {
+    "a vector": (lambda t: t.flatten()[:1], r"\[1\], which is no factor"),
+    "a number": (lambda t: t.flatten()[0], r"\[\], which is no factor"),
+    "rank 0": (lambda t: t[:0] if t.shape[0] == R else t[:, :0], "which is no factor"),
+    "8 bits": (lambda t: t.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, not floating point of 16 bits or more"),
+}
+
+
+@pytest.mark.parametrize("trainer", NEEDED)
+@pytest.mark.parametrize("how", ODD)
+def test_factors_that_are_none(trainer, how, tmp_path):
+    format, _, written = case(trainer, "linear")
+    change, message = ODD[how]
+    tensors = {key: change(t) if t.ndim == 2 and R in t.shape else t for key, t in written.tensors.items()}
+    path = written_as(tmp_path, written, tensors)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/\S+: {format}: .*({message})"):
+        files.read(path if written.config is None else tmp_path, **written.arguments)
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.tensor(torch.nan), torch.tensor(True)], ids=str)
+def test_an_alpha_that_is_no_number(alpha, tmp_path):
+    written = lycoris(drawn(5, 7), on_out=True)
+    tensors = {key: alpha if key.endswith("alpha") else t for key, t in written.tensors.items()}
+    with pytest.raises(ValueError, match=r"LyCORIS: its alpha must be a finite number, got (nan|True|a tensor .2.)$"):
+        files.read(written_as(tmp_path, written, tensors))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "20", 10**400, True])
+def test_a_scale_that_is_no_number(scale, tmp_path):
+    written = mlx(drawn(5, 7))
+    config = written.config | {"lora_parameters": {"rank": R, "scale": scale}}
+    save(tmp_path, dataclasses.replace(written, config=config))
+    with pytest.raises(ValueError, match=f"mlx-lm: its scale must be a finite number, got '?{scale}'?$"):
+        files.read(tmp_path)
+
+
+def test_one_tensor_in_two_spellings(tmp_path):
+    written = peft(drawn(5, 7))
+    key = next(key for key in written.tensors if key.endswith("magnitude_vector"))
+    written_as(tmp_path, written, written.tensors | {f"{key}.weight": written.tensors[key] + 1})
+    with pytest.raises(ValueError, match=rf"PEFT: {key} is there twice, in two spellings$"):
+        files.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +166,16 @@ def test_an_axis_that_the_shape_does_not_tell(tmp_path):
     with pytest.raises(ValueError, match=r"dora_scale \[6\] of \S+ fits both axes .*: pass norm_axis='out' or 'in'"):
         files.read(path)
     assert files.read(path, norm_axis="in").layers[0].norm_axis == "in"
-    with pytest.raises(ValueError, match=r"dora_scale \[6, 1\] of \S+ fits neither axis"):
+    with pytest.raises(ValueError, match=r"dora_scale \[6, 1\] of \S+ fits not the axis 'in' of \[out, in\]"):
         files.read(written_as(tmp_path, written, lycoris(drawn(6, 6), on_out=True).tensors), norm_axis="in")
+
+
+def test_modules_of_one_name_in_lycoris(tmp_path):
+    layers = files.read(save(tmp_path, lycoris(drawn(5, 7), on_out=True))).layers
+    contents = files.Contents("x", tuple(layers[0]._replace(name=name) for name in ("a.b_c", "a_b.c")))
+    with pytest.raises(ValueError, match=r"^a_b\.c and another module are both lycoris_a_b_c in LyCORIS's names$"):
+        files.write(contents, tmp_path / "out.safetensors", "lycoris")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_means_in_the_place_of_norms(tmp_path):
@@ -159,6 +213,8 @@ def test_arguments_that_cannot_be(tmp_path):
         files.read(path, norm_axis="rows")
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got -1"):
         files.read(path, eps=-1)
+    with pytest.raises(ValueError, match="scaling must be a finite number, got 1000"):
+        files.read(path, scaling=10**400)
     with pytest.raises(TypeError, match="scaling must be a number, got 'much'"):
         files.read(path, scaling="much")
     _, _, written = case("fsdp_qlora", "linear")
@@ -206,6 +262,25 @@ def test_a_pickle_of_more_than_tensors(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"^{name} {message}"):
             files.read(name)
     assert not os.path.exists("made by a pickle")
+    with pytest.raises(ValueError, match=r"nsupported GLOBAL \S+mkdir") as refused:
+        files.read("a.pt")
+    assert "weights_only" not in str(refused.value)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_damaged_pickles(new, tmp_path):
+    """torch's unpickler meets them with errors of any kind."""
+    path = tmp_path / "x.pt"
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 3)}, path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        with pytest.raises(ValueError, match=f"^{path}"):
+            files.read(path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -222,6 +297,8 @@ def test_a_truncated_file(suffix, bytes_left, tmp_path):
 
 def test_what_is_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file or directory"):
+        dorac.load_adapter(torch.nn.Linear(3, 3), tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file or directory"):
         files.read(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no adapter: no adapter_model\.safetensors, "):
         files.read(tmp_path)
@@ -234,6 +311,10 @@ def test_what_is_no_adapter(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds 2 files of tensors \(base.safetensors, other.safetensors\): name the one"
     ):
+        files.read(tmp_path)
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        save_file({"model.weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"\(adapter_model.safetensors, pytorch_lora_weights.safetensors\): name the"):
         files.read(tmp_path)
 
 
@@ -253,3 +334,17 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
         files.write(contents, out / "x.safetensors", "lycoris")
     assert [p.name for p in out.iterdir()] == ["x.safetensors"]
     assert (out / "x.safetensors").read_bytes() == before
+    with pytest.raises(OSError, match="no space left"):
+        files.write(contents, tmp_path / "new", "peft")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(out)
+    for name, to in {"y.safetensors": "lycoris", "sub/z.safetensors": "lycoris", ".": "peft"}.items():
+        files.write(contents._replace(layers=(contents.layers[0]._replace(eps=0.0),)), name, to)
+    assert {p.name for p in out.iterdir()} == {
+        "x.safetensors",
+        "y.safetensors",
+        "sub",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }

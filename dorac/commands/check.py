@@ -8,6 +8,7 @@ import collections
 import sys
 
 from dorac.commands import source
+from dorac.files.base import Checkpoint
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,22 +16,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    named = args.base
-    args.base = None
-    component, args.component = args.component, None
-    contents, _ = source.read(args)  # what cannot be read is bad input
+    contents = source.read_adapter(args)  # what cannot be read is bad input
     count = collections.Counter((layer.kind, layer.norm_axis, layer.magnitude is None) for layer in contents.layers)
     print(f"{contents.format}: {len(contents.layers)} layers")
     for (kind, axis, plain), number in sorted(count.items()):
         what = "plain LoRA" if plain else f"a magnitude per {'output' if axis == 'out' else 'input'}"
         print(f"  {number} {kind}, {what}")
-    if named is None:
+    if args.base is None:
         return 0
-    args.base, args.component = named, component
+    base = Checkpoint(args.base)
     try:
-        source.read(args)
+        source.placed(contents, base, args)
     except ValueError as error:
-        print(f"does not fit {named}: {error}", file=sys.stderr)
+        print(f"does not fit {args.base}: {error}", file=sys.stderr)
         return 1
-    print(f"fits {named}")
+    print(f"fits {args.base}")
     return 0

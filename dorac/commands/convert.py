@@ -19,7 +19,12 @@ from dorac.files.low_rank import Approximation, low_rank
 
 def add(parser: argparse.ArgumentParser) -> None:
     source.add_source(parser, base_help="needed for --to lora, and where the file does not say enough")
-    parser.add_argument("out", type=Path, metavar="OUT", help="what is written; a .safetensors file for lycoris")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="a directory that is not there yet or empty; for lycoris a new .safetensors file",
+    )
     parser.add_argument("--to", required=True, choices=registry.TARGETS, help="the format")
     parser.add_argument("--rank", metavar="R", help="of --to lora: a number, or full (default: the adapter's largest)")
     parser.add_argument(
@@ -31,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     rank = _rank(args)
     if args.to == "lycoris" and args.out.suffix != ".safetensors":
         raise BadInput(f"--to lycoris writes one file: OUT must end in .safetensors, got {args.out}")
+    source.refuse_existing(args.out)
     source.check_out(args.out)
     contents, base = source.read(args)
     if args.to != "lycoris":

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
             raise BadInput("--plot needs --base: what an adapter changes depends on the weights")
         if args.plot.suffix not in (".png", ".svg", ".pdf"):
             raise BadInput(f"--plot must end in .png, .svg or .pdf, got {args.plot}")
+        if args.plot.is_dir():
+            raise BadInput(f"--plot must be a file, {args.plot} is a directory")
         cli.require_packages("--plot", ["matplotlib"])
         source.check_out(args.plot)
     contents, base = source.read(args)

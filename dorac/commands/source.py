@@ -48,16 +48,25 @@ def read(args: argparse.Namespace) -> tuple[Contents, Checkpoint | None]:
     Raises:
         OSError, ValueError, TypeError: see :func:`dorac.files.read` and :func:`dorac.files.places.place`.
     """
+    contents = read_adapter(args)
+    base = None if args.base is None else Checkpoint(args.base)
+    return contents if base is None else placed(contents, base, args), base
+
+
+def read_adapter(args: argparse.Namespace) -> Contents:
+    """The adapter, under the file's own names."""
+    if args.base is None and args.component is not None:
+        raise BadInput("--component needs --base, whose part it is")
     path = hub.local(args.adapter, (storage.CONFIG_NAME, *storage.WEIGHTS_NAMES))
     contents = files.read(path, lora_alpha=args.alpha, scaling=args.scaling, norm_axis=args.axis, eps=args.eps)
     registry.refuse_others(contents)
-    if args.base is None:
-        if args.component is not None:
-            raise BadInput("--component needs --base, whose part it is")
-        return contents, None
-    base = Checkpoint(args.base)
+    return contents
+
+
+def placed(contents: Contents, base: Checkpoint, args: argparse.Namespace) -> Contents:
+    """The adapter under the base's names; a ``ValueError`` where it does not fit."""
     layers = place(contents, base.modules, base.config, component=args.component)
-    return contents._replace(layers=layers, names_of="model", meta_rows=frozenset()), base
+    return contents._replace(layers=layers, names_of="model", meta_rows=frozenset())
 
 
 def require_names(contents: Contents, base: Checkpoint | None) -> None:
@@ -75,6 +84,12 @@ def progress(items: Iterable, description: str) -> Iterable:
     from tqdm import tqdm
 
     return tqdm(items, desc=description, disable=None)
+
+
+def refuse_existing(path: Path) -> None:
+    """A :class:`BadInput` for a file or a directory that is not empty."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BadInput(f"{path} is there already: name a place that is not, so that nothing is overwritten")
 
 
 def check_out(path: Path) -> None:

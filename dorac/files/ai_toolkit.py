@@ -25,7 +25,7 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(raw.tensors, _ROLES)
     layers = []
     for name, tensors in modules.items():
-        down, up = parts.need(NAME, name, tensors, "lora_down", "lora_up")
-        s = parts.scaling(NAME, given, up.shape[1], tensors["alpha"].item() if "alpha" in tensors else None)
+        down, up = parts.factors(NAME, name, tensors, "lora_down", "lora_up")
+        s = parts.scaling(NAME, given, up.shape[1], tensors.get("alpha"))
         layers.append(parts.build(NAME, name, down, up, tensors.get("magnitude"), s))
     return Contents(NAME, tuple(layers), dict(raw.metadata), others)

@@ -56,15 +56,14 @@ class Checkpoint(_Base):
         )
         self._shapes: dict[str, torch.Size] = {}
         self._file_of: dict[str, Path] = {}
+        self._opened = {file: storage.opened(file) for file in self.files}  # kept: each opening reads all keys
         for file, prefix in self.files.items():
-            with storage.opened(file) as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    if other := self._file_of.get(prefix + key):
-                        raise ValueError(
-                            f"{prefix + key} is in two files, {other} and {file}: name the one that is meant"
-                        )
-                    self._shapes[prefix + key] = torch.Size(opened.get_slice(key).get_shape())
-                    self._file_of[prefix + key] = file
+            opened = self._opened[file]
+            for key in opened.keys():  # noqa: SIM118
+                if other := self._file_of.get(prefix + key):
+                    raise ValueError(f"{prefix + key} is in two files, {other} and {file}: name the one that is meant")
+                self._shapes[prefix + key] = torch.Size(opened.get_slice(key).get_shape())
+                self._file_of[prefix + key] = file
         self.modules = {
             key.removesuffix(_SUFFIX): Module(self._shape_of_matrix(key), self._is_transposed(key))
             for key, shape in self._shapes.items()
@@ -130,8 +129,7 @@ class Checkpoint(_Base):
             ValueError: it is no floating-point tensor.
         """
         path, key = self.place(name)
-        with storage.opened(path) as file:
-            tensor = file.get_tensor(key)
+        tensor = self._opened[path].get_tensor(key)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"the base weight {key} is {tensor.dtype}, quantised: take the model it was made from")
         yield tensor.t() if self.modules[name].transposed else tensor

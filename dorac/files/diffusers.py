@@ -35,10 +35,10 @@ def read(raw: Raw, given: Given) -> Contents:
     compile = Bounded().compile
     layers = []
     for name, tensors in modules.items():
-        lora_A, lora_B = parts.need(NAME, name, tensors, "lora_A", "lora_B")
+        lora_A, lora_B = parts.factors(NAME, name, tensors, "lora_A", "lora_B")
         component, _, inner = name.partition(".")
         own = settings.get(component, {})
-        alpha = tensors["alpha"].item() if "alpha" in tensors else own.get("lora_alpha")
+        alpha = tensors.get("alpha", own.get("lora_alpha"))
         if own.get("alpha_pattern"):
             alpha = Pattern(f"{NAME}: alpha_pattern", own["alpha_pattern"], compile).value(inner, alpha)
         s = parts.scaling(NAME, given, lora_A.shape[0], alpha, bool(own.get("use_rslora")))

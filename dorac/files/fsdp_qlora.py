@@ -21,7 +21,8 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(raw.tensors, _ROLES)
     layers = []
     for name, tensors in modules.items():
-        lora_A, lora_B, magnitude = parts.need(NAME, name, tensors, "lora_A", "lora_B", "magnitude")
+        lora_A, lora_B = parts.factors(NAME, name, tensors, "lora_A", "lora_B")
+        (magnitude,) = parts.need(NAME, name, tensors, "magnitude")
         s = parts.scaling(NAME, given, lora_A.shape[0], lora_A.shape[0])
         layers.append(parts.build(NAME, name, lora_A, lora_B, magnitude, s))
     return Contents(NAME, tuple(layers), raw.config or {}, others)

@@ -36,7 +36,7 @@ def read(model: nn.Module, path: Path, given: Given, component: str | None = Non
 
 def _is_pefts(path: Path, given: Given) -> bool:
     """Whether ``path`` is to be read as PEFT's pair of files: a directory that holds nothing of another format."""
-    if path.is_file():
+    if not path.is_dir():
         return False
     config_path = Path(path, CONFIG_NAME)
     try:

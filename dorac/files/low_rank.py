@@ -36,9 +36,11 @@ def low_rank(layer: Layer, weight: Tensor, rank: int | None) -> Approximation:
         Factors in float32 (float64 for float64), padded with zeros where R is more than D can have.
 
     Raises:
-        ValueError: a weight that the adapter does not fit.
+        ValueError: a weight that the adapter does not fit, or that makes a D that is not finite.
     """
     change = difference(layer, weight)
+    if not change.isfinite().all():
+        raise ValueError(f"{layer.name}: the change of its base weight is not finite")
     size = change.norm().item()
     smaller = min(change.shape)
     if rank is None or rank >= smaller:

@@ -54,9 +54,8 @@ def read(raw: Raw, given: Given) -> Contents:
 
 
 def _layer(name: str, tensors: dict[str, Tensor], given: Given) -> Layer:
-    down, up = parts.need(NAME, name, tensors, "lora_down", "lora_up")
-    alpha = tensors["alpha"].item() if "alpha" in tensors else None
-    s = parts.scaling(NAME, given, up.shape[1], alpha)
+    down, up = parts.factors(NAME, name, tensors, "lora_down", "lora_up")
+    s = parts.scaling(NAME, given, up.shape[1], tensors.get("alpha"))
     if "lora_mid" in tensors:
         down, up = _untuckered(name, tensors["lora_mid"], down, up)
     scale = tensors.get("dora_scale")
@@ -90,9 +89,8 @@ def _axis(name: str, scale: Tensor, rows: int, columns: int, given: Given) -> st
     if given.norm_axis is not None:
         possible = [axis for axis in possible if axis == given.norm_axis]
     if not possible:
-        raise ValueError(
-            f"{NAME}: the dora_scale {shape} of {name} fits neither axis of [out, in] = [{rows}, {columns}]"
-        )
+        axis = "neither axis" if given.norm_axis is None else f"not the axis {given.norm_axis!r}"
+        raise ValueError(f"{NAME}: the dora_scale {shape} of {name} fits {axis} of [out, in] = [{rows}, {columns}]")
     if len(possible) > 1:
         raise ValueError(
             f"{NAME}: the dora_scale {shape} of {name} fits both axes of [out, in] = [{rows}, {columns}]: pass "
@@ -119,6 +117,8 @@ def file_tensors(contents: Contents, prefix: str) -> dict[str, Tensor]:
             what = "an embedding" if layer.kind == "embedding" else "a magnitude alone"
             raise ValueError(f"{layer.name} is {what}, for which {NAME} has no DoRA")
         key = f"{prefix}_{layer.name.replace('.', '_')}"
+        if f"{key}.alpha" in tensors:
+            raise ValueError(f"{layer.name} and another module are both {key} in {NAME}'s names")
         tensors[f"{key}.lora_down.weight"] = layer.lora_A
         tensors[f"{key}.lora_up.weight"] = layer.lora_B
         tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank)

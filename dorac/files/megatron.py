@@ -21,7 +21,7 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(raw.tensors, _ROLES)
     layers = []
     for name, tensors in modules.items():
-        linear_in, linear_out = parts.need(NAME, name, tensors, "linear_in", "linear_out")
+        linear_in, linear_out = parts.factors(NAME, name, tensors, "linear_in", "linear_out")
         s = parts.scaling(NAME, given, linear_in.shape[0])
         layers.append(parts.build(NAME, name, linear_in, linear_out, tensors.get("weight_magnitude"), s))
     return Contents(NAME, tuple(layers), raw.config or {}, others, names_of="megatron")

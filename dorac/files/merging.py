@@ -1,6 +1,7 @@
 """An adapter merged into a model on disk, one weight in memory at a time."""
 
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -40,6 +41,7 @@ def merge_checkpoint(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as scratch:
         copy = Path(scratch, out.name)
+        places = functools.cache(_places)  # a header holds all keys
         for file, target in progress(_copied(base, copy), "copying"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -51,7 +53,7 @@ def merge_checkpoint(
                     raise ValueError(f"{layer.name}: the merged weight is not finite in {result.dtype}")
                 stored = result.t() if base.modules[layer.name].transposed else result
                 target = copy if base.path.is_file() else copy / file.relative_to(base.path)
-                _overwrite(target, key, stored.contiguous())
+                _overwrite(target, places(target)[key], stored.contiguous())
         os.replace(copy, out)
 
 
@@ -75,11 +77,19 @@ def _refuse_tied(base: Checkpoint, layers: Sequence[Layer]) -> None:
         raise ValueError(f"{layer.name}: the head shares its table and would be changed with it; untie them first")
 
 
-def _overwrite(path: Path, key: str, tensor: Tensor) -> None:
-    """Puts a tensor's bytes in the place of those of one of the same shape and dtype in a safetensors file."""
-    with path.open("r+b") as file:
+def _places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends."""
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        start, end = json.loads(file.read(length))[key]["data_offsets"]
-        assert end - start == tensor.nbytes
-        file.seek(8 + length + start)
+        header = json.loads(file.read(length))
+    offsets = {key: entry["data_offsets"] for key, entry in header.items() if key != "__metadata__"}
+    return {key: (8 + length + start, 8 + length + end) for key, (start, end) in offsets.items()}
+
+
+def _overwrite(path: Path, place: tuple[int, int], tensor: Tensor) -> None:
+    """Puts a tensor's bytes in the place of those of one of the same shape and dtype."""
+    start, end = place
+    assert end - start == tensor.nbytes
+    with path.open("r+b") as file:
+        file.seek(start)
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))

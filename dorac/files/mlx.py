@@ -25,23 +25,20 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(raw.tensors, _ROLES)
     settings = (raw.config or {}).get("lora_parameters")
     scale = settings.get("scale") if isinstance(settings, Mapping) else None
-    if (
-        given.scaling is None
-        and given.lora_alpha is None
-        and (isinstance(scale, bool) or not isinstance(scale, (int, float)))
-    ):
+    stated = given.scaling is not None or given.lora_alpha is not None
+    if not stated and scale is None:
         raise ValueError(
             f"{NAME}: no {CONFIG_NAME} beside the file gives the scale in lora_parameters: pass scaling= (--scaling)"
         )
+    own = None if stated else float(parts.number(NAME, "scale", scale))
     layers = []
     for name, tensors in modules.items():
-        lora_a, lora_b = parts.need(NAME, name, tensors, "lora_a", "lora_b")
+        lora_a, lora_b = parts.factors(NAME, name, tensors, "lora_a", "lora_b")
         if lora_a.ndim != 2 or lora_b.ndim != 2:
             raise ValueError(
                 f"{NAME}: {name} has lora_a {list(lora_a.shape)}, experts, which mlx-lm trains no DoRA for"
             )
-        stated = given.scaling is not None or given.lora_alpha is not None
-        s = parts.scaling(NAME, given, lora_a.shape[1]) if stated else float(scale)
+        s = parts.scaling(NAME, given, lora_a.shape[1]) if own is None else own
         m = tensors.get("m")
         axis, kind = _place(name, m, lora_a.shape[0], lora_b.shape[1], given)
         layers.append(parts.build(NAME, name, lora_a.t(), lora_b.t(), m, s, kind=kind, norm_axis=axis))
@@ -77,7 +74,8 @@ def files(contents: Contents) -> tuple[dict[str, object], dict[str, str]]:
         _refuse_what_mlx_lacks(layer)
         lora_A, lora_B = layer.lora_A, layer.lora_B
         if layer.scaling != scale:
-            lora_B = (lora_B.double() * (layer.scaling / scale)).to(lora_B.dtype)
+            wide = torch.promote_types(lora_B.dtype, torch.float32)  # the quotient is none of half precision
+            lora_B = (lora_B.double() * (layer.scaling / scale)).to(wide)
         padding = rank - layer.rank  # columns of zeros add nothing to the product
         tensors[f"{layer.name}.lora_a"] = torch.nn.functional.pad(lora_A.t(), (0, padding))
         tensors[f"{layer.name}.lora_b"] = torch.nn.functional.pad(lora_B.t(), (0, 0, 0, padding))

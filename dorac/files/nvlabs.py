@@ -20,9 +20,6 @@ def read(raw: Raw, given: Given) -> Contents:
         raise ValueError(
             f"{NAME}: {CONFIG_NAME} has fan_in_fan_out, with which it takes norms over another axis in training"
         )
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, type(None))):
-        raise ValueError(f"{raw.path.parent / CONFIG_NAME}: lora_alpha must be a number, got {alpha!r}")
     modules, others = parts.grouped(raw.tensors, _ROLES)
     layers = []
     for key, tensors in modules.items():
@@ -31,7 +28,7 @@ def read(raw: Raw, given: Given) -> Contents:
         if len(tensors) == 1:  # one of Wdecompose_target_modules
             layers.append(parts.build(NAME, name, None, None, magnitude, 1.0))
             continue
-        lora_A, lora_B = parts.need(NAME, name, tensors, "lora_A", "lora_B")
-        s = parts.scaling(NAME, given, lora_A.shape[0], alpha)
+        lora_A, lora_B = parts.factors(NAME, name, tensors, "lora_A", "lora_B")
+        s = parts.scaling(NAME, given, lora_A.shape[0], config.get("lora_alpha"))
         layers.append(parts.build(NAME, name, lora_A, lora_B, magnitude, s))
     return Contents(NAME, tuple(layers), config, others)

@@ -1,6 +1,7 @@
 """What the formats' readers share: keys taken apart, and layers put together of what a file has and what was given."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Given(NamedTuple):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if value is not None and not (math.isfinite(value) and (name == "scaling" or value >= 0)):
+            if value is not None and not (abs(value) <= sys.float_info.max and (name == "scaling" or value >= 0)):
                 raise ValueError(
                     f"{name} must be a finite number{'' if name == 'scaling' else ' of at least 0'}, got {value}"
                 )
@@ -70,18 +71,31 @@ def grouped(
     return modules, others
 
 
-def scaling(format: str, given: Given, rank: int, lora_alpha: float | None = None, rslora: bool = False) -> float:
-    """s: what is given, or ``alpha / r`` of the given alpha or of the file's own.
+def scaling(format: str, given: Given, rank: int, lora_alpha: object = None, rslora: bool = False) -> float:
+    """s: what is given, or ``alpha / r`` of the given alpha or of the file's own, a number or a tensor of one.
 
     Raises:
-        ValueError: neither the file nor the caller says it.
+        ValueError: neither the file nor the caller says it; the file's own is no finite number.
     """
     if given.scaling is not None:
         return float(given.scaling)
     alpha = given.lora_alpha if given.lora_alpha is not None else lora_alpha
     if alpha is None:
         raise ValueError(f"a {format} file does not say its alpha: pass lora_alpha= (--alpha) or scaling= (--scaling)")
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    return number(format, "alpha", alpha) / (math.sqrt(rank) if rslora else rank)
+
+
+def number(format: str, what: str, value: object) -> float:
+    """A file's number, or a tensor's of one element.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= sys.float_info.max:
+        got = f"a tensor {list(value.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(f"{format}: its {what} must be a finite number, got {got}")
+    return found
 
 
 def need(format: str, name: str, parts: Mapping[str, Tensor], *roles: str) -> list[Tensor]:
@@ -93,6 +107,19 @@ def need(format: str, name: str, parts: Mapping[str, Tensor], *roles: str) -> li
     if missing := [role for role in roles if role not in parts]:
         raise ValueError(f"{format}: {name} has no {', '.join(missing)}")
     return [parts[role] for role in roles]
+
+
+def factors(format: str, name: str, parts: Mapping[str, Tensor], *roles: str) -> list[Tensor]:
+    """The two factors, of which each has a rank.
+
+    Raises:
+        ValueError: one is missing, or is no matrix or kernel of at least one element.
+    """
+    tensors = need(format, name, parts, *roles)
+    for role, tensor in zip(roles, tensors, strict=True):
+        if tensor.ndim < 2 or not tensor.numel():
+            raise ValueError(f"{format}: {role} of {name} is {list(tensor.shape)}, which is no factor")
+    return tensors
 
 
 def build(
@@ -116,8 +143,8 @@ def build(
     for role, tensor in present.items():
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{format}: {role} of {name} is {tensor.dtype}, not floating point")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(f"{format}: {role} of {name} is {tensor.dtype}, not floating point of 16 bits or more")
         if not tensor.isfinite().all():
             raise ValueError(f"{format}: {role} of {name} is not finite")
     magnitude = None if magnitude is None else magnitude.flatten()

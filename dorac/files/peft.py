@@ -47,7 +47,12 @@ def one_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {match["adapter"] for key in tensors if (match := _KEY.fullmatch(key))}
     if len(names) > 1:
         raise ValueError(f"{NAME}: the keys are of several adapters, {sorted(map(str, names))}: keep those of one")
-    return {canonical(key): tensor for key, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if canonical(key) in found:
+            raise ValueError(f"{NAME}: {canonical(key)} is there twice, in two spellings")
+        found[canonical(key)] = tensor
+    return found
 
 
 def read(raw: Raw, given: Given) -> Contents:
@@ -55,17 +60,19 @@ def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(one_adapter(raw.tensors), roles | {"lora_magnitude_vector": "magnitude"})
     has_magnitudes = any("magnitude" in tensors for tensors in modules.values())
     from_torchtune = raw.config is not None and "use_dora" not in raw.config and has_magnitudes
-    alpha = _alphas(raw, from_torchtune)
+    settings = _settings(raw, from_torchtune)
     layers = []
     for key, tensors in modules.items():
         name = key.removeprefix(PREFIX)
         embedding = "lora_embedding_A" in tensors or "lora_embedding_B" in tensors
         factors = _FACTORS[2:] if embedding else _FACTORS[:2]
-        lora_A, lora_B = parts.need(NAME, name, tensors, *factors)
+        lora_A, lora_B = parts.factors(NAME, name, tensors, *factors)
         magnitude = tensors.get("magnitude")
         if lora_A.ndim == 3 and magnitude is not None and magnitude.ndim == 2:
             raise ValueError(f"{NAME}: {name} holds experts, which dorac.load_adapter alone reads")
-        value, rslora = alpha(plain_name(name))
+        value, rslora, r = settings(plain_name(name))
+        if r not in (None, lora_A.shape[0]):
+            raise ValueError(f"{NAME}: {name} has r = {r} in {CONFIG_NAME}, its lora_A is {list(lora_A.shape)}")
         s = parts.scaling(NAME, given, lora_A.shape[0], value, rslora)
         kind = "embedding" if embedding else None
         layers.append(parts.build(NAME, name, lora_A, lora_B, magnitude, s, kind=kind))
@@ -75,16 +82,13 @@ def read(raw: Raw, given: Given) -> Contents:
     return Contents(NAME, tuple(layers), raw.config or {}, others, meta_rows=rotary)
 
 
-def _alphas(raw: Raw, from_torchtune: bool) -> Callable[[str], tuple[float | None, bool]]:
-    """A function of a module's name: its alpha (None where no file says it), and whether s is ``alpha / sqrt(r)``."""
+def _settings(raw: Raw, from_torchtune: bool) -> Callable[[str], tuple[object, bool, int | None]]:
+    """A function of a module's name: its alpha (None where no file says it), whether s is ``alpha / sqrt(r)``, r."""
     if raw.config is None:
-        return lambda name: (None, False)
+        return lambda name: (None, False, None)
     path = raw.path.parent / CONFIG_NAME
     if from_torchtune:
-        alpha = raw.config.get("lora_alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise ValueError(f"{path} lacks lora_alpha")
-        return lambda name: (alpha, False)
+        return lambda name: (raw.config.get("lora_alpha"), False, None)
     config = adapter_config.read_config(path)
     adapter_config.check_digests(path, config, raw.path, raw.metadata)
     if start := adapter_config.taken_out(config):
@@ -92,9 +96,10 @@ def _alphas(raw: Raw, from_torchtune: bool) -> Callable[[str], tuple[float | Non
             f"{path}: the adapter is over what init_lora_weights={start!r} leaves of the base weights: "
             "dorac.load_adapter reads it into a model"
         )
-    pattern = Pattern("alpha_pattern", config.get("alpha_pattern"), Bounded().compile)
+    compile = Bounded().compile
+    alphas, ranks = (Pattern(name, config.get(name), compile) for name in ("alpha_pattern", "rank_pattern"))
     rslora = bool(config.get("use_rslora"))
-    return lambda name: (pattern.value(name, config["lora_alpha"]), rslora)
+    return lambda name: (alphas.value(name, config["lora_alpha"]), rslora, ranks.value(name, config["r"]))
 
 
 def tensors_of(layer: Layer, *, plain: bool = False) -> dict[str, Tensor]:

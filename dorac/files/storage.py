@@ -1,11 +1,12 @@
 """Files of tensors: found, read without running what is in them, and written whole or not at all."""
 
-import contextlib
 import json
 import os
 import pickle
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ WEIGHTS_NAMES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
+# What torch.load's error says of the pickle itself.
+_REASON = re.compile(r"unsupported \w+:? [^\n]+", re.IGNORECASE)
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -47,10 +50,10 @@ def find(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or directory {path}")
-    for name in WEIGHTS_NAMES:
-        if Path(path, name).is_file():
-            return Path(path, name)
-    found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    found = [file for name in WEIGHTS_NAMES if (file := Path(path, name)).is_file()]
+    if found and all(file.stem == found[0].stem for file in found):  # of both kinds of file the safetensors
+        return found[0]
+    found = found or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:5])
         raise ValueError(f"{path} holds {len(found)} files of tensors ({names}): name the one that is meant")
@@ -86,24 +89,30 @@ def keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[safetensors.safe_open]:
-    """A safetensors file whose tensors are read when they are asked for."""
+def opened(path: Path) -> safetensors.safe_open:
+    """A safetensors file whose tensors are read when they are asked for. Opening reads the header, with all keys.
+
+    Raises:
+        OSError: it is missing or cannot be read. ValueError: it is no whole safetensors file.
+    """
     try:
-        with path.open("rb"), safetensors.safe_open(path, framework="pt") as file:
-            yield file
+        with path.open("rb"):
+            return safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of protocols; what cannot be read is said below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle that asks for more than tensors, or none at all: {_first_line(error)}"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        found = _REASON.search(str(error))  # the rest is advice to unpickle all the same
+        reason = f": {found[0]}" if found else ""
+        raise ValueError(f"{path} is a pickle that asks for more than tensors, or none at all{reason}") from None
+    except Exception as error:  # of damaged bytes the unpickler raises whatever it meets
         raise ValueError(f"{path} is not a whole file of tensors: {_first_line(error)}") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ValueError(f"{path} holds no state dict, but {type(loaded).__name__}")
@@ -134,19 +143,28 @@ def read_json(path: Path) -> dict:
 def write(directory: Path, files: Mapping[str, Mapping[str, Tensor] | dict | str], metadata: Mapping[str, str]) -> None:
     """Writes files of tensors (``*.safetensors``) and of JSON into a directory, all beside their places first.
 
+    A directory that was not there is there with all of them, or not at all.
+
     Raises:
         OSError: the directory cannot be made or written; then nothing in it has changed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
+    new = not directory.exists()
+    beside = directory.parent if new else directory
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".writing-") as scratch:
+        written = Path(scratch, "files")  # of the user's umask, unlike scratch
+        written.mkdir()
         for name, content in files.items():
-            path = Path(scratch, name)
+            path = written / name
             if name.endswith(".safetensors"):
                 save(content, path, metadata)
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if new:
+            os.replace(written, directory)
+            return
         for name in files:
-            os.replace(Path(scratch, name), directory / name)
+            os.replace(written / name, directory / name)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -159,8 +177,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """``save_file`` of views too, whose errors are the system's."""
+    alone: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = _alone(tensor)
+        alone[key] = tensor.clone() if tensor.data_ptr() in taken else tensor
+        taken.add(tensor.data_ptr())
     try:
-        save_file({key: _alone(tensor) for key, tensor in tensors.items()}, path, metadata=dict(metadata))
+        save_file(alone, path, metadata=dict(metadata))
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
 

@@ -15,10 +15,10 @@ def recognise(raw: Raw) -> bool:
 
 def read(raw: Raw, given: Given) -> Contents:
     modules, others = parts.grouped(raw.tensors, _ROLES)
-    alpha = (raw.config or {}).get("lora_alpha")
+    config = raw.config or {}
     layers = []
     for name, tensors in modules.items():
-        lora_a, lora_b = parts.need(NAME, name, tensors, "lora_a", "lora_b")
-        s = parts.scaling(NAME, given, lora_a.shape[0], alpha if isinstance(alpha, (int, float)) else None)
+        lora_a, lora_b = parts.factors(NAME, name, tensors, "lora_a", "lora_b")
+        s = parts.scaling(NAME, given, lora_a.shape[0], config.get("lora_alpha"))
         layers.append(parts.build(NAME, name, lora_a, lora_b, tensors.get("magnitude"), s))
-    return Contents(NAME, tuple(layers), raw.config or {}, others, names_of="torchtune")
+    return Contents(NAME, tuple(layers), config, others, names_of="torchtune")
