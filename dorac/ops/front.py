@@ -17,6 +17,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from dorac.kernels import configs, target
+
 _EAGER = (Tensor, torch.nn.Parameter)
 _TRACED = (*_EAGER, FunctionalTensor, FakeTensor)
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -123,18 +125,15 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Tiles are sized for Hopper's and Blackwell's data-centre chips (227 KiB of shared memory per processor).
-
-    AMD's GPUs call themselves CUDA devices with capabilities of their own; a device may also be only a fake tensor's.
-    """
+    """Whether every kernel can be launched on the device, which may also be only a fake tensor's."""
     triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None or torch.version.hip is not None or not torch.cuda.is_available():
+    if triton is None or triton.origin is None or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return configs.why_not(target.of(device)) is None
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these tensors: on a CUDA device that they are made for, none of them float64.
+    """Whether the Triton kernels take these tensors: on a GPU that they can be launched on, none of them float64.
 
     Everything else is computed in aten, with the same results.
     """
