@@ -33,7 +33,7 @@ RANKS = 1, 16, 64, 128, 256, 384, 512
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Of a program: bytes of shared memory, registers of a thread, and what it spills of them: bytes, AMD: registers."""
+    """Of a program: bytes of shared memory, registers of a thread, bytes (on AMD's cards registers) that it spills."""
 
     shared: int
     registers: int
@@ -131,10 +131,10 @@ def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Ite
         (packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, strides=(0, columns, 1, 0)), 64 * columns),
         (packed_norm.Form("number", "bfloat16"), inner),
     )
-    for form, inner in forms:  # noqa: PLR1704
-        config = configs.packed_norm_config(1, out, inner, form.halves, rank, target)
-        strides = 0, inner, 1, 0, rank, 1
-        _, launch, _ = packed_norm.packed_norm_launches(1, out, inner // form.halves, rank, strides, form, config)
+    for form, length in forms:
+        config = configs.packed_norm_config(1, out, length, form.halves, rank, target)
+        strides = 0, length, 1, 0, rank, 1
+        _, launch, _ = packed_norm.packed_norm_launches(1, out, length // form.halves, rank, strides, form, config)
         pieces = (torch.uint8, FULL, torch.uint8, None, FULL, FULL, FULL)
         if form.name == "number":
             pieces = (torch.int8, None, FULL, None, None, None, None)

@@ -56,7 +56,8 @@ class NormConfig:
         ahead += _buffers(self.stages, target, dtype, product=False) * w
         if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
             return ahead + chunks * b + scratch
-        return ahead + (0 if target.products_from_shared else b) + scratch
+        before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
+        return max(ahead + (0 if target.products_from_shared else b), before) + scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LoraBConfig(ColumnConfig):
         """Bytes at most."""
         tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
         ahead = _buffers(self.stages, target, dtype, product=True)
-        behind = 0 if target.backend == "hip" else max(1, ahead - 1)  # dy once more, and inner: loaded a step later
+        behind = 0 if target.backend == "hip" else max(2, ahead - 1)  # dy once more, and inner: loaded a step later
         return max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + SCRATCH
 
 
@@ -215,7 +216,7 @@ def packed_norm_config(
     block_r = _power(rank, 16, 128)
     if rank <= 64:
         candidates = _fewer_stages(NormConfig(64, 64, block_r, 1, 4, 3))
-    elif rank <= (384 if target.products_from_shared else 128):  # or it spills
+    elif rank <= 384 and target.products_from_shared:  # or it spills
         block_i = 32 if halves == 2 and rank > 128 else 64  # or lora_B leaves too few registers
         candidates = _fewer_stages(NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True))
     else:
@@ -260,7 +261,7 @@ def tile_config(
     elif h_dtype is torch.float32:
         config = TileConfig(64, 128, 32, 4, 2)
     elif target.products_from_shared:
-        config = TileConfig(128, 128, 64, 4, 3, descriptors=True)
+        config = TileConfig(128, 128, 64, 4 if target.generation == 9 else 8, 3, descriptors=True)
     else:
         config = TileConfig(64, 128, 64, 4, 3)
     return _first(_fewer_stages(config), target, h_dtype, base_dtype)
@@ -336,10 +337,12 @@ def mlp_backward_config(tokens: int, features: int, rank: int, target: Target) -
     if rank == 0 or rank > MLP_RANK:
         rows = dataclasses.asdict(column_config(tokens, features, torch.bfloat16, target))
         return _first(_fewer_stages(MlpBackwardConfig(**rows | {"block_t": 16})), target)
-    block_t, block_o = (16, 128) if rank <= 16 else (32, 64)  # or the sums spill
+    # Or the sums spill; elsewhere than on Hopper so would these without more warps, or smaller tiles.
+    block_t, block_o = (16, 128) if rank <= 16 else (32, 64 if target.products_from_shared else 32)
+    warps = 4 if target.generation == 9 or block_o == 32 else 8
     strips = max(1, min(2 * target.processors // -(-features // block_o), tokens // 256))
     rows = -(-tokens // (block_t * strips)) * block_t
-    config = MlpBackwardConfig(block_t, block_o, _launchable(tokens, rows), 4, 3, _power(rank, 16, 64))
+    config = MlpBackwardConfig(block_t, block_o, _launchable(tokens, rows), warps, 3, _power(rank, 16, 64))
     return _first(_fewer_stages(config), target)
 
 
@@ -347,6 +350,7 @@ RANKS = 1, 16, 32, 64, 128, 192, 256, 384, 512  # both sides of each threshold a
 DTYPES = torch.bfloat16, torch.float32
 
 
+@functools.lru_cache(maxsize=16)
 def why_not(target: Target | None) -> str | None:
     """Why the card runs no kernels of ours, or None if it runs all that are not for packed weights."""
     if target is None:

@@ -140,6 +140,16 @@ def has_kernels(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.is_cuda and t.dtype is not torch.float64 and _has_kernels(t.device)) for t in tensors)
 
 
+@functools.cache
+def _reads_packed(device: torch.device) -> bool:
+    return configs.why_no_packed(target.of(device)) is None
+
+
+def has_packed_kernels(codes: Tensor) -> bool:
+    """Whether the kernels for packed weights take a weight that is stored in ``codes``."""
+    return has_kernels(codes) and _reads_packed(codes.device)
+
+
 def at_most(size: int | torch.SymInt, limit: int) -> bool:
     """Whether ``size <= limit`` is known; a symbolic size that may be either is not specialised, the answer is no."""
     if isinstance(size, int):
