@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from dorac.bench import (
+    card,
     compose,
     decode,
     host,
@@ -40,6 +41,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "host": host,
     "surgery": surgery,
     "tune": tune,
+    "card": card,
 }
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from dorac.kernels.target import Target
+from dorac.kernels.target import CARDS, Target
 
 SCRATCH = 2048  # bytes, at least, for sums over a program's warps and the barriers of its copies
 DEFAULT_STAGES = {"cuda": 3, "hip": 2}  # of a loop that names none
@@ -23,9 +23,16 @@ DEFAULT_STAGES = {"cuda": 3, "hip": 2}  # of a loop that names none
 def _buffers(stages: int, target: Target, dtype: torch.dtype, *, product: bool) -> int:
     """How many tiles of a pipelined loop are in shared memory at once: one for each step ahead.
 
-    What a product reads there while the program goes on needs one more, as Triton 3.6 to 3.9 have it.
+    What a product reads there while the program goes on needs one more, as Triton 3.6 to 3.9 have it, and on gfx950
+    what is copied there past the registers.
     """
-    return max(1, stages - 1 + (product and target.products_from_shared and dtype.itemsize == 2))
+    longer = (target.products_from_shared and dtype.itemsize == 2) or target.copies_to_shared
+    return max(1, stages - 1 + (product and longer))
+
+
+def _total(tiles: int, target: Target) -> int:
+    """Bytes of tiles as they lie in shared memory: what AMD's cards copy there is padded, row by row."""
+    return tiles + (tiles // 16 if target.copies_to_shared else 0) + SCRATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +53,18 @@ class NormConfig:
         a = self.block_r * self.block_i * size * (halves or 1)
         b = self.block_o * self.block_r * size
         w = self.block_o * self.block_i * (size if halves is None else 1)
-        scratch = SCRATCH * (halves or 1)
+        more = SCRATCH * ((halves or 1) - 1)
         if chunks > 3:  # a loop of its own over tiles of both factors
             ahead = _buffers(DEFAULT_STAGES[target.backend], target, dtype, product=True)
-            return ahead * (a // (halves or 1) + b) + w + scratch
+            return _total(ahead * (a // (halves or 1) + b) + w, target) + more
         ahead = _buffers(self.stages, target, dtype, product=True) * chunks * a
         if target.backend == "hip":
-            return ahead + w + scratch * (halves is not None)
+            return _total(ahead + w, target) + more
         ahead += _buffers(self.stages, target, dtype, product=False) * w
         if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
-            return ahead + chunks * b + scratch
+            return _total(ahead + chunks * b, target) + more
         before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
-        return max(ahead + (0 if target.products_from_shared else b), before) + scratch
+        return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,7 @@ class TileConfig:
         step = (self.block_t + self.block_o) * self.block_r * h_dtype.itemsize
         if h_dtype is torch.float32 and base_dtype.itemsize == 2:
             step *= 2  # high and low
-        return max(_buffers(self.stages, target, base_dtype, product=True) * step, tile) + SCRATCH
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, tile), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ class ColumnConfig:
     def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
         """Bytes at most."""
         tile = self.block_t * self.block_o * dtype.itemsize
-        return 2 * _buffers(self.stages, target, dtype, product=False) * tile + SCRATCH
+        return _total(2 * _buffers(self.stages, target, dtype, product=False) * tile, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,7 @@ class LoraBConfig(ColumnConfig):
         tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
         ahead = _buffers(self.stages, target, dtype, product=True)
         behind = 0 if target.backend == "hip" else max(2, ahead - 1)  # dy once more, and inner: loaded a step later
-        return max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + SCRATCH
+        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +133,7 @@ class MlpConfig(ColumnConfig):
         if not self.block_r:
             return super().shared_memory(target, dtype)
         factors = 2 * self.block_o * self.block_r * 2
-        return factors + 2 * self.block_t * (self.block_o * 4 + self.block_r * 2) + SCRATCH
+        return _total(factors + 2 * self.block_t * (self.block_o * 4 + self.block_r * 2), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +146,10 @@ class MlpBackwardConfig(MlpConfig):
         """Bytes at most."""
         tile = self.block_t * self.block_o * 2
         if not self.block_r:
-            return 3 * _buffers(self.stages, target, dtype, product=False) * tile + SCRATCH
+            return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
         h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
-        return (
-            max(h + 3 * tile, self.block_o * self.block_r * 4) + (self.down * self.block_o * self.block_r * 2) + SCRATCH
-        )
+        a = self.block_o * self.block_r * 2 if self.down else 0
+        return _total(max(h + 3 * tile, self.block_o * self.block_r * 4) + a, target)
 
 
 Config = NormConfig | TileConfig | ColumnConfig
@@ -357,6 +363,8 @@ def why_not(target: Target | None) -> str | None:
         return "no kernels are wanted"
     if target.backend == "cuda" and target.capability < 80:
         return f"{target.name} has no products of bfloat16, which came with sm_80"
+    if target.backend == "hip" and target.name not in CARDS:
+        return f"nothing was compiled for {target.name} yet"
     size = 4096, 4096
     try:
         for rank, dtype in itertools.product(RANKS, DTYPES):

@@ -34,6 +34,11 @@ class Target(NamedTuple):
         """
         return self.generation in (9, 10, 11)
 
+    @property
+    def copies_to_shared(self) -> bool:
+        """Whether an AMD card copies from memory to shared memory directly."""
+        return self.capability == "gfx950"
+
 
 # Cards by what Triton calls them: processors of a common one, shared memory as CUDA's programming guide and AMD's
 # architecture manuals have it.
@@ -49,7 +54,7 @@ CARDS = {
     "gfx950": Target("hip", "gfx950", 256, 160 * KIB, 64),  # MI355X
 }
 
-_given: list[Target | None] = []  # by whoever wants another than the device's: see ops/cards.py
+_given: list[Target | None] = []  # by whoever wants another than the device's: see dorac/ops/cards.py
 
 
 def of(device: torch.device) -> Target | None:
