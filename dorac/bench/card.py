@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield {"case": "packed weights", "variant": "aten", "why": configs.why_no_packed(card)}
     from dorac.bench import offline
 
-    for cell in offline.cells(card, ranks=args.ranks, evens=(True,)):
+    for cell in offline.cells(card, ranks=args.ranks, edges=("even",)):
         if cell.config is None and not args.compile:
             continue  # a kernel with one way to launch it
         bound = cell.bound(card)

@@ -29,6 +29,8 @@ NAMES = {
 }
 HALF, FULL = torch.bfloat16, torch.float32
 RANKS = 1, 16, 64, 128, 256, 384, 512
+# Tokens, out and in: tiles end at the edges; they do not; nor are rows multiples of 16, and each number is loaded alone.
+EDGES = {"even": (4096, 4096, 4096), "uneven": (4089, 4112, 4112), "odd": (4089, 4091, 4093)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +103,18 @@ def cells(
     target: Target,
     kernels: Iterable[str] | None = None,
     ranks: Iterable[int] = RANKS,
-    evens: Iterable[bool] = (True, False),
+    edges: Iterable[str] = tuple(EDGES),
 ) -> Iterator[Cell]:
-    """Every kernel with the config that the card has for it, by dtypes, rank, and whether tiles end at the edges.
+    """Every kernel with the config that the card has for it, by dtypes, rank and edges.
 
-    ``kernels``: of :data:`KERNELS`; None for all that the card runs.
+    ``kernels``: of :data:`KERNELS`; None for all that the card runs. ``edges``: of :data:`EDGES`.
     """
     for name in KERNELS if kernels is None else kernels:
         if "packed" in name and configs.why_no_packed(target):
             continue
-        for rank, even in itertools.product(ranks if name in OF_RANK else (0,), evens):
-            sizes = (4096, 4096, 4096) if even else (4089, 4091, 4093)  # tokens, out and in
-            for dtypes, config, of, launch, arguments in KERNELS[name](target, rank, *sizes):
-                case = [dtypes, f"r{rank}" if rank else "", "even" if even else "uneven"]
+        for rank, edge in itertools.product(ranks if name in OF_RANK else (0,), edges):
+            for dtypes, config, of, launch, arguments in KERNELS[name](target, rank, *EDGES[edge]):
+                case = [dtypes, f"r{rank}" if rank else "", edge]
                 yield Cell(name, " ".join(filter(None, case)), config, of, launch, arguments)
 
 
@@ -238,7 +239,7 @@ def _small(_: Target, __: int, tokens: int, out: int, inner: int) -> Iterator[tu
     strides = 0, inner, 1, 0, 16, 1
     yield "split", None, (), norm.split_launch(1, 16, inner, out, strides, 2), (FULL, FULL, HALF, HALF)
     strides = (0, inner, 1), (0, inner, 1), (0, 16, 1)
-    split = dataclasses.replace(configs.NormConfig(64, 64, 16, 2, 4, 2))
+    split = configs.NormConfig(64, 64, 16, 2, 4, 2)
     yield "norm sum", None, (), norm.norm_launches(1, out, inner, 16, strides, split)[2], (FULL, FULL)
 
 

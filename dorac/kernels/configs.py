@@ -53,7 +53,7 @@ class NormConfig:
         a = self.block_r * self.block_i * size * (halves or 1)
         b = self.block_o * self.block_r * size
         w = self.block_o * self.block_i * (size if halves is None else 1)
-        more = SCRATCH * ((halves or 1) - 1)
+        more = 2 * SCRATCH * (halves or 0)  # tiles of bytes change threads, and once more for each half
         if chunks > 3:  # a loop of its own over tiles of both factors
             ahead = _buffers(DEFAULT_STAGES[target.backend], target, dtype, product=True)
             return _total(ahead * (a // (halves or 1) + b) + w, target) + more
@@ -149,7 +149,7 @@ class MlpBackwardConfig(MlpConfig):
             return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
         h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
         a = self.block_o * self.block_r * 2 if self.down else 0
-        return _total(max(h + 3 * tile, self.block_o * self.block_r * 4) + a, target)
+        return _total(max(h + 4 * tile, self.block_o * self.block_r * 4) + a, target)
 
 
 Config = NormConfig | TileConfig | ColumnConfig
