@@ -29,7 +29,7 @@ NAMES = {
 }
 HALF, FULL = torch.bfloat16, torch.float32
 RANKS = 1, 16, 64, 128, 256, 384, 512
-# Tokens, out and in: tiles end at the edges; they do not; nor are rows multiples of 16, and each number is loaded alone.
+# Tokens, out and in: tiles end at the edges; they do not; nor do rows at multiples of 16: each number is loaded alone.
 EDGES = {"even": (4096, 4096, 4096), "uneven": (4089, 4112, 4112), "odd": (4089, 4091, 4093)}
 
 
