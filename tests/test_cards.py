@@ -169,7 +169,8 @@ def test_a_card_is_read_once(monkeypatch):
     assert target.of(device) == A10G
     assert target.of(device) is target.of(torch.device("cuda", 0))
     assert front._has_kernels(device)
-    assert front._reads_packed(device)
+    assert front._reads_packed(device, False)
+    assert not front._reads_packed(device, True)
     card_of(monkeypatch, major=12, minor=1, shared_memory_per_block_optin=101_376, **sizes)
     assert target.of(device) == Target("cuda", 121, 82, 101_376)
     assert front._has_kernels(device)
@@ -179,7 +180,7 @@ def test_a_card_is_read_once(monkeypatch):
     card_of(monkeypatch, hip="7.0", gcnArchName="gfx942:sramecc+:xnack-", **sizes)
     assert target.of(device) == CARDS["gfx942"]
     assert front._has_kernels(device)
-    assert not front._reads_packed(device)
+    assert not front._reads_packed(device, False)
 
 
 def fails_within(card):

@@ -26,6 +26,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 HALF, FULL = torch.bfloat16, torch.float32
 RANKS = 1, 16, 64, 128, 256, 384, 512
@@ -110,7 +111,7 @@ def cells(
     ``kernels``: of :data:`KERNELS`; None for all that the card runs. ``edges``: of :data:`EDGES`.
     """
     for name in KERNELS if kernels is None else kernels:
-        if "packed" in name and configs.why_no_packed(target):
+        if name.startswith("packed") and configs.why_no_packed(target):
             continue
         for rank, edge in itertools.product(ranks if name in OF_RANK else (0,), edges):
             for dtypes, config, of, launch, arguments in KERNELS[name](target, rank, *EDGES[edge]):
@@ -127,19 +128,27 @@ def _norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[t
 
 
 def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
-    columns = inner // 64
-    forms = (
-        (packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, strides=(0, columns, 1, 0)), 64 * columns),
-        (packed_norm.Form("number", "bfloat16"), inner),
-    )
-    for form, length in forms:
+    byte, float8, groups = torch.uint8, torch.float8_e4m3fn, inner // 64 * 4
+    of_blocks = {"strides": (0, groups, 1, 0)}
+    forms = [  # each with the weight's seven pieces
+        (packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks), (byte, FULL, byte, None, FULL, FULL, FULL)),
+        (packed_norm.Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None)),
+        (packed_norm.Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None)),
+        (packed_norm.Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None)),
+    ]
+    if configs.why_no_packed(target, float8=True) is None:
+        form = packed_norm.Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
+        forms += [
+            (packed_norm.Form("number", "float16"), (float8, None, FULL, None, None, None, None)),
+            (form, (byte, None, float8, None, None, FULL, None)),
+        ]
+    for form, pieces in forms:
+        length = inner if form.halves == 1 else inner // 64 * 64
         config = configs.packed_norm_config(1, out, length, form.halves, rank, target)
         strides = 0, length, 1, 0, rank, 1
         _, launch, _ = packed_norm.packed_norm_launches(1, out, length // form.halves, rank, strides, form, config)
-        pieces = (torch.uint8, FULL, torch.uint8, None, FULL, FULL, FULL)
-        if form.name == "number":
-            pieces = (torch.int8, None, FULL, None, None, None, None)
-        yield form.name, config, (rank, HALF, form.halves), launch, (*pieces, HALF, HALF, 2.0, FULL)
+        name = f"float8 {form.dtype}" if pieces[0] is float8 else form.name
+        yield name, config, (rank, HALF, form.halves), launch, (*pieces, HALF, HALF, 2.0, FULL)
 
 
 def _up(target: Target, rank: int, tokens: int, out: int, _: int) -> Iterator[tuple]:

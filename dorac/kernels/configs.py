@@ -153,7 +153,7 @@ class MlpBackwardConfig(MlpConfig):
 
 
 Config = NormConfig | TileConfig | ColumnConfig
-_Config = TypeVar("_Config", NormConfig, TileConfig, ColumnConfig)
+_Config = TypeVar("_Config", bound=Config)
 
 
 class DoesNotFitError(ValueError):
@@ -383,8 +383,10 @@ def why_not(target: Target | None) -> str | None:
     return None
 
 
-def why_no_packed(target: Target | None) -> str | None:
-    """The same of the kernels that read packed weights: they decode these with NVIDIA's instructions."""
+def why_no_packed(target: Target | None, float8: bool = False) -> str | None:
+    """The same of the kernels that read packed weights, or those of them with numbers or scales in float8."""
     if target is not None and target.backend != "cuda":
         return "packed weights are decoded with instructions that only NVIDIA's cards have"
+    if target is not None and float8 and target.capability < 89:
+        return f"{target.name} has no float8_e4m3fn, which came with sm_89"
     return why_not(target)

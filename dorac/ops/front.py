@@ -141,13 +141,14 @@ def has_kernels(*tensors: Tensor | None) -> bool:
 
 
 @functools.cache
-def _reads_packed(device: torch.device) -> bool:
-    return configs.why_no_packed(target.of(device)) is None
+def _reads_packed(device: torch.device, float8: bool) -> bool:
+    return configs.why_no_packed(target.of(device), float8) is None
 
 
-def has_packed_kernels(codes: Tensor) -> bool:
-    """Whether the kernels for packed weights take a weight that is stored in ``codes``."""
-    return has_kernels(codes) and _reads_packed(codes.device)
+def has_packed_kernels(*pieces: Tensor | None) -> bool:
+    """Whether the kernels for packed weights take one that is stored in these, the first of them its numbers."""
+    float8 = any(t is not None and t.dtype is torch.float8_e4m3fn for t in pieces)
+    return has_kernels(pieces[0]) and _reads_packed(pieces[0].device, float8)
 
 
 def at_most(size: int | torch.SymInt, limit: int) -> bool:
