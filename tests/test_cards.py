@@ -14,9 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dorac import reference
+from dorac import functional, reference
+from dorac.bench import stub
 from dorac.bench.__main__ import main
-from dorac.kernels import compose, configs, norm, target
+from dorac.kernels import backward, compose, configs, norm, target
 from dorac.kernels.configs import (
     ColumnConfig,
     LoraBConfig,
@@ -229,6 +230,43 @@ def test_kernels_compute_the_same_for_every_card(name, monkeypatch, device):
     torch.testing.assert_close(y.double(), y_expected, rtol=1e-2, atol=1e-2)
 
 
+def test_plans_are_made_for_the_card(monkeypatch):
+    """And made anew where another one is given, in eager as in the layer's leaves."""
+    seen = []
+    for name in ("tile_config", "lora_b_config", "norm_config", "column_config"):
+        choose = getattr(configs, name)
+
+        def recorded(*args, choose=choose):
+            seen.append((choose.__name__, args[-1]))
+            return choose(*args)
+
+        for module in (configs, compose, norm, backward):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, recorded)
+
+    def step(dtype):
+        inputs = linear_inputs((64, 24, 16, 4), dtype=dtype).leaves()
+        factors = inputs.lora_A, inputs.lora_B, inputs.magnitude
+        functional.dora_linear(inputs.x, inputs.weight.detach(), *factors, scaling=0.7).sum().backward()
+
+    with stub.stubbed_kernels():
+        for card in (A10G, B200):
+            with cards.launched_for(card):
+                seen.clear()
+                step(HALF)
+                step(FULL)
+                assert {chooser for chooser, _ in seen} >= {
+                    "tile_config",
+                    "lora_b_config",
+                    "norm_config",
+                    "column_config",
+                }
+                assert {card for _, card in seen} == {card}
+        seen.clear()
+        step(HALF)
+        assert {card for _, card in seen} == {H100}
+
+
 @pytest.mark.parametrize("name", [*CARDS])
 def test_bench_card_says_what_runs(name, tmp_path, capsys):
     path = tmp_path / "card.json"
@@ -331,7 +369,7 @@ def test_the_compiler_agrees(tmp_path):
 
 
 # Bytes: on the H100 these were the fastest all the same.
-SPILLS = {("sm_90", "even"): 264, ("sm_90", "uneven"): 264, "uneven": 16, "odd": 2048}
+SPILLS = {("sm_90", "even"): 264, ("sm_90", "uneven"): 264, "uneven": 48, "odd": 2048}
 
 
 @pytest.mark.full
