@@ -149,7 +149,7 @@ def card_of(monkeypatch, hip=None, **properties):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    target._read.cache_clear()
+    target._cards.clear()
     front._has_kernels.cache_clear()
     front._reads_packed.cache_clear()
 
@@ -157,7 +157,7 @@ def card_of(monkeypatch, hip=None, **properties):
 @pytest.fixture
 def device_caches():
     yield
-    target._read.cache_clear()
+    target._cards.clear()
     front._has_kernels.cache_clear()
     front._reads_packed.cache_clear()
 
@@ -167,19 +167,20 @@ def test_a_card_is_read_once(monkeypatch):
     device = torch.device("cuda", 0)
     sizes = {"multi_processor_count": 82, "warp_size": 32, "shared_memory_per_multiprocessor": 100 * 1024}
     card_of(monkeypatch, major=8, minor=6, **sizes)
-    assert target.of(device) == A10G
-    assert target.of(device) is target.of(torch.device("cuda", 0))
+    assert target.of_device(device) == A10G
+    tensor = types.SimpleNamespace(get_device=lambda: 0, device=device)
+    assert target.of(tensor) is target.of(tensor) == A10G
     assert front._has_kernels(device)
     assert front._reads_packed(device, False)
     assert not front._reads_packed(device, True)
     card_of(monkeypatch, major=12, minor=1, shared_memory_per_block_optin=101_376, **sizes)
-    assert target.of(device) == Target("cuda", 121, 82, 101_376)
+    assert target.of_device(device) == Target("cuda", 121, 82, 101_376)
     assert front._has_kernels(device)
     card_of(monkeypatch, major=7, minor=5, **sizes)
     assert not front._has_kernels(device)
     sizes = {"multi_processor_count": 304, "warp_size": 64, "shared_memory_per_block": 65_536}
     card_of(monkeypatch, hip="7.0", gcnArchName="gfx942:sramecc+:xnack-", **sizes)
-    assert target.of(device) == CARDS["gfx942"]
+    assert target.of_device(device) == CARDS["gfx942"]
     assert front._has_kernels(device)
     assert not front._reads_packed(device, False)
 
@@ -196,21 +197,21 @@ def test_a_card_given_by_hand(monkeypatch):
     card_of(monkeypatch, major=9, minor=0, **sizes)
     assert front._has_kernels(device)
     with cards.launched_for(A10G):
-        assert target.of(device) is A10G
+        assert target.of_device(device) is A10G
         with cards.launched_for(None):
             assert not front._has_kernels(device)
         assert front._has_kernels(device)
         with pytest.raises(ValueError, match="within"):
             fails_within(CARDS["sm_75"])
-        assert target.of(device) is A10G
-    assert target.of(device) == H100
+        assert target.of_device(device) is A10G
+    assert target.of_device(device) == H100
 
 
 @pytest.mark.parametrize("name", [*RUN_KERNELS, "46 processors"])
 def test_kernels_compute_the_same_for_every_card(name, monkeypatch, device):
     """With the config of that card, which differs from the H100's in tiles and in how columns are split."""
     card = CARDS.get(name) or A10G._replace(processors=46)
-    if device == "cuda" and card.shared_memory > target.of(torch.device("cuda")).shared_memory:
+    if device == "cuda" and card.shared_memory > target.of_device(torch.device("cuda")).shared_memory:
         pytest.skip("has more shared memory than this one")
     inputs = linear_inputs((5, 70, 33, 70), dtype=HALF, device=device)
     seen = []

@@ -3,8 +3,6 @@
 import argparse
 from collections.abc import Iterator
 
-import torch
-
 from dorac.bench import options
 from dorac.cli import BadInput
 from dorac.kernels import configs, target
@@ -67,7 +65,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 def _card(args: argparse.Namespace) -> target.Target | None:
     if args.target is not None:
         return target.CARDS[args.target]
-    return target.of(torch.device(args.device)) if args.device.type == "cuda" else None
+    return target.of_device(args.device) if args.device.type == "cuda" else None
 
 
 def _short(config: configs.Config) -> str:

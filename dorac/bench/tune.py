@@ -55,7 +55,7 @@ def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, ob
     factors = layer.lora_A, layer.lora_B, scaling
     split = norm.needs_split(layer.weight.dtype, layer.lora_A.dtype)
     rank = 3 * layer.rank if split else layer.rank
-    chosen = configs.norm_config(1, *layer.weight.shape, rank, layer.weight.dtype, target.of(args.device))
+    chosen = configs.norm_config(1, *layer.weight.shape, rank, layer.weight.dtype, target.of_device(args.device))
     candidates = [
         dataclasses.replace(
             chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages, registers=registers
@@ -74,7 +74,7 @@ def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obje
     from dorac.kernels import compose, configs, target
 
     base, h, norm, scaling = _activations(layer, args)
-    chosen = configs.tile_config(*base.shape, layer.rank, h.dtype, base.dtype, target.of(args.device))
+    chosen = configs.tile_config(*base.shape, layer.rank, h.dtype, base.dtype, target.of_device(args.device))
     candidates = [
         configs.TileConfig(block_t, block_o, min(chosen.block_r, 64), warps, stages, descriptors)
         for block_t, block_o, warps, stages, descriptors in itertools.product(
@@ -99,7 +99,7 @@ def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str
 
     inner, _, norm, _ = _activations(layer, args)
     dy = torch.randn_like(inner)
-    chosen = configs.column_config(*inner.shape, inner.dtype, target.of(args.device))
+    chosen = configs.column_config(*inner.shape, inner.dtype, target.of_device(args.device))
     candidates = [
         configs.ColumnConfig(block_t, block_o, rows, warps, stages)
         for block_t, block_o, rows, warps, stages in itertools.product(
@@ -129,7 +129,7 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
         return []
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)
-    chosen = configs.lora_b_config(*inner.shape, layer.rank, target.of(args.device))
+    chosen = configs.lora_b_config(*inner.shape, layer.rank, target.of_device(args.device))
     candidates = _with_products(chosen, rows=(1024, 2048, 4096), stages=(3, 4))
 
     def call(config):
@@ -159,7 +159,7 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
         (layer.rank,) * 2,
     )
     b = layer.lora_B.to(up.dtype)
-    chosen = configs.mlp_config(*up.shape, layer.rank, True, target.of(args.device))
+    chosen = configs.mlp_config(*up.shape, layer.rank, True, target.of_device(args.device))
     candidates = [
         configs.MlpConfig(*tile, rows, warps, stages)
         for tile in ((8, 256), (16, 256), (32, 128))
@@ -196,7 +196,7 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
     h, a = torch.cat([h_up, h_up], 1), torch.randn(rank, up.shape[1], dtype=up.dtype, device=up.device)
     d_a, d_b = torch.empty_like(a), torch.empty_like(a).t().contiguous()
     d_m = torch.empty_like(layer.magnitude)
-    chosen = configs.mlp_backward_config(*up.shape, rank, target.of(args.device))
+    chosen = configs.mlp_backward_config(*up.shape, rank, target.of_device(args.device))
     candidates = [
         configs.MlpBackwardConfig(block_t, block_o, rows, warps, stages)
         for block_t, block_o, rows, warps, stages in itertools.product((16, 32), (128, 256), (256,), (4, 8), (2, 3, 4))
@@ -298,7 +298,7 @@ def _sweep(
 
     records = []
     for config in {chosen: None} | dict.fromkeys(candidates):
-        if not configs.fits(config, target.of(args.device), *of):
+        if not configs.fits(config, target.of_device(args.device), *of):
             continue
         try:
             record = _record(kernel, layer, str(config), call(config), args)

@@ -315,7 +315,7 @@ def compose(
         config = (
             pointwise_config(tokens)
             if rank is None
-            else tile_config(tokens, out_features, rank, lora.dtype, base.dtype, target.of(base.device))
+            else tile_config(tokens, out_features, rank, lora.dtype, base.dtype, target.of(base))
         )
     magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
     matrices = [base, lora, lora_B, y, inner]

@@ -389,7 +389,7 @@ def packed_row_norm(
         lora_A = arranged(lora_A)
     rank, experts = lora_A.shape[-2], batch[0] if batch else 1
     if config is None:
-        config = packed_norm_config(experts, out_features, in_features, form.halves, rank, target.of(lora_B.device))
+        config = packed_norm_config(experts, out_features, in_features, form.halves, rank, target.of(lora_B))
     strides = tuple(s for t in (lora_A, lora_B) for s in (t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)))
     columns = in_features // form.halves
     splits, launch, finish = packed_norm_launches(experts, out_features, columns, rank, strides, form, config)

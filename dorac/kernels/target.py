@@ -1,9 +1,9 @@
 """The card that kernels are launched on, as a value, read once per device or given by hand."""
 
-import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 KIB = 1024
 
@@ -54,17 +54,25 @@ CARDS = {
     "gfx950": Target("hip", "gfx950", 256, 160 * KIB, 64),  # MI355X
 }
 
+_cards: dict[int, Target] = {}  # by the device's index: hashing devices takes as long as choosing a launch
 _given: list[Target | None] = []  # by whoever wants another than the device's: see dorac/ops/cards.py
 
 
-def of(device: torch.device) -> Target | None:
-    """The device's card; None where none is wanted."""
+def of(tensor: Tensor) -> Target | None:
+    """The card of the tensor's device; None where none is wanted."""
+    if _given:
+        return _given[-1]
+    index = tensor.get_device()  # -1 on the CPU
+    return _cards[index] if index in _cards else _cards.setdefault(index, _read(tensor.device))
+
+
+def of_device(device: torch.device) -> Target | None:
+    """The same of a device."""
     return _given[-1] if _given else _read(device)
 
 
-@functools.cache
 def _read(device: torch.device) -> Target:
-    """As :func:`of`; where there is no GPU, for Triton's interpreter, an H100."""
+    """Of no GPU, for Triton's interpreter, an H100."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return CARDS["sm_90"]
     card = torch.cuda.get_device_properties(device)

@@ -227,7 +227,7 @@ def make_plan(
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), of_h or (rank, 1), of_b or torch.empty_like(lora_B, dtype=dtype).stride()
-    card = target.of(x.device)
+    card = target.of(x)
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype, card)
     delta = dropout_on == "adapter"
     keeps_y = training and save_output and bias is None and not delta

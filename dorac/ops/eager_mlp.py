@@ -174,7 +174,7 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
     def strides(factor: Tensor | None) -> tuple[int, int]:
         return (0, 0) if factor is None else (factor.shape[1], 1) if casts else factor.stride()
 
-    card = target.of(x.device)
+    card = target.of(x)
     config = configs.mlp_config(tokens, features, max(ranks[:DOWN]), training, card)
     of_b = strides(layers[GATE][LORA_B]), strides(layers[UP][LORA_B])
     join = mlp_launch(tokens, features, ranks[:DOWN], of_b, activation, config, want_inner=training)

@@ -88,7 +88,7 @@ def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: 
         strides = (in_features, 1), (rank, 1)
     elif form.halves == 2:
         arranges, strides[0] = True, (in_features, 1)
-    config = packed_norm_config(1, out_features, in_features, form.halves, rank, target.of(lora_A.device))
+    config = packed_norm_config(1, out_features, in_features, form.halves, rank, target.of(lora_A))
     columns = in_features // form.halves
     column_splits, *launches = packed_norm_launches(
         1, out_features, columns, rank, (0, *strides[0], 0, *strides[1]), form, config

@@ -150,7 +150,7 @@ def make_plan(
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
-    card = target.of(x.device)
+    card = target.of(x)
     config = configs.tile_config(tokens, out_features, rank, dtype, dtype, card)
     flags = {"has_norm": True, "has_bias": bias is not None, "holds_bias": holds_bias, "delta": False, "split": False}
     flags |= {"want_inner": training and not keeps_y}

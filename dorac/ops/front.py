@@ -129,7 +129,7 @@ def _has_kernels(device: torch.device) -> bool:
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None or not torch.cuda.is_available():
         return False
-    return configs.why_not(target.of(device)) is None
+    return configs.why_not(target.of_device(device)) is None
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
@@ -142,7 +142,7 @@ def has_kernels(*tensors: Tensor | None) -> bool:
 
 @functools.cache
 def _reads_packed(device: torch.device, float8: bool) -> bool:
-    return configs.why_no_packed(target.of(device), float8) is None
+    return configs.why_no_packed(target.of_device(device), float8) is None
 
 
 def has_packed_kernels(*pieces: Tensor | None) -> bool:
