@@ -24,7 +24,9 @@ from dorac.kernels.compose import compose
 from dorac.kernels.dropout import BLOCK, drop_launch, pack_launch
 from dorac.kernels.launch import Launch, LaunchError
 from dorac.kernels.norm import row_norm, row_norms
+from dorac.kernels.target import CARDS
 
+H100 = CARDS["sm_90"]
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 full = pytest.mark.full
@@ -294,7 +296,7 @@ class TestCompose:
 
     def test_walks_where_there_are_programs_enough(self):
         for tokens, features, rank in itertools.product((33, 700, 4096, 2**22), (1, 100, 14336), (1, 16, 64)):
-            config = configs.tile_config(tokens, features, rank, torch.bfloat16, torch.bfloat16)
+            config = configs.tile_config(tokens, features, rank, torch.bfloat16, torch.bfloat16, H100)
             assert config.rows % config.block_t == 0
             assert rank <= config.block_r
             assert config.rows == config.block_t or -(-tokens // config.rows) * -(-features // 128) >= 256
@@ -374,7 +376,7 @@ class TestLoraBBackward:
         inputs.magnitude[3], norm[7] = 0, 0
         dy = torch.randn(inner.shape, device=device).bfloat16()
         g = functional.magnitude_scale(inputs.magnitude, norm)
-        chosen = configs.lora_b_config(shape[0], shape[1], shape[3])
+        chosen = configs.lora_b_config(shape[0], shape[1], shape[3], H100)
         for rows, block_o in ((chosen.rows, chosen.block_o), (32, 64), (64, 128)):
             config = dataclasses.replace(chosen, rows=rows, block_o=block_o)
             for tensors in ((dy, inner, h), [t.T.contiguous().T for t in (dy, inner, h)]):
@@ -401,7 +403,7 @@ class TestLoraBBackward:
         inputs.magnitude[3], inputs.magnitude[5], inputs.magnitude[39] = 0, 1e-6, -inputs.magnitude[39]
         y = (functional.magnitude_scale(inputs.magnitude, norm)[None] * inner.float()).to(dtype)
         dy = torch.randn(inner.shape, device=device).to(dtype)
-        config = dataclasses.replace(configs.lora_b_config(70, 40, 20), rows=rows)
+        config = dataclasses.replace(configs.lora_b_config(70, 40, 20, H100), rows=rows)
         arguments = inputs.magnitude, norm, h
         for layout in (lambda t: t, lambda t: t.T.contiguous().T):
             of_y = tuple(map(layout, (inputs.x, inputs.weight, inputs.lora_B)))
@@ -665,7 +667,7 @@ def test_a_launch_that_fails_names_kernel_card_and_shapes(stream):
 
 class TestConfigs:
     def test_frozen(self):
-        config = configs.norm_config(1, 4096, 4096, 16, torch.bfloat16)
+        config = configs.norm_config(1, 4096, 4096, 16, torch.bfloat16, H100)
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.block_o = 1
 
@@ -674,7 +676,7 @@ class TestConfigs:
     def test_norm_tiles(self, rank, dtype):
         """Powers of two that the tensor cores take, each split with columns to work on, resident factors that fit."""
         for out_features, in_features in ((8192, 8192), (28672, 8192), (5, 3), (70_000, 16)):
-            config = configs.norm_config(1, out_features, in_features, rank, dtype)
+            config = configs.norm_config(1, out_features, in_features, rank, dtype, H100)
             assert all(b >= 16 and b & (b - 1) == 0 for b in (config.block_o, config.block_i, config.block_r))
             assert 1 <= config.splits <= max(1, in_features // config.block_i)
             chunks = -(-rank // config.block_r)
@@ -687,9 +689,9 @@ class TestConfigs:
     @pytest.mark.parametrize("rank", [16, 64, 384])
     def test_full_waves(self, shape, rank):
         """The norm of common weights takes no more than a fifth over what tiles spread evenly over an H100 would."""
-        config = configs.norm_config(1, *shape, rank, torch.bfloat16)
+        config = configs.norm_config(1, *shape, rank, torch.bfloat16, H100)
         row_blocks, tiles = shape[0] // config.block_o, shape[1] // config.block_i
-        slots = configs.PROCESSORS * (1 if rank > 64 else 2)
+        slots = H100.processors * (1 if rank > 64 else 2)
         waves, tiles_of_each = -(-row_blocks * config.splits // slots), -(-tiles // config.splits)
         assert waves * tiles_of_each <= 1.2 * row_blocks * tiles / slots
 
@@ -697,23 +699,23 @@ class TestConfigs:
     @pytest.mark.parametrize("tokens", [1, 33, 700, 4096, 10**6])
     @pytest.mark.parametrize("out_features", [1, 100, 4096, 8192, 14336, 150_000])
     def test_lora_b(self, tokens, out_features, rank):
-        config = configs.lora_b_config(tokens, out_features, rank)
+        config = configs.lora_b_config(tokens, out_features, rank, H100)
         strips, blocks = -(-tokens // config.rows), -(-out_features // config.block_o)
         assert config.rows % config.block_t == 0
-        assert strips == 1 or strips * blocks <= configs.PROCESSORS
+        assert strips == 1 or strips * blocks <= H100.processors
         assert (config.chunks - 1) * config.block_r < rank <= config.chunks * config.block_r
         assert strips == 1 or strips * out_features * rank * 4 <= 66 * rank * 1024  # of partial sums, as documented
 
     def test_thresholds(self):
-        large = configs.tile_config(4096, 8192, 384, torch.bfloat16, torch.bfloat16)
+        large = configs.tile_config(4096, 8192, 384, torch.bfloat16, torch.bfloat16, H100)
         assert large.descriptors
-        assert not configs.tile_config(4096, 8192, 64, torch.bfloat16, torch.bfloat16).descriptors
-        assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16).block_t == 16
-        assert configs.column_config(8192, 8192).rows == 256
-        assert configs.column_config(64, 128).rows == 32
-        one, several, narrow = (configs.lora_b_config(4096, out, 384) for out in (14336, 4096, 8192))
+        assert not configs.tile_config(4096, 8192, 64, torch.bfloat16, torch.bfloat16, H100).descriptors
+        assert configs.tile_config(1, 8192, 16, torch.bfloat16, torch.bfloat16, H100).block_t == 16
+        assert configs.column_config(8192, 8192, torch.bfloat16, H100).rows == 256
+        assert configs.column_config(64, 128, torch.bfloat16, H100).rows == 32
+        one, several, narrow = (configs.lora_b_config(4096, out, 384, H100) for out in (14336, 4096, 8192))
         assert (one.rows, one.block_o, one.chunks) == (4096, 128, 3)
         assert (several.rows, several.block_o) == (1024, 128)
         assert (narrow.rows, narrow.block_o) == (4096, 64)  # a program per processor without strips
-        for config in (configs.column_config(2**27, 64),):
+        for config in (configs.column_config(2**27, 64, torch.bfloat16, H100),):
             assert -(-(2**27) // config.rows) <= 65_535  # what a grid's second axis holds

@@ -29,7 +29,9 @@ from dorac.testing import Budget
 pytest.importorskip("triton")
 
 from dorac.kernels import configs
+from dorac.kernels.target import CARDS
 
+H100 = CARDS["sm_90"]
 HALF = [torch.bfloat16, torch.float16]
 ACTIVATIONS = [*ops.mlp.ACTIVATIONS]
 NAMES = ("gate", "up", "down")
@@ -315,15 +317,17 @@ def test_configs(kinds, config, path, monkeypatch, device):
 
 def test_config_thresholds():
     assert (
-        configs.mlp_config(4096, 14336, 16, True).block_r == configs.mlp_backward_config(4096, 14336, 16).block_r == 16
+        configs.mlp_config(4096, 14336, 16, True, H100).block_r
+        == configs.mlp_backward_config(4096, 14336, 16, H100).block_r
+        == 16
     )
     for rank in (0, 384):
-        assert not configs.mlp_config(4096, 14336, rank, True).block_r
-        assert not configs.mlp_backward_config(4096, 14336, rank).block_r
+        assert not configs.mlp_config(4096, 14336, rank, True, H100).block_r
+        assert not configs.mlp_backward_config(4096, 14336, rank, H100).block_r
     for tokens, features, rank in itertools.product((1, 33, 700, 4096, 2**27), (1, 100, 14336, 150_000), (0, 1, 64)):
         for config in (
-            configs.mlp_config(tokens, features, rank, False),
-            configs.mlp_backward_config(tokens, features, rank),
+            configs.mlp_config(tokens, features, rank, False, H100),
+            configs.mlp_backward_config(tokens, features, rank, H100),
         ):
             assert config.rows % config.block_t == 0
             assert -(-tokens // config.rows) <= 65_535  # what a grid's second axis holds

@@ -430,8 +430,9 @@ def test_y_kept_in_place_of_inner(name, magnitudes, consumer, path, device):
 def strips_of(rows, monkeypatch):
     """Has backward go over so many rows at once, whatever was planned before."""
     from dorac.kernels import configs
+    from dorac.kernels.target import CARDS
 
-    config = configs.lora_b_config(40, 35, 5)
+    config = configs.lora_b_config(40, 35, 5, CARDS["sm_90"])
     monkeypatch.setattr(configs, "lora_b_config", lambda *sizes: dataclasses.replace(config, rows=rows))
     eager.forget_plans()
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from dorac.bench import (
+    card,
     compose,
     decode,
     host,
@@ -44,6 +45,7 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "surgery": surgery,
     "mesh": mesh,
     "tune": tune,
+    "card": card,
 }
 
 

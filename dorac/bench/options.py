@@ -119,7 +119,7 @@ def _check_packages(args: argparse.Namespace) -> None:
     wanted = {
         "peft": any("peft" in name for name in getattr(args, "variants", ())),
         "transformers": args.command in ("model", "decode", "memory") or "stack-form" in getattr(args, "kernels", ()),
-        "triton": args.command == "tune" or getattr(args, "stub_kernels", False),
+        "triton": args.command in ("tune", "card") or getattr(args, "stub_kernels", False),
         "matplotlib": args.plot is not None,
     }
     cli.require_packages("this", [name for name, needed in wanted.items() if needed], "bench")

@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    from dorac.kernels import configs, norm
+    from dorac.kernels import configs, norm, target
 
     scaling = torch.full((), peers.SCALING, device=args.device)
     factors = layer.lora_A, layer.lora_B, scaling
     split = norm.needs_split(layer.weight.dtype, layer.lora_A.dtype)
     rank = 3 * layer.rank if split else layer.rank
-    chosen = configs.norm_config(1, *layer.weight.shape, rank, layer.weight.dtype)
+    chosen = configs.norm_config(1, *layer.weight.shape, rank, layer.weight.dtype, target.of_device(args.device))
     candidates = [
         dataclasses.replace(
             chosen, block_o=block_o, block_i=block_i, splits=splits, warps=warps, stages=stages, registers=registers
@@ -64,14 +64,17 @@ def _norm(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, ob
             ((64, 64), (128, 64), (64, 128)), (1, 2, 4), ((4, False), (8, False), (8, True)), (2, 3)
         )
     ]
-    return _sweep("norm", layer, chosen, candidates, lambda c: lambda: norm.row_norm(layer.weight, *factors, c), args)
+    of = rank, layer.weight.dtype
+    return _sweep(
+        "norm", layer, chosen, candidates, of, lambda c: lambda: norm.row_norm(layer.weight, *factors, c), args
+    )
 
 
 def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    from dorac.kernels import compose, configs
+    from dorac.kernels import compose, configs, target
 
     base, h, norm, scaling = _activations(layer, args)
-    chosen = configs.tile_config(*base.shape, layer.rank, h.dtype, base.dtype)
+    chosen = configs.tile_config(*base.shape, layer.rank, h.dtype, base.dtype, target.of_device(args.device))
     candidates = [
         configs.TileConfig(block_t, block_o, min(chosen.block_r, 64), warps, stages, descriptors)
         for block_t, block_o, warps, stages, descriptors in itertools.product(
@@ -88,15 +91,15 @@ def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obje
         tensors = base, h, layer.lora_B, layer.magnitude, norm, scaling, None
         return lambda: compose.compose(*tensors, want_inner=True, config=config)
 
-    return _sweep("up", layer, chosen, candidates, call, args)
+    return _sweep("up", layer, chosen, candidates, (h.dtype, base.dtype), call, args)
 
 
 def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    from dorac.kernels import backward, configs
+    from dorac.kernels import backward, configs, target
 
     inner, _, norm, _ = _activations(layer, args)
     dy = torch.randn_like(inner)
-    chosen = configs.column_config(*inner.shape)
+    chosen = configs.column_config(*inner.shape, inner.dtype, target.of_device(args.device))
     candidates = [
         configs.ColumnConfig(block_t, block_o, rows, warps, stages)
         for block_t, block_o, rows, warps, stages in itertools.product(
@@ -107,7 +110,7 @@ def _backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str
     def call(config):
         return lambda: backward.compose_backward(dy, inner, layer.magnitude, norm, config=config)
 
-    return _sweep("backward", layer, chosen, candidates, call, args)
+    return _sweep("backward", layer, chosen, candidates, (inner.dtype,), call, args)
 
 
 def _with_products(chosen, rows: tuple[int, ...], stages: tuple[int, ...]) -> list[object]:
@@ -120,13 +123,13 @@ def _with_products(chosen, rows: tuple[int, ...], stages: tuple[int, ...]) -> li
 
 def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """Also the pass without lora_B's gradient and that product alone, which it has to beat."""
-    from dorac.kernels import backward, configs
+    from dorac.kernels import backward, configs, target
 
     if layer.rank > linear.LORA_B_RANK:
         return []
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)
-    chosen = configs.lora_b_config(*inner.shape, layer.rank)
+    chosen = configs.lora_b_config(*inner.shape, layer.rank, target.of_device(args.device))
     candidates = _with_products(chosen, rows=(1024, 2048, 4096), stages=(3, 4))
 
     def call(config):
@@ -137,7 +140,7 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
         d_inner, _, _ = backward.compose_backward(dy, inner, layer.magnitude, norm)
         return d_inner.T @ h
 
-    records = list(_sweep("lora-b-backward", layer, chosen, candidates, call, args))
+    records = list(_sweep("lora-b-backward", layer, chosen, candidates, (), call, args))
     return [*records, _record("lora-b-backward", layer, "two kernels", apart, args)]
 
 
@@ -146,7 +149,7 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
 
     Each candidate with what it leaves to cuBLAS: with ``block_r = 0`` the up-projections of both.
     """
-    from dorac.kernels import configs, mlp
+    from dorac.kernels import configs, mlp, target
 
     up, h_up, norm, _ = _activations(layer, args)
     gate, h, z, ranks = (
@@ -156,7 +159,7 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
         (layer.rank,) * 2,
     )
     b = layer.lora_B.to(up.dtype)
-    chosen = configs.mlp_config(*up.shape, layer.rank, True)
+    chosen = configs.mlp_config(*up.shape, layer.rank, True, target.of_device(args.device))
     candidates = [
         configs.MlpConfig(*tile, rows, warps, stages)
         for tile in ((8, 256), (16, 256), (32, 128))
@@ -179,12 +182,12 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
 
         return run
 
-    return _sweep("mlp", layer, chosen, candidates, call, args)
+    return _sweep("mlp", layer, chosen, candidates, (), call, args)
 
 
 def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """The way back, each candidate with the products that it leaves to cuBLAS, and down's low-rank part of dz."""
-    from dorac.kernels import configs, mlp
+    from dorac.kernels import configs, mlp, target
 
     up, h_up, norm, _ = _activations(layer, args)
     rank, ranks = layer.rank, (layer.rank,) * 3
@@ -193,7 +196,7 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
     h, a = torch.cat([h_up, h_up], 1), torch.randn(rank, up.shape[1], dtype=up.dtype, device=up.device)
     d_a, d_b = torch.empty_like(a), torch.empty_like(a).t().contiguous()
     d_m = torch.empty_like(layer.magnitude)
-    chosen = configs.mlp_backward_config(*up.shape, rank)
+    chosen = configs.mlp_backward_config(*up.shape, rank, target.of_device(args.device))
     candidates = [
         configs.MlpBackwardConfig(block_t, block_o, rows, warps, stages)
         for block_t, block_o, rows, warps, stages in itertools.product((16, 32), (128, 256), (256,), (4, 8), (2, 3, 4))
@@ -229,7 +232,7 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
 
         return run
 
-    return _sweep("mlp-backward", layer, chosen, candidates, call, args)
+    return _sweep("mlp-backward", layer, chosen, candidates, (), call, args)
 
 
 def _form(layer: peers.Layer, args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -285,17 +288,21 @@ def _sweep(
     layer: peers.Layer,
     chosen: object,
     candidates: list[object],
+    of: tuple[object, ...],
     call: Callable[[object], measure.Callback],
     args: argparse.Namespace,
 ) -> list[dict[str, object]]:
-    """Every candidate that fits the GPU, the fastest first."""
+    """Every candidate that fits the GPU (:func:`dorac.kernels.configs.fits`, with ``of``), the fastest first."""
+    from dorac.kernels import configs, target
     from dorac.kernels.launch import LaunchError
 
     records = []
     for config in {chosen: None} | dict.fromkeys(candidates):
+        if not configs.fits(config, target.of_device(args.device), *of):
+            continue
         try:
             record = _record(kernel, layer, str(config), call(config), args)
-        except LaunchError:  # shared memory or registers
+        except LaunchError:  # registers
             continue
         records.append(record | {"chosen": config == chosen})
     return sorted(records, key=lambda record: record["wall_us"])

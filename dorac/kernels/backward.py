@@ -16,12 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dorac.kernels.configs import (
-    ColumnConfig,
-    LoraBConfig,
-    column_config,
-    lora_b_config,
-)
+from dorac.kernels import target
+from dorac.kernels.configs import ColumnConfig, LoraBConfig, column_config, lora_b_config
 from dorac.kernels.launch import Launch, cdiv, contiguous
 from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile, strip_sum
 
@@ -480,7 +476,7 @@ def compose_backward(
         tokens,
         out_features,
         (dy.stride(), inner.stride()),
-        config or column_config(tokens, out_features),
+        config or column_config(tokens, out_features, dy.dtype, target.of(dy)),
         has_norm=weight_norm is not None,
         delta=delta,
         want_lora=lora_dtype is not None,
@@ -514,7 +510,7 @@ def lora_b_backward(
 
     Returns:
         ``d_inner = g * dy [T, O]``, ``d_magnitude [O]`` and ``d_lora_B = s * d_inner^T h [O, R]``. Partial sums take at
-        most ``66 * r`` KiB meanwhile.
+        most ``r / 2`` KiB meanwhile for each of the card's processors.
     """
     (tokens, out_features), rank = dy.shape, h.shape[1]
     d_inner = torch.empty_like(inner, memory_format=torch.contiguous_format)
@@ -529,7 +525,7 @@ def lora_b_backward(
         out_features,
         rank,
         tuple(t.stride() for t in matrices),
-        config or lora_b_config(tokens, out_features, rank),
+        config or lora_b_config(tokens, out_features, rank, target.of(dy)),
         scale_b=not h_is_scaled,
         delta=delta,
         in_features=None if of_y is None else of_y[0].shape[1],

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dorac.kernels import target
 from dorac.kernels.configs import TileConfig, pointwise_config, tile_config
 from dorac.kernels.launch import Bound, Launch, cdiv, contiguous, traced
 from dorac.kernels.tiles import load_tile, magnitude_scale, number, product, store_tile
@@ -314,7 +315,7 @@ def compose(
         config = (
             pointwise_config(tokens)
             if rank is None
-            else tile_config(tokens, out_features, rank, lora.dtype, base.dtype)
+            else tile_config(tokens, out_features, rank, lora.dtype, base.dtype, target.of(base))
         )
     magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
     matrices = [base, lora, lora_B, y, inner]

@@ -1,16 +1,38 @@
-"""How each kernel is launched: frozen records and the pure functions that choose them.
+"""How each kernel is launched: frozen records and the pure functions that choose them for a card.
 
 The tiles are the fastest of sweeps on an H100 over bfloat16 tensors and factors of rank 16, 64 and 384; those of other
 dtypes and the thresholds between these ranks follow from registers and shared memory. ``python -m dorac.bench tune``
-prints the candidates beside the chosen ones.
+prints the candidates beside the chosen ones. Other cards take the H100's as far as their shared memory
+(:func:`fits`) and registers hold it, and else the next in line; nothing was timed on them.
 """
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 
-PROCESSORS = 132  # of an H100: what full waves of programs are counted in
+from dorac.kernels.target import CARDS, Target
+
+SCRATCH = 2048  # bytes, at least, for sums over a program's warps and the barriers of its copies
+DEFAULT_STAGES = {"cuda": 3, "hip": 2}  # of a loop that names none
+
+
+def _buffers(stages: int, target: Target, dtype: torch.dtype, *, product: bool) -> int:
+    """How many tiles of a pipelined loop are in shared memory at once: one for each step ahead.
+
+    What a product reads there while the program goes on needs one more, as Triton 3.6 to 3.9 have it, and on gfx950
+    what is copied there past the registers.
+    """
+    longer = (target.products_from_shared and dtype.itemsize == 2) or target.copies_to_shared
+    return max(1, stages - 1 + (product and longer))
+
+
+def _total(tiles: int, target: Target) -> int:
+    """Bytes of tiles as they lie in shared memory: what AMD's cards copy there is padded, row by row."""
+    return tiles + (tiles // 16 if target.copies_to_shared else 0) + SCRATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +46,25 @@ class NormConfig:
     warps: int
     stages: int
     registers: bool = False  # lora_B is kept in registers
+
+    def shared_memory(self, target: Target, rank: int, dtype: torch.dtype, halves: int | None = None) -> int:
+        """Bytes at most, for a weight of this dtype; with ``halves`` for a packed one, factors of this dtype."""
+        chunks, size = -(-rank // self.block_r), dtype.itemsize
+        a = self.block_r * self.block_i * size * (halves or 1)
+        b = self.block_o * self.block_r * size
+        w = self.block_o * self.block_i * (size if halves is None else 1)
+        more = 2 * SCRATCH * (halves or 0)  # tiles of bytes change threads, and once more for each half
+        if chunks > 3:  # a loop of its own over tiles of both factors
+            ahead = _buffers(DEFAULT_STAGES[target.backend], target, dtype, product=True)
+            return _total(ahead * (a // (halves or 1) + b) + w, target) + more
+        ahead = _buffers(self.stages, target, dtype, product=True) * chunks * a
+        if target.backend == "hip":
+            return _total(ahead + w, target) + more
+        ahead += _buffers(self.stages, target, dtype, product=False) * w
+        if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
+            return _total(ahead + chunks * b, target) + more
+        before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
+        return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +82,14 @@ class TileConfig:
     descriptors: bool = False  # load and store through the tensor memory accelerator
     rows: int = 0
 
+    def shared_memory(self, target: Target, h_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * 4  # the product, as it changes threads to be written
+        step = (self.block_t + self.block_o) * self.block_r * h_dtype.itemsize
+        if h_dtype is torch.float32 and base_dtype.itemsize == 2:
+            step *= 2  # high and low
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, tile), target)
+
 
 @dataclasses.dataclass(frozen=True)
 class ColumnConfig:
@@ -52,6 +101,11 @@ class ColumnConfig:
     warps: int
     stages: int
 
+    def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * dtype.itemsize
+        return _total(2 * _buffers(self.stages, target, dtype, product=False) * tile, target)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraBConfig(ColumnConfig):
@@ -60,12 +114,26 @@ class LoraBConfig(ColumnConfig):
     block_r: int = 16
     chunks: int = 1
 
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        behind = 0 if target.backend == "hip" else max(2, ahead - 1)  # dy once more, and inner: loaded a step later
+        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4), target)
+
 
 @dataclasses.dataclass(frozen=True)
 class MlpConfig(ColumnConfig):
     """The same with all ranks beside them; without products where ``block_r`` is 0."""
 
     block_r: int = 0
+
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        if not self.block_r:
+            return super().shared_memory(target, dtype)
+        factors = 2 * self.block_o * self.block_r * 2
+        return _total(factors + 2 * self.block_t * (self.block_o * 4 + self.block_r * 2), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +142,48 @@ class MlpBackwardConfig(MlpConfig):
 
     down: bool = False  # so is down's low-rank part of dz
 
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * 2
+        if not self.block_r:
+            return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
+        h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
+        a = self.block_o * self.block_r * 2 if self.down else 0
+        return _total(max(h + 4 * tile, self.block_o * self.block_r * 4) + a, target)
+
+
+Config = NormConfig | TileConfig | ColumnConfig
+_Config = TypeVar("_Config", bound=Config)
+
+
+class DoesNotFitError(ValueError):
+    """A card on which no config of a kernel can be launched."""
+
+
+def fits(config: Config, target: Target, *of: object, programs: int = 1) -> bool:
+    """Whether ``programs`` of this config have room on a processor of the card.
+
+    ``of``: what else the config's ``shared_memory`` asks for: rank and dtypes.
+    """
+    return programs * config.shared_memory(target, *of) <= target.shared_memory
+
+
+def _first(candidates: Iterable[_Config], target: Target, *of: object, programs: int = 1) -> _Config:
+    """The first candidate of which so many programs fit, or one."""
+    candidates = list(candidates)
+    for wanted in dict.fromkeys((programs, 1)):
+        for config in candidates:
+            if fits(config, target, *of, programs=wanted):
+                return config
+    least = min(config.shared_memory(target, *of) for config in candidates)
+    raise DoesNotFitError(
+        f"{candidates[-1]} needs {least} bytes of shared memory, {target.name} has {target.shared_memory}"
+    )
+
+
+def _fewer_stages(config: _Config, least: int = 2) -> list[_Config]:
+    return [dataclasses.replace(config, stages=stages) for stages in range(config.stages, least - 1, -1)]
+
 
 def _power(value: int, low: int, high: int) -> int:
     """The least power of two that holds ``value``, between ``low`` and ``high``."""
@@ -81,39 +191,48 @@ def _power(value: int, low: int, high: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def norm_config(experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype) -> NormConfig:
+def norm_config(
+    experts: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, target: Target
+) -> NormConfig:
     """Wide tiles where the weight's bytes are the limit, factors in registers where the product is."""
     block_r = _power(rank, 16, 128)
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
-        config = NormConfig(32, 32, min(block_r, 32), 1, 4, 2)
+        candidates = [NormConfig(32, 32, min(block_r, 32), 1, 4, 2)]
     elif rank <= 64:
-        config = NormConfig(64, 128, block_r, 1, 8 if rank <= 16 else 4, 3)
-    elif rank <= 384:
-        config = NormConfig(128, 64, block_r, 1, 8, 3, registers=True)
+        candidates = _fewer_stages(NormConfig(64, 128, block_r, 1, 8 if rank <= 16 else 4, 3))
+    elif rank <= (384 if target.products_from_shared else 256):  # or it spills
+        candidates = _fewer_stages(NormConfig(128, 64, block_r, 1, 8, 3, registers=True))
     else:
-        config = NormConfig(64, 64, 64, 1, 4, 3)
+        candidates = []
+    if weight_dtype is not torch.float32:
+        candidates.append(NormConfig(64, 64, min(block_r, 64), 1, 4, 3))
+    config = _first(candidates, target, rank, weight_dtype)
     resident = 1 if rank > 64 and weight_dtype.itemsize == 2 else 2  # programs at once on a processor
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     start = 3 if config.registers else 1
     tiles = -(-in_features // config.block_i)
-    return dataclasses.replace(config, splits=_splits(row_blocks, tiles, PROCESSORS * resident, start))
+    return dataclasses.replace(config, splits=_splits(row_blocks, tiles, target.processors * resident, start))
 
 
 @functools.lru_cache(maxsize=1024)
-def packed_norm_config(experts: int, out_features: int, in_features: int, halves: int, rank: int) -> NormConfig:
+def packed_norm_config(
+    experts: int, out_features: int, in_features: int, halves: int, rank: int, target: Target
+) -> NormConfig:
     """Tiles of bytes, ``block_i`` of them in a row; of two numbers each there are two products in a step."""
     block_r = _power(rank, 16, 128)
     if rank <= 64:
-        config = NormConfig(64, 64, block_r, 1, 4, 3)
-    elif rank <= 384:
+        candidates = _fewer_stages(NormConfig(64, 64, block_r, 1, 4, 3))
+    elif rank <= 384 and target.products_from_shared:  # or it spills
         block_i = 32 if halves == 2 and rank > 128 else 64  # or lora_B leaves too few registers
-        config = NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True)
+        candidates = _fewer_stages(NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True))
     else:
-        config = NormConfig(64, 64, 64, 1, 4, 4 - halves)
+        candidates = []
+    candidates.append(NormConfig(64, 64, min(block_r, 64), 1, 4, 4 - halves))
+    config = _first(candidates, target, rank, torch.bfloat16, halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     tiles = -(-in_features // halves // config.block_i)
     resident = 1 if config.registers else 4 if rank <= 16 else 3  # programs at once on a processor
-    splits = _splits(row_blocks, tiles, PROCESSORS * resident, 3 if config.registers else 1)
+    splits = _splits(row_blocks, tiles, target.processors * resident, 3 if config.registers else 1)
     return dataclasses.replace(config, splits=splits)
 
 
@@ -130,22 +249,28 @@ def _splits(row_blocks: int, tiles: int, slots: int, start: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def tile_config(tokens: int, out_features: int, rank: int, h_dtype: torch.dtype, base_dtype: torch.dtype) -> TileConfig:
+def tile_config(
+    tokens: int, out_features: int, rank: int, h_dtype: torch.dtype, base_dtype: torch.dtype, target: Target
+) -> TileConfig:
     """The up-projection with its epilogue: many small tiles where bytes are the limit, large ones where flops are."""
     block_t = _power(tokens, 16, 32)
     if base_dtype is torch.float32:
-        return TileConfig(block_t, 64, 16, 4, 2)
-    if rank <= 64 and h_dtype.itemsize == 2 and tokens > 32:
+        config = TileConfig(block_t, 64, 16, 4, 2)
+    elif rank <= 64 and h_dtype.itemsize == 2 and tokens > 32:
         # A program that walks down its rows reads lora_B once, as long as there are programs enough.
         tile, warps, rows, programs = ((16, 128), 4, 128, 512) if rank <= 32 else ((64, 128), 8, 512, 256)
         while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < programs:
             rows //= 2
-        return TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=rows)
-    if rank <= 64 or tokens <= 32:
-        return TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
-    if h_dtype is torch.float32:
-        return TileConfig(64, 128, 32, 4, 2)
-    return TileConfig(128, 128, 64, 4, 3, descriptors=True)
+        config = TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=rows)
+    elif rank <= 64 or tokens <= 32:
+        config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
+    elif h_dtype is torch.float32:
+        config = TileConfig(64, 128, 32, 4, 2)
+    elif target.products_from_shared:
+        config = TileConfig(128, 128, 64, 4 if target.generation == 9 else 8, 3, descriptors=True)
+    else:
+        config = TileConfig(64, 128, 64, 4, 3)
+    return _first(_fewer_stages(config), target, h_dtype, base_dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -155,12 +280,13 @@ def pointwise_config(tokens: int) -> TileConfig:
 
 
 @functools.lru_cache(maxsize=1024)
-def column_config(tokens: int, out_features: int) -> ColumnConfig:
+def column_config(tokens: int, out_features: int, dtype: torch.dtype, target: Target) -> ColumnConfig:
     """One pass over dy and inner: tall strips where there are enough of them, shorter ones where there are not."""
     rows = 256
     while rows > 32 and -(-tokens // rows) * -(-out_features // 128) < 512:
         rows //= 2
-    return ColumnConfig(min(32, rows), 128, _launchable(tokens, rows), 4, 4)
+    config = ColumnConfig(min(32, rows), 128, _launchable(tokens, rows), 4, 4)
+    return _first(_fewer_stages(config), target, dtype, programs=2)
 
 
 def _launchable(tokens: int, rows: int) -> int:
@@ -171,17 +297,21 @@ def _launchable(tokens: int, rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def lora_b_config(tokens: int, out_features: int, rank: int) -> LoraBConfig:
+def lora_b_config(tokens: int, out_features: int, rank: int, target: Target) -> LoraBConfig:
     """The backward pass with lora_B's gradient: about one program per processor, in one strip where that fills them.
 
     A program reads all of h for its columns, and each strip writes a gradient of its own.
     """
     block_r = _power(rank, 16, 128)
     chunks = min(-(-rank // block_r), 3)
-    block_o = 64 if PROCESSORS // 2 < -(-out_features // 64) <= PROCESSORS else 128
-    strips = max(1, min(PROCESSORS // -(-out_features // block_o), tokens // 256))
+    processors = target.processors
+    block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
+    if (chunks > 1 and not target.products_from_shared) or (block_r > 64 and target.backend == "hip"):
+        block_o = 64  # or the sums spill, and AMD's need more shared memory at the end than there may be
+    strips = max(1, min(processors // -(-out_features // block_o), tokens // 256))
     rows = -(-tokens // (32 * strips)) * 32
-    return LoraBConfig(32, block_o, rows, 4 if block_r <= 64 else 8, 4, block_r, chunks)
+    config = LoraBConfig(32, block_o, rows, 4 if block_r <= 64 else 8, 4, block_r, chunks)
+    return _first(_fewer_stages(config), target)
 
 
 # Up to which rank an MLP's kernels take the products with factors along; beyond they are cuBLAS's, which goes over the
@@ -190,7 +320,7 @@ MLP_RANK = 64
 
 
 @functools.lru_cache(maxsize=1024)
-def mlp_config(tokens: int, features: int, rank: int, training: bool) -> MlpConfig:
+def mlp_config(tokens: int, features: int, rank: int, training: bool, target: Target) -> MlpConfig:
     """gate and up with their up-projections, of ranks up to ``rank``: small tiles, a few of which a program walks down.
 
     The next tiles are asked for ahead where that leaves registers enough, or where a step takes long.
@@ -201,17 +331,62 @@ def mlp_config(tokens: int, features: int, rank: int, training: bool) -> MlpConf
         stages = 2 if training and rank > 32 else 1
         config = MlpConfig(16, 128, 128, 4, stages, _power(rank, 16, 64))
     rows = config.rows
-    while rows > config.block_t and -(-tokens // rows) * -(-features // config.block_o) < 8 * PROCESSORS:
+    while rows > config.block_t and -(-tokens // rows) * -(-features // config.block_o) < 8 * target.processors:
         rows //= 2
-    return dataclasses.replace(config, rows=_launchable(tokens, rows))
+    config = dataclasses.replace(config, rows=_launchable(tokens, rows))
+    return _first(_fewer_stages(config, 1), target)
 
 
 @functools.lru_cache(maxsize=1024)
-def mlp_backward_config(tokens: int, features: int, rank: int) -> MlpBackwardConfig:
+def mlp_backward_config(tokens: int, features: int, rank: int, target: Target) -> MlpBackwardConfig:
     """About two programs per processor where products are taken along, whose sums stay in registers for a strip."""
     if rank == 0 or rank > MLP_RANK:
-        return MlpBackwardConfig(**dataclasses.asdict(column_config(tokens, features)) | {"block_t": 16})
-    block_t, block_o = (16, 128) if rank <= 16 else (32, 64)  # or the sums spill
-    strips = max(1, min(2 * PROCESSORS // -(-features // block_o), tokens // 256))
+        rows = dataclasses.asdict(column_config(tokens, features, torch.bfloat16, target))
+        return _first(_fewer_stages(MlpBackwardConfig(**rows | {"block_t": 16})), target)
+    # Or the sums spill; elsewhere than on Hopper so would these without more warps, or smaller tiles.
+    block_t, block_o = (16, 128) if rank <= 16 else (32, 64 if target.products_from_shared else 32)
+    warps = 4 if target.generation == 9 or block_o == 32 else 8
+    strips = max(1, min(2 * target.processors // -(-features // block_o), tokens // 256))
     rows = -(-tokens // (block_t * strips)) * block_t
-    return MlpBackwardConfig(block_t, block_o, _launchable(tokens, rows), 4, 3, _power(rank, 16, 64))
+    config = MlpBackwardConfig(block_t, block_o, _launchable(tokens, rows), warps, 3, _power(rank, 16, 64))
+    return _first(_fewer_stages(config), target)
+
+
+RANKS = 1, 16, 32, 64, 128, 192, 256, 384, 512  # both sides of each threshold above
+DTYPES = torch.bfloat16, torch.float32
+
+
+@functools.lru_cache(maxsize=16)
+def why_not(target: Target | None) -> str | None:
+    """Why the card runs no kernels of ours, or None if it runs all that are not for packed weights."""
+    if target is None:
+        return "no kernels are wanted"
+    if target.backend == "cuda" and target.capability < 80:
+        return f"{target.name} has no products of bfloat16, which came with sm_80"
+    if target.backend == "hip" and target.name not in CARDS:
+        return f"nothing was compiled for {target.name} yet"
+    size = 4096, 4096
+    try:
+        for rank, dtype in itertools.product(RANKS, DTYPES):
+            norm_config(1, *size, rank, dtype, target)
+            for base_dtype in (torch.bfloat16, dtype):
+                tile_config(*size, rank, dtype, base_dtype, target)
+            column_config(*size, dtype, target)
+            lora_b_config(*size, min(rank, 384), target)
+            for training in (False, True):
+                mlp_config(*size, rank, training, target)
+            mlp_backward_config(*size, rank, target)
+            for halves in (1, 2):
+                packed_norm_config(1, *size, halves, rank, target)
+    except DoesNotFitError as error:
+        return str(error)
+    return None
+
+
+def why_no_packed(target: Target | None, float8: bool = False) -> str | None:
+    """The same of the kernels that read packed weights, or those of them with numbers or scales in float8."""
+    if target is not None and target.backend != "cuda":
+        return "packed weights are decoded with instructions that only NVIDIA's cards have"
+    if target is not None and float8 and target.capability < 89:
+        return f"{target.name} has no float8_e4m3fn, which came with sm_89"
+    return why_not(target)

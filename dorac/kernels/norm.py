@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.tiles import load_tile, number, product, to_bfloat16
@@ -330,7 +331,8 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
     scaling = torch.tensor(scalings, dtype=torch.float32, device="cpu").to(weight.device, non_blocking=True)
     strides = tuple((0, *t.stride()) for t in first)
     norm = weight.new_empty(len(layers), weight.shape[0], dtype=torch.float32)
-    config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype)  # one layer's: its bits
+    card = target.of(weight)
+    config = norm_config(1, *weight.shape, lora_A.shape[0], weight.dtype, card)  # one layer's: its bits
     return _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, len(layers), norm, config)
 
 
@@ -343,7 +345,7 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
         return norm.zero_()
     rank = lora_A.shape[-2]
     if config is None:
-        config = norm_config(experts, out_features, in_features, rank, weight.dtype)
+        config = norm_config(experts, out_features, in_features, rank, weight.dtype, target.of(weight))
     splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, config)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     launch(weight, lora_A, lora_B, scaling, offsets, out)

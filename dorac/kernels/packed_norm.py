@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac import packed
+from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.norm import SHRINK, finish_kernel, in_registers, row_length, split_factors
@@ -388,7 +389,7 @@ def packed_row_norm(
         lora_A = arranged(lora_A)
     rank, experts = lora_A.shape[-2], batch[0] if batch else 1
     if config is None:
-        config = packed_norm_config(experts, out_features, in_features, form.halves, rank)
+        config = packed_norm_config(experts, out_features, in_features, form.halves, rank, target.of(lora_B))
     strides = tuple(s for t in (lora_A, lora_B) for s in (t.stride(0) if batch else 0, t.stride(-2), t.stride(-1)))
     columns = in_features // form.halves
     splits, launch, finish = packed_norm_launches(experts, out_features, columns, rank, strides, form, config)

@@ -220,14 +220,15 @@ def make_plan(
     if lora_A.shape[0] > linear.LORA_B_RANK:
         return None
 
-    from dorac.kernels import backward, configs
+    from dorac.kernels import backward, configs, target
     from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.dropout import drop_launch, pack_launch
     from dorac.kernels.norm import needs_split, norm_launches, split_factors
 
     (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     activation, h, b = (out_features, 1), of_h or (rank, 1), of_b or torch.empty_like(lora_B, dtype=dtype).stride()
-    config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
+    card = target.of(x)
+    config = configs.tile_config(tokens, out_features, rank, dtype, dtype, card)
     delta = dropout_on == "adapter"
     keeps_y = training and save_output and bias is None and not delta
     flags = {"has_norm": True, "has_bias": bias is not None, "delta": delta, "split": False}
@@ -240,7 +241,7 @@ def make_plan(
             split, of_norm, strides = split_factors, 3 * rank, ((in_features, 1), (3 * rank, 1))
         sizes = 1, out_features, in_features, of_norm
         strides = tuple((0, *pair) for pair in (weight.stride(), *strides))
-        splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype))
+        splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype, card))
         norm = split, splits, *map(bound, launches)
 
     @functools.lru_cache(maxsize=16)
@@ -250,7 +251,7 @@ def make_plan(
             out_features,
             rank,
             (strides, activation, h, *(((in_features, 1), *of_y) if of_y else ())),
-            configs.lora_b_config(tokens, out_features, rank),
+            configs.lora_b_config(tokens, out_features, rank, card),
             scale_b=True,
             delta=delta,
             in_features=in_features if of_y else None,

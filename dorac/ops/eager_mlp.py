@@ -168,16 +168,17 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
             return None
         dora.append(plan)
 
-    from dorac.kernels import configs
+    from dorac.kernels import configs, target
     from dorac.kernels.mlp import mlp_backward_launches, mlp_launch
 
     def strides(factor: Tensor | None) -> tuple[int, int]:
         return (0, 0) if factor is None else (factor.shape[1], 1) if casts else factor.stride()
 
-    config = configs.mlp_config(tokens, features, max(ranks[:DOWN]), training)
+    card = target.of(x)
+    config = configs.mlp_config(tokens, features, max(ranks[:DOWN]), training, card)
     of_b = strides(layers[GATE][LORA_B]), strides(layers[UP][LORA_B])
     join = mlp_launch(tokens, features, ranks[:DOWN], of_b, activation, config, want_inner=training)
-    backward = configs.mlp_backward_config(tokens, features, max(ranks))
+    backward = configs.mlp_backward_config(tokens, features, max(ranks), card)
     along = tuple(0 < rank <= backward.block_r for rank in ranks)
     down_inside = along[DOWN] and backward.down
     of_a = strides(layers[DOWN][LORA_A]) if down_inside else None

@@ -75,6 +75,7 @@ def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: 
     if not (out_features and in_features and front.all_eager(*tensors) and front.has_kernels(*tensors)):
         return None
 
+    from dorac.kernels import target
     from dorac.kernels.configs import packed_norm_config
     from dorac.kernels.norm import split_launch
     from dorac.kernels.packed_norm import packed_norm_launches
@@ -87,7 +88,7 @@ def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: 
         strides = (in_features, 1), (rank, 1)
     elif form.halves == 2:
         arranges, strides[0] = True, (in_features, 1)
-    config = packed_norm_config(1, out_features, in_features, form.halves, rank)
+    config = packed_norm_config(1, out_features, in_features, form.halves, rank, target.of(lora_A))
     columns = in_features // form.halves
     column_splits, *launches = packed_norm_launches(
         1, out_features, columns, rank, (0, *strides[0], 0, *strides[1]), form, config

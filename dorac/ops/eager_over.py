@@ -144,13 +144,14 @@ def make_plan(
     if not all(t.is_contiguous() for t in (base, magnitude, bias, weight_norm) if t is not None):
         return None
 
-    from dorac.kernels import backward, configs
+    from dorac.kernels import backward, configs, target
     from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.faint import finish_launch
 
     (rank, in_features), out_features, tokens = lora_A.shape, base.shape[-1], math.prod(base.shape[:-1])
     activation, h, b = (out_features, 1), (rank, 1), torch.empty_like(lora_B, dtype=dtype).stride()
-    config = configs.tile_config(tokens, out_features, rank, dtype, dtype)
+    card = target.of(x)
+    config = configs.tile_config(tokens, out_features, rank, dtype, dtype, card)
     flags = {"has_norm": True, "has_bias": bias is not None, "holds_bias": holds_bias, "delta": False, "split": False}
     flags |= {"want_inner": training and not keeps_y}
     launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
@@ -164,7 +165,7 @@ def make_plan(
         if of_y:
             read = in_features if form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
-        config = configs.lora_b_config(tokens, out_features, rank)
+        config = configs.lora_b_config(tokens, out_features, rank, card)
         strips, launch, add = backward.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )

@@ -16,6 +16,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from dorac.kernels import configs, target
+
 _EAGER = (Tensor, torch.nn.Parameter)
 _TRACED = (*_EAGER, FunctionalTensor, FakeTensor)
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -122,22 +124,35 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Tiles are sized for Hopper's and Blackwell's data-centre chips (227 KiB of shared memory per processor).
+    """Whether every kernel can be launched on the device, which may also be only a fake tensor's.
 
-    AMD's GPUs call themselves CUDA devices with capabilities of their own; a device may also be only a fake tensor's.
+    On AMD's cards they were compiled, but never run: there they have to be asked for, by ``cards.launched_for``.
     """
     triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None or torch.version.hip is not None or not torch.cuda.is_available():
+    if triton is None or triton.origin is None or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if torch.version.hip is not None and not target.is_given():
+        return False
+    return configs.why_not(target.of_device(device)) is None
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these tensors: on a CUDA device that they are made for, none of them float64.
+    """Whether the Triton kernels take these tensors: on a GPU that they can be launched on, none of them float64.
 
     Everything else is computed in aten, with the same results.
     """
     return all(t is None or (t.is_cuda and t.dtype is not torch.float64 and _has_kernels(t.device)) for t in tensors)
+
+
+@functools.cache
+def _reads_packed(device: torch.device, float8: bool) -> bool:
+    return configs.why_no_packed(target.of_device(device), float8) is None
+
+
+def has_packed_kernels(*pieces: Tensor | None) -> bool:
+    """Whether the kernels for packed weights take one that is stored in these, the first of them its numbers."""
+    float8 = any(t is not None and t.dtype is torch.float8_e4m3fn for t in pieces)
+    return has_kernels(pieces[0]) and _reads_packed(pieces[0].device, float8)
 
 
 def at_most(size: int | torch.SymInt, limit: int) -> bool:

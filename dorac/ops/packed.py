@@ -79,7 +79,7 @@ def _packed_row_norm_cuda(lora_A, lora_B, scaling, weight_sq, kind, pieces, shap
     from dorac.kernels.packed_norm import has_kernel, packed_row_norm
 
     weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
-    if has_kernel(weight):
+    if front.has_packed_kernels(*weight[: weight.PIECES]) and has_kernel(weight):
         return packed_row_norm(weight, lora_A, lora_B, scaling)
     return packed_row_norm_aten(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget)
 

@@ -147,7 +147,7 @@ def _interned(metadata: tuple) -> object:
 
 def _reading(held: Held) -> Reading | None:
     weight = held.weight
-    if len(weight.shape) != 2 or not front.has_kernels(weight.codes):
+    if len(weight.shape) != 2 or not front.has_packed_kernels(*weight[: weight.PIECES]):
         return None
     from dorac.kernels.packed_norm import described
 

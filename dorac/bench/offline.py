@@ -1,0 +1,267 @@
+"""What the kernels take of a card, asked of the compiler: no GPU is needed, but Triton not interpreted."""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dorac.kernels import backward, cast, compose, configs, dropout, faint, mlp, norm, packed_norm
+from dorac.kernels.launch import Launch
+from dorac.kernels.target import Target
+
+# A tensor's dtype, a descriptor's dtype and block, a number, or None.
+Argument = torch.dtype | tuple[torch.dtype, tuple[int, int]] | float | None
+
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+HALF, FULL = torch.bfloat16, torch.float32
+RANKS = 1, 16, 64, 128, 256, 384, 512
+# Tokens, out and in: tiles end at the edges; they do not; nor do rows at multiples of 16: each number is loaded alone.
+EDGES = {"even": (4096, 4096, 4096), "uneven": (4089, 4112, 4112), "odd": (4089, 4091, 4093)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Of a program: bytes of shared memory, registers of a thread, bytes (on AMD's cards registers) that it spills."""
+
+    shared: int
+    registers: int
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A launch as a layer makes it, and the config that was chosen for it; None for kernels with but one."""
+
+    kernel: str
+    case: str
+    config: configs.Config | None
+    of: tuple[object, ...]  # what the config's shared memory depends on beside the card
+    launch: Launch
+    arguments: Sequence[Argument]
+
+    def bound(self, target: Target) -> int | None:
+        """Bytes of shared memory at most, by the config."""
+        return None if self.config is None else self.config.shared_memory(target, *self.of)
+
+
+def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target) -> Usage:
+    """Compiles the launch for aligned tensors.
+
+    Raises:
+        RuntimeError: what Triton's compiler raises is one.
+    """
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, argument) in enumerate(zip(names, (*arguments, *launch.settled), strict=True)):
+        divisible = isinstance(argument, torch.dtype) or (type(argument) is int and argument % 16 == 0)
+        if name in launch.constants or argument is None or (type(argument) is int and argument == 1):
+            signature[name], constants[(i,)] = "constexpr", argument
+            continue
+        if isinstance(argument, torch.dtype):
+            signature[name] = f"*{NAMES[argument]}"
+        elif isinstance(argument, tuple):
+            dtype, block = argument
+            signature[name] = f"tensordesc<{NAMES[dtype]}{[*block]}>"
+        elif isinstance(argument, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget(target.backend, target.capability, target.warp_size),
+        options={"num_warps": launch.warps},
+    )
+    if target.backend == "hip":
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+        return Usage(compiled.metadata.shared, int(found["vgpr_count"]), int(found["vgpr_spill_count"]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return Usage(compiled.metadata.shared, registers, stack)
+
+
+def cells(
+    target: Target,
+    kernels: Iterable[str] | None = None,
+    ranks: Iterable[int] = RANKS,
+    edges: Iterable[str] = tuple(EDGES),
+) -> Iterator[Cell]:
+    """Every kernel with the config that the card has for it, by dtypes, rank and edges.
+
+    ``kernels``: of :data:`KERNELS`; None for all that the card runs. ``edges``: of :data:`EDGES`.
+    """
+    for name in KERNELS if kernels is None else kernels:
+        if name.startswith("packed") and configs.why_no_packed(target):
+            continue
+        for rank, edge in itertools.product(ranks if name in OF_RANK else (0,), edges):
+            for dtypes, config, of, launch, arguments in KERNELS[name](target, rank, *EDGES[edge]):
+                case = [dtypes, f"r{rank}" if rank else "", edge]
+                yield Cell(name, " ".join(filter(None, case)), config, of, launch, arguments)
+
+
+def _norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
+    for dtype in (HALF, FULL):
+        config = configs.norm_config(1, out, inner, rank, dtype, target)
+        strides = (0, inner, 1), (0, inner, 1), (0, rank, 1)
+        _, launch, _ = norm.norm_launches(1, out, inner, rank, strides, config)
+        yield NAMES[dtype], config, (rank, dtype), launch, (dtype, dtype, dtype, 2.0, None, FULL)
+
+
+def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
+    byte, float8, groups = torch.uint8, torch.float8_e4m3fn, inner // 64 * 4
+    of_blocks = {"strides": (0, groups, 1, 0)}
+    forms = [  # each with the weight's seven pieces
+        (packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks), (byte, FULL, byte, None, FULL, FULL, FULL)),
+        (packed_norm.Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None)),
+        (packed_norm.Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None)),
+        (packed_norm.Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None)),
+    ]
+    if configs.why_no_packed(target, float8=True) is None:
+        form = packed_norm.Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
+        forms += [
+            (packed_norm.Form("number", "float16"), (float8, None, FULL, None, None, None, None)),
+            (form, (byte, None, float8, None, None, FULL, None)),
+        ]
+    for form, pieces in forms:
+        length = inner if form.halves == 1 else inner // 64 * 64
+        config = configs.packed_norm_config(1, out, length, form.halves, rank, target)
+        strides = 0, length, 1, 0, rank, 1
+        _, launch, _ = packed_norm.packed_norm_launches(1, out, length // form.halves, rank, strides, form, config)
+        name = f"float8 {form.dtype}" if pieces[0] is float8 else form.name
+        yield name, config, (rank, HALF, form.halves), launch, (*pieces, HALF, HALF, 2.0, FULL)
+
+
+def _up(target: Target, rank: int, tokens: int, out: int, _: int) -> Iterator[tuple]:
+    for base, h in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
+        config = configs.tile_config(tokens, out, rank, h, base, target)
+        tile = config.block_t, config.block_o
+        blocks = tile, (tile[0], config.block_r), (tile[1], config.block_r), tile, tile
+        for descriptors in (False, True) if config.descriptors and not out % 8 else (False,):
+            launch = compose.compose_launch(
+                tokens,
+                out,
+                ((out, 1), (rank, 1), (rank, 1)),
+                rank,
+                config,
+                has_norm=True,
+                has_bias=False,
+                delta=False,
+                want_inner=True,
+                split=base is not h,
+                descriptors=descriptors,
+            )
+            matrices = (base, h, h, base, base)
+            if descriptors:
+                matrices = tuple(zip(matrices, blocks, strict=True))
+            name = f"{NAMES[base]}/{NAMES[h]}{' TMA' * descriptors}"
+            yield name, config, (h, base), launch, (*matrices[:3], FULL, FULL, 2.0, None, *matrices[3:])
+
+
+def _compose(_: Target, __: int, tokens: int, out: int, ___: int) -> Iterator[tuple]:
+    for dtype in (HALF, FULL):
+        config, rows = configs.pointwise_config(tokens), (out, 1)
+        flags = {"has_norm": True, "has_bias": False, "delta": False, "want_inner": True, "split": False}
+        launch = compose.compose_launch(tokens, out, (rows, rows, None), None, config, **flags, descriptors=False)
+        arguments = dtype, dtype, None, FULL, FULL, 2.0, None, dtype, dtype
+        yield NAMES[dtype], config, (dtype, dtype), launch, arguments
+
+
+def _backward(target: Target, _: int, tokens: int, out: int, __: int) -> Iterator[tuple]:
+    for dtype in (HALF, FULL):
+        config, rows = configs.column_config(tokens, out, dtype, target), (out, 1)
+        flags = {"has_norm": True, "delta": False, "want_lora": True}
+        _, launch, add = backward.compose_backward_launches(tokens, out, (rows, rows), config, **flags)
+        yield NAMES[dtype], config, (dtype,), launch, (dtype, dtype, FULL, FULL, 2.0, dtype, dtype, FULL)
+        yield f"{NAMES[dtype]} sum", None, (), add, (FULL, FULL, FULL)
+
+
+def _lora_b_backward(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
+    if rank > 384:  # the product is cuBLAS's
+        return
+    config, rows = configs.lora_b_config(tokens, out, rank, target), (out, 1)
+    for of_y in (False, True):
+        strides = rows, rows, (rank, 1), *(((inner, 1), (inner, 1), (rank, 1)) if of_y else ())
+        _, launch, add = backward.lora_b_backward_launches(
+            tokens, out, rank, strides, config, scale_b=True, in_features=inner if of_y else None
+        )
+        others = (HALF,) * 3 if of_y else (None,) * 3
+        name = f"bf16{' y' * of_y}"
+        yield name, config, (), launch, (HALF, HALF, HALF, FULL, FULL, HALF, 2.0, *others, HALF, FULL, FULL)
+        if add is not None:
+            yield f"{name} sum", None, (), add, (FULL, FULL, HALF, FULL, FULL, HALF, 2.0, *others, FULL, HALF)
+
+
+def _mlp(target: Target, rank: int, tokens: int, features: int, _: int) -> Iterator[tuple]:
+    for training in (False, True):
+        config, of_b = configs.mlp_config(tokens, features, rank, training, target), (rank, 1)
+        launch = mlp.mlp_launch(tokens, features, (rank, rank), (of_b, of_b), "silu", config, want_inner=training)
+        low = (HALF, HALF, HALF) if config.block_r else (HALF, None, None)
+        arguments = HALF, HALF, *low, FULL, FULL, None, FULL, FULL, None, 2.0, 2.0, HALF
+        yield f"bf16{' training' * training}", config, (), launch, arguments
+
+
+def _mlp_backward(target: Target, rank: int, tokens: int, features: int, _: int) -> Iterator[tuple]:
+    config = configs.mlp_backward_config(tokens, features, rank, target)
+    inside = bool(config.block_r)
+    _, launch, add = mlp.mlp_backward_launches(
+        tokens, features, (rank,) * 3, (inside,) * 3, None, (False, False), "silu", config
+    )
+    of_layer, d_h, z = (FULL, FULL, None), HALF if inside else None, None if inside else HALF
+    arguments = HALF, HALF, HALF, *of_layer, *of_layer, HALF, d_h, None, HALF, HALF, z, FULL
+    yield "bf16", config, (), launch, arguments
+    factors = (d_h,) * 3
+    yield "bf16 sum", None, (), add, (FULL, FULL, FULL, 2.0, 2.0, FULL, FULL, None, None, *factors)
+
+
+def _packed_faint(_: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
+    columns = inner // 64
+    form = packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, strides=(0, columns, 1, 0))
+    launch = faint.finish_launch(tokens, out, 64 * columns, rank, 2, form, (out, 1), (rank, 1))
+    pieces = torch.uint8, FULL, torch.uint8, None, FULL, FULL, FULL
+    yield "bnb_4bit", None, (), launch, (FULL, FULL, HALF, FULL, FULL, HALF, 2.0, HALF, HALF, *pieces, FULL, HALF)
+
+
+def _small(_: Target, __: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
+    yield "cast", None, (), cast.cast_launch(tokens, out), (FULL, FULL, HALF, HALF)
+    yield "pack", None, (), dropout.pack_launch(tokens * out), (torch.uint8, torch.uint8)
+    yield "drop", None, (), dropout.drop_launch(tokens * out), (HALF, torch.uint8, 2.0, HALF)
+    strides = 0, inner, 1, 0, 16, 1
+    yield "split", None, (), norm.split_launch(1, 16, inner, out, strides, 2), (FULL, FULL, HALF, HALF)
+    strides = (0, inner, 1), (0, inner, 1), (0, 16, 1)
+    split = configs.NormConfig(64, 64, 16, 2, 4, 2)
+    yield "norm sum", None, (), norm.norm_launches(1, out, inner, 16, strides, split)[2], (FULL, FULL)
+
+
+KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
+    "norm": _norm,
+    "packed-norm": _packed_norm,
+    "up": _up,
+    "compose": _compose,
+    "backward": _backward,
+    "lora-b-backward": _lora_b_backward,
+    "mlp": _mlp,
+    "mlp-backward": _mlp_backward,
+    "packed-faint": _packed_faint,
+    "small": _small,
+}
+OF_RANK = {*KERNELS} - {"compose", "backward", "small"}
