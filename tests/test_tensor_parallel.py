@@ -390,6 +390,69 @@ def compiled(mesh):
         check(adapted(bias=name == "rows"), styles()[name], x, mesh, compiled=True, cached=name == "rows, sequence")
 
 
+def half(mesh):
+    """In bfloat16, by the kernels, on the CPU in the interpreter: the numbers of one process, outputs saved or not."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    torch.set_default_dtype(torch.float32)
+    x = torch.randn(4, 24).bfloat16()
+    for name, place in (("columns", True), ("columns, DTensor", False), ("rows", False), ("columns, gathered", False)):
+        style = styles()[name]
+        for options in ({}, {"adapter_dtype": torch.bfloat16}):
+            layer = adapted(features=(24, 48), **options)
+            layer.base_layer.bfloat16()
+            with torch.autocast(x.device.type, torch.bfloat16):
+                reference = copy.deepcopy(layer)
+                inputs = x.clone().requires_grad_()
+                y = reference(inputs)
+                dy = torch.randn_like(y)
+                y.relu().backward(dy)
+                for saved in (False, True):
+                    model = parallelize_module(copy.deepcopy(layer), mesh, style)
+                    dorac.save_outputs(model, saved)
+                    given = part(x, style.input_layouts[0], mesh).requires_grad_()
+                    packed = []
+                    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+                        actual = model(given)
+                    local = getattr(actual, "_local_tensor", actual)
+                    places = [t.untyped_storage().data_ptr() for t in packed]
+                    assert (local.untyped_storage().data_ptr() in places) == (saved and place), name
+                    near(whole(actual.detach(), style.output_layouts[0], mesh), y)
+                    actual.relu_().backward(
+                        part(dy, style.output_layouts[0], mesh) if style.use_local_output else as_dtensor(dy, actual)
+                    )
+                    near(whole(given.grad, style.input_layouts[0], mesh), inputs.grad)
+                    expected = dict(reference.named_parameters())
+                    for key, p in model.named_parameters():
+                        if p.requires_grad:
+                            assert p.grad.placements == p.placements
+                            near(p.grad, expected[key].grad)
+
+
+def near(actual, expected):
+    """Up to roundings of bfloat16, which the interpreter truncates to."""
+    from torch.distributed.tensor import DTensor
+
+    actual = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    bound = 3e-2 * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected.detach(), rtol=3e-2, atol=bound)
+
+
+def as_dtensor(dy, like):
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(dy, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_half(world):
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh = init_device_mesh(torch.get_default_device().type, (world,))
+    torch.manual_seed(0)
+    with mock.patch.object(front, "has_kernels", lambda *tensors: True):
+        half(mesh)
+
+
 def in_turn(workers, kernels, world):
     from torch.distributed.tensor import init_device_mesh
 
@@ -412,6 +475,10 @@ def both_forms(world):
 @pytest.mark.parametrize("world", [WORLD, pytest.param(4, marks=pytest.mark.full)])
 def test_layers_have_the_numbers_of_one_process(world, device, tmp_path):
     run(both_forms, tmp_path, device, world, world=world)
+
+
+def test_layers_in_half_precision(device, tmp_path):
+    run(in_half, tmp_path, device, WORLD)
 
 
 @pytest.mark.full

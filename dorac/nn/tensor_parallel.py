@@ -83,9 +83,9 @@ class Shards:
                     norm_grad=layer.norm_grad and norm is None,
                     dropout_p=dropout_p,
                     dropout_on=layer.dropout_on,
-                    save_output=layer.save_output,
+                    save_output=layer.save_output and self._gives_y(x.ndim),
                 )
-        return self._leave(y, layer.out_features, group, last, saved=layer.save_output)
+        return self._leave(y, layer.out_features, group, last)
 
     def embedding(self, layer: "DoraEmbedding", ids: Tensor) -> Tensor:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
@@ -167,6 +167,13 @@ class Shards:
         """Whether the result, of so many dimensions, is parted along its last."""
         return self.wanted.is_shard() and self.wanted.dim % ndim == ndim - 1
 
+    def _gives_y(self, ndim: int) -> bool:
+        """Whether the layer returns what it computes: else to save that saves nothing.
+
+        Nor is it saved of a DTensor, whose version does not tell of writes to it.
+        """
+        return not self.columns and self.returns_local and self._parts_features(ndim)
+
     def _whole(self, ids: Tensor, group: Group) -> Tensor:
         """Indices as every rank holds them."""
         if isinstance(ids, DTensor):
@@ -211,15 +218,12 @@ class Shards:
         wanted = Shard(last) if self.columns else Replicate()
         return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
-    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None, *, saved: bool = False) -> Tensor:
-        """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute.
-
-        ``saved``: backward needs y as it is.
-        """
+    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None) -> Tensor:
+        """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute."""
         lead, last = y.shape[:-1], y.ndim - 1
         dim = self.wanted.dim % y.ndim if self.wanted.is_shard() else None
         if self.columns and self.wanted.is_replicate():
-            y = collectives.move(y, "reduce", 0, group) if saved else collectives.sum_in_place(y, group)
+            y = collectives.sum_in_place(y, group)
         elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:
             y = collectives.move(y, "scatter", dim, group)
         elif not self.columns and self.wanted.is_replicate() and features % group.size() == 0:
