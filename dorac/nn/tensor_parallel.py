@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from dorac import functional
+from dorac import checks, functional
 from dorac.magnitudes import HALF, widen
 from dorac.nn import norm_cache
 from dorac.nn.layer import parameter
-from dorac.ops import collectives, front, sharded
+from dorac.ops import collectives, eager_parts, front, sharded
 from dorac.ops.collectives import Group, local
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Shards:
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
         due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)
+        if adapted and _trains_adapter_alone(layer, adapter, weight, bias):
+            y = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
+            if y is not None:
+                last = local(bias) if self.columns and bias is not None else None
+                return self._leave(y, layer.out_features, group, last)
         *parts, matrix, bias = self._enter(group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
@@ -70,7 +75,7 @@ class Shards:
         else:
             lora_A, lora_B, magnitude, norm = self._operands(layer, matrix, parts, norm, group)
             dropout_p = layer.lora_dropout if layer.training else 0.0
-            with _own_places(x, group) if dropout_p and self.columns else contextlib.nullcontext():
+            with self._places(x, group, dropout_p):
                 y = functional.dora_linear(
                     x,
                     matrix,
@@ -86,6 +91,30 @@ class Shards:
                     save_output=layer.save_output and self._gives_y(x.ndim),
                 )
         return self._leave(y, layer.out_features, group, last)
+
+    def _of_parts(
+        self,
+        layer: "DoraLinear",
+        x: Tensor,
+        group: Group,
+        adapter: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+    ) -> Tensor | None:
+        """This rank's y in eager on a GPU with kernels, where the adapter crosses with the layer; else None."""
+        entry = collectives.Entry(group, self._adapter_due, (weight,), adapter)
+        parts, matrix = entry.parts(), local(weight)
+        matrix = matrix.t() if layer.fan_in_fan_out else matrix
+        if norm is None and self.columns:
+            with torch.no_grad():
+                *_, norm = self._operands(layer, matrix, parts, None, group)
+        dropout_p = layer.lora_dropout if layer.training else 0.0
+        bias = None if bias is None else local(bias)
+        save_output = layer.save_output and self._gives_y(x.ndim)
+        options = norm, checks.check_scaling(layer._scaling), dropout_p, layer.dropout_on, save_output
+        with self._places(x, group, dropout_p):
+            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options)
 
     def embedding(self, layer: "DoraEmbedding", ids: Tensor) -> Tensor:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
@@ -167,6 +196,15 @@ class Shards:
         """Whether the result, of so many dimensions, is parted along its last."""
         return self.wanted.is_shard() and self.wanted.dim % ndim == ndim - 1
 
+    @property
+    def _adapter_due(self) -> tuple[bool, bool, bool]:
+        """Whether the gradients of lora_A, lora_B and the magnitude are."""
+        return not self.columns, self.columns, self.columns
+
+    def _places(self, x: Tensor, group: Group, dropout_p: float) -> contextlib.AbstractContextManager:
+        """In which x is dropped."""
+        return _own_places(x, group) if dropout_p and self.columns else contextlib.nullcontext()
+
     def _gives_y(self, ndim: int) -> bool:
         """Whether the layer returns what it computes: else to save that saves nothing.
 
@@ -188,7 +226,7 @@ class Shards:
         ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
         """
         bias, bias_is_due = of_bias
-        entering, due = [*adapter], [not self.columns, self.columns, self.columns][: len(adapter)]
+        entering, due = [*adapter], [*self._adapter_due[: len(adapter)]]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
@@ -254,6 +292,20 @@ def total_norms(shards: Sequence[Shards | None], norms: Sequence[Tensor]) -> lis
         for i, total in zip(members, totals, strict=True):
             norms[i] = total
     return norms
+
+
+def _trains_adapter_alone(layer: "DoraLinear", adapter: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether an eager forward trains the whole adapter, as it is, with a norm that is a constant, and nothing else."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not layer.norm_grad
+        and layer._strength is None
+        and not isinstance(layer._scaling, Tensor)
+        and all([t.requires_grad for t in adapter])
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+    )
 
 
 @contextlib.contextmanager
