@@ -398,7 +398,9 @@ def half(mesh):
     x = torch.randn(4, 24).bfloat16()
     for name, place in (("columns", True), ("columns, DTensor", False), ("rows", False), ("columns, gathered", False)):
         style = styles()[name]
-        for options in ({}, {"adapter_dtype": torch.bfloat16}):
+        for options in [{}] * style.use_local_output + [{"adapter_dtype": torch.bfloat16}] * (
+            name != "columns, gathered"
+        ):
             layer = adapted(features=(24, 48), **options)
             layer.base_layer.bfloat16()
             with torch.autocast(x.device.type, torch.bfloat16):
@@ -406,7 +408,7 @@ def half(mesh):
                 inputs = x.clone().requires_grad_()
                 y = reference(inputs)
                 dy = torch.randn_like(y)
-                y.relu().backward(dy)
+                y.mul(2).backward(dy)
                 for saved in (False, True):
                     model = parallelize_module(copy.deepcopy(layer), mesh, style)
                     dorac.save_outputs(model, saved)
@@ -415,7 +417,7 @@ def half(mesh):
                     local = getattr(actual, "_local_tensor", actual)
                     assert (local.untyped_storage().data_ptr() in places) == (saved and place), name
                     near(whole(actual.detach(), style.output_layouts[0], mesh), y)
-                    actual.relu_().backward(
+                    (actual.mul(2) if style.use_local_output else actual.mul_(2)).backward(
                         part(dy, style.output_layouts[0], mesh) if style.use_local_output else as_dtensor(dy, actual)
                     )
                     near(whole(given.grad, style.input_layouts[0], mesh), inputs.grad)
@@ -424,6 +426,33 @@ def half(mesh):
                         if p.requires_grad:
                             assert p.grad.placements == p.placements
                             near(p.grad, expected[key].grad)
+            if style.use_local_output and options:
+                twice(layer, model, style, x, mesh)
+
+
+def twice(layer, model, style, x, mesh):
+    """Second derivatives, and a parameter that changes between forward and backward."""
+    from dorac.ops import eager_parts
+
+    values = []
+    for m, given in ((layer, x), (model, part(x, style.input_layouts[0], mesh))):
+        m.zero_grad()
+        trained = [p for p in m.parameters() if p.requires_grad]
+        y = m(given.clone().requires_grad_())
+        firsts = torch.autograd.grad(y, trained, torch.ones_like(y), create_graph=True)
+        values.append(torch.autograd.grad(sum(d.square().sum() for d in firsts), trained, allow_unused=True))
+    for sharded, plain in zip(values[1], values[0], strict=True):
+        assert (sharded is None) == (plain is None)
+        if plain is not None:
+            near(sharded, plain)
+    for parameter in (model.base_layer.weight, *model._own_parameters()):
+        with mock.patch.object(eager_parts, "_apply", wraps=eager_parts._apply) as applied:
+            y = model(given)
+        assert applied.called  # else this is tested above
+        with torch.no_grad():
+            parameter.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def places_saved(model, x):

@@ -63,7 +63,7 @@ class Shards:
         due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)
         if adapted and _trains_adapter_alone(layer, adapter, weight, bias):
-            y = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
+            y, norm = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
             if y is not None:
                 last = local(bias) if self.columns and bias is not None else None
                 return self._leave(y, layer.out_features, group, last)
@@ -101,8 +101,11 @@ class Shards:
         weight: Tensor,
         bias: Tensor | None,
         norm: Tensor | None,
-    ) -> Tensor | None:
-        """This rank's y in eager on a GPU with kernels, where the adapter crosses with the layer; else None."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """In eager on a GPU with kernels, where the adapter crosses with the layer, this rank's y, and None elsewhere.
+
+        And the norm, if it is known by now.
+        """
         entry = collectives.Entry(group, self._adapter_due, (weight,), adapter)
         parts, matrix = entry.parts(), local(weight)
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
@@ -114,7 +117,7 @@ class Shards:
         save_output = layer.save_output and self._gives_y(x.ndim)
         options = norm, checks.check_scaling(layer._scaling), dropout_p, layer.dropout_on, save_output
         with self._places(x, group, dropout_p):
-            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options)
+            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
 
     def embedding(self, layer: "DoraEmbedding", ids: Tensor) -> Tensor:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
