@@ -102,10 +102,7 @@ class Shards:
         bias: Tensor | None,
         norm: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """In eager on a GPU with kernels, where the adapter crosses with the layer, this rank's y, and None elsewhere.
-
-        And the norm, if it is known by now.
-        """
+        """This rank's y where the eager layer takes it (on a GPU with kernels), else None; the norm if it is known."""
         entry = collectives.Entry(group, self._adapter_due, (weight,), adapter)
         parts, matrix = entry.parts(), local(weight)
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
@@ -319,8 +316,10 @@ def _own_places(x: Tensor, group: Group) -> Iterator[None]:
         return
     generator = torch.cuda.default_generators[x.device.index]
     start, step = generator.get_offset(), -(-x.numel() // 4) * 4  # more than a thread draws
-    generator.set_offset(start + group.rank() * step)
+    own = start + group.rank() * step
+    generator.set_offset(own)
     try:
         yield
     finally:
-        generator.set_offset(start + group.size() * step)
+        has_drawn = generator.get_offset() != own
+        generator.set_offset(start + group.size() * step if has_drawn else start)
