@@ -10,8 +10,8 @@ def save_outputs(model: nn.Module, mode: bool = True) -> None:
 
     In eager on a GPU with kernels a layer saves ``x W^T + s x lora_A^T lora_B^T`` for the magnitude's gradient. Where
     what follows saves the layer's output (an activation, a product, attention), that is one tensor too many: saved in
-    its place the output costs nothing. Layers with a bias go on as before, and so does compiled code, in which the
-    compiler decides.
+    its place the output costs nothing. Layers with a bias go on as before, and so do tensor-parallel ones that move
+    their output (``RowwiseParallel``), and compiled code, in which the compiler decides.
 
     It is no default because of what it takes for granted: that nobody writes to these outputs behind autograd's back.
     Writes in place that autograd sees are fine; kernels such as Liger's rotary embedding, which overwrites queries and

@@ -580,6 +580,18 @@ def test_scale_with_fake_ranks(bench):
     assert sent["tp r4, fake"] == {"all_reduce": [5, bytes_sent / 2**20]}
 
 
+def test_scale_with_saved_outputs(bench, monkeypatch):
+    """Of dorac's variants, of the others none."""
+    from dorac.bench import spread
+
+    stacks, build = [], spread.build
+    monkeypatch.setattr(spread, "build", lambda *args: stacks.append(build(*args)) or stacks[-1])
+    variants = ("lora-eager", "dorac-every-eager")
+    result = bench(*SCALE, "--fake", "--layouts", "tp", "fsdp2", "--save-outputs", "--variants", *variants)
+    assert names(result) == [(f"{n} r4, save-outputs, fake", variant) for n in ("tp", "fsdp2") for variant in variants]
+    assert [sum(getattr(m, "save_output", False) for m in stack.modules()) for stack in stacks] == [0, 3, 0, 3]
+
+
 def test_scale_in_processes_of_its_own(bench):
     result = bench(*SCALE, "--layouts", "tp", "--variants", "lora-eager", "dorac-cached-eager")
     assert names(result) == [("tp r4", "lora-eager"), ("tp r4", "dorac-cached-eager")]
@@ -599,6 +611,7 @@ def test_scale_compiled(bench, stack):
     ("given", "message"),
     [
         (("--processes", "1"), "scale is of two processes and more; on one GPU use --fake"),
+        (("--save-outputs", "--variants", "lora-eager"), "--save-outputs is for dorac's layers"),
         (("--stub-kernels",), "--stub-kernels is for --fake on the CPU"),
         (("--stack", "llama", "--layouts", "sp"), "sp is for --stack mlp"),
         (("--tokens", "7"), "--tokens 7 must be a multiple of the number of processes, 2"),

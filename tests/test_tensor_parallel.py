@@ -390,6 +390,112 @@ def compiled(mesh):
         check(adapted(bias=name == "rows"), styles()[name], x, mesh, compiled=True, cached=name == "rows, sequence")
 
 
+def half(mesh):
+    """In bfloat16, by the kernels, on the CPU in the interpreter: the numbers of one process, outputs saved or not."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    torch.set_default_dtype(torch.float32)
+    x = torch.randn(4, 24).bfloat16()
+    narrow = {"adapter_dtype": torch.bfloat16}
+    for name, saves, options in (
+        ("columns", True, {}),
+        ("columns", True, narrow),
+        ("columns, DTensor", False, narrow),
+        ("columns, gathered", False, {}),
+        ("rows", False, {}),
+        ("rows", False, narrow),
+    ):
+        style = styles()[name]
+        layer = adapted(features=(24, 48), **options)
+        layer.base_layer.bfloat16()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            reference = copy.deepcopy(layer)
+            inputs = x.clone().requires_grad_()
+            y = reference(inputs)
+            dy = torch.randn_like(y)
+            y.mul(2).backward(dy)
+            for saved in (False, True):
+                model = parallelize_module(copy.deepcopy(layer), mesh, style)
+                dorac.save_outputs(model, saved)
+                given = part(x, style.input_layouts[0], mesh).requires_grad_()
+                actual, places = places_saved(model, given)
+                local = getattr(actual, "_local_tensor", actual)
+                assert (local.untyped_storage().data_ptr() in places) == (saved and saves), name
+                near(whole(actual.detach(), style.output_layouts[0], mesh), y)
+                (actual.mul(2) if style.use_local_output else actual.mul_(2)).backward(
+                    part(dy, style.output_layouts[0], mesh) if style.use_local_output else as_dtensor(dy, actual)
+                )
+                near(whole(given.grad, style.input_layouts[0], mesh), inputs.grad)
+                expected = dict(reference.named_parameters())
+                for key, p in model.named_parameters():
+                    if p.requires_grad:
+                        assert p.grad.placements == p.placements
+                        near(p.grad, expected[key].grad)
+        if style.use_local_output and options:
+            twice(layer, model, style, x, mesh)
+
+
+def twice(layer, model, style, x, mesh):
+    """Second derivatives, and a parameter that changes between forward and backward."""
+    from dorac.ops import eager_parts
+
+    values = []
+    for m, given in ((layer, x), (model, part(x, style.input_layouts[0], mesh))):
+        m.zero_grad()
+        trained = [p for p in m.parameters() if p.requires_grad]
+        y = m(given.clone().requires_grad_())
+        firsts = torch.autograd.grad(y, trained, torch.ones_like(y), create_graph=True)
+        values.append(torch.autograd.grad(sum(d.square().sum() for d in firsts), trained, allow_unused=True))
+    for sharded, plain in zip(values[1], values[0], strict=True):
+        assert (sharded is None) == (plain is None)
+        if plain is not None:
+            near(sharded, plain)
+    for parameter in (model.base_layer.weight, *model._own_parameters()):
+        with mock.patch.object(eager_parts, "_apply", wraps=eager_parts._apply) as applied:
+            y = model(given)
+        assert applied.called
+        with torch.no_grad():
+            parameter.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def places_saved(model, x):
+    """The result, and where what is saved for backward lies."""
+    places = []
+
+    def pack(tensor):
+        places.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return model(x), places
+
+
+def near(actual, expected):
+    """Up to roundings of bfloat16, which the interpreter truncates to."""
+    from torch.distributed.tensor import DTensor
+
+    actual = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    bound = 3e-2 * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected.detach(), rtol=3e-2, atol=bound)
+
+
+def as_dtensor(dy, like):
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(dy, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_half(world):
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh = init_device_mesh(torch.get_default_device().type, (world,))
+    torch.manual_seed(0)
+    with mock.patch.object(front, "has_kernels", return_value=True):
+        half(mesh)
+
+
 def in_turn(workers, kernels, world):
     from torch.distributed.tensor import init_device_mesh
 
@@ -412,6 +518,10 @@ def both_forms(world):
 @pytest.mark.parametrize("world", [WORLD, pytest.param(4, marks=pytest.mark.full)])
 def test_layers_have_the_numbers_of_one_process(world, device, tmp_path):
     run(both_forms, tmp_path, device, world, world=world)
+
+
+def test_layers_in_half_precision(device, tmp_path):
+    run(in_half, tmp_path, device, WORLD)
 
 
 @pytest.mark.full

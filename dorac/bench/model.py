@@ -93,9 +93,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing", action="store_true", help="train with activation checkpointing of each decoder layer, eager"
     )
-    parser.add_argument("--save-outputs", action="store_true", help="dorac.save_outputs on dorac's variants")
+    add_save_outputs(parser)
     options.add_dropout(parser)
     options.add_variants(parser, VARIANTS)
+
+
+def add_save_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save-outputs", action="store_true", help="dorac.save_outputs on dorac's variants")
+
+
+def check_save_outputs(args: argparse.Namespace) -> None:
+    if args.save_outputs and not any(name.startswith("dorac-") for name in args.variants):
+        raise BadInput("--save-outputs is for dorac's layers, of which --variants names none")
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +137,7 @@ def check(args: argparse.Namespace) -> None:
         args.adapter_dtype = torch.float32
     if args.checkpointing and any(compile_args(name) is not None for name in args.variants):
         raise BadInput("--checkpointing measures eager steps, so --variants must name eager ones only")
-    if args.save_outputs and not any(name.startswith("dorac-") for name in args.variants):
-        raise BadInput("--save-outputs is for dorac's layers, of which --variants names none")
+    check_save_outputs(args)
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stub-kernels", action="store_true", help="on the CPU: take the routes of a GPU, with kernels that do nothing"
     )
+    model.add_save_outputs(parser)
     options.add_dropout(parser)
     options.add_variants(parser, VARIANTS)
 
@@ -88,6 +89,7 @@ def check(args: argparse.Namespace) -> None:
         raise BadInput("--stub-kernels is for --fake on the CPU")
     if args.stub_kernels and args.dtype is not torch.bfloat16:
         raise BadInput("--stub-kernels takes a GPU's routes, which are for --dtype bfloat16")
+    model.check_save_outputs(args)
     tensor = [name for name in args.layouts if name not in DROP_IN]
     if args.base != bases.DENSE:
         bases.check_base(args, args.variants, args.variants)
@@ -186,7 +188,7 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
     mesh = how.mesh(args.device)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
     x = x[:, : args.tokens // mesh.size()].contiguous() if how.sequence else x
-    case = f"{layout} r{rank}{bases.setting(args)}{', fake' if args.fake else ''}"
+    case = f"{layout} r{rank}{bases.setting(args)}{', save-outputs' * args.save_outputs}{', fake' * args.fake}"
     size = {"processes": args.processes, "layers": args.layers, "hidden": args.hidden, "rank": rank}
     size |= {"tokens": args.tokens, "batch": args.batch}
     steps: dict[str, Step] = {}

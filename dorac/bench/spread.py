@@ -167,6 +167,8 @@ def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int,
             styles |= {parent: _input_style(parent, layout) for parent in parents}
         parallelize_module(stack, mesh["tp"], styles)
     stack.train()
+    if args.save_outputs and kind != "lora":
+        dorac.save_outputs(stack)
     if kind == "dorac-cached":
         dorac.cache_norms(stack)
     if mode == "compiled":

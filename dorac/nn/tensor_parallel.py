@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from dorac import functional
+from dorac import checks, functional
 from dorac.magnitudes import HALF, widen
 from dorac.nn import norm_cache
 from dorac.nn.layer import parameter
-from dorac.ops import collectives, front, sharded
+from dorac.ops import collectives, eager_parts, front, sharded
 from dorac.ops.collectives import Group, local
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Shards:
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
         due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)
+        if adapted and _trains_adapter_alone(layer, adapter, weight, bias):
+            y, norm = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
+            if y is not None:
+                last = local(bias) if self.columns and bias is not None else None
+                return self._leave(y, layer.out_features, group, last)
         *parts, matrix, bias = self._enter(group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
@@ -70,7 +75,7 @@ class Shards:
         else:
             lora_A, lora_B, magnitude, norm = self._operands(layer, matrix, parts, norm, group)
             dropout_p = layer.lora_dropout if layer.training else 0.0
-            with _own_places(x, group) if dropout_p and self.columns else contextlib.nullcontext():
+            with self._places(x, group, dropout_p):
                 y = functional.dora_linear(
                     x,
                     matrix,
@@ -83,9 +88,33 @@ class Shards:
                     norm_grad=layer.norm_grad and norm is None,
                     dropout_p=dropout_p,
                     dropout_on=layer.dropout_on,
-                    save_output=layer.save_output,
+                    save_output=layer.save_output and self._gives_y(x.ndim),
                 )
-        return self._leave(y, layer.out_features, group, last, saved=layer.save_output)
+        return self._leave(y, layer.out_features, group, last)
+
+    def _of_parts(
+        self,
+        layer: "DoraLinear",
+        x: Tensor,
+        group: Group,
+        adapter: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's y where the eager layer takes it (on a GPU with kernels), else None; the norm if it is known."""
+        entry = collectives.Entry(group, self._adapter_due, (weight,), adapter)
+        parts, matrix = entry.parts(), local(weight)
+        matrix = matrix.t() if layer.fan_in_fan_out else matrix
+        if norm is None and self.columns:
+            with torch.no_grad():
+                *_, norm = self._operands(layer, matrix, parts, None, group)
+        dropout_p = layer.lora_dropout if layer.training else 0.0
+        bias = None if bias is None else local(bias)
+        save_output = layer.save_output and self._gives_y(x.ndim)
+        options = norm, checks.check_scaling(layer._scaling), dropout_p, layer.dropout_on, save_output
+        with self._places(x, group, dropout_p):
+            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
 
     def embedding(self, layer: "DoraEmbedding", ids: Tensor) -> Tensor:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
@@ -167,6 +196,22 @@ class Shards:
         """Whether the result, of so many dimensions, is parted along its last."""
         return self.wanted.is_shard() and self.wanted.dim % ndim == ndim - 1
 
+    @property
+    def _adapter_due(self) -> tuple[bool, bool, bool]:
+        """Whether the gradients of lora_A, lora_B and the magnitude are."""
+        return not self.columns, self.columns, self.columns
+
+    def _places(self, x: Tensor, group: Group, dropout_p: float) -> contextlib.AbstractContextManager:
+        """In which x is dropped."""
+        return _own_places(x, group) if dropout_p and self.columns else contextlib.nullcontext()
+
+    def _gives_y(self, ndim: int) -> bool:
+        """Whether the layer returns what it computes: else to save that saves nothing.
+
+        Nor is it saved of a DTensor, whose version does not tell of writes to it.
+        """
+        return not self.columns and self.returns_local and self._parts_features(ndim)
+
     def _whole(self, ids: Tensor, group: Group) -> Tensor:
         """Indices as every rank holds them."""
         if isinstance(ids, DTensor):
@@ -181,7 +226,7 @@ class Shards:
         ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
         """
         bias, bias_is_due = of_bias
-        entering, due = [*adapter], [not self.columns, self.columns, self.columns][: len(adapter)]
+        entering, due = [*adapter], [*self._adapter_due[: len(adapter)]]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
@@ -211,15 +256,12 @@ class Shards:
         wanted = Shard(last) if self.columns else Replicate()
         return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
-    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None, *, saved: bool = False) -> Tensor:
-        """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute.
-
-        ``saved``: backward needs y as it is.
-        """
+    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None) -> Tensor:
+        """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute."""
         lead, last = y.shape[:-1], y.ndim - 1
         dim = self.wanted.dim % y.ndim if self.wanted.is_shard() else None
         if self.columns and self.wanted.is_replicate():
-            y = collectives.move(y, "reduce", 0, group) if saved else collectives.sum_in_place(y, group)
+            y = collectives.sum_in_place(y, group)
         elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:
             y = collectives.move(y, "scatter", dim, group)
         elif not self.columns and self.wanted.is_replicate() and features % group.size() == 0:
@@ -252,6 +294,20 @@ def total_norms(shards: Sequence[Shards | None], norms: Sequence[Tensor]) -> lis
     return norms
 
 
+def _trains_adapter_alone(layer: "DoraLinear", adapter: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether an eager forward trains the whole adapter, as it is, with a norm that is a constant, and nothing else."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not layer.norm_grad
+        and layer._strength is None
+        and not isinstance(layer._scaling, Tensor)
+        and all([t.requires_grad for t in adapter])
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+    )
+
+
 @contextlib.contextmanager
 def _own_places(x: Tensor, group: Group) -> Iterator[None]:
     """The ranks' generators, which are in one state, draw numbers of their own, and are in one state afterwards."""
@@ -260,8 +316,10 @@ def _own_places(x: Tensor, group: Group) -> Iterator[None]:
         return
     generator = torch.cuda.default_generators[x.device.index]
     start, step = generator.get_offset(), -(-x.numel() // 4) * 4  # more than a thread draws
-    generator.set_offset(start + group.rank() * step)
+    own = start + group.rank() * step
+    generator.set_offset(own)
     try:
         yield
     finally:
-        generator.set_offset(start + group.size() * step)
+        has_drawn = generator.get_offset() != own
+        generator.set_offset(start + group.size() * step if has_drawn else start)

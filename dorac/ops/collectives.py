@@ -17,7 +17,7 @@ nothing moves.
 
 In eager these are c10d's collectives; in traced code, and where a mode over ops looks on, the functional ones.
 :func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those that the
-ranks hold are summed in one all-reduce.
+ranks hold are summed in one all-reduce. ``ops/eager_parts.py`` has the layer's own for both.
 """
 
 import threading
@@ -228,45 +228,75 @@ def total_norms(norms: Sequence[Tensor], group: Group) -> list[Tensor]:
     return [square.sqrt().to(norm.dtype) for square, norm in zip(squares, norms, strict=True)]
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, due, watched, *parameters):
-        ctx.group, ctx.due, ctx.parameters = group, due, parameters
-        ctx.watched = (*watched, *parameters)
-        ctx.versions = [None if t.is_inference() else t._version for t in ctx.watched]
-        ctx.set_materialize_grads(False)
-        return tuple([local(p).detach() for p in parameters])
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        for tensor, version in zip(ctx.watched, ctx.versions, strict=True):
-            if version is not None and tensor._version != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"a parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected "
-                    f"{version}"
-                )
-        needed = ctx.needs_input_grad[3:]
-        gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
-        due = [i for i, g in enumerate(gradients) if g is not None and ctx.due[i]]
-        summed = [gradients[i] for i in due]
-        if due:
-            summed = _Sums.apply(ctx.group, *summed) if torch.is_grad_enabled() else sums(summed, ctx.group)
-        for i, total in zip(due, summed, strict=True):
-            gradients[i] = total
-        return None, None, None, *map(_wrapped, gradients, ctx.parameters)
-
-
-def enter(
-    group: Group, due: Sequence[bool], watched: Sequence[DTensor], parameters: Sequence[DTensor]
-) -> tuple[Tensor, ...]:
-    """This rank's parts of the parameters, whose gradients come back in their layouts.
+class Entry:
+    """DTensors on their way into a layer in eager, and their gradients on the way out.
 
     Args:
         due: of each parameter whether its gradient is; these are summed over the ranks in one collective.
         watched: DTensors that must not change until backward, with the parameters: autograd counts the writes to a
             DTensor in a version of its own, not in that of the part that the layer saves.
     """
+
+    __slots__ = ("due", "group", "parameters", "versions", "watched")
+
+    def __init__(
+        self, group: Group, due: Sequence[bool], watched: Sequence[DTensor], parameters: Sequence[DTensor]
+    ) -> None:
+        self.group, self.due, self.parameters, self.watched = group, due, parameters, (*watched, *parameters)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """This rank's parts of the parameters, unseen by autograd; from now on these must not change."""
+        try:
+            self.versions = [*map(_version, self.watched)]
+        except RuntimeError:  # of a tensor of inference mode, which has no version
+            self.versions = [None if t.is_inference() else t._version for t in self.watched]
+        return tuple([local(p).detach() for p in self.parameters])
+
+    def check(self) -> None:
+        """Raises RuntimeError if they have changed."""
+        for tensor, version in zip(self.watched, self.versions, strict=True):
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected "
+                    f"{version}"
+                )
+
+    def leave(self, gradients: Sequence[Tensor | None]) -> tuple[DTensor | None, ...]:
+        """The gradients of the parts as those of the parameters."""
+        gradients = [*gradients]
+        due = [i for i, is_due in enumerate(self.due) if is_due and gradients[i] is not None]
+        if due:
+            summed = [gradients[i] for i in due]
+            summed = _Sums.apply(self.group, *summed) if torch.is_grad_enabled() else sums(summed, self.group)
+            for i, total in zip(due, summed, strict=True):
+                gradients[i] = total
+        return tuple([_wrapped(g, p) for g, p in zip(gradients, self.parameters, strict=True)])
+
+
+_version = torch._C.TensorBase._version.__get__
+
+
+class Enter(torch.autograd.Function):
+    """``Enter.apply(entry, *entry.parameters)`` is ``entry.parts()`` as autograd sees them."""
+
+    @staticmethod
+    def forward(ctx, entry, *parameters):
+        ctx.entry = entry
+        ctx.set_materialize_grads(False)
+        return entry.parts()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.entry.check()
+        needed = ctx.needs_input_grad[1:]
+        return None, *ctx.entry.leave([g if needs else None for g, needs in zip(gradients, needed, strict=True)])
+
+
+def enter(
+    group: Group, due: Sequence[bool], watched: Sequence[DTensor], parameters: Sequence[DTensor]
+) -> tuple[Tensor, ...]:
+    """This rank's parts of the parameters, whose gradients come back in their layouts. See :class:`Entry`."""
     if torch.compiler.is_compiling():  # which knows how DTensors cross, and watches its inputs itself
         parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
         summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
@@ -274,7 +304,7 @@ def enter(
             for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
                 parts[i] = part
         return tuple(parts)
-    return _Enter.apply(group, due, watched, *parameters)
+    return Enter.apply(Entry(group, due, watched, parameters), *parameters)
 
 
 def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
@@ -287,7 +317,8 @@ def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
     if torch.is_grad_enabled():
         layout = {"shape": parameter.shape, "stride": parameter.stride()}
         return DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False, **layout)
-    return DTensor(gradient, parameter._spec, requires_grad=False)
+    # DTensor(...) without its __init__, which does nothing at the price of as much again.
+    return DTensor.__new__(DTensor, gradient, parameter._spec, requires_grad=False)
 
 
 class _Traced(torch.autograd.Function):

@@ -71,14 +71,19 @@ def dora_linear(
     dropout_p: float = 0.0,
     dropout_on: str = "adapter",
     save_output: bool = False,
+    apply: Callable | None = None,
 ) -> Tensor | None:
-    """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s."""
+    """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s.
+
+    ``apply``: of whoever trains the adapter under other names (``eager_parts.py``), in the place of ``Linear.apply``.
+    """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
         return None
     try:
         training = torch.is_grad_enabled() and (
-            lora_B.requires_grad
+            apply is not None
+            or lora_B.requires_grad
             or magnitude.requires_grad
             or lora_A.requires_grad
             or x.requires_grad
@@ -107,7 +112,8 @@ def dora_linear(
     if bits & 15:  # plans are for tensors aligned to 16 bytes
         return None
     if training:
-        usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad and not weight.requires_grad
+        usual = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
+        usual = (usual or apply is not None) and not weight.requires_grad
         if not usual or (weight_norm is not None and weight_norm.requires_grad):
             return None
     x_adapter, bits = _dropout(plan, x, dropout_p, training) if dropped else (None, None)
@@ -118,7 +124,7 @@ def dora_linear(
         return _without_autocast(plan, *tensors, scaling, False)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(*tensors, bits, dropout_p, scaling, plan)
+    return (apply or _apply)(*tensors, bits, dropout_p, scaling, plan)
 
 
 def _dropout(plan, x, p, training) -> tuple[Tensor, Tensor | None]:
@@ -369,7 +375,7 @@ def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=dtype, device=device)
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, x_adapter, bits, dropout_p, scaling, plan
@@ -405,7 +411,7 @@ class _Linear(torch.autograd.Function):
             return _seen_gradients(ctx, dy)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
-                return _Linear.backward(ctx, dy)
+                return Linear.backward(ctx, dy)
         x, weight, a, b, norm, h, kept, bits, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or unchanged(ctx)
         plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.plan.keeps_y
@@ -477,8 +483,8 @@ def scaled_b(plan, b, magnitude, norm) -> Tensor:
     return g_b.t()
 
 
-# ``_Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
-_apply = super(torch.autograd.Function, _Linear).apply
+# ``Linear.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
+_apply = super(torch.autograd.Function, Linear).apply
 
 
 def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
