@@ -499,24 +499,25 @@ def test_switched_off_and_on(kind, calls):
 
 @pytest.mark.parametrize("kind", SOME)
 def test_deepspeed_comes_later(kind, calls, monkeypatch):
-    """ZeRO-3 marks parameters that a model has had from the start."""
+    """ZeRO-3 marks parameters that a model has had from the start; until it gathers them, more is said to be there."""
     asked = []
 
     @contextlib.contextmanager
     def gathered(parameters, modifier_rank=None, fwd_module=None):
         asked.extend(parameters)
+        for parameter in parameters:
+            parameter.ds_shape = parameter.shape
         yield
 
     module = types.ModuleType("deepspeed")
     module.zero = types.SimpleNamespace(GatheredParameters=gathered)
     monkeypatch.setitem(sys.modules, "deepspeed", module)
-    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
     _, ours = twins(kind)
     layer, x = target(ours), input_of(kind)
     for parameter in (layer.base_layer.weight, *factors(layer, "default")):
         expected = ours(x)
         assert len(calls) == 1
-        parameter.ds_id, parameter.ds_shape = 0, parameter.shape
+        parameter.ds_id, parameter.ds_shape = 0, (2, *parameter.shape)
         asked.clear()
         torch.testing.assert_close(ours(x), expected)
         assert any(p is parameter for p in asked)
