@@ -217,7 +217,7 @@ def test_a_hub_id(base, tmp_path, monkeypatch):
     assert files[:2] == ["adapter_config.json", "adapter_model.safetensors"]
     dorac.save_adapter(model, "some/where")  # a directory goes first
     dorac.load_adapter(loaded, "some/where")
-    with pytest.raises(OSError, match=r"adapter_config\.json"):
+    with pytest.raises(OSError, match="there is no file or directory"):
         dorac.load_adapter(loaded, tmp_path / "nowhere" / "at_all")
     assert len(asked) == 1
 

@@ -103,7 +103,7 @@ def other_files(mesh, folder):
         (another, "adapter "),
         (another_config, "adapter "),
         (damaged, "an error ("),
-        (shutil.rmtree, "No such file"),
+        (shutil.rmtree, "there is no file or directory"),
     ):
         dorac.save_adapter(model_of(), own)
         if rank == 1:
