@@ -293,9 +293,9 @@ def test_regimes(dtype, regime, path, device):
 
 CONFIGS = {
     "narrow": (configs.MlpConfig(16, 32, 32, 4, 2, 16), configs.MlpBackwardConfig(16, 32, 64, 4, 2, 16)),
-    "down inside": (configs.MlpConfig(64, 16, 128, 4, 2, 32), configs.MlpBackwardConfig(32, 64, 32, 4, 2, 32, True)),
+    "wide": (configs.MlpConfig(64, 16, 128, 4, 2, 32), configs.MlpBackwardConfig(32, 64, 32, 4, 2, 32)),
     "outside": (configs.MlpConfig(8, 64, 24, 4, 1), configs.MlpBackwardConfig(8, 16, 64, 4, 2)),
-    "one inside": (configs.MlpConfig(16, 64, 16, 4, 1, 16), configs.MlpBackwardConfig(16, 64, 16, 4, 1, 16, True)),
+    "one inside": (configs.MlpConfig(16, 64, 16, 4, 1, 16), configs.MlpBackwardConfig(16, 64, 16, 4, 1, 16)),
 }
 
 

@@ -224,10 +224,10 @@ def _mlp_backward(target: Target, rank: int, tokens: int, features: int, _: int)
     config = configs.mlp_backward_config(tokens, features, rank, target)
     inside = bool(config.block_r)
     _, launch, add = mlp.mlp_backward_launches(
-        tokens, features, (rank,) * 3, (inside,) * 3, None, (False, False), "silu", config
+        tokens, features, (rank,) * 3, (inside,) * 3, (False, False), "silu", config
     )
     of_layer, d_h, z = (FULL, FULL, None), HALF if inside else None, None if inside else HALF
-    arguments = HALF, HALF, HALF, *of_layer, *of_layer, HALF, d_h, None, HALF, HALF, z, FULL
+    arguments = HALF, HALF, HALF, *of_layer, *of_layer, HALF, d_h, HALF, HALF, z, FULL
     yield "bf16", config, (), launch, arguments
     factors = (d_h,) * 3
     yield "bf16 sum", None, (), add, (FULL, FULL, FULL, 2.0, 2.0, FULL, FULL, None, None, *factors)

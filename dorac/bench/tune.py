@@ -186,7 +186,7 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
 
 
 def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
-    """The way back, each candidate with the products that it leaves to cuBLAS, and down's low-rank part of dz."""
+    """The way back, each candidate with the products that it leaves to cuBLAS."""
     from dorac.kernels import configs, mlp, target
 
     up, h_up, norm, _ = _activations(layer, args)
@@ -204,26 +204,20 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
     if rank <= 128:
         block_r = max(16, 1 << (rank - 1).bit_length())
         candidates += [
-            configs.MlpBackwardConfig(block_t, block_o, rows, warps, 3, block_r, down)
-            for block_t, block_o, rows, warps, down in itertools.product(
-                (16, 32), (64, 128), (1024, 2048, 4096), (4, 8), (False, True)
-            )
+            configs.MlpBackwardConfig(block_t, block_o, rows, warps, 3, block_r)
+            for block_t, block_o, rows, warps in itertools.product((16, 32), (64, 128), (1024, 2048, 4096), (4, 8))
         ]
 
     def call(config):
         inside = bool(config.block_r)
-        of_a = a.stride() if config.down else None
-        shape, launch, add = mlp.mlp_backward_launches(
-            *up.shape, ranks, (inside,) * 3, of_a, (False, False), "silu", config
-        )
+        shape, launch, add = mlp.mlp_backward_launches(*up.shape, ranks, (inside,) * 3, (False, False), "silu", config)
         parts = torch.empty(shape, device=up.device)
         of_layer = layer.magnitude, norm, None
         d_up, z = (dz, None) if inside else (torch.empty_like(up), dz)
 
         def run():
-            if not config.down:
-                torch.mm(h_up, a, out=dz)
-            low = (h, h_up, a if config.down else None) if inside else (h, None, None)
+            torch.mm(h_up, a, out=dz)
+            low = (h, h_up) if inside else (h, None)
             launch(dz, up, gate, *of_layer, *of_layer, *low, d_gate, d_up, z, parts)
             of_factors = (d_b, d_b, d_a) if inside else (None,) * 3
             add(parts, norm, norm, peers.SCALING, peers.SCALING, d_m, d_m, None, None, *of_factors)

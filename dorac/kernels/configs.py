@@ -140,16 +140,13 @@ class MlpConfig(ColumnConfig):
 class MlpBackwardConfig(MlpConfig):
     """The same; ``block_r`` is the ranks that are taken along."""
 
-    down: bool = False  # so is down's low-rank part of dz
-
     def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes at most."""
         tile = self.block_t * self.block_o * 2
         if not self.block_r:
             return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
         h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
-        a = self.block_o * self.block_r * 2 if self.down else 0
-        return _total(max(h + 4 * tile, self.block_o * self.block_r * 4) + a, target)
+        return _total(max(h + 4 * tile, self.block_o * self.block_r * 4), target)
 
 
 Config = NormConfig | TileConfig | ColumnConfig

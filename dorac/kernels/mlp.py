@@ -250,7 +250,6 @@ def mlp_backward_kernel(
     bias_up_ptr,
     h_ptr,  # [T, RG + RU]
     d_h_ptr,  # [T, RD], of down's low-rank branch
-    a_ptr,  # down's lora_A where dz is without d_h lora_A
     d_gate_ptr,  # of the product x W^T
     d_up_ptr,  # may be dz
     z_ptr,  # may be dz
@@ -261,8 +260,6 @@ def mlp_backward_kernel(
     RU,
     RD,
     rows_per_program,
-    stride_ar,
-    stride_ao,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -304,8 +301,6 @@ def mlp_backward_kernel(
         d_b_up_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     if d_h_ptr is not None:
         d_a_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
-    if a_ptr is not None:
-        a_RO = load_tile(a_ptr, 0, start_o, RD, O, stride_ar, stride_ao, BLOCK_R, BLOCK_O, EVEN and EVEN_R, False)
     begin = strip * rows_per_program
     rows = tl.minimum(rows_per_program, T - begin)
     if BLOCK_R:
@@ -324,8 +319,6 @@ def mlp_backward_kernel(
         dz_TO, inner_up_TO, inner_TO = dz_TO.to(tl.float32), inner_up_TO.to(tl.float32), inner_TO.to(tl.float32)
         if d_h_ptr is not None:
             d_h_TR = load_tile(d_h_ptr, start, 0, T, RD, RD, 1, BLOCK_T, BLOCK_R, EVEN and EVEN_R, False)
-        if a_ptr is not None:
-            dz_TO = product(d_h_TR, a_RO, dz_TO, False)
         up_TO = g_up_O[None, :] * inner_up_TO + b_up_O[None, :]
         if gate_ptr is not None:
             act_TO, slope_TO = activated(g_gate_O[None, :] * inner_TO + b_gate_O[None, :], ACTIVATION)
@@ -506,22 +499,20 @@ def mlp_backward_launches(
     features: int,
     ranks: tuple[int, int, int],
     along: tuple[bool, bool, bool],
-    of_a: tuple[int, int] | None,
     sums: tuple[bool, bool],
     activation: str,
     config: MlpBackwardConfig,
 ) -> tuple[tuple[int, int, int], Launch, Launch]:
     """The shape of the partial sums, the launch, and the one that adds them up.
 
-    Tensors of the first: dz, inner of up and gate, magnitude, norm and bias of gate and of up, h, d_h, lora_A, d_gate,
-    d_up, z, the partial sums. Of the second: these, norms of gate and up, scalings of gate and up, the gradients of
+    Tensors of the first: dz, inner of up and gate, magnitude, norm and bias of gate and of up, h, d_h, d_gate, d_up,
+    z, the partial sums. Of the second: these, norms of gate and up, scalings of gate and up, the gradients of
     magnitude of gate and up, of their biases, their lora_B, and down's lora_A.
 
     Args:
         ranks: of gate, up and down, 0 without factors.
         along: whether the gradients of gate's and up's lora_B and of down's lora_A are taken along; each rank at most
             ``config.block_r``.
-        of_a: strides of down's lora_A, of which the kernel makes its part of dz; None where dz is whole.
         sums: whether the biases of gate and up have gradients.
     """
     assert not any(rank > config.block_r for rank, taken in zip(ranks, along, strict=True) if taken)
@@ -529,7 +520,7 @@ def mlp_backward_launches(
     launch = Launch(
         mlp_backward_kernel,
         (cdiv(features, config.block_o), strips, 1),
-        (tokens, features, *ranks, config.rows, *(of_a or (0, 0))),
+        (tokens, features, *ranks, config.rows),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,

@@ -48,7 +48,6 @@ class Plan:
     inside: bool  # forward's kernel makes the up-projections
     join: Callable  # forward's kernel
     along: tuple[bool, bool, bool]  # whose factors have their gradients from backward's kernel
-    down_inside: bool  # which makes down's low-rank part of dz, too
     parts: tuple[int, int, int]  # the shape of its partial sums
     part: Callable
     add: Callable
@@ -180,10 +179,8 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
     join = mlp_launch(tokens, features, ranks[:DOWN], of_b, activation, config, want_inner=training)
     backward = configs.mlp_backward_config(tokens, features, max(ranks), card)
     along = tuple(0 < rank <= backward.block_r for rank in ranks)
-    down_inside = along[DOWN] and backward.down
-    of_a = strides(layers[DOWN][LORA_A]) if down_inside else None
     sums = tuple(layer[BIAS] is not None and layer[BIAS].requires_grad for layer in layers[:DOWN])
-    parts, *launches = mlp_backward_launches(tokens, features, ranks, along, of_a, sums, activation, backward)
+    parts, *launches = mlp_backward_launches(tokens, features, ranks, along, sums, activation, backward)
     return Plan(
         training=training,
         dtype=dtype,
@@ -196,7 +193,6 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
         inside=bool(config.block_r),
         join=eager.bound(join),
         along=along,
-        down_inside=down_inside,
         parts=parts,
         part=eager.bound(launches[0]),
         add=eager.bound(launches[1]),
@@ -396,8 +392,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     ctx.overwritten = overwrites
     tensors = dy, h_down, inners[DOWN], b_down
     d_base, d_h_down = _through_down(plan, down, *tensors, scalings[DOWN], grads[DOWN], in_ops, overwrites)
-    down_inside = plan.down_inside and not in_ops
-    if d_h_down is None or down_inside:
+    if d_h_down is None:
         dz = torch.mm(d_base, backward_dense(down[WEIGHT], plan.dtype))
     else:
         dz = _added(torch.mm(d_h_down, a_down), d_base, backward_dense(down[WEIGHT], plan.dtype), in_ops)
@@ -406,7 +401,7 @@ def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     if in_ops:
         d_gate, d_up, z = _join_in_ops(*arguments)
     else:
-        d_gate, d_up, z = _join_backward(*arguments, a_down if down_inside else None, overwrites)
+        d_gate, d_up, z = _join_backward(*arguments, overwrites)
     del dz, inners, arguments
     if z is not None:
         grads[DOWN][LORA_A] = eager.wide_mm(d_h_down.t(), z, down[LORA_A].dtype)
@@ -463,7 +458,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrite
     return d_base, torch.addmm(unread, d_base, b, beta=0, alpha=scaling)
 
 
-def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads, a_down, overwrites):
+def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, grads, overwrites):
     """The gradients of gate's and up's products, and z where down's lora_A has no gradient here."""
     gate, up, down = layers
     inner_gate, inner_up, h = (_for_kernel(t) for t in (*inners[:DOWN], h))
@@ -474,7 +469,7 @@ def _join_backward(plan, layers, dz, inners, h, d_h_down, scalings, needs_bias, 
     plan.part(
         *(dz, inner_up, inner_gate),
         *(gate[MAGNITUDE], gate[NORM], gate[BIAS], up[MAGNITUDE], up[NORM], up[BIAS]),
-        *(h, d_h_down if along[DOWN] else None, a_down, d_gate, d_up, z, parts),
+        *(h, d_h_down if along[DOWN] else None, d_gate, d_up, z, parts),
     )
     for i, layer in enumerate((gate, up)):
         for there, which in ((layer[MAGNITUDE] is not None, MAGNITUDE), (needs_bias[i], BIAS), (along[i], LORA_B)):
