@@ -83,8 +83,10 @@ def _up(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obje
     ]
     if layer.rank <= chosen.block_r:
         candidates += [
-            configs.TileConfig(*tile, chosen.block_r, warps, 2, rows=rows)
-            for tile, rows, warps in itertools.product(((16, 128), (32, 128), (64, 128)), (128, 256, 512), (4, 8))
+            configs.TileConfig(*tile, chosen.block_r, warps, stages, rows=rows)
+            for tile, rows, warps, stages in itertools.product(
+                ((16, 128), (32, 128), (64, 128), (64, 64)), (128, 256, 512), (4, 8), (3, 4)
+            )
         ]
 
     def call(config):
@@ -166,8 +168,10 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
         for rows, warps, stages in itertools.product((32, 256), (4, 8), (1, 3))
     ]
     candidates += [
-        configs.MlpConfig(block_t, block_o, rows, warps, 1, min(64, max(16, chosen.block_r)))
-        for block_t, block_o, rows, warps in itertools.product((16, 32, 64), (64, 128), (128, 512, 1024), (4, 8))
+        configs.MlpConfig(block_t, block_o, rows, warps, stages, min(64, max(16, chosen.block_r)))
+        for block_t, block_o, rows, warps, stages in itertools.product(
+            (16, 32), (64, 128), (128, 256, 512), (4, 8), (3, 4)
+        )
     ]
 
     def call(config):

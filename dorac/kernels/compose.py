@@ -58,7 +58,7 @@ def compose_kernel(
     SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # the five matrices are tensor descriptors, which handle the edges
     STAGES: tl.constexpr,
-    WALK: tl.constexpr,  # down several tiles of rows, with all ranks in one step
+    WALK: tl.constexpr,  # down several tiles of rows, with all ranks in one step, or it loops over ranks
 ):
     program = tl.program_id(0)
     blocks_t, blocks_o = tl.cdiv(T, rows_per_program), tl.cdiv(O, BLOCK_O)
@@ -71,7 +71,7 @@ def compose_kernel(
         b_OR = load_tile(b_ptr, start_o, 0, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
         cols_O = start_o + tl.arange(0, BLOCK_O)
         g_O = magnitude_scale(magnitude_ptr, norm_ptr, cols_O, cols_O < O, HAS_NORM)
-        for start_t in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=1):
+        for start_t in tl.range(begin, tl.minimum(begin + rows_per_program, T), BLOCK_T, num_stages=STAGES):
             h_TR = load_tile(lora_ptr, start_t, 0, T, R, stride_lora_t, stride_lora_o, BLOCK_T, BLOCK_R, EVEN, False)
             base_TO = load_tile(
                 base_ptr, start_t, start_o, T, O, stride_base_t, stride_base_o, BLOCK_T, BLOCK_O, EVEN, False

@@ -30,6 +30,11 @@ def _buffers(stages: int, target: Target, dtype: torch.dtype, *, product: bool) 
     return max(1, stages - 1 + (product and longer))
 
 
+def _converted(tile: int, target: Target) -> int:
+    """Bytes of a tile that changes threads beside those that are read ahead: where products take registers."""
+    return 0 if target.products_from_shared else tile
+
+
 def _total(tiles: int, target: Target) -> int:
     """Bytes of tiles as they lie in shared memory: what AMD's cards copy there is padded, row by row."""
     return tiles + (tiles // 16 if target.copies_to_shared else 0) + SCRATCH
@@ -88,6 +93,10 @@ class TileConfig:
         step = (self.block_t + self.block_o) * self.block_r * h_dtype.itemsize
         if h_dtype is torch.float32 and base_dtype.itemsize == 2:
             step *= 2  # high and low
+        if self.rows > self.block_t:  # lora_B stays, tiles of h and base come
+            b, of_base = self.block_o * self.block_r * h_dtype.itemsize, tile // 4 * base_dtype.itemsize
+            ahead = _buffers(self.stages, target, base_dtype, product=True) * (step - b + of_base)
+            return _total(b + max(ahead + _converted(of_base, target), tile), target)
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, tile), target)
 
 
@@ -133,7 +142,9 @@ class MlpConfig(ColumnConfig):
         if not self.block_r:
             return super().shared_memory(target, dtype)
         factors = 2 * self.block_o * self.block_r * 2
-        return _total(factors + 2 * self.block_t * (self.block_o * 4 + self.block_r * 2), target)
+        step = 2 * self.block_t * (self.block_o + self.block_r) * 2
+        tiles = factors + _buffers(self.stages, target, dtype, product=True) * step
+        return _total(tiles + _converted(self.block_t * self.block_o * 2, target), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +266,10 @@ def tile_config(
         config = TileConfig(block_t, 64, 16, 4, 2)
     elif rank <= 64 and h_dtype.itemsize == 2 and tokens > 32:
         # A program that walks down its rows reads lora_B once, as long as there are programs enough.
-        tile, warps, rows, programs = ((16, 128), 4, 128, 512) if rank <= 32 else ((64, 128), 8, 512, 256)
-        while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < programs:
+        tile, warps, stages, rows = ((32, 128), 4, 3, 256) if rank <= 32 else ((64, 128), 8, 4, 512)
+        while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < 256:
             rows //= 2
-        config = TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=rows)
+        config = TileConfig(*tile, _power(rank, 16, 64), warps, stages, rows=rows)
     elif rank <= 64 or tokens <= 32:
         config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
     elif h_dtype is torch.float32:
@@ -318,20 +329,16 @@ MLP_RANK = 64
 
 @functools.lru_cache(maxsize=1024)
 def mlp_config(tokens: int, features: int, rank: int, training: bool, target: Target) -> MlpConfig:
-    """gate and up with their up-projections, of ranks up to ``rank``: small tiles, a few of which a program walks down.
-
-    The next tiles are asked for ahead where that leaves registers enough, or where a step takes long.
-    """
+    """gate and up with their up-projections, of ranks up to ``rank``: small tiles that a program walks down."""
     if rank == 0 or rank > MLP_RANK:
         config = MlpConfig(_power(tokens, 1, 16), 128, 64, 4, 3)
     else:
-        stages = 2 if training and rank > 32 else 1
-        config = MlpConfig(16, 128, 128, 4, stages, _power(rank, 16, 64))
+        config = MlpConfig(16, 128, 256 if rank > 32 else 128, 4, 4 if training else 3, _power(rank, 16, 64))
     rows = config.rows
     while rows > config.block_t and -(-tokens // rows) * -(-features // config.block_o) < 8 * target.processors:
         rows //= 2
     config = dataclasses.replace(config, rows=_launchable(tokens, rows))
-    return _first(_fewer_stages(config, 1), target)
+    return _first(_fewer_stages(config), target)
 
 
 @functools.lru_cache(maxsize=1024)

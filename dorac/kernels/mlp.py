@@ -132,21 +132,13 @@ def mlp_kernel(
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program walks down its rows: what belongs to its columns, lora_B and g, it reads once.
-
-    Where there are products, AHEAD asks for the tiles of the next step by hand, as in the backward pass; for the last
-    rows twice.
-    """
+    """A program walks down its rows: what belongs to its columns, lora_B and g, it reads once."""
     start_o = tl.program_id(0) * BLOCK_O
     cols_O = start_o + tl.arange(0, BLOCK_O)
     mask_O = cols_O < O
     begin = tl.program_id(1) * rows_per_program
     rows = tl.minimum(rows_per_program, T - begin)
-    last = begin + (tl.cdiv(rows, BLOCK_T) - 1) * BLOCK_T
 
-    AHEAD: tl.constexpr = BLOCK_R > 0 and STAGES > 1
-    if AHEAD:
-        tiles = _pair(up_ptr, gate_ptr, begin, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
     b_up_OR = None
     b_gate_OR = None
     if BLOCK_R and b_up_ptr is not None:
@@ -162,13 +154,9 @@ def mlp_kernel(
         g_O, bias_O = _scale(m_gate_ptr, n_gate_ptr, cols_O, mask_O), _bias(bias_gate_ptr, cols_O, mask_O)
     for done in tl.range(0, rows, BLOCK_T, num_stages=STAGES):
         start = begin + done
-        if AHEAD:
-            up_TO, gate_TO = tiles
-            following = tl.minimum(start + BLOCK_T, last)
-            tiles = _pair(up_ptr, gate_ptr, following, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
-        else:
-            up_TO, gate_TO = _pair(up_ptr, gate_ptr, start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN)
+        up_TO = load_tile(up_ptr, start, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
         if gate_ptr is not None:
+            gate_TO = load_tile(gate_ptr, start, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
             inner_TO = _inner(
                 gate_TO,
                 gate_ptr,
@@ -214,15 +202,6 @@ def mlp_kernel(
         else:
             z_TO *= act_TO
         store_tile(z_ptr, _rounded(z_TO, z_ptr), start, start_o, T, O, BLOCK_T, BLOCK_O, EVEN, False)
-
-
-@triton.jit
-def _pair(up_ptr, gate_ptr, start_t, start_o, T, O, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, EVEN: tl.constexpr):
-    up_TO = load_tile(up_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
-    if gate_ptr is None:
-        return up_TO, up_TO
-    else:
-        return up_TO, load_tile(gate_ptr, start_t, start_o, T, O, O, 1, BLOCK_T, BLOCK_O, EVEN, False)
 
 
 @triton.jit
