@@ -224,7 +224,9 @@ def packed_norm_config(
         candidates = _fewer_stages(NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True))
     else:
         candidates = []
-    candidates.append(NormConfig(64, 64, min(block_r, 64), 1, 4, 4 - halves))
+    # Of two numbers a byte, a product that is summed outside the registers spills at 64.
+    block_i = 32 if halves == 2 and target.generation in (10, 11) else 64
+    candidates.append(NormConfig(64, block_i, min(block_r, 64), 1, 4, 4 - halves))
     config = _first(candidates, target, rank, torch.bfloat16, halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     tiles = -(-in_features // halves // config.block_i)
