@@ -1,10 +1,9 @@
+"""Nothing of dorac is imported here, as in ``tests/``."""
+
 import os
 
 import pytest
 import torch
-
-from dorac.ops import eager
-from dorac.testing.poison import poisoned_memory
 
 torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to the bounds of float32
 
@@ -26,6 +25,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True, scope="session")
 def _poison():
     """Memory that dorac allocates and does not write is NaN."""
+    from dorac.testing.poison import poisoned_memory
+
     with poisoned_memory():
         yield
 
@@ -33,6 +34,8 @@ def _poison():
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from one seed, an empty compiler cache, and no plans that know what a test patched."""
+    from dorac.ops import eager
+
     torch.manual_seed(0)
     eager.forget_plans()
     yield

@@ -1,10 +1,9 @@
+"""Nothing of dorac is imported here: ``test_front.py`` says first what a new torch has moved."""
+
 import os
 
 import pytest
 import torch
-
-from dorac.ops import eager
-from dorac.testing.poison import poisoned_memory
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels then run on CPU tensors; read when triton is imported
@@ -42,6 +41,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True, scope="session")
 def _poison():
     """Memory that dorac allocates and does not write is NaN."""
+    from dorac.testing.poison import poisoned_memory
+
     with poisoned_memory():
         yield
 
@@ -49,6 +50,8 @@ def _poison():
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from one seed, an empty compiler cache, and no plans that know what a test patched."""
+    from dorac.ops import eager
+
     torch.manual_seed(0)
     eager.forget_plans()
     yield

@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("triton")
 
 from dorac import functional, reference
-from dorac.bench import stub
-from dorac.bench.__main__ import main
+from dorac.bench import kernel_times, measure, options, stub
+from dorac.bench.__main__ import SUBCOMMANDS, main
 from dorac.kernels import backward, compose, configs, norm, target
 from dorac.kernels.configs import (
     ColumnConfig,
@@ -297,6 +297,42 @@ def test_bench_card_without_a_gpu(tmp_path):
     assert "there is no GPU" in record["why"]
 
 
+def test_bench_card_times_aten_where_there_is_no_gpu(tmp_path):
+    path = tmp_path / "card.json"
+    assert main(["card", "--device", "cpu", "--times", "--ranks", "8", "--json", str(path)]) == 0
+    records = [record for record in json.loads(path.read_text())["records"] if "ratio" in record]
+    assert [record["case"].removesuffix(" r8") for record in records] == TIMED
+    assert all(record["variant"] == "aten" and record["ratio"] == 1 < record["wall_us"] for record in records)
+
+
+def test_bench_card_times_three_beside_one_another(monkeypatch):
+    """With the configs of the card, of another and in aten, each of them for as long as it is timed."""
+    seen = []
+    choose = configs.norm_config
+    monkeypatch.setattr(norm, "norm_config", lambda *args: seen.append(args[-1]) or choose(*args))
+    args = options.parse(["card", "--device", "cpu", "--times", "--ranks", "8"], SUBCOMMANDS)
+    args.ceilings = measure.Ceilings(1e3, 1e3, 1e3)
+    with stub.stubbed_kernels():
+        records = [*kernel_times.run(H100, CARDS["gfx942"], args)]
+    for case in TIMED:
+        variants = [record["variant"] for record in records if record["case"] == f"{case} r8"]
+        assert variants == [
+            name for name in ("chosen", "as gfx942", "aten") if "gfx" not in name or case != "packed-norm"
+        ]
+    assert {*seen} == {H100, CARDS["gfx942"]}
+
+
+@pytest.mark.usefixtures("device_caches")
+def test_bench_card_times_only_what_can_be_launched(monkeypatch, capsys):
+    sizes = {"multi_processor_count": 82, "warp_size": 32, "shared_memory_per_multiprocessor": 100 * 1024}
+    card_of(monkeypatch, major=8, minor=6, **sizes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("sm_90", "gfx942"):
+        assert main(["card", "--device", "cuda", "--times", "--target", name]) == 2
+        assert f"kernels for {name} cannot be launched on sm_86" in capsys.readouterr().err
+
+
+TIMED = ["norm", "packed-norm", "up", "compose", "backward", "lora-b-backward", "mlp step"]
 COMPILE = """
 import dataclasses, json, sys, warnings
 warnings.simplefilter("ignore")

@@ -8,16 +8,24 @@ from dorac.cli import BadInput
 from dorac.kernels import configs, target
 
 DEFAULTS = {
-    "cpu": {"ranks": [16, 64, 384], "target": None, "compile": False},
-    "cuda": {"ranks": [16, 64, 384], "target": None, "compile": False},
+    "cpu": {"ranks": [16, 64, 384], "target": None, "processors": None, "compile": False, "times": False},
+    "cuda": {"ranks": [16, 64, 384], "target": None, "processors": None, "compile": False, "times": False},
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=list(target.CARDS), help="another card than the device, known by name")
+    parser.add_argument("--processors", type=options.positive, metavar="N", help="as if the card had so many")
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument(
         "--compile", action="store_true", default=None, help="also ask Triton's compiler, which takes a minute or two"
+    )
+    parser.add_argument(
+        "--times",
+        action="store_true",
+        default=None,
+        help="also time the kernels on this device, beside aten and, with --target or --processors, with the configs "
+        "of that card",
     )
 
 
@@ -27,14 +35,28 @@ def check(args: argparse.Namespace) -> None:
 
         if triton.knobs.runtime.interpret:
             raise BadInput("--compile needs kernels that are not interpreted: unset TRITON_INTERPRET")
+    if args.times and args.device.type == "cuda":
+        card, own = _card(args), target.of_device(args.device)
+        if card.backend != own.backend or card.shared_memory > own.shared_memory:
+            raise BadInput(f"--times: kernels for {card.name} cannot be launched on {own.name}")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One record per kernel, dtypes and rank: ``bound_kib``, by the config, of the card's ``limit_kib``.
 
-    With ``--compile`` also what the compiler says: ``shared_kib``, ``registers`` of a thread, and its ``spills``.
+    With ``--compile`` also what the compiler says: ``shared_kib``, ``registers`` of a thread, and its ``spills``. With
+    ``--times`` records of :func:`dorac.bench.kernel_times.run` follow.
     """
     card = _card(args)
+    yield from _configs(card, args)
+    if args.times:
+        from dorac.bench import kernel_times
+
+        own = target.of_device(args.device) if args.device.type == "cuda" else None
+        yield from kernel_times.run(own, None if card == own or own is None else card, args)
+
+
+def _configs(card: target.Target | None, args: argparse.Namespace) -> Iterator[dict[str, object]]:
     if card is None:
         yield {"case": str(args.device), "variant": "aten", "why": "there is no GPU (--target names one)"}
         return
@@ -63,9 +85,10 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def _card(args: argparse.Namespace) -> target.Target | None:
+    card = target.of_device(args.device) if args.device.type == "cuda" else None
     if args.target is not None:
-        return target.CARDS[args.target]
-    return target.of_device(args.device) if args.device.type == "cuda" else None
+        card = target.CARDS[args.target]
+    return card if card is None or args.processors is None else card._replace(processors=args.processors)
 
 
 def _short(config: configs.Config) -> str:

@@ -48,6 +48,18 @@ def scale_backward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.ops.dorac.scale_backward(inputs.dy, inputs.inner, inputs.magnitude, inputs.weight_norm)
 
 
+def compose_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``y = m / n * (base + s * lora)`` and inner, of a product that is there: here ``lora`` is ``dy``."""
+    mag_scale = inputs.magnitude / inputs.weight_norm
+    return torch.ops.dorac.compose_forward(inputs.base, inputs.dy, mag_scale, inputs.scaling, None, False, False)
+
+
+def lora_b_backward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`scale_backward` with lora_B's gradient."""
+    tensors = inputs.dy, inputs.inner, inputs.magnitude, inputs.weight_norm, inputs.h, inputs.scaling
+    return torch.ops.dorac.lora_b_backward(*tensors, False, False)
+
+
 def _forward_arguments(inputs: Inputs) -> tuple[object, ...]:
     tensors = (inputs.base, inputs.h, inputs.lora_B, inputs.magnitude, inputs.weight_norm, inputs.scaling)
     bias, delta = None, False

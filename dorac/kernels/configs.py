@@ -127,8 +127,9 @@ class LoraBConfig(ColumnConfig):
         """Bytes at most."""
         tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
         ahead = _buffers(self.stages, target, dtype, product=True)
-        behind = 0 if target.backend == "hip" else max(2, ahead - 1)  # dy once more, and inner: loaded a step later
-        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4), target)
+        behind = 0 if target.backend == "hip" else 2 * max(2, ahead - 1)  # dy once more, and inner: loaded a step later
+        more = target.backend == "cuda" and self.chunks > 1  # Triton 3.8 has one of these once more
+        return _total(max(ahead * (tile + h) + (behind + more) * tile, self.block_o * self.block_r * 4), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,9 @@ def packed_norm_config(
         candidates = _fewer_stages(NormConfig(128, block_i, block_r, 1, 8, 4 - halves, registers=True))
     else:
         candidates = []
-    candidates.append(NormConfig(64, 64, min(block_r, 64), 1, 4, 4 - halves))
+    # Of two numbers a byte, a product that is summed outside the registers spills at 64.
+    block_i = 32 if halves == 2 and target.generation in (10, 11) else 64
+    candidates.append(NormConfig(64, block_i, min(block_r, 64), 1, 4, 4 - halves))
     config = _first(candidates, target, rank, torch.bfloat16, halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
     tiles = -(-in_features // halves // config.block_i)
