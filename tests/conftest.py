@@ -14,6 +14,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--card", help="kernels are launched as for this card, sm_86; as if it had 46 processors, sm_90:46"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _card(request):
+    """With ``--card`` every test runs as on another card, by its kernels' configs."""
+    wanted = request.config.getoption("--card")
+    if wanted is None:
+        yield
+        return
+    from dorac.kernels.target import CARDS
+    from dorac.ops import cards
+
+    name, _, processors = wanted.partition(":")
+    card = CARDS[name]
+    with cards.launched_for(card._replace(processors=int(processors)) if processors else card):
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Every test with this fixture has a twin for the GPU under the marker gpu."""

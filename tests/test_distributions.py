@@ -86,7 +86,7 @@ def test_what_is_in_them(built):
         assert {name for name in file.namelist() if ".dist-info/" not in name} == package
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert package | files("tests") | files("compile_tests") | {"pyproject.toml", "README.md"} <= names
+    assert package | {"pyproject.toml", "README.md"} <= names
 
 
 @pytest.mark.full
