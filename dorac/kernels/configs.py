@@ -152,7 +152,40 @@ class MlpBackwardConfig(MlpConfig):
         return _total(max(h + 4 * tile, self.block_o * self.block_r * 4) + a, target)
 
 
-Config = NormConfig | TileConfig | ColumnConfig
+@dataclasses.dataclass(frozen=True)
+class MixedConfig:
+    """How tokens become tiles (``kernels/mixed.py``), and the tiles of both launches.
+
+    The first: ``block_t`` tokens, a step's ``block_i`` inputs, ``block_r`` ranks, the inputs split over ``splits``
+    programs. The second: ``block_o`` outputs, ``up_r`` ranks of a step; of long rows ``rows`` tokens, a multiple of
+    ``up_t``, in steps of these.
+    """
+
+    form: str
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    down_warps: int
+    stages: int
+    block_o: int
+    up_r: int
+    up_warps: int
+    up_t: int = 16
+    rows: int = 16
+
+    def shared_memory(self, target: Target, factor_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        size = max(factor_dtype.itemsize, base_dtype.itemsize)
+        step = (self.block_t + self.block_r) * self.block_i * size
+        if factor_dtype is torch.float32 and base_dtype.itemsize == 2:
+            step *= 2  # high and low
+        up_t = self.up_t if self.form == "long" else self.block_t
+        up = (up_t + self.block_o) * self.up_r * size * 2 + up_t * self.block_o * 4
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
+
+
+Config = NormConfig | TileConfig | ColumnConfig | MixedConfig
 _Config = TypeVar("_Config", bound=Config)
 
 
@@ -352,6 +385,54 @@ def mlp_backward_config(tokens: int, features: int, rank: int, target: Target) -
     return _first(_fewer_stages(config), target)
 
 
+# Of mixed rows: up to how many tokens each is a tile, and up to how many a program counts in all of them.
+SINGLE, COUNTED = 8, 256
+PARTIAL_BYTES = 2**21  # of the partial sums, where there is more than one split
+
+
+@functools.lru_cache(maxsize=1024)
+def mixed_config(
+    batch: int,
+    row_tokens: int,
+    adapters: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    factor_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    target: Target,
+) -> MixedConfig:
+    """Few tokens: as many programs as are resident, or bytes come too slowly. Many: as :func:`tile_config`."""
+    tokens = batch * row_tokens
+    half = factor_dtype.itemsize == base_dtype.itemsize == 2
+    up_r = _power(rank, 16, 64 if half else 32)
+    if tokens <= SINGLE:
+        block_r = min(up_r, 16)
+        config = MixedConfig("single", 1, 128, block_r, 32, 4, 2, 64 if tokens <= 2 else 128, up_r, 4)
+        count = tokens
+    elif tokens <= COUNTED or row_tokens < 16:
+        form = "counted" if tokens <= COUNTED else "listed"
+        config = MixedConfig(form, 16, 256 if half else 64, up_r, 16, 4, 3, 128, up_r, 4)
+        groups = min(tokens, adapters + 1)
+        count = groups + (tokens - groups) // 16
+    else:
+        block_t = _power(row_tokens, 16, 64)
+        up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}
+        if not half:
+            up = {"up_t": 16, "up_warps": 4, "rows": 128}
+        while up["rows"] > up["up_t"] and batch * -(-row_tokens // up["rows"]) * -(-out_features // 128) < 512:
+            up["rows"] //= 2
+        config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)
+        count = batch * -(-row_tokens // block_t)
+    config = _first(_fewer_stages(config, 1), target, factor_dtype, base_dtype)
+    programs = max(1, count * -(-rank // config.block_r))
+    splits = min(config.splits, max(1, 4 * target.processors // programs), max(1, in_features // config.block_i))
+    splits = 1 << splits.bit_length() - 1
+    while splits > 1 and splits * tokens * rank * 4 > PARTIAL_BYTES:
+        splits //= 2
+    return dataclasses.replace(config, splits=splits)
+
+
 RANKS = 1, 16, 32, 64, 128, 192, 256, 384, 512  # both sides of each threshold above
 DTYPES = torch.bfloat16, torch.float32
 
@@ -378,6 +459,8 @@ def why_not(target: Target | None) -> str | None:
             mlp_backward_config(*size, rank, target)
             for halves in (1, 2):
                 packed_norm_config(1, *size, halves, rank, target)
+            for batch, tokens in ((1, 1), (64, 1), (1024, 1), (8, 512)):
+                mixed_config(batch, tokens, 16, *size, rank, dtype, torch.bfloat16, target)
     except DoesNotFitError as error:
         return str(error)
     return None
