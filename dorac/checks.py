@@ -476,6 +476,7 @@ def check_mixed(
     bias: Tensor | None,
     weight_norm: Tensor | None,
     adapter_index: Tensor,
+    ranks: Tensor | None = None,
 ) -> None:
     """All tensors of ``dora_linear_mixed``."""
     check_stack(weight, lora_A, lora_B)
@@ -487,6 +488,8 @@ def check_mixed(
     check_activation_dtype(x, weight)
     check_vector("bias", bias, weight)
     _check_index("adapter_index", adapter_index, "[N]", [x.shape[0]], x, "x")
+    if ranks is not None:
+        _check_index("ranks", ranks, "[K]", [lora_A.shape[0]], weight, "weight")
 
 
 def check_adapter(

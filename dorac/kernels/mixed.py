@@ -2,8 +2,8 @@
 
 Two launches beside the base product. The first makes ``h[i] = x[i] lora_A_k^T``, split over the inputs, since a few
 rows would not keep the card busy otherwise; the second adds the splits up in their order, multiplies with lora_B and
-ends with g, s and b, where the base product lies. Neither gathers a factor: a program takes a tile of rows that name one
-adapter, and reads that adapter's factors where they are. Row -1 is ``base + b``.
+ends with g, s and b, where the base product lies. Neither gathers a factor: a program takes a tile of rows that name
+one adapter, and reads that adapter's factors where they are. Row -1 is ``base + b``.
 
 How rows become tiles (FORM):
 
@@ -257,7 +257,7 @@ def up_kernel(
                     h_TR += tl.load(pointers, mask=h_mask, other=0.0)
                     pointers += T * R
                 h_TR = h_TR.to(b_OR.dtype)
-                if WANT_INNER:
+                if WANT_INNER:  # noqa: SIM102, the first is the compiler's to answer
                     if start_o == 0:
                         tl.store(h_ptr + place_TR, h_TR, mask=is_token_T[:, None] & (rank_R < R)[None, :])
                 acc_TO = _small_product(h_TR, b_OR, acc_TO, BLOCK_T, SPLIT)
@@ -333,7 +333,9 @@ def list_tiles(index: Tensor, row_tokens: int, adapters: int, block_t: int) -> T
     tile = torch.arange(most_tiles(tokens, adapters, block_t), **options)
     key = torch.searchsorted(last_tiles, tile, right=True)
     known = key.clamp(max=adapters)
-    first = begins[known] + (tile - last_tiles[known]) * block_t + (ends - begins + block_t - 1)[known] // block_t * block_t
+    first = (
+        begins[known] + (tile - last_tiles[known]) * block_t + (ends - begins + block_t - 1)[known] // block_t * block_t
+    )
     place = first[:, None] + torch.arange(block_t, **options)
     is_token = (place < ends[known][:, None]) & (key <= adapters)[:, None]
     listed = torch.where(is_token, order[place.clamp(0, max(tokens - 1, 0))], -1)
