@@ -183,7 +183,7 @@ def up_kernel(
     base_ptr,  # contiguous, as y, inner and h; y may lie where it does
     partial_ptr,
     b_ptr,
-    magnitude_ptr,
+    magnitude_ptr,  # or None: g is 1, plain LoRA
     norm_ptr,  # or None: the magnitude is g
     scaling_ptr,  # of every adapter, or a number
     bias_ptr,
@@ -225,8 +225,9 @@ def up_kernel(
         adapter = tl.maximum(key, 0).to(tl.int64)
         cols_O = start_o + tl.arange(0, BLOCK_O)
         is_col_O = cols_O < O
-        magnitude_ptr += adapter * stride_mk
-        g_O = tl.load(magnitude_ptr + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
+        g_O = tl.full([BLOCK_O], 1.0, dtype=tl.float32)
+        if magnitude_ptr is not None:
+            g_O = tl.load(magnitude_ptr + adapter * stride_mk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
         if norm_ptr is not None:
             norm_O = tl.load(norm_ptr + adapter * stride_nk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
             g_O = tl.where(norm_O <= 1e-12, 1.0, tl.div_rn(g_O, norm_O))
@@ -423,7 +424,7 @@ def mixed(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    magnitude: Tensor,
+    magnitude: Tensor | None,
     weight_norm: Tensor | None,
     scaling: Tensor | float,
     bias: Tensor | None,
@@ -440,7 +441,7 @@ def mixed(
         base: ``[T, O]``, contiguous: ``x W^T``.
         x: ``[T, I]``, any strides. T is a multiple of the length of ``index``, the tokens of a row being neighbours.
         lora_A: ``[K, R, I]``. lora_B: ``[K, O, R]``, in one dtype.
-        magnitude: ``[K, O]``, g itself where ``weight_norm`` is None.
+        magnitude: ``[K, O]``, g itself where ``weight_norm`` is None; None for plain LoRA.
         scaling: a number, or of every adapter ``[K]``.
         index: ``[N]``, int32 or int64, each in ``[-1, K)``, which an assertion on the device checks.
         ranks: ``[K]``, int32 or int64: beyond these the factors are zeros, which are not read.
@@ -490,9 +491,11 @@ def needs_split(base_dtype: torch.dtype, factor_dtype: torch.dtype) -> bool:
     return factor_dtype is torch.float32 and base_dtype is not torch.float32
 
 
-def vector_strides(magnitude: Tensor, weight_norm: Tensor | None, scaling: Tensor | float) -> tuple[int, int, int]:
+def vector_strides(
+    magnitude: Tensor | None, weight_norm: Tensor | None, scaling: Tensor | float
+) -> tuple[int, int, int]:
     return (
-        magnitude.stride(0),
+        0 if magnitude is None else magnitude.stride(0),
         0 if weight_norm is None else weight_norm.stride(0),
         scaling.stride(0) if isinstance(scaling, Tensor) else 0,
     )
