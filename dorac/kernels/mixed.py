@@ -115,16 +115,21 @@ def down_kernel(
     tile, split, start_r = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
     if FORM == "counted":
         key, token_T, is_token_T = _counted_tile(index_ptr, tile, T, L, BLOCK_T, BLOCK_N)
+        key = tl.where(key < K, key, -1)
         if (split == 0) & (start_r == 0):
             tl.store(tiles_ptr + tile * (1 + BLOCK_T), key)
             place_T = tl.arange(0, BLOCK_T)
             tl.store(tiles_ptr + tile * (1 + BLOCK_T) + 1 + place_T, tl.where(is_token_T, token_T, -1))
+        if (tile == 0) & (split == 0) & (start_r == 0):  # tiles of adapters that there are not may be one too many
+            token_N = tl.arange(0, BLOCK_N)
+            key_N = tl.load(index_ptr + token_N // L, mask=token_N < T, other=0)
+            tl.device_assert((key_N >= -1) & (key_N < K), "adapter_index is out of range")
         key = tl.where(tl.sum(is_token_T.to(tl.int32), axis=0) > 0, key, -1)
     else:
         key, token_T, is_token_T = _known_tile(index_ptr, tiles_ptr, tile, tiles_per_row, BLOCK_T, T, L, FORM, BLOCK_T)
         if FORM == "listed":
             key = tl.maximum(key, -1)
-    tl.device_assert((key >= -1) & (key < K), "adapter_index is out of range")
+        tl.device_assert((key >= -1) & (key < K), "adapter_index is out of range")
 
     rank = _rank_of(ranks_ptr, key, R)
     if start_r < rank:
