@@ -23,6 +23,7 @@ from triton.runtime.interpreter import interpreter_builder
 from dorac.kernels import configs
 from dorac.kernels.launch import ASSERTS
 from dorac.kernels.mixed import list_tiles, mixed, most_tiles
+from dorac.kernels.stack_norm import stack_norm
 from dorac.kernels.target import CARDS
 
 HALF = torch.bfloat16, torch.float16
@@ -274,6 +275,66 @@ def test_out_of_range_is_asserted_on_the_device():
     result = subprocess.run([sys.executable, "-c", OUT_OF_RANGE], env=os.environ, capture_output=True, text=True)
     assert result.returncode != 0
     assert "device-side assert" in result.stderr
+
+
+# The norms
+
+
+def norm_truth(layer, scaling):
+    s = scaling.double().view(-1, 1, 1) if isinstance(scaling, torch.Tensor) else scaling
+    delta = s * layer.lora_B.double() @ layer.lora_A.double()
+    return torch.linalg.vector_norm(layer.weight.double() + delta, dim=-1)
+
+
+def check_norm(norm, layer, scaling):
+    truth = norm_truth(layer, scaling)
+    split = layer.lora_A.dtype is torch.float32 and layer.weight.dtype is not torch.float32
+    assert norm.dtype is torch.float32
+    assert ((norm.double() - truth).abs() <= (4e-5 if split else 1e-6) * truth).all()
+
+
+@pytest.mark.parametrize("sizes", [(2, 40, 70, 1), (3, 70, 300, 16), (5, 33, 130, 20)], ids=str)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), PAIRS)
+def test_norms_together(sizes, dtype, factor_dtype, device):
+    """Rows of zeros, a number, an element or a scaling for each; a transposed weight."""
+    layer = Layer([0], (), sizes, dtype, factor_dtype, device)
+    layer.weight[3], layer.lora_B[:, 3] = 0, 0
+    check_norm(stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling), layer, layer.scaling)
+    for scaling in (0.7, torch.tensor(0.7, device=device)):
+        norm = stack_norm(layer.weight.T.contiguous().T, layer.lora_A, layer.lora_B, scaling)
+        check_norm(norm, layer, scaling)
+    config = configs.StackNormConfig(16, 32, 64, 4, 3, 4, 2)
+    check_norm(stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, config), layer, layer.scaling)
+
+
+def test_norms_whose_squares_overflow(device):
+    """Of some of the adapters, in some rows."""
+    layer = Layer([0], (), (3, 40, 70, 4), torch.float32, torch.float32, device)
+    layer.weight[5] *= 1e25
+    layer.lora_B[1, 7] *= 1e25
+    check_norm(stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling), layer, layer.scaling)
+    layer.lora_B[2, 4, 0] = float("nan")
+    norm = stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+    assert norm[2, 4] == float("inf")
+    assert norm.isfinite().sum() == norm.numel() - 1
+
+
+@pytest.mark.parametrize("rank", [8, 80])
+@pytest.mark.parametrize("each", [True, False])
+def test_mixed_norm(rank, each, path, device):
+    """Of large ranks one after the other."""
+    layer = Layer([0], (), (3, 20, 33, rank), torch.float32, torch.float32, device)
+    scaling = layer.scaling if each else 0.7
+    check_norm(functional.mixed_norm(layer.weight, layer.lora_A, layer.lora_B, scaling), layer, scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_norm_in_aten(dtype):
+    layer = Layer([0], (), (3, 20, 33, 8), dtype, dtype, "cpu")
+    for scaling in (layer.scaling, 0.7):
+        check_norm(functional.mixed_norm(layer.weight, layer.lora_A, layer.lora_B, scaling), layer, scaling)
+        chunked = functional.mixed_norm(layer.weight, layer.lora_A, layer.lora_B, scaling, budget=1)
+        check_norm(chunked, layer, scaling)
 
 
 # The function

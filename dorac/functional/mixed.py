@@ -6,7 +6,7 @@ from torch import Tensor
 from dorac import checks, ops
 from dorac.functional.norm import norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops import eager_mixed
+from dorac.ops import eager_mixed, front
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -88,16 +88,15 @@ def mixed_norm(
         TypeError, ValueError: see :func:`norm_factored`.
     """
     checks.check_stack(weight, lora_A, lora_B)
+    stacked, acc = weight.expand(lora_A.shape[0], *weight.shape), accumulate_dtype(weight, lora_A)
     if isinstance(scaling, Tensor) and scaling.ndim == 1:
-        acc = accumulate_dtype(weight, lora_A)
-        lora_A, lora_B = (
-            lora_A.to(acc),
-            lora_B.to(acc) * _scalings(scaling, lora_A.shape[0], weight, acc).view(-1, 1, 1),
-        )
-        scaling = 1.0
-    return norm_factored(
-        weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, scaling, norm_grad=norm_grad, budget=budget
-    )
+        s = _scalings(scaling, lora_A.shape[0], weight, acc)
+        if not norm_grad and front.all_plain(weight, lora_A, lora_B, s):
+            budget = checks.check_budget(budget)
+            with front.autocast_off(weight):
+                return ops.norm.norm_factored(stacked, lora_A, lora_B, s, None, budget)
+        lora_A, lora_B, scaling = lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0
+    return norm_factored(stacked, lora_A, lora_B, scaling, norm_grad=norm_grad, budget=budget)
 
 
 def _scalings(scaling: float | Tensor, adapters: int, like: Tensor, dtype: torch.dtype) -> Tensor:

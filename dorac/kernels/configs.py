@@ -68,6 +68,26 @@ class NormConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StackNormConfig:
+    """The same for several adapters ``together`` over one weight, all ranks in one step."""
+
+    block_o: int
+    block_i: int
+    block_r: int
+    together: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        factors = (self.block_o + self.block_i) * self.block_r * self.together
+        w = self.block_o * self.block_i
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        return _total(ahead * (factors + w) * dtype.itemsize, target) + SCRATCH
+
+
+@dataclasses.dataclass(frozen=True)
 class TileConfig:
     """A program's tile of activations, and the ranks of a step of its product.
 
@@ -185,7 +205,7 @@ class MixedConfig:
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
 
 
-Config = NormConfig | TileConfig | ColumnConfig | MixedConfig
+Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | MixedConfig
 _Config = TypeVar("_Config", bound=Config)
 
 
@@ -245,6 +265,26 @@ def norm_config(
     start = 3 if config.registers else 1
     tiles = -(-in_features // config.block_i)
     return dataclasses.replace(config, splits=_splits(row_blocks, tiles, target.processors * resident, start))
+
+
+@functools.lru_cache(maxsize=1024)
+def stack_norm_config(
+    adapters: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, target: Target
+) -> StackNormConfig:
+    """Of ranks up to 64."""
+    block_r, most = _power(rank, 16, 64), _power(adapters, 2, 4)
+    if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
+        candidates = [StackNormConfig(32, 32, block_r, 2, 1, 4, 2)]
+    else:
+        candidates = [
+            StackNormConfig(64, 128, block_r, together, 1, 8, stages)
+            for together, stages in ((most, 3), (most, 2), (2, 2))
+        ]
+        candidates.append(StackNormConfig(64, 64, block_r, 2, 1, 4, 2))
+    config = _first(candidates, target, weight_dtype)
+    programs = -(-adapters // config.together) * -(-out_features // config.block_o)
+    splits = _splits(programs, -(-in_features // config.block_i), 2 * target.processors, 1)
+    return dataclasses.replace(config, splits=splits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -450,6 +490,7 @@ def why_not(target: Target | None) -> str | None:
     try:
         for rank, dtype in itertools.product(RANKS, DTYPES):
             norm_config(1, *size, rank, dtype, target)
+            stack_norm_config(16, *size, min(rank, 64), dtype, target)
             for base_dtype in (torch.bfloat16, dtype):
                 tile_config(*size, rank, dtype, base_dtype, target)
             column_config(*size, dtype, target)
