@@ -110,6 +110,10 @@ def test_what_is_chosen_fits(name):
         for training in (False, True):
             assert fits(configs.mlp_config(first, second, rank, training, card), card)
         assert fits(configs.mlp_backward_config(first, second, rank, card), card)
+        for dtype in (HALF, FULL):
+            assert fits(configs.stack_norm_config(16, first, second, min(rank, 64), dtype, card), card, dtype)
+        for h, base, rows in itertools.product((HALF, FULL), (HALF, FULL), ((1, 1), (64, 1), (2000, 1), (8, 512))):
+            assert fits(configs.mixed_config(*rows, 16, first, second, rank, h, base, card), card, h, base)
 
 
 def test_fewer_processors_have_fewer_programs():

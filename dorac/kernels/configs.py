@@ -201,7 +201,7 @@ class MixedConfig:
         if factor_dtype is torch.float32 and base_dtype.itemsize == 2:
             step *= 2  # high and low
         up_t = self.up_t if self.form == "long" else self.block_t
-        up = (up_t + self.block_o) * self.up_r * size * 2 + up_t * self.block_o * 4
+        up = max((up_t + self.block_o) * self.up_r * size, up_t * self.block_o * 4)
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
 
 
@@ -464,7 +464,8 @@ def mixed_config(
             up["rows"] //= 2
         config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)
         count = batch * -(-row_tokens // block_t)
-    config = _first(_fewer_stages(config, 1), target, factor_dtype, base_dtype)
+    candidates = [*_fewer_stages(config, 1), dataclasses.replace(config, block_i=config.block_i // 2, stages=1)]
+    config = _first(candidates, target, factor_dtype, base_dtype)
     programs = max(1, count * -(-rank // config.block_r))
     splits = min(config.splits, max(1, 4 * target.processors // programs), max(1, in_features // config.block_i))
     splits = 1 << splits.bit_length() - 1
