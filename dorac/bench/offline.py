@@ -26,6 +26,8 @@ NAMES = {
     torch.float32: "fp32",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 HALF, FULL = torch.bfloat16, torch.float32

@@ -163,7 +163,7 @@ class SegmentConfig(ColumnConfig):
         size = dtype.itemsize
         tile, h = self.block_t * self.block_o * size, self.block_t * self.block_r * h_dtype.itemsize
         ahead = _buffers(self.stages, target, dtype, product=True)
-        behind = 0 if target.backend == "hip" else max(2, ahead - 1)  # as of LoraBConfig
+        behind = 0 if target.backend == "hip" else max(2, ahead - (size == 2))  # as of LoraBConfig
         pieces = 3 * self.block_t * self.block_r * 2 if h_dtype.itemsize > size else 0
         return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + pieces, target)
 
@@ -411,7 +411,7 @@ def segment_tile_config(
     elif rank <= 64 or each <= 32:
         config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
     else:
-        config = TileConfig(64, 128, 32 if h_dtype is torch.float32 else 64, 4, 2)
+        config = TileConfig(*((32, 128, 32) if h_dtype is torch.float32 else (64, 128, 64)), 4, 2)  # or it spills
     return _first(_fewer_stages(config, 1), target, h_dtype, base_dtype)
 
 

@@ -175,8 +175,8 @@ def exact_product(left, right, acc, WIDE: tl.constexpr):
 
 @triton.jit
 def segment_compose_kernel(
-    base_ptr,
     h_ptr,
+    base_ptr,  # or None: zero
     b_ptr,
     magnitude_ptr,  # or None: g is 1
     norm_ptr,  # or None: magnitude is g
@@ -223,15 +223,15 @@ def segment_compose_kernel(
     if segment == E:
         for start in tl.range(begin, end, BLOCK_T, num_stages=1):
             rows_T, mask_T = rows_of_tile(order_ptr, start, end, BLOCK_T)
-            tail_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-            if inner_ptr is not None:
-                store_rows(inner_ptr, tail_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
+            zero_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+            tail_TO = zero_TO
             if PLAIN:
-                tail_TO += load_rows(
-                    base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O
-                ).to(tl.float32)
+                base_TO = load_rows(base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O)
+                tail_TO += base_TO.to(tl.float32)
                 if bias_ptr is not None:
                     tail_TO += tl.load(bias_ptr + cols_O, mask=mask_O, other=0.0).to(tl.float32)[None, :]
+            if inner_ptr is not None:  # which may lie where base is
+                store_rows(inner_ptr, zero_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
             store_rows(y_ptr, tail_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
         return
     s = scaling_of(scaling_ptr, segment, EACH)
@@ -261,9 +261,12 @@ def segment_compose_kernel(
     for start in tl.range(begin, end, BLOCK_T, num_stages=1):
         rows_T, mask_T = rows_of_tile(order_ptr, start, end, BLOCK_T)
         acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+        if base_ptr is None:
+            base_TO = acc_TO
+        elif WALK:
+            base_TO = load_rows(base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O)
         if WALK:
             h_TR = load_rows(h_ptr, rows_T, mask_T, 0, R, stride_ht, stride_hr, BLOCK_R, EVEN_R)
-            base_TO = load_rows(base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O)
             acc_TO = product(h_TR, b_OR.T, acc_TO, SPLIT)
         else:
             for start_r in tl.range(0, R, BLOCK_R, num_stages=STAGES):
@@ -283,7 +286,8 @@ def segment_compose_kernel(
                     EVEN_O and EVEN_R,
                 )
                 acc_TO = product(h_TR, b_OR.T, acc_TO, SPLIT)
-            base_TO = load_rows(base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O)
+            if base_ptr is not None:
+                base_TO = load_rows(base_ptr, rows_T, mask_T, start_o, O, stride_base_t, stride_base_o, BLOCK_O, EVEN_O)
         base_TO, lora_TO = base_TO.to(tl.float32), s * acc_TO
         if inner_ptr is not None:
             store_rows(inner_ptr, base_TO + lora_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
@@ -329,8 +333,8 @@ def segment_compose_launch(
 ) -> Launch:
     """The launch for base, h and lora_B of these strides.
 
-    Its tensors: base, h, lora_B, magnitude, weight_norm, scaling, bias, offsets, order, y, inner; g is 1 where there is
-    no magnitude, and of bias, order and inner each may be None.
+    Its tensors: h, base, lora_B, magnitude, weight_norm, scaling, bias, offsets, order, y, inner; g is 1 where there is
+    no magnitude, and of base, bias, order and inner each may be None.
     """
     walk = rank <= config.block_r
     per_tile = max(config.rows, config.block_t) if walk else config.block_t
@@ -364,7 +368,7 @@ def segment_compose_launch(
 
 
 def segment_compose(
-    base: Tensor,
+    base: Tensor | None,
     h: Tensor,
     lora_B: Tensor,
     magnitude: Tensor | None,
@@ -384,7 +388,7 @@ def segment_compose(
 
     Args:
         base: ``[S, O]``, h: ``[S, R]``, lora_B: ``[E, O, R]``, any strides. h and lora_B of one dtype, that of base or
-            float32.
+            float32. Without a base, for which there is 0, the result has theirs.
         magnitude: ``[E, O]``; g itself where ``weight_norm`` is None; None for ``g = 1``.
         scaling: a number, one element on the device, or ``[E]``.
         bias: ``[E, O]``, or ``[O]`` for all segments and a plain tail.
@@ -393,14 +397,16 @@ def segment_compose(
         over_base: write y where base is, which has to be contiguous; with ``want_inner`` inner.
         config: how to launch; None chooses it.
     """
-    (rows, out_features), (segments, _, rank) = base.shape, lora_B.shape
-    fresh = torch.empty_like(base, memory_format=torch.contiguous_format) if want_inner or not over_base else None
-    y = base if fresh is None else fresh
+    rows, (segments, out_features, rank) = h.shape[0], lora_B.shape
+    like = h if base is None else base
+    y = base if over_base and not want_inner else like.new_empty(rows, out_features)
     inner = None
     if want_inner:
-        inner = base if over_base else torch.empty_like(base, memory_format=torch.contiguous_format)
-    if not base.numel():
+        inner = base if over_base else torch.empty_like(y)
+    if not y.numel():
         return y, inner
+    if not rank or not segments:
+        raise ValueError(f"lora_B must have segments and ranks, got {list(lora_B.shape)}")
     shared_bias = bias is not None and bias.ndim == 1
     magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
     launch = segment_compose_launch(
@@ -408,15 +414,15 @@ def segment_compose(
         segments,
         out_features,
         rank,
-        (base.stride(), h.stride(), lora_B.stride()),
-        config or segment_tile_config(rows, segments, out_features, rank, lora_B.dtype, base.dtype, target.of(base)),
+        ((0, 0) if base is None else base.stride(), h.stride(), lora_B.stride()),
+        config or segment_tile_config(rows, segments, out_features, rank, lora_B.dtype, like.dtype, target.of(h)),
         delta=delta,
-        split=lora_B.dtype is torch.float32 and base.dtype is not torch.float32,
+        split=lora_B.dtype is torch.float32 and like.dtype is not torch.float32,
         each=_scales(scaling),
         shared_bias=shared_bias,
         plain_tail=plain_tail,
     )
-    launch(base, h, lora_B, magnitude, weight_norm, scaling, bias, offsets, order, y, inner)
+    launch(h, base, lora_B, magnitude, weight_norm, scaling, bias, offsets, order, y, inner)
     return y, inner
 
 
@@ -646,7 +652,8 @@ def segment_backward_kernel(
         dy_OT = load_rows(dy_ptr, rows_T, mask_T, start_o, O, stride_dt, stride_do, BLOCK_O, EVEN_O).T
         h_TR = load_rows(h_ptr, rows_T, mask_T, start_r, R, stride_ht, stride_hr, BLOCK_R, EVEN_R)
         acc_OR = exact_product(dy_OT, h_TR, acc_OR, WIDE)
-        if magnitude_ptr is not None:
+        # The first is the compiler's to answer.
+        if magnitude_ptr is not None:  # noqa: SIM102
             if start_r == 0:
                 dy_TO = load_rows(again_ptr, rows_T, mask_T, start_o, O, stride_dt, stride_do, BLOCK_O, EVEN_O)
                 inner_TO = load_rows(inner_ptr, rows_T, mask_T, start_o, O, stride_it, stride_io, BLOCK_O, EVEN_O)
@@ -749,7 +756,7 @@ def segment_backward_launches(
 
     The first's tensors: dy, dy, inner, magnitude, weight_norm, h, scaling, offsets, order, d_base, d_magnitude,
     d_lora_B, d_bias, and the strips of these three; the second's: the strips of lora_B, magnitude and bias, offsets,
-    and the three gradients in the first's order. Without ``magnitudes`` all of theirs are None, and the strides of inner are zeros.
+    and the three gradients in the first's order. Without ``magnitudes`` theirs are None, and inner's strides zeros.
     """
     strips = row_tiles(rows, segments, config.rows)
     block_e = _block_e(segments)
@@ -860,3 +867,28 @@ def segment_backward(
     )
     add(parts_b, parts_m, parts_bias, offsets, *gradients)
     return d_base, d_m, d_b, d_bias
+
+
+@triton.jit
+def zero_tail_kernel(y_ptr, offsets_ptr, S, O, E, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):
+    last = tl.load(offsets_ptr + E - 1).to(tl.int32)
+    start = tl.program_id(0) * BLOCK_T
+    if start + BLOCK_T <= last:
+        return
+    rows_T = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+    mask_T = (rows_T >= last) & (rows_T < S)
+    for start_o in tl.range(0, O, BLOCK_O, num_stages=1):
+        zero_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+        store_rows(y_ptr, zero_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, False)
+
+
+@functools.lru_cache(maxsize=4096)
+def zero_tail_launch(rows: int, segments: int, columns: int) -> Launch:
+    grid = cdiv(rows, 16), 1, 1
+    return Launch(zero_tail_kernel, grid, (rows, columns, segments), 4, BLOCK_T=16, BLOCK_O=256)
+
+
+def zero_tail(y: Tensor, offsets: Tensor) -> None:
+    """Writes zeros to the tail's rows of a contiguous ``y [S, O]``."""
+    if y.numel() and len(offsets):
+        zero_tail_launch(y.shape[0], len(offsets), y.shape[1])(y, offsets)

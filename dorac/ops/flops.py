@@ -70,6 +70,14 @@ def _grouped_outer(left, right, offsets, **_):
     return _product((left[1], left[0]), right)
 
 
+def _grouped_compose(base, h, *_, **__):
+    return _product(h, (h[1], base[1]))
+
+
+def _grouped_compose_backward(dy, inner, h, *_, **__):
+    return 2 * _product(h, (h[1], dy[1]))
+
+
 def _elementwise(*_, **__):
     return 0
 
@@ -86,6 +94,9 @@ FORMULAS = {
     "grouped_product": _grouped_product,
     "grouped_outer": _grouped_outer,
     "packed_grouped_product": _packed_grouped_product,
+    "grouped_compose_value": _grouped_compose,
+    "grouped_compose_forward": _grouped_compose,
+    "grouped_compose_backward": _grouped_compose_backward,
     **dict.fromkeys(
         (
             "compose_value",
