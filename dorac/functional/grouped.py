@@ -7,6 +7,7 @@ from torch import Tensor
 from dorac import checks, ops, packed
 from dorac.functional.norm import norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
+from dorac.ops import eager_grouped
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -38,7 +39,8 @@ def dora_linear_grouped(
         lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
         offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last at most S. Rows past it
             are no expert's.
-        scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
+        scaling: s, a finite number or a 0-d tensor for all experts, or ``[E]``, one each.
+        weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
 
     Returns:
         ``[S, out]``, zero in rows that are no expert's. Gradients as in :func:`dora_linear`; those of an expert without
@@ -53,16 +55,28 @@ def dora_linear_grouped(
         TypeError, ValueError: as :func:`dora_linear`; offsets of another shape or dtype. Offsets that decrease or
             exceed S, where they are read, on the CPU; on CUDA they are not, and rows may stay unwritten.
     """
-    checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
-    scaling = checks.check_scaling(scaling)
+    each = isinstance(scaling, Tensor) and scaling.ndim == 1
+    if not each:
+        scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
     checks.check_dropout_on(dropout_on)
+    usual = not dropout_p and weight_norm is not None and norm_grad is False and budget == DEFAULT_BUDGET
+    if usual and not torch.compiler.is_compiling() and not packed.is_packed(weight):
+        tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
+        y = eager_grouped.dora_linear_grouped(*tensors, scaling if isinstance(scaling, Tensor) else float(scaling))
+        if y is not None:
+            return y
+    checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     dense = () if packed.is_packed(weight) else (weight,)
-    s = scaling_tensor(scaling, lora_A, accumulate_dtype(*dense, lora_A, lora_B))
+    acc = accumulate_dtype(*dense, lora_A, lora_B)
+    if each:
+        checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
+    s = scaling.to(acc) if each else scaling_tensor(scaling, lora_A, acc)
     if weight_norm is None:
-        weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
+        factors = (lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0) if each else (lora_A, lora_B, s)
+        weight_norm = norm_factored(weight, *factors, norm_grad=norm_grad, budget=budget)
 
     def product(rows: Tensor, matrices: Tensor | packed.Packed) -> Tensor:
         if packed.is_packed(matrices):

@@ -114,7 +114,7 @@ def _zero_tail(y: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_product_cuda(x, weight, offsets):
     if _has_grouped_gemm(x, weight) and weight.shape[1] % 8 == 0:
         return _zero_tail(F.grouped_mm(x, weight.mT, offs=offsets.to(torch.int32)), offsets)
-    capturing = torch.cuda.is_current_stream_capturing()
+    capturing = front.capturing()
     _, columns, length = weight.shape
     if front.has_kernels(x, weight) and x.dtype is weight.dtype and weight.numel():
         from dorac.kernels.segments import segment_compose, segment_product
@@ -129,7 +129,7 @@ def _grouped_product_cuda(x, weight, offsets):
 def _grouped_outer_cuda(left, right, offsets):
     if _has_grouped_gemm(left, right):
         return F.grouped_mm(left.t(), right, offs=offsets.to(torch.int32))
-    capturing = torch.cuda.is_current_stream_capturing()
+    capturing = front.capturing()
     columns, rows = left.shape[1], right.shape[1]
     if front.has_kernels(left, right) and left.dtype is right.dtype and columns and rows and len(offsets):
         from dorac.kernels.segments import segment_backward
