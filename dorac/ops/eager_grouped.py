@@ -56,7 +56,7 @@ def dora_linear_grouped(
 ) -> Tensor | None:
     """The layer, or None if it is not to be computed here; errors are ``check_grouped``'s.
 
-    ``scaling``: a finite number, or a checked tensor of no or one dimension.
+    ``scaling``: a finite number, or a tensor, checked if it is 0-d.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -64,7 +64,7 @@ def dora_linear_grouped(
     of_scaling = None
     try:
         if isinstance(scaling, Tensor):
-            if scaling.requires_grad or scaling.device != x.device:
+            if scaling.requires_grad or scaling.device != x.device or scaling.dtype is torch.float64:
                 return None
             of_scaling = type(scaling), scaling.shape, scaling.dtype
         training = torch.is_grad_enabled() and (
@@ -86,6 +86,8 @@ def dora_linear_grouped(
         return None
     if plan is False:
         checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
+        if of_scaling is not None and scaling.ndim:
+            checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
             plan = eager.keep_plan(key, make_plan(*tensors, scaling, training))
