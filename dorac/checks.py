@@ -112,11 +112,11 @@ def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Ten
     return scaling
 
 
-def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
+def check_scalings(scaling: Tensor, adapters: int, like: Tensor, letter: str = "K") -> None:
     """A float ``[K]`` tensor, one scaling for each adapter."""
     check_float("scaling", scaling)
     if list(scaling.shape) != [adapters]:
-        raise ValueError(f"scaling must be a number, 0-d or [K] = [{adapters}], got shape {list(scaling.shape)}")
+        raise ValueError(f"scaling must be a number, 0-d or [{letter}] = [{adapters}], got shape {list(scaling.shape)}")
     _check_device("scaling", scaling, like)
 
 

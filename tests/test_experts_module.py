@@ -268,7 +268,7 @@ def test_init_is_per_expert():
 def test_an_expert_out_of_range_raises_as_torch_does(number):
     layer, (hidden, index, weights) = adapted("mixtral"), arguments("mixtral")
     index[2, 1] = number
-    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 4"):
+    with pytest.raises(IndexError, match="index out of range"):
         layer(hidden, index, weights)
 
 

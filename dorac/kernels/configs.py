@@ -173,6 +173,42 @@ class MlpBackwardConfig(MlpConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class SegmentConfig(ColumnConfig):
+    """The same over rows sorted by segment, with ``block_r`` ranks beside them; others are other programs'."""
+
+    block_r: int = 16
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, h_dtype: torch.dtype) -> int:
+        """Bytes at most, for activations and for h of these dtypes."""
+        size = dtype.itemsize
+        tile, h = self.block_t * self.block_o * size, self.block_t * self.block_r * h_dtype.itemsize
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        behind = 0 if target.backend == "hip" else max(2, ahead - (size == 2))  # as of LoraBConfig
+        pieces = 3 * self.block_t * self.block_r * 2 if h_dtype.itemsize > size else 0
+        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + pieces, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """A program's rows and ranks, the columns of a step, and over how many programs the columns are split."""
+
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, factor_dtype: torch.dtype) -> int:
+        """Bytes at most, for rows and factors of these dtypes."""
+        x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * factor_dtype.itemsize
+        pieces = 3 * self.block_r * self.block_i * 2 if factor_dtype.itemsize > dtype.itemsize else 0
+        # Of half precision beside float32, rows that are no bfloat16 are multiplied as float32.
+        ahead = _buffers(self.stages, target, dtype, product=True) * (x + a) + pieces
+        return _total(max(ahead, self.block_t * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
 class MixedConfig:
     """How tokens become tiles (``kernels/mixed.py``), and the tiles of both launches.
 
@@ -205,7 +241,7 @@ class MixedConfig:
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
 
 
-Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | MixedConfig
+Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | ProductConfig | MixedConfig
 _Config = TypeVar("_Config", bound=Config)
 
 
@@ -425,6 +461,67 @@ def mlp_backward_config(tokens: int, features: int, rank: int, target: Target) -
     return _first(_fewer_stages(config), target)
 
 
+@functools.lru_cache(maxsize=1024)
+def segment_tile_config(
+    rows: int,
+    segments: int,
+    out_features: int,
+    rank: int,
+    h_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    target: Target,
+) -> TileConfig:
+    """:func:`tile_config` for rows sorted by segment: a tile holds rows of one alone."""
+    each = max(1, -(-rows // max(1, segments)))  # rows of a segment, if they were as many in all
+    block_t = _power(each, 16, 32)
+    if base_dtype is torch.float32:
+        config = TileConfig(block_t, 64, 16, 4, 2)
+    elif rank <= 64 and h_dtype.itemsize == 2 and each > 32:
+        tile, warps, walked, programs = ((16, 128), 4, 128, 512) if rank <= 32 else ((64, 128), 8, 512, 256)
+        while walked > tile[0] and -(-rows // walked) * -(-out_features // tile[1]) < programs:
+            walked //= 2
+        config = TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=walked)
+    elif rank <= 64 or each <= 32:
+        config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
+    else:
+        config = TileConfig(*((32, 128, 32) if h_dtype is torch.float32 else (64, 128, 64)), 4, 2)  # or it spills
+    return _first(_fewer_stages(config, 1), target, h_dtype, base_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_product_config(
+    rows: int, segments: int, in_features: int, rank: int, dtype: torch.dtype, a_dtype: torch.dtype, target: Target
+) -> ProductConfig:
+    """Long rows times few columns: split where the tiles of rows do not fill the card."""
+    each = max(1, -(-rows // max(1, segments)))
+    wide = a_dtype is torch.float32
+    config = ProductConfig(
+        _power(each, 16, 64), 32 if dtype is torch.float32 else 64 if wide else 128, _power(rank, 16, 64), 1, 4, 4
+    )
+    config = _first(_fewer_stages(config, 1), target, dtype, a_dtype)
+    tiles = (-(-rows // config.block_t) + min(rows, segments)) * -(-rank // config.block_r)
+    steps = -(-in_features // config.block_i)
+    splits = max(1, min(2 * target.processors // tiles, steps // 8, 32))
+    return dataclasses.replace(config, splits=splits)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_backward_config(
+    rows: int, out_features: int, rank: int, dtype: torch.dtype, h_dtype: torch.dtype, target: Target
+) -> SegmentConfig:
+    """:func:`lora_b_config` for rows sorted by segment: enough strips even where one segment has all rows."""
+    block_r = _power(rank, 16, 128 if h_dtype.itemsize == 2 else 32)
+    wide, processors = h_dtype is torch.float32, target.processors
+    block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
+    if wide or (block_r > 64 and target.backend == "hip"):
+        block_o = 64
+    strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
+    walked = -(-rows // (32 * strips)) * 32
+    warps = 4 if block_r <= 64 else 8
+    config = SegmentConfig(32, block_o, max(32, walked), warps, 4, block_r)
+    return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
+
+
 # Of mixed rows: up to how many tokens each is a tile, and up to how many a program counts in all of them.
 SINGLE, COUNTED = 8, 256
 PARTIAL_BYTES = 2**21  # of the partial sums, where there is more than one split
@@ -496,6 +593,10 @@ def why_not(target: Target | None) -> str | None:
                 tile_config(*size, rank, dtype, base_dtype, target)
             column_config(*size, dtype, target)
             lora_b_config(*size, min(rank, 384), target)
+            for base_dtype in (torch.bfloat16, dtype):
+                segment_tile_config(size[0], 8, size[1], rank, dtype, base_dtype, target)
+                segment_product_config(size[0], 8, size[1], rank, base_dtype, dtype, target)
+                segment_backward_config(*size, rank, base_dtype, dtype, target)
             for training in (False, True):
                 mlp_config(*size, rank, training, target)
             mlp_backward_config(*size, rank, target)

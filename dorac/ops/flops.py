@@ -84,6 +84,14 @@ def _mixed_value(x, weight, lora_A, lora_B, *_, **__):
     return _product(x, (x[-1], weight[0])) + low_rank
 
 
+def _grouped_compose(base, h, *_, **__):
+    return _product(h, (h[1], base[1]))
+
+
+def _grouped_compose_backward(dy, inner, h, *_, **__):
+    return 2 * _product(h, (h[1], dy[1]))
+
+
 def _elementwise(*_, **__):
     return 0
 
@@ -103,6 +111,9 @@ FORMULAS = {
     "mixed_product": _mixed_product,
     "mixed_outer": _mixed_outer,
     "mixed_value": _mixed_value,
+    "grouped_compose_value": _grouped_compose,
+    "grouped_compose_forward": _grouped_compose,
+    "grouped_compose_backward": _grouped_compose_backward,
     **dict.fromkeys(
         (
             "compose_value",
