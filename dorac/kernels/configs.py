@@ -544,8 +544,8 @@ def mixed_config(
     half = factor_dtype.itemsize == base_dtype.itemsize == 2
     up_r = _power(rank, 16, 64 if half else 32)
     if tokens <= SINGLE:
-        block_r = min(up_r, 16)
-        config = MixedConfig("single", 1, 128, block_r, 32, 4, 2, 64 if tokens <= 2 else 128, up_r, 4)
+        block_o = 64 if tokens <= 2 else 128
+        config = MixedConfig("single", 1, 128, 16, 32, 4, 2, block_o, min(up_r, 32), 4)
         count = tokens
     elif tokens <= COUNTED or row_tokens < 16:
         form = "counted" if tokens <= COUNTED else "listed"
@@ -556,7 +556,7 @@ def mixed_config(
         block_t = _power(row_tokens, 16, 64)
         up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}
         if not half:
-            up = {"up_t": 16, "up_warps": 4, "rows": 128}
+            up = {"up_t": 16, "up_warps": 4 if rank <= 32 else 8, "rows": 128}
         while up["rows"] > up["up_t"] and batch * -(-row_tokens // up["rows"]) * -(-out_features // 128) < 512:
             up["rows"] //= 2
         config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)

@@ -246,8 +246,7 @@ def up_kernel(
             if FORM == "long":
                 is_token_T = start + tl.arange(0, BLOCK_T) < walked
             acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-            for chunk in tl.static_range(CHUNKS):
-                start_r = chunk * BLOCK_R
+            for start_r in tl.range(0, CHUNKS * BLOCK_R, BLOCK_R, num_stages=1):
                 if CHUNKS == 1:
                     b_OR = whole_OR
                 else:

@@ -351,6 +351,7 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     if config is None:
         config = norm_config(experts, out_features, in_features, rank, weight.dtype, target.of(weight))
     each = offsets is None and isinstance(scaling, Tensor) and scaling.ndim == 1
+    scaling = scaling.contiguous() if each else scaling
     splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, config, each)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     launch(weight, lora_A, lora_B, scaling, offsets, out)

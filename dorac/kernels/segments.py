@@ -615,6 +615,7 @@ def segment_backward_kernel(
     WIDE: tl.constexpr,  # float32 h
     EACH: tl.constexpr,
     BLOCKS_R: tl.constexpr,  # programs for the ranks; the first of them has all the rest
+    PLAIN: tl.constexpr,  # the tail's d_base is dy
     STAGES: tl.constexpr,
 ):
     """``d_base [S, O]`` of a strip, and its sums for ``d_magnitude``, ``d_bias`` and ``d_lora_B``.
@@ -634,9 +635,12 @@ def segment_backward_kernel(
     mask_O = cols_O < O
     if segment == E:
         if d_base_ptr is not None and start_r == 0:
-            tail_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
             for start in tl.range(begin, end, BLOCK_T, num_stages=1):
                 rows_T, mask_T = rows_of_tile(order_ptr, start, end, BLOCK_T)
+                tail_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+                if PLAIN:
+                    dy_TO = load_rows(dy_ptr, rows_T, mask_T, start_o, O, stride_dt, stride_do, BLOCK_O, EVEN_O)
+                    tail_TO += dy_TO.to(tl.float32)
                 store_rows(d_base_ptr, tail_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
         return
     of_segment = segment.to(tl.int64) * O
@@ -751,6 +755,7 @@ def segment_backward_launches(
     delta: bool,
     wide: bool,
     each: bool,
+    plain_tail: bool = False,
 ) -> tuple[int, Launch, Launch]:
     """How many strips there are at most, the launch for dy, inner, h and d_lora_B of these strides, and what adds up.
 
@@ -775,6 +780,7 @@ def segment_backward_launches(
         WIDE=wide,
         EACH=each,
         BLOCKS_R=cdiv(rank, config.block_r),
+        PLAIN=plain_tail,
         STAGES=config.stages,
     )
     block = 512
@@ -803,6 +809,7 @@ def segment_backward(
     delta: bool = False,
     bias_dtype: torch.dtype | None = None,
     d_lora_B: Tensor | None = None,
+    plain_tail: bool = False,
     config: SegmentConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """``d_base = g_e * dy`` (with ``delta`` ``(g_e - 1) * dy``), and the gradients of magnitude, lora_B and bias.
@@ -817,8 +824,8 @@ def segment_backward(
         d_lora_B: where lora_B's gradient ``[E, O, R]`` is written to, of any strides; None makes it, of h's dtype.
 
     Returns:
-        ``d_base [S, O]``, ``d_magnitude [E, O]``, ``d_lora_B [E, O, R]`` and ``d_bias [E, O]``. Zero in the tail and
-        for segments without rows.
+        ``d_base [S, O]``, ``d_magnitude [E, O]``, ``d_lora_B [E, O, R]`` and ``d_bias [E, O]``. Zero in the tail, or
+        with ``plain_tail`` dy, and for segments without rows.
     """
     (rows, out_features), rank, segments = dy.shape, h.shape[1], offsets.shape[0]
     d_b = h.new_empty(segments, out_features, rank) if d_lora_B is None else d_lora_B
@@ -844,6 +851,7 @@ def segment_backward(
         delta=delta,
         wide=h.dtype is torch.float32,
         each=_scales(scaling),
+        plain_tail=plain_tail,
     )
     parts_b = h.new_empty(strips, out_features, rank, dtype=torch.float32)
     parts_m = None if d_m is None else h.new_empty(strips, out_features, dtype=torch.float32)

@@ -128,6 +128,8 @@ def stack_norm(
         lora_A, lora_B = split_factors(lora_A, lora_B)
     (out_features, in_features), (adapters, rank, _) = weight.shape, lora_A.shape
     norm = weight.new_empty(adapters, out_features, dtype=torch.float32)
+    each = isinstance(scaling, Tensor) and scaling.ndim == 1
+    scaling = scaling.contiguous() if each else scaling
     if config is None:
         config = stack_norm_config(adapters, out_features, in_features, rank, weight.dtype, target.of(weight))
     splits, launch, finish = stack_norm_launches(
@@ -137,7 +139,7 @@ def stack_norm(
         rank,
         (weight.stride(), lora_A.stride(), lora_B.stride()),
         config,
-        each=isinstance(scaling, Tensor) and scaling.ndim == 1,
+        each=each,
     )
     out = norm if splits == 1 else norm.new_empty(splits, adapters, out_features)
     launch(weight, lora_A, lora_B, scaling, out)

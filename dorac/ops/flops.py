@@ -84,6 +84,13 @@ def _mixed_value(x, weight, lora_A, lora_B, *_, **__):
     return _product(x, (x[-1], weight[0])) + low_rank
 
 
+def _mixed_backward(dy, x, weight, lora_A, lora_B, m, n, s, h, inner, index, needs_x, **_):
+    rank, tokens = lora_A[1], x[:-1]
+    down, up = _product((*tokens, x[-1]), (x[-1], rank)), _product((*tokens, rank), (rank, weight[0]))
+    of_x = _product((*tokens, weight[0]), weight) + down if needs_x else 0
+    return of_x + down + 2 * up
+
+
 def _grouped_compose(base, h, *_, **__):
     return _product(h, (h[1], base[1]))
 
@@ -111,6 +118,8 @@ FORMULAS = {
     "mixed_product": _mixed_product,
     "mixed_outer": _mixed_outer,
     "mixed_value": _mixed_value,
+    "mixed_forward": _mixed_value,
+    "mixed_backward": _mixed_backward,
     "grouped_compose_value": _grouped_compose,
     "grouped_compose_forward": _grouped_compose,
     "grouped_compose_backward": _grouped_compose_backward,

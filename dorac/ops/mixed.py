@@ -2,10 +2,12 @@
 
 Registration. As ``dorac::compose``: a CompositeImplicitAutograd op that picks per call.
 
-- Without gradients, on GPUs that have the kernels: the leaf ``mixed_value``, the base product and two launches.
-- With them, and on the CPU: two ``mixed_product`` in the place of LoRA's products, whose ``autograd.Function`` runs
-  over the leaves ``mixed_product`` and ``mixed_outer``, each other's derivatives, so that every order of derivative is
-  made of them. They sort the rows by adapter, and no factor is copied.
+- On GPUs that have the kernels: without gradients the leaf ``mixed_value``, the base product and two launches; with
+  gradients of the adapters, the bias and x an ``autograd.Function`` over ``mixed_forward`` and ``mixed_backward``,
+  which keeps h and ``inner``, what g is multiplied with. A second derivative takes the next way.
+- Elsewhere two ``mixed_product`` in the place of LoRA's products, whose ``autograd.Function`` runs over the leaves
+  ``mixed_product`` and ``mixed_outer``, each other's derivatives, so that every order of derivative is made of them.
+  They sort the rows by adapter, and no factor is copied.
 - Under ``torch.func``, export and for tensor subclasses, where a leaf would be wrong, every row gets copies of its
   adapter's factors.
 
@@ -20,16 +22,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dorac.numerics import ZERO_ROW_NORM
 from dorac.ops import front, grouped
 from dorac.ops.compose import compose_aten, finite_part, magnitude_scale, takes_bias
 from dorac.ops.library import lib, register_composite, register_leaf
-from dorac.ops.take import take, take_aten
+from dorac.ops.take import sum_by_index, take, take_aten
 
 lib.define("mixed_product(Tensor x, Tensor stack, Tensor index) -> Tensor")
 lib.define("mixed_outer(Tensor left, Tensor right, Tensor index, SymInt length) -> Tensor")
 lib.define(
     "mixed_value(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? weight_norm, "
     "Tensor scaling, Tensor? bias, Tensor index, Tensor? ranks, bool rounds) -> Tensor"
+)
+
+lib.define(
+    "mixed_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor weight_norm, "
+    "Tensor scaling, Tensor? bias, Tensor index, Tensor? ranks) -> (Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "mixed_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+    "Tensor weight_norm, Tensor scaling, Tensor h, Tensor inner, Tensor index, bool needs_x) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -46,6 +59,22 @@ def _mixed_outer_fake(left, right, index, length):
 @torch.library.register_fake("dorac::mixed_value", lib=lib)
 def _mixed_value_fake(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks, rounds):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("dorac::mixed_forward", lib=lib)
+def _mixed_forward_fake(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
+    tokens = math.prod(x.shape[:-1])
+    return (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        lora_B.new_empty(tokens, lora_A.shape[1]),
+        x.new_empty(tokens, weight.shape[0]),
+    )
+
+
+@torch.library.register_fake("dorac::mixed_backward", lib=lib)
+def _mixed_backward_fake(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
+    factors = (t.new_empty(t.shape) for t in (lora_A, lora_B, magnitude))
+    return x.new_empty(x.shape if needs_x else (0,)), *factors
 
 
 def in_range(index: Tensor, length: int) -> Tensor:
@@ -151,7 +180,7 @@ class _MixedOuter(torch.autograd.Function):
 def _value_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks, rounds):
     from dorac.kernels.mixed import mixed
 
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = _tokens(x)
     base = F.linear(rows, weight)
     others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
     return mixed(base, rows, *others, rounds=rounds)[0].view(*x.shape[:-1], -1)
@@ -163,7 +192,102 @@ def _value(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, ind
     return _by_products(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, mixed_product)
 
 
+def _forward_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
+    from dorac.kernels.mixed import mixed
+
+    rows = _tokens(x)
+    others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
+    y, h, inner = mixed(F.linear(rows, weight), rows, *others, want_inner=True)
+    return y.view(*x.shape[:-1], -1), h, inner
+
+
+def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
+    rows, (g, s) = _batched(x), _of_rows_scales(magnitude, weight_norm, scaling, index)
+    h = mixed_product(rows.to(lora_A.dtype), lora_A, index)
+    inner = F.linear(rows, weight) + s * mixed_product(h, lora_B, index)
+    y = g.unsqueeze(1) * inner if bias is None else g.unsqueeze(1) * inner + bias
+    y, inner = y.to(x.dtype), inner.to(x.dtype)
+    return y.view(*x.shape[:-1], -1), _tokens(h), _tokens(inner)
+
+
+def _backward_cuda(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
+    from dorac.kernels.segments import segment_backward, segment_compose, segment_product
+
+    rows, dy, scaling = _tokens(x), _tokens(dy), scaling.contiguous()
+    order, offsets, _ = _sorted(index, rows.shape[0] // max(1, len(index)), len(lora_A))
+    of_rows = offsets, order
+    d_base, d_m, d_b, _ = segment_backward(dy, inner, magnitude, weight_norm, h, scaling, *of_rows, plain_tail=True)
+    d_h = segment_product(dy, lora_B.mT, *of_rows, magnitude=magnitude, weight_norm=weight_norm, scaling=scaling)
+    d_a = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+    segment_backward(rows, None, None, None, d_h, 1.0, *of_rows, d_lora_B=d_a.mT)
+    if not needs_x:
+        return x.new_empty(0), d_a, d_b, d_m
+    dx, _ = segment_compose(d_base @ weight, d_h, lora_A.mT, None, None, 1.0, None, *of_rows, plain_tail=True)
+    return dx.view(x.shape), d_a, d_b, d_m
+
+
+def _backward(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
+    rows, (g, s), length = _batched(x), _of_rows_scales(magnitude, weight_norm, scaling, index), len(lora_A)
+    dy, h, inner = (t.reshape(*rows.shape[:2], t.shape[-1]) for t in (dy, h, inner))
+    d_base = g.unsqueeze(1) * dy
+    d_lora = (s * d_base).to(lora_B.dtype)
+    d_h = mixed_product(d_lora, lora_B.mT, index)
+    d_a, d_b = mixed_outer(d_h, rows.to(d_h.dtype), index, length), mixed_outer(d_lora, h, index, length)
+    d_g = (dy.to(g.dtype) * inner.to(g.dtype)).sum(1)
+    d_g = sum_by_index(torch.where((index == -1)[:, None], 0.0, d_g), in_range(index, length), length)
+    norm = weight_norm.to(d_g.dtype)
+    d_m = torch.where(norm <= ZERO_ROW_NORM, 0.0, d_g / torch.where(norm <= ZERO_ROW_NORM, 1.0, norm))
+    dx = x.new_empty(0)
+    if needs_x:
+        dx = (d_base.to(x.dtype) @ weight + mixed_product(d_h, lora_A.mT, index)).to(x.dtype).view(x.shape)
+    return dx, d_a, d_b, d_m.to(magnitude.dtype)
+
+
+def _batched(x: Tensor) -> Tensor:
+    """``[N, L, I]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[T, I]``."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _of_rows_scales(magnitude, weight_norm, scaling, index):
+    """g ``[N, O]`` and s ``[N, 1, 1]`` of each row, 1 and 0 of a plain one."""
+    chosen, plain = in_range(index, len(magnitude)), index == -1
+    g, s = magnitude_scale(magnitude[chosen], weight_norm[chosen]), scaling[chosen]
+    return torch.where(plain[:, None], 1.0, g), torch.where(plain, 0.0, s).view(-1, 1, 1)
+
+
 mixed_value = register_leaf("mixed_value", _value, _value_cuda)
+mixed_forward = register_leaf("mixed_forward", _forward, _forward_cuda)
+mixed_backward = register_leaf("mixed_backward", _backward, _backward_cuda)
+
+
+class _MixedLinear(torch.autograd.Function):
+    """The layer over a frozen weight with a constant norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
+        arguments = x, weight, lora_A, lora_B, magnitude, weight_norm, scaling
+        y, h, inner = mixed_forward(*arguments, bias, index, ranks)
+        ctx.save_for_backward(*arguments, h, inner, bias, index)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *arguments, h, inner, bias, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # differentiated again
+            y = _by_products(*arguments, bias, index, _MixedProduct.apply)
+            wanted = [i for i in (0, 2, 3, 4, 7) if needs[i]]
+            inputs = [(*arguments, bias)[i] for i in wanted]
+            found = dict(zip(wanted, torch.autograd.grad(y, inputs, dy, create_graph=True), strict=True))
+            return *(found.get(i) for i in range(8)), None, None
+        dx, d_a, d_b, d_m = mixed_backward(dy, *arguments, h, inner, index, needs[0])
+        d_bias = dy.sum([*range(dy.ndim - 1)]).to(bias.dtype) if needs[7] else None
+        return dx if needs[0] else None, None, d_a, d_b, d_m, None, None, d_bias, None, None
 
 
 def _by_products(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, product):
@@ -175,7 +299,7 @@ def _by_products(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         entries = take(stack, chosen)
         return torch.where(plain.view(-1, *[1] * (entries.ndim - 1)), plain_value, entries)
 
-    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    rows = _batched(x)
     lora = product(product(rows.to(lora_A.dtype), lora_A, index), lora_B, index)
     g = of_rows(magnitude, 1.0)
     if weight_norm is not None:
@@ -192,15 +316,23 @@ def _mixed_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bi
         stacks = x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index
         return _by_products(*stacks, _gathered_product)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    if not trained and front.has_kernels(*differentiable):
-        dtype = front.autocast_dtype(x)
+    dtype = front.autocast_dtype(x)
+    if front.has_kernels(*differentiable) and (not trained or _is_usual(dtype or x.dtype, *differentiable)):
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
+            if trained:
+                lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
         with front.autocast_off(x):
             arguments = x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
-            return mixed_value(*arguments, dtype is not None)
+            return _MixedLinear.apply(*arguments) if trained else mixed_value(*arguments, dtype is not None)
     stacks = x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index
     return _by_products(*stacks, _sorted_under_autocast)
+
+
+def _is_usual(dtype, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias) -> bool:
+    """Whether the kernels train this: adapters over a frozen weight, factors in the products' dtype or float32."""
+    constants = weight_norm is not None and not any(t.requires_grad for t in (weight, weight_norm, scaling))
+    return constants and lora_A.dtype in (dtype, torch.float32)
 
 
 def _gathered_product(x, stack, index):
