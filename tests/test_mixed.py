@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional
 from dorac.ops import eager, eager_mixed, front
+from dorac.ops import mixed as ops_mixed
 
 pytest.importorskip("triton")
 
@@ -432,6 +433,105 @@ def test_refuses(argument, path, device):
             layer.function(**{argument: wrong})
     with torch.no_grad(), pytest.raises(ValueError, match="scaling must be finite"):
         layer.function(scaling=float("nan"))
+
+
+def gradients(layer, dy, names=("x", "lora_A", "lora_B", "magnitude", "bias"), **options):
+    """The result and its gradients by name."""
+    present = [name for name in names if getattr(layer, name) is not None]
+    for name in present:
+        getattr(layer, name).requires_grad_()
+    y = layer.function(**options)
+    return y, dict(zip(present, torch.autograd.grad(y, [getattr(layer, n) for n in present], dy.to(y)), strict=True))
+
+
+def gradient_truth(layer, dy):
+    wide = Layer.__new__(Layer)
+    vars(wide).update(
+        {name: t if t is None or not t.is_floating_point() else t.detach().double() for name, t in vars(layer).items()}
+    )
+    names = [name for name in ("x", "lora_A", "lora_B", "magnitude", "bias") if getattr(layer, name) is not None]
+    for name in names:
+        getattr(wide, name).requires_grad_()
+    y = wide.truth()[0]
+    found = torch.autograd.grad(y, [getattr(wide, name) for name in names], dy.double().view_as(y), allow_unused=True)
+    return {n: torch.zeros_like(getattr(wide, n)) if d is None else d for n, d in zip(names, found, strict=True)}
+
+
+@pytest.fixture
+def backwards(monkeypatch) -> list[bool]:
+    """An entry for each backward pass of the kernels."""
+    taken, leaf = [], ops_mixed.mixed_backward
+    monkeypatch.setattr(ops_mixed, "mixed_backward", lambda *arguments: taken.append(True) or leaf(*arguments))
+    return taken
+
+
+@pytest.mark.parametrize("form", ["single", "counted, tokens", "listed"])
+@pytest.mark.parametrize(("dtype", "factor_dtype"), PAIRS)
+def test_gradients(form, dtype, factor_dtype, path, backwards, device):
+    rows, tokens = FORMS[form]
+    layer = Layer(index_of(rows, 3), tokens, (4, 40, 24, 8), dtype, factor_dtype, device, bias=form != "single")
+    assert 3 not in layer.index
+    dy = torch.randn(rows, *tokens, 40, device=device).to(dtype)
+    y, found = gradients(layer, dy)
+    check(y, layer.truth()[0], dtype)
+    for name, expected in gradient_truth(layer, dy).items():
+        assert found[name].dtype is getattr(layer, name).dtype
+        check(found[name], expected, dtype)
+        if name in ("lora_A", "lora_B", "magnitude"):
+            assert (found[name][3] == 0).all()
+    assert backwards == [True]
+    again = gradients(layer, dy)[1]
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_under_autocast(dtype, path, backwards, device):
+    layer = Layer(index_of(9, 3), (), (3, 40, 24, 8), torch.float32, torch.float32, device)
+    dy = torch.randn(9, 40, device=device).to(dtype)
+    with torch.autocast(device, dtype):
+        y, found = gradients(layer, dy)
+    assert y.dtype is dtype
+    for name, expected in gradient_truth(layer, dy).items():
+        assert found[name].dtype is torch.float32
+        check(found[name], expected, dtype)
+    assert backwards == [True]
+
+
+def test_all_rows_plain_or_of_one_adapter(path, backwards, device):
+    for index in ([-1] * 5, [1] * 5):
+        layer = Layer(index, (), (2, 20, 12, 3), torch.float32, torch.float32, device)
+        dy = torch.randn(5, 20, device=device)
+        found = gradients(layer, dy)[1]
+        for name, expected in gradient_truth(layer, dy).items():
+            assert (found[name].double() - expected).abs().max() <= 1e-5 * (expected.abs().max() + 1)
+    assert len(backwards) == 2
+
+
+@pytest.mark.parametrize("trained", ["x", "lora_A", "magnitude", "bias", "weight", "scaling", "norm"])
+def test_one_gradient(trained, path, backwards, device):
+    """What the kernels do not train they leave to aten."""
+    layer = Layer(index_of(9, 3), (), (3, 20, 12, 4), torch.float32, torch.float32, device)
+    dy = torch.randn(9, 20, device=device)
+    _, found = gradients(layer, dy, (trained,))
+    layer.ranks = torch.tensor([4, 4, 4], device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "has_kernels", lambda *tensors: False)
+        _, expected = gradients(layer, dy, (trained,))
+    torch.testing.assert_close(found, expected)
+    assert len(backwards) == (trained not in ("weight", "scaling", "norm"))
+
+
+def test_second_derivatives(path, device):
+    layer = Layer(index_of(9, 3), (), (3, 20, 12, 4), torch.float32, torch.float32, device)
+    names = ("x", "lora_A", "lora_B", "magnitude", "bias")
+    results = []
+    for has_kernels in (front.has_kernels, lambda *tensors: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(front, "has_kernels", has_kernels)
+            leaves = [getattr(layer, name).requires_grad_() for name in names]
+            first = torch.autograd.grad(layer.function().sin().sum(), leaves, create_graph=True)
+            results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
 @st.composite
