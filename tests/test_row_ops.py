@@ -92,6 +92,37 @@ def test_sum_by_index_sums_in_float32(device):
     assert (ops.sum_by_index(entries, index, 1) == 300).all()
 
 
+OF_ROW = torch.tensor([1, -1, 3, 1, -1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mixed_leaves(dtype, transposed, device):
+    x, dy = tensor(5, 2, 6, dtype=dtype, device=device), tensor(5, 2, 3, dtype=dtype, device=device)
+    stack, index = tensor(4, 3, 6, dtype=dtype, device=device, transposed=transposed), OF_ROW.to(device)
+    opcheck(ops.mixed_product.default, (x, stack, index))
+    opcheck(ops.mixed_outer.default, (dy, x, index, 4))
+
+
+@pytest.mark.parametrize(("dtype", "leading"), list(zip(DTYPES, [(), (2,), (2, 3), (1,)], strict=True)))
+def test_mixed_layer(dtype, leading, device):
+    """The op and its leaves."""
+    bias = len(leading) == 1
+    x, weight = tensor(5, *leading, 6, dtype=dtype, device=device), tensor(3, 6, dtype=dtype, device=device)
+    lora_A, lora_B = tensor(4, 2, 6, dtype=dtype, device=device), tensor(4, 3, 2, dtype=dtype, device=device)
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    magnitude, norm, scaling = (torch.rand(s, dtype=acc, device=device) + 0.5 for s in ((4, 3), (4, 3), (4,)))
+    tensors = x, weight, lora_A, lora_B, magnitude, norm, scaling
+    others = tensor(3, dtype=dtype, device=device) if bias else None, OF_ROW.to(device), None
+    opcheck(ops.mixed_value.default, (*tensors, *others, False))
+    opcheck(ops.mixed_forward.default, (*tensors, *others))
+    y, h, inner = ops.mixed_forward(*tensors, *others)
+    for needs_x in (False, True):
+        opcheck(ops.mixed_backward.default, (torch.randn_like(y), *tensors, h, inner, others[1], needs_x))
+    trained = [t.requires_grad_(t is not weight and t is not norm and t is not scaling) for t in tensors]
+    opcheck(ops.mixed_linear.default, (*trained, *others))
+
+
 def test_gradients_repeat_bitwise(device):
     """Many rows of one expert and one adapter: their sum has one order."""
     inputs = expert_inputs(2, (600, 16, 24, 4), dtype=torch.float32, device=device)

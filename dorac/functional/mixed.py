@@ -65,6 +65,29 @@ def dora_linear_mixed(
     return ops.mixed.mixed_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, adapter_index, ranks)
 
 
+def scaled_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mag_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    adapter_index: Tensor,
+    scaling: Tensor,
+    ranks: Tensor | None,
+) -> Tensor:
+    """:func:`dora_linear_mixed` of ``g [K, out]`` instead of magnitudes and norms, and scalings ``[K]``."""
+    y = eager_mixed.mixed_linear(
+        x, weight, lora_A, lora_B, mag_scale, bias, None, adapter_index, scaling, ranks, is_scale=True
+    )
+    if y is not None:
+        return y
+    checks.check_mixed(x, weight, lora_A, lora_B, mag_scale, bias, None, adapter_index, ranks)
+    s = _scalings(scaling, lora_A.shape[0], weight, accumulate_dtype(weight, lora_A))
+    return ops.mixed.mixed_linear(x, weight, lora_A, lora_B, mag_scale, None, s, bias, adapter_index, ranks)
+
+
 def mixed_norm(
     weight: Tensor,
     lora_A: Tensor,

@@ -549,7 +549,8 @@ def mixed_config(
         count = tokens
     elif tokens <= COUNTED or row_tokens < 16:
         form = "counted" if tokens <= COUNTED else "listed"
-        config = MixedConfig(form, 16, 256 if half else 64, up_r, 16, 4, 3, 128, up_r, 4)
+        splits = 16 if rank <= 32 else 8  # the second launch has h of all of them in registers
+        config = MixedConfig(form, 16, 256 if half else 64, up_r, splits, 4, 3, 128, up_r, 4 if half else 8)
         groups = min(tokens, adapters + 1)
         count = groups + (tokens - groups) // 16
     else:

@@ -246,7 +246,7 @@ def up_kernel(
             if FORM == "long":
                 is_token_T = start + tl.arange(0, BLOCK_T) < walked
             acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-            for start_r in tl.range(0, CHUNKS * BLOCK_R, BLOCK_R, num_stages=1):
+            for start_r in tl.range(0, BLOCK_R if CHUNKS == 1 else R, BLOCK_R, num_stages=1):
                 if CHUNKS == 1:
                     b_OR = whole_OR
                 else:

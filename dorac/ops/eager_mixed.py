@@ -40,9 +40,13 @@ def mixed_linear(
     index: Tensor,
     scaling: float | Tensor,
     ranks: Tensor | None,
+    is_scale: bool = False,
 ) -> Tensor | None:
-    """The layer, or None if it is not to be computed here; errors are ``check_mixed``'s."""
-    if weight_norm is None or not front.unobserved():
+    """The layer, or None if it is not to be computed here; errors are ``check_mixed``'s.
+
+    ``is_scale``: the magnitude is g, and there is no norm.
+    """
+    if (weight_norm is None and not is_scale) or not front.unobserved():
         return None
     try:
         if torch.is_grad_enabled() and (
@@ -51,7 +55,7 @@ def mixed_linear(
             or lora_A.requires_grad
             or x.requires_grad
             or weight.requires_grad
-            or weight_norm.requires_grad
+            or (weight_norm is not None and weight_norm.requires_grad)
             or (bias is not None and bias.requires_grad)
             or (isinstance(scaling, Tensor) and scaling.requires_grad)
         ):
@@ -65,10 +69,12 @@ def mixed_linear(
             ranks if ranks is None else _of(ranks),
         )
         plan = eager.plans.get(key, False)
-        bits = lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr() | weight_norm.data_ptr()
+        bits = lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
         bits |= x.data_ptr() | index.data_ptr() | weight.data_ptr()
         if bias is not None:
             bits |= bias.data_ptr()
+        if weight_norm is not None:
+            bits |= weight_norm.data_ptr()
         if isinstance(scaling, Tensor):
             bits |= scaling.data_ptr()
         if ranks is not None:
