@@ -19,6 +19,7 @@ from dorac.bench import (
     host,
     measure,
     memory,
+    mixed,
     model,
     options,
     peers,
@@ -187,6 +188,50 @@ def test_compose(bench, device):
             assert record["addmm_ratio"] == pytest.approx(record[key] / addmm[key])
     assert addmm["bytes"] == 2 * (2 * 16 * 32 + 4 * (16 + 32))
     assert result["records"][-1]["bytes"] == 2 * 3 * 24 * 32
+
+
+MIXED = ("base", "lora-one", "lora-gathered", "dorac", "dorac-separate")
+
+
+def test_mixed(bench, device):
+    given = ("--shapes", "32x24", "--adapters", "3", "--ranks", "4", "2,4", "--rows", "1", "6", "3x5")
+    result = bench("mixed", *given, "--variants", *MIXED)
+    cases = [f"32x24 K3 r{ranks} {rows}" for ranks in ("4", "2,4") for rows in ("1x1", "6x1", "3x5")]
+    assert names(result) == [(case, variant) for case in cases for variant in MIXED]
+    check_times(result, device)
+    key = "wall_us" if device == "cpu" else "gpu_us"
+    for i, record in enumerate(result["records"]):
+        base, one, gathered, *_ = result["records"][i // len(MIXED) * len(MIXED) :]
+        assert record["limit_us"] == pytest.approx(
+            base[key] + record["bytes"] / result["ceilings"]["read_gb_per_s"] * 1e-3
+        )
+        assert record["beyond_us"] == pytest.approx(record[key] - record["limit_us"])
+        assert record["wall_gathered"] == pytest.approx(record["wall_us"] / gathered["wall_us"])
+        if device == "cuda":
+            assert record["gpu_one"] == pytest.approx(record["gpu_us"] / one["gpu_us"])
+            assert record["graph_us"] > 0
+    assert result["records"][0]["bytes"] == 4 * (32 + 24) * 2  # of one adapter in bfloat16
+
+
+@pytest.mark.parametrize("ranks", [(4,), (2, 4)])
+def test_mixed_variants_compute_the_same(ranks, device):
+    """DoRA's ways, and LoRA's; each by itself."""
+    args = arguments(device)
+    case = mixed.draw((32, 24), 3, ranks, (5, 4), args)
+    with torch.no_grad():
+        plain = dataclasses.replace(case, magnitude=case.weight_norm)
+        lora = mixed.VARIANTS["lora-gathered"](case)()
+        torch.testing.assert_close(mixed.VARIANTS["dorac"](plain)(), lora)
+        dora = mixed.VARIANTS["dorac"](case)()
+        torch.testing.assert_close(mixed.VARIANTS["dorac-separate"](case)(), dora)
+        assert (dora - lora).abs().max() > 1e-2
+        one = dataclasses.replace(case, index=torch.full_like(case.index, int(case.ranks.argmax())))
+        torch.testing.assert_close(
+            mixed.VARIANTS["lora-one"](case)(), mixed.VARIANTS["lora-gathered"](one)().flatten(0, 1)
+        )
+        if device == "cuda":
+            torch.testing.assert_close(mixed.VARIANTS["lora-segmented"](case)(), lora.flatten(0, 1))
+    assert case.factor_bytes() == 4 * (32 + 24) * sum(case.ranks[list({*case.named})].tolist())
 
 
 def wall_ratio(record: dict, *others: dict) -> float:

@@ -312,8 +312,9 @@ def stack_norm_config(
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         candidates = [StackNormConfig(32, 32, block_r, 2, 1, 4, 2)]
     else:
+        block_i = 128 if target.products_from_shared or block_r < 64 else 64  # or it spills
         candidates = [
-            StackNormConfig(64, 128, block_r, together, 1, 8, stages)
+            StackNormConfig(64, block_i, block_r, together, 1, 8, stages)
             for together, stages in ((most, 3), (most, 2), (2, 2))
         ]
         candidates.append(StackNormConfig(64, 64, block_r, 2, 1, 4, 2))
@@ -543,6 +544,7 @@ def mixed_config(
     tokens = batch * row_tokens
     half = factor_dtype.itemsize == base_dtype.itemsize == 2
     up_r = _power(rank, 16, 64 if half else 32)
+    wide_warps = 4 if base_dtype is torch.float32 and rank > 32 else 8  # or it spills
     if tokens <= SINGLE:
         block_o = 64 if tokens <= 2 else 128
         config = MixedConfig("single", 1, 128, 16, 32, 4, 2, block_o, min(up_r, 32), 4)
@@ -550,14 +552,14 @@ def mixed_config(
     elif tokens <= COUNTED or row_tokens < 16:
         form = "counted" if tokens <= COUNTED else "listed"
         splits = 16 if rank <= 32 else 8  # the second launch has h of all of them in registers
-        config = MixedConfig(form, 16, 256 if half else 64, up_r, splits, 4, 3, 128, up_r, 4 if half else 8)
+        config = MixedConfig(form, 16, 256 if half else 64, up_r, splits, 4, 3, 128, up_r, 4 if half else wide_warps)
         groups = min(tokens, adapters + 1)
         count = groups + (tokens - groups) // 16
     else:
         block_t = _power(row_tokens, 16, 64)
         up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}
         if not half:
-            up = {"up_t": 16, "up_warps": 4 if rank <= 32 else 8, "rows": 128}
+            up = {"up_t": 16, "up_warps": wide_warps, "rows": 128}
         while up["rows"] > up["up_t"] and batch * -(-row_tokens // up["rows"]) * -(-out_features // 128) < 512:
             up["rows"] //= 2
         config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)

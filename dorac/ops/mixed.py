@@ -28,6 +28,8 @@ from dorac.ops.compose import compose_aten, finite_part, magnitude_scale, takes_
 from dorac.ops.library import lib, register_composite, register_leaf
 from dorac.ops.take import sum_by_index, take, take_aten
 
+LONG = 16  # tokens of a row, from which on the CPU has a product for each
+
 lib.define("mixed_product(Tensor x, Tensor stack, Tensor index) -> Tensor")
 lib.define("mixed_outer(Tensor left, Tensor right, Tensor index, SymInt length) -> Tensor")
 lib.define(
@@ -82,22 +84,27 @@ def in_range(index: Tensor, length: int) -> Tensor:
     return torch.where(index < -1, length, index.clamp(min=0))
 
 
-def _rows_of(index: Tensor, length: int) -> dict[int, Tensor]:
-    """The rows of each adapter that is named, from an index on the CPU."""
-    index = index.to(torch.int64)
-    if index.numel():
-        for wrong in (index.min().item(), index.max().item()):
-            if not -1 <= wrong < length:
-                raise IndexError(f"index {wrong} is out of bounds for dimension 0 with size {length}")
-    ordered, order = index.sort(stable=True)
-    adapters, counts = ordered.unique_consecutive(return_counts=True)
-    groups = zip(adapters.tolist(), order.split(counts.tolist()), strict=True)
-    return {adapter: rows for adapter, rows in groups if adapter >= 0}
+def _pieces(index: Tensor, length: int, tokens: int) -> list[tuple[int, slice | Tensor]]:
+    """Each adapter that is named with its rows, from an index on the CPU: where these are neighbours as a slice.
 
-
-def _of_rows(t: Tensor, rows: Tensor) -> Tensor:
-    """Their tokens, not copied where these are all rows."""
-    return (t if len(rows) == len(t) else t[rows]).flatten(0, 1)
+    Rows of many tokens are a slice each, or else copied together.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, adapter in enumerate(index.tolist()):
+        rows.setdefault(adapter, []).append(row)
+    for wrong in rows:
+        if not -1 <= wrong < length:
+            raise IndexError(f"index {wrong} is out of bounds for dimension 0 with size {length}")
+    rows.pop(-1, None)
+    pieces: list[tuple[int, slice | Tensor]] = []
+    for adapter, own in rows.items():
+        if own[-1] - own[0] + 1 == len(own):
+            pieces.append((adapter, slice(own[0], own[-1] + 1)))
+        elif tokens >= LONG:
+            pieces += ((adapter, slice(row, row + 1)) for row in own)
+        else:
+            pieces.append((adapter, torch.tensor(own)))
+    return pieces
 
 
 def _mixed_product(x: Tensor, stack: Tensor, index: Tensor) -> Tensor:
@@ -105,8 +112,12 @@ def _mixed_product(x: Tensor, stack: Tensor, index: Tensor) -> Tensor:
     if x.is_cuda:
         return _sorted_product(x, stack, index)
     y = x.new_zeros(*x.shape[:2], stack.shape[1])
-    for adapter, rows in _rows_of(index, len(stack)).items():
-        y[rows] = (_of_rows(x, rows) @ stack[adapter].t()).view(len(rows), x.shape[1], -1)
+    for adapter, rows in _pieces(index, len(stack), x.shape[1]):
+        part = x[rows].flatten(0, 1)
+        if isinstance(rows, slice):
+            torch.mm(part, stack[adapter].t(), out=y[rows].flatten(0, 1))
+        else:
+            y[rows] = (part @ stack[adapter].t()).view(len(rows), x.shape[1], -1)
     return y
 
 
@@ -115,8 +126,8 @@ def _mixed_outer(left: Tensor, right: Tensor, index: Tensor, length: int) -> Ten
     if left.is_cuda:
         return _sorted_outer(left, right, index, length)
     total = left.new_zeros(length, left.shape[2], right.shape[2])
-    for adapter, rows in _rows_of(index, length).items():
-        torch.mm(_of_rows(left, rows).t(), _of_rows(right, rows), out=total[adapter])
+    for adapter, rows in _pieces(index, length, left.shape[1]):
+        total[adapter].addmm_(left[rows].flatten(0, 1).t(), right[rows].flatten(0, 1))
     return total
 
 
