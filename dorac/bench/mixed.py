@@ -261,7 +261,7 @@ def related(records: list[dict[str, object]], factors: int, ceilings: measure.Ce
         record
         | {
             "bytes": factors,
-            "limit_us": limit,
+            **(measure.against_limit(record, limit) if limit else {"limit_us": None, "fraction_of_limit": None}),
             "beyond_us": None if limit is None or (us := measure.work_us(record)) is None else us - limit,
             "gpu_one": ratio(record, "lora-one", "gpu_us"),
             "gpu_gathered": ratio(record, "lora-gathered", "gpu_us"),
