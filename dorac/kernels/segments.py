@@ -38,7 +38,7 @@ from dorac.kernels.configs import (
     segment_tile_config,
 )
 from dorac.kernels.launch import Launch, cdiv, contiguous
-from dorac.kernels.tiles import magnitude_scale, number, product
+from dorac.kernels.tiles import magnitude_scale, number, product, to_bfloat16
 
 BLOCK_E = 1024  # segments that a program looks at in one step, at most
 
@@ -110,11 +110,20 @@ def load_rows(source, rows_T, mask_T, start_n, N, stride_t, stride_n, BLOCK_N: t
 def store_rows(to, tile_TN, rows_T, mask_T, start_n, N, stride_t, BLOCK_N: tl.constexpr, EVEN: tl.constexpr):
     cols_N = start_n + tl.arange(0, BLOCK_N)
     pointers = to + rows_T[:, None] * stride_t + cols_N[None, :]
-    tile_TN = tile_TN.to(to.dtype.element_ty)
+    tile_TN = rounded(tile_TN, to)
     if EVEN:
         tl.store(pointers, tile_TN, mask=mask_T[:, None])
     else:
         tl.store(pointers, tile_TN, mask=mask_T[:, None] & (cols_N < N)[None, :])
+
+
+@triton.jit
+def rounded(x, to):
+    """float32 ``x`` in the dtype of what ``to`` points at."""
+    if to.dtype.element_ty == tl.bfloat16:
+        return to_bfloat16(x)
+    else:
+        return x.to(to.dtype.element_ty)
 
 
 @triton.jit
@@ -668,9 +677,9 @@ def segment_backward_kernel(
         if start_r == 0:
             of_strip = strip.to(tl.int64) * O
             if alone:
-                tl.store(d_m_ptr + of_segment + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
+                tl.store(d_m_ptr + of_segment + cols_O, rounded(d_m_O, d_m_ptr), mask=mask_O)
                 if d_bias_ptr is not None:
-                    tl.store(d_bias_ptr + of_segment + cols_O, bias_O.to(d_bias_ptr.dtype.element_ty), mask=mask_O)
+                    tl.store(d_bias_ptr + of_segment + cols_O, rounded(bias_O, d_bias_ptr), mask=mask_O)
             else:
                 tl.store(parts_m_ptr + of_strip + cols_O, d_m_O, mask=mask_O)
                 if d_bias_ptr is not None:
@@ -682,7 +691,7 @@ def segment_backward_kernel(
     rows_O, cols_R = cols_O.to(tl.int64)[:, None], cols_R.to(tl.int64)[None, :]
     if alone:
         to = d_b_ptr + segment.to(tl.int64) * stride_be + rows_O * stride_bo + cols_R * stride_br
-        tl.store(to, acc_OR.to(d_b_ptr.dtype.element_ty), mask=mask_OR)
+        tl.store(to, rounded(acc_OR, d_b_ptr), mask=mask_OR)
     else:
         tl.store(parts_b_ptr + strip.to(tl.int64) * O * R + rows_O * R + cols_R, acc_OR, mask=mask_OR)
 
@@ -723,19 +732,19 @@ def segment_sum_kernel(
         if d_m_ptr is not None:
             for strip in range(strips):
                 total += tl.load(parts_m_ptr + (first + strip) * O + index, mask=mask, other=0.0)
-            tl.store(d_m_ptr + segment * O + index, total.to(d_m_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_m_ptr + segment * O + index, rounded(total, d_m_ptr), mask=mask)
         if d_bias_ptr is not None:
             total = tl.zeros([BLOCK], dtype=tl.float32)
             for strip in range(strips):
                 total += tl.load(parts_bias_ptr + (first + strip) * O + index, mask=mask, other=0.0)
-            tl.store(d_bias_ptr + segment * O + index, total.to(d_bias_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_bias_ptr + segment * O + index, rounded(total, d_bias_ptr), mask=mask)
     else:
         index += (block - blocks_m) * BLOCK
         mask = index < O * R
         for strip in range(strips):
             total += tl.load(parts_b_ptr + (first + strip) * O * R + index, mask=mask, other=0.0)
         to = d_b_ptr + segment * stride_be + (index // R).to(tl.int64) * stride_bo + (index % R) * stride_br
-        tl.store(to, total.to(d_b_ptr.dtype.element_ty), mask=mask)
+        tl.store(to, rounded(total, d_b_ptr), mask=mask)
 
 
 @functools.lru_cache(maxsize=4096)
