@@ -161,6 +161,16 @@ def scaling_of(scaling_ptr, segment, EACH: tl.constexpr):
 
 
 @triton.jit
+def scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O):
+    """g of a segment's columns: ``m / n``, or without norms what ``magnitude_ptr`` holds."""
+    magnitude_ptr += segment.to(tl.int64) * O
+    if norm_ptr is None:
+        return magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, False)
+    else:
+        return magnitude_scale(magnitude_ptr, norm_ptr + segment.to(tl.int64) * stride_norm, cols_O, mask_O, True)
+
+
+@triton.jit
 def exact_product(left, right, acc, WIDE: tl.constexpr):
     """``acc + left @ right`` for a left operand in half precision and a right one that with WIDE is float32.
 
@@ -207,7 +217,8 @@ def segment_compose_kernel(
     stride_be,
     stride_bo,
     stride_br,
-    stride_bias,  # from one segment's bias to the next; 0 where they share it
+    stride_norm,  # from one segment's norms to the next's
+    stride_bias,  # the same of biases; 0 where they share one
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -245,10 +256,7 @@ def segment_compose_kernel(
         return
     s = scaling_of(scaling_ptr, segment, EACH)
     if magnitude_ptr is not None:
-        of_segment = segment.to(tl.int64) * O
-        g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr, cols_O, mask_O, False)
-        if norm_ptr is not None:
-            g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr + of_segment, cols_O, mask_O, True)
+        g_O = scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O)
     if bias_ptr is not None:
         of_bias = segment.to(tl.int64) * stride_bias
         bias_O = tl.load(bias_ptr + of_bias + cols_O, mask=mask_O, other=0.0).to(tl.float32)
@@ -325,6 +333,11 @@ def _scales(scaling: Tensor | float | None) -> bool:
     return isinstance(scaling, Tensor) and scaling.ndim == 1
 
 
+def norms_in_rows(weight_norm: Tensor | None) -> Tensor | None:
+    """The norms as kernels index them: each segment's side by side, however far the segments lie apart."""
+    return weight_norm if weight_norm is None or weight_norm.stride(1) == 1 else weight_norm.contiguous()
+
+
 @functools.lru_cache(maxsize=4096)
 def segment_compose_launch(
     rows: int,
@@ -337,6 +350,7 @@ def segment_compose_launch(
     delta: bool,
     split: bool,
     each: bool,
+    stride_norm: int | None = None,
     shared_bias: bool = False,
     plain_tail: bool = False,
 ) -> Launch:
@@ -358,6 +372,7 @@ def segment_compose_launch(
             segments,
             per_tile,
             *(s for of_one in strides for s in of_one),
+            stride_norm or out_features,
             0 if shared_bias else out_features,
         ),
         config.warps,
@@ -417,7 +432,8 @@ def segment_compose(
     if not rank or not segments:
         raise ValueError(f"lora_B must have segments and ranks, got {list(lora_B.shape)}")
     shared_bias = bias is not None and bias.ndim == 1
-    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
+    magnitude, bias = contiguous(magnitude, bias)
+    weight_norm = norms_in_rows(weight_norm)
     launch = segment_compose_launch(
         rows,
         segments,
@@ -428,6 +444,7 @@ def segment_compose(
         delta=delta,
         split=lora_B.dtype is torch.float32 and like.dtype is not torch.float32,
         each=_scales(scaling),
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
         shared_bias=shared_bias,
         plain_tail=plain_tail,
     )
@@ -456,12 +473,12 @@ def segment_product_kernel(
     stride_ae,
     stride_ar,
     stride_ai,
+    stride_norm,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over the last column or rank
-    HAS_NORM: tl.constexpr,
     WIDE: tl.constexpr,  # float32 factors
     EACH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -475,7 +492,6 @@ def segment_product_kernel(
     rows_T, mask_T = rows_of_tile(order_ptr, begin, end, BLOCK_T)
     acc_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     if segment < E:
-        of_segment = segment.to(tl.int64) * I
         first = split * columns_per_split
         for start_i in tl.range(first, tl.minimum(first + columns_per_split, I), BLOCK_I, num_stages=STAGES):
             x_TI = load_rows(x_ptr, rows_T, mask_T, start_i, I, stride_xt, stride_xi, BLOCK_I, EVEN)
@@ -484,10 +500,7 @@ def segment_product_kernel(
             )
             if magnitude_ptr is not None:
                 cols_I = start_i + tl.arange(0, BLOCK_I)
-                norm_I_ptr = norm_ptr
-                if HAS_NORM:
-                    norm_I_ptr += of_segment
-                g_I = magnitude_scale(magnitude_ptr + of_segment, norm_I_ptr, cols_I, cols_I < I, HAS_NORM)
+                g_I = scale_of(magnitude_ptr, norm_ptr, segment, I, stride_norm, cols_I, cols_I < I)
                 a_RI = (a_RI.to(tl.float32) * g_I[None, :]).to(a_RI.dtype)
             acc_TR = exact_product(x_TI, a_RI.T, acc_TR, WIDE)
         if scaling_ptr is not None:
@@ -505,11 +518,13 @@ def segment_product_launches(
     strides: tuple[tuple[int, ...], ...],
     config: ProductConfig,
     *,
-    has_norm: bool,
     wide: bool,
     each: bool,
+    stride_norm: int | None = None,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many splits, the launch for x and A of these strides, and what adds several splits up.
+
+    ``stride_norm``: from one segment's norms to the next's, None for as many as there are.
 
     Its tensors: x, A, magnitude, weight_norm, scaling, offsets, order, y or the splits; the other's: the splits, None,
     y.
@@ -521,14 +536,13 @@ def segment_product_launches(
     launch = Launch(
         segment_product_kernel,
         (tiles * splits * cdiv(rank, config.block_r), 1, 1),
-        (rows, in_features, rank, segments, splits, per_split, *strides[0], *strides[1]),
+        (rows, in_features, rank, segments, splits, per_split, *strides[0], *strides[1], stride_norm or in_features),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_I=config.block_i,
         BLOCK_R=config.block_r,
         BLOCK_E=_block_e(segments),
         EVEN=in_features % config.block_i == 0 and rank % config.block_r == 0,
-        HAS_NORM=has_norm,
         WIDE=wide,
         EACH=each,
         STAGES=config.stages,
@@ -563,7 +577,7 @@ def segment_product(
     y = lora_A.new_empty(rows, rank)
     if not rows or not rank:
         return y
-    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    (magnitude,), weight_norm = contiguous(magnitude), norms_in_rows(weight_norm)
     splits, launch, add = segment_product_launches(
         rows,
         segments,
@@ -571,9 +585,9 @@ def segment_product(
         rank,
         (x.stride(), lora_A.stride()),
         config or segment_product_config(rows, segments, in_features, rank, x.dtype, lora_A.dtype, target.of(x)),
-        has_norm=weight_norm is not None,
         wide=lora_A.dtype is torch.float32,
         each=_scales(scaling),
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
     )
     to = y if add is None else y.new_empty(splits, rows, rank, dtype=torch.float32)
     launch(x, lora_A, magnitude, weight_norm, scaling, offsets, order, to)
@@ -614,6 +628,7 @@ def segment_backward_kernel(
     stride_be,
     stride_bo,
     stride_br,
+    stride_norm,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -650,7 +665,7 @@ def segment_backward_kernel(
         return
     of_segment = segment.to(tl.int64) * O
     if magnitude_ptr is not None:
-        g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr + of_segment, cols_O, mask_O, True)
+        g_O = scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O)
         base_O = g_O - 1 if DELTA else g_O
         acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
         if d_bias_ptr is not None:
@@ -672,7 +687,8 @@ def segment_backward_kernel(
                     bias_O += tl.sum(dy_TO, axis=0)
                 store_rows(d_base_ptr, base_O[None, :] * dy_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
     if magnitude_ptr is not None:
-        norm_O = tl.load(norm_ptr + of_segment + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+        of_norm = segment.to(tl.int64) * stride_norm
+        norm_O = tl.load(norm_ptr + of_norm + cols_O, mask=mask_O, other=1.0).to(tl.float32)
         d_m_O = tl.where(norm_O <= 1e-12, 0.0, tl.sum(acc_TO, axis=0) / norm_O)
         if start_r == 0:
             of_strip = strip.to(tl.int64) * O
@@ -760,6 +776,7 @@ def segment_backward_launches(
     delta: bool,
     wide: bool,
     each: bool,
+    stride_norm: int | None = None,
 ) -> tuple[int, Launch, Launch]:
     """How many strips there are at most, the launch for dy, inner, h and d_lora_B of these strides, and what adds up.
 
@@ -772,7 +789,15 @@ def segment_backward_launches(
     launch = Launch(
         segment_backward_kernel,
         (strips * cdiv(out_features, config.block_o) * cdiv(rank, config.block_r), 1, 1),
-        (rows, out_features, rank, segments, config.rows, *(s for of_one in strides for s in of_one)),
+        (
+            rows,
+            out_features,
+            rank,
+            segments,
+            config.rows,
+            *(s for of_one in strides for s in of_one),
+            stride_norm or out_features,
+        ),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
@@ -841,7 +866,7 @@ def segment_backward(
             if gradient is not None:
                 gradient.zero_()
         return d_base, d_m, d_b, d_bias
-    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    (magnitude,), weight_norm = contiguous(magnitude), norms_in_rows(weight_norm)
     strips, launch, add = segment_backward_launches(
         rows,
         segments,
@@ -853,6 +878,7 @@ def segment_backward(
         delta=delta,
         wide=h.dtype is torch.float32,
         each=_scales(scaling),
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
     )
     parts_b = h.new_empty(strips, out_features, rank, dtype=torch.float32)
     parts_m = None if d_m is None else h.new_empty(strips, out_features, dtype=torch.float32)

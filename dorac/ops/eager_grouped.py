@@ -117,7 +117,7 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
         return None
     if sorted(weight.stride()[1:])[0] != 1 or any(stride % 8 for stride in weight.stride() if stride != 1):
         return None
-    if not all(t.is_contiguous() for t in (magnitude, bias, weight_norm, offsets) if t is not None):
+    if not all(t.is_contiguous() for t in (magnitude, bias, offsets) if t is not None) or weight_norm.stride(1) != 1:
         return None
 
     from dorac.kernels import configs, segments, target
@@ -125,23 +125,27 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
     half, factor, card = weight.dtype, lora_A.dtype, target.of(x)
     wide, each = factor is torch.float32, isinstance(scaling, Tensor) and scaling.ndim == 1
     of_y, of_x, h = (out_features, 1), (in_features, 1), (rank, 1)
-    sizes = rows, experts
+    sizes, stride_norm = (rows, experts), weight_norm.stride(0)
 
-    def product(length, strides, *, has_norm):
+    def product(length, strides, **flags):
         config = configs.segment_product_config(*sizes, length, rank, half, factor, card)
-        splits, *launches = segments.segment_product_launches(
-            *sizes, length, rank, strides, config, has_norm=has_norm, wide=wide, each=each and length == out_features
-        )
+        splits, *launches = segments.segment_product_launches(*sizes, length, rank, strides, config, wide=wide, **flags)
         return splits, *map(eager.bound, launches)
 
     def compose(length, strides, each):
         config = configs.segment_tile_config(*sizes, length, rank, factor, half, card)
-        flags = {"delta": False, "split": wide, "each": each}
+        flags = {"delta": False, "split": wide, "each": each, "stride_norm": stride_norm}
         return eager.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
 
     def backward(length, strides, *, magnitudes):
         config = configs.segment_backward_config(rows, length, rank, half, factor, card)
-        flags = {"magnitudes": magnitudes, "delta": False, "wide": wide, "each": each and magnitudes}
+        flags = {
+            "magnitudes": magnitudes,
+            "delta": False,
+            "wide": wide,
+            "each": each and magnitudes,
+            "stride_norm": stride_norm,
+        }
         strips, *launches = segments.segment_backward_launches(*sizes, length, rank, strides, config, **flags)
         return strips, *map(eager.bound, launches)
 
@@ -157,10 +161,10 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
 
     @functools.lru_cache(maxsize=16)
     def of_h(strides):
-        return product(out_features, (strides, transposed(of_b)), has_norm=wide)
+        return product(out_features, (strides, transposed(of_b)), each=each, stride_norm=stride_norm)
 
     return Plan(
-        down=product(in_features, (of_x, lora_A.stride()), has_norm=False),
+        down=product(in_features, (of_x, lora_A.stride()), each=False),
         compose=compose(out_features, (of_y, h, of_b), each),
         backward=of_dy,
         of_h=of_h,
