@@ -351,13 +351,14 @@ def test_scalings(kind, path, device):
     path.clear()
     if kind == "each":  # and with norms of these
         check_layer(layer, tensors, scaling[kind])
-        assert not path
+        assert path == ["training"]
 
 
 @dtypes
 @pytest.mark.parametrize("sizes", [(48, 32, 16), pytest.param((17, 9, 5), marks=pytest.mark.full)])
-def test_ops_over_the_kernels(dtype, factor_dtype, sizes, path, device):
-    """Where the eager path steps aside: the norm is not given."""
+def test_ops_over_the_kernels(dtype, factor_dtype, sizes, path, device, monkeypatch):
+    """As under the compiler, without the eager path."""
+    monkeypatch.setattr(eager_grouped, "dora_linear_grouped", lambda *tensors: None)
     layer, tensors = drawn(ENDS, 3, sizes, dtype, factor_dtype, device)
     check_layer(layer, tensors)
     assert not path
@@ -377,7 +378,8 @@ def test_steps_aside(path, device):
     torch.func.vmap(lambda x: layer.function(x, weight, lora_A, lora_B, magnitude, bias, **given))(x[None])
     assert not path
     layer.function(*tensors, **given)
-    assert path == ["training"]
+    layer.function(*tensors, scaling=SCALING)
+    assert path == ["training"] * 2
 
 
 def test_differentiated_again(path, device):
