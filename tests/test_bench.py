@@ -16,6 +16,7 @@ from dorac import cli, packed, quantise, reference
 from dorac.bench import (
     against_lora,
     compose,
+    experts,
     host,
     measure,
     memory,
@@ -271,6 +272,45 @@ def test_layer(bench, device):
     forward = 2 * 8 * (32 * 24 + 4 * (32 + 24))
     assert {record["flops"] for record in result["records"]} == {forward, 2 * forward + 2 * 8 * 4 * (32 + 24)}
     assert [r["graph_breaks"] for r in result["records"] if r["variant"] == "dorac-once-compiled"] == [0, 0]
+
+
+def test_experts(bench, device):
+    graphs = ("base-graph", "lora-graph", "dorac-graph") if device == "cuda" else ()
+    variants = ("base-eager", "lora-eager", "dorac-eager", *graphs)
+    result = bench("experts", "--experts", "3", "--shapes", "32x16", "--ranks", "8", "--rows", "10", "7")
+    cases = [f"3x32x16 r8 {rows} rows {phase}" for rows in (10, 7) for phase in ("train", "inference")]
+    assert names(result) == [(case, variant) for case in cases for variant in variants]
+    check_times(result, device)
+    for record in result["records"]:
+        assert record["queued_us"] > 0
+        key = "gpu_ratio" if device == "cuda" else "wall_ratio"
+        assert (record[key] == 1) == record["variant"].startswith("lora")
+
+
+@pytest.mark.parametrize("routing", experts.ROUTINGS)
+def test_routings_send_every_row(routing):
+    offsets = experts.draw_offsets(10, 4, routing, torch.device("cpu"))
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    assert offsets.dtype is torch.int32
+    assert offsets[-1] == 10
+    assert (counts >= 0).all()
+    assert routing != "one" or counts.tolist() == [0, 0, 10, 0]
+    assert routing != "even" or counts.max() - counts.min() <= 1
+
+
+def test_experts_compute_what_they_are_called():
+    """Plain LoRA and dorac over the same experts, dorac with g taken off."""
+    layer = experts.Experts(3, 32, 16, 8, arguments(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16))
+    x, offsets = torch.randn(9, 16).bfloat16(), torch.tensor([4, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        layer.magnitude.copy_(layer.norm)
+        torch.testing.assert_close(
+            experts.dorac(layer, x, offsets), experts.lora(layer, x, offsets), rtol=0.05, atol=0.05
+        )
+        layer.magnitude.mul_(2)
+        torch.testing.assert_close(
+            experts.dorac(layer, x, offsets), 2 * experts.lora(layer, x, offsets), rtol=0.05, atol=0.05
+        )
 
 
 DROPPED = ("lora-addmm-compiled", "lora-sum-eager", "dorac-once-eager", "dorac-every-low-rank-eager")

@@ -27,12 +27,12 @@ dtypes = pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
 NAMES = "x", "weight", "lora_A", "lora_B", "magnitude", "bias"
 # Ends of the segments' rows, how many rows there are; out, in and rank.
 CASES = {
-    "one of many": ([0, 0, 40, 40], 40, (33, 24, 16)),
+    "one of many": ([0, 0, 20, 20], 20, (33, 24, 16)),
     "a tail": ([3, 3, 5, 6], 9, (17, 24, 5)),
     "many rows": ([70, 75, 200], 200, (130, 40, 24)),
     "one row": ([1], 1, (5, 9, 1)),
     "even": ([32, 64], 64, (128, 128, 16)),
-    "large rank": ([5, 20], 20, (24, 32, 100)),
+    "large rank": ([5, 20], 20, (24, 16, 70)),
     "a tail alone": ([0, 0], 7, (16, 16, 4)),
 }
 SAMPLED = {
@@ -40,13 +40,12 @@ SAMPLED = {
     ("a tail", HALF, HALF),
     ("a tail", WIDE, WIDE),
     ("one row", torch.float16, WIDE),
-    ("large rank", HALF, HALF),
     ("large rank", HALF, WIDE),
 }
 cases = pytest.mark.parametrize(
     ("case", "dtype", "factor_dtype"),
     [
-        pytest.param(*key, marks=() if key in SAMPLED else pytest.mark.full)
+        pytest.param(*key, marks=() if key in SAMPLED else pytest.mark.full, id=" ".join(map(str, key)))
         for key in ((case, *pair) for case in CASES for pair in DTYPES)
     ],
 )
@@ -156,7 +155,7 @@ def test_backward(case, dtype, factor_dtype, device):
         d_a = torch.zeros(len(ends), rank, length, dtype=torch.float64, device=device)
         for e, r in i.rows():
             g, s, dy = (i.magnitude[e] / i.norm[e]).double(), s_of(scaling, e), i.dy[r].double()
-            d_base[r] = (g - delta) * dy
+            d_base[r] = (g - int(delta)) * dy
             d_m[e], d_bias[e] = (dy * inner[r].double()).sum(0) / i.norm[e].double(), dy.sum(0)
             d_b[e] = s * (g * dy).T @ i.h[r].double()
             d_a[e] = s * i.h[r].double().T @ i.x[r].double()
@@ -202,7 +201,8 @@ def test_rows_in_any_order(index_dtype, device):
 
 
 @pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
-def test_any_strides(factor_dtype, device, dtype=HALF):
+def test_any_strides(factor_dtype, device):
+    dtype = HALF
     ends, rows, (out, length, rank) = [4, 4, 20], 22, (24, 40, 7)
     i = Inputs(ends, rows, (out, length, rank), dtype, factor_dtype, device)
     by_columns = lambda t: t.mT.contiguous().mT  # noqa: E731
@@ -284,7 +284,7 @@ def path(device, monkeypatch) -> list[str]:
     return taken
 
 
-ENDS = [10, 10, 33]
+ENDS = [10, 10, 21]
 
 
 def drawn(ends, tail, sizes, dtype, factor_dtype, device, **options):
@@ -311,7 +311,8 @@ def check_layer(layer, tensors, scaling=SCALING, norm=None, **options):
 @pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    ("sizes", "bias"), [((48, 32, 16), "frozen"), ((24, 16, 5), "trained"), ((136, 40, 100), None)]
+    ("sizes", "bias"),
+    [((48, 32, 16), "frozen"), ((24, 16, 5), "trained"), pytest.param((136, 40, 100), None, marks=pytest.mark.full)],
 )
 def test_eager_values_and_gradients(factor_dtype, transposed, sizes, bias, path, device):
     """Llama 4's and GPT-OSS' weights are views of transposed ones."""
@@ -319,12 +320,14 @@ def test_eager_values_and_gradients(factor_dtype, transposed, sizes, bias, path,
     if bias == "frozen":
         tensors[5].requires_grad_(False)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
+    if transposed:  # side by side with another projection's, as DoraExperts keeps them
+        norm = torch.cat([norm, norm], 1)[:, : norm.shape[1]]
     check_layer(layer, tensors, norm=norm)
     assert path == ["training"]
 
 
 def test_eager_inference(path, device):
-    layer, tensors = drawn(ENDS, 3, (48, 32, 16), HALF, HALF, device)
+    layer, tensors = drawn(ENDS, 3, (24, 16, 4), HALF, HALF, device)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     expected = layer.function(*tensors, scaling=SCALING, weight_norm=norm)
     with torch.no_grad():
@@ -336,7 +339,7 @@ def test_eager_inference(path, device):
 
 @pytest.mark.parametrize("kind", ["number", "0-d", "each"])
 def test_scalings(kind, path, device):
-    layer, tensors = drawn(ENDS, 0, (48, 32, 16), HALF, HALF, device)
+    layer, tensors = drawn(ENDS, 0, (24, 16, 4), HALF, HALF, device)
     scaling = {
         "number": 0.7,
         "0-d": torch.tensor(0.7, device=device),
@@ -348,20 +351,21 @@ def test_scalings(kind, path, device):
     path.clear()
     if kind == "each":  # and with norms of these
         check_layer(layer, tensors, scaling[kind])
-        assert not path
+        assert path == ["training"]
 
 
 @dtypes
 @pytest.mark.parametrize("sizes", [(48, 32, 16), pytest.param((17, 9, 5), marks=pytest.mark.full)])
-def test_ops_over_the_kernels(dtype, factor_dtype, sizes, path, device, bias=True):
-    """Where the eager path steps aside: the norm is not given."""
-    layer, tensors = drawn(ENDS, 3, sizes, dtype, factor_dtype, device, bias=bias)
+def test_ops_over_the_kernels(dtype, factor_dtype, sizes, path, device, monkeypatch):
+    """As under the compiler, without the eager path."""
+    monkeypatch.setattr(eager_grouped, "dora_linear_grouped", lambda *tensors: None)
+    layer, tensors = drawn(ENDS, 3, sizes, dtype, factor_dtype, device)
     check_layer(layer, tensors)
     assert not path
 
 
 def test_steps_aside(path, device):
-    layer, tensors = drawn(ENDS, 0, (48, 32, 16), HALF, HALF, device)
+    layer, tensors = drawn(ENDS, 0, (24, 16, 4), HALF, HALF, device)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     given = {"scaling": SCALING, "weight_norm": norm}
     layer.function(*tensors, **given, dropout_p=0.5)
@@ -374,11 +378,12 @@ def test_steps_aside(path, device):
     torch.func.vmap(lambda x: layer.function(x, weight, lora_A, lora_B, magnitude, bias, **given))(x[None])
     assert not path
     layer.function(*tensors, **given)
-    assert path == ["training"]
+    layer.function(*tensors, scaling=SCALING)
+    assert path == ["training"] * 2
 
 
 def test_differentiated_again(path, device):
-    layer, tensors = drawn(ENDS, 3, (48, 32, 16), HALF, WIDE, device)
+    layer, tensors = drawn(ENDS, 3, (16, 8, 4), HALF, WIDE, device)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     leaves = [t for t in tensors if t.requires_grad]
 
@@ -399,7 +404,7 @@ def test_differentiated_again(path, device):
 @pytest.mark.parametrize("where", ["forward", "again", "both"])
 def test_a_mode_over_a_part_of_a_checkpoint(where, path, device):
     """Which sees ops in one of both runs, or in both: the same tensors are saved."""
-    layer, tensors = drawn(ENDS, 3, (48, 32, 16), HALF, HALF, device)
+    layer, tensors = drawn(ENDS, 3, (24, 16, 4), HALF, HALF, device)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     leaves = [t for t in tensors if t.requires_grad]
 
@@ -423,10 +428,9 @@ def test_a_mode_over_a_part_of_a_checkpoint(where, path, device):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
-def test_repeats_bitwise(factor_dtype, path, device):
-    """With several strips of a segment, and of few columns."""
-    layer, tensors = drawn([520, 520, 530], 0, (16, 16, 4), HALF, factor_dtype, device)
+def test_repeats_bitwise(path, device):
+    """A layer; and a segment with several strips."""
+    layer, tensors = drawn(ENDS, 3, (16, 16, 4), HALF, HALF, device)
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     leaves = [t for t in tensors if t.requires_grad]
 
@@ -436,6 +440,11 @@ def test_repeats_bitwise(factor_dtype, path, device):
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
     assert path == ["training"] * 2
+    i = Inputs([0, 90], 90, (16, 16, 4), HALF, WIDE, device)
+    config = configs.SegmentConfig(16, 16, 32, 4, 2, 16)
+    layer = i.base, i.magnitude, i.norm, i.h, 0.7, i.offsets
+    first, second = (segments.segment_backward(i.dy, *layer, bias_dtype=WIDE, config=config) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @st.composite
@@ -462,7 +471,7 @@ COMMON = {"deadline": None, "suppress_health_check": [*HealthCheck]}
 
 
 @pytest.mark.usefixtures("path")
-@settings(max_examples=8, derandomize=True, database=None, **COMMON)
+@settings(max_examples=6, derandomize=True, database=None, **COMMON)
 @given(routing=routings())
 def test_random_routings(routing):
     check_routing(routing)

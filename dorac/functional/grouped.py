@@ -60,12 +60,15 @@ def dora_linear_grouped(
         scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
     checks.check_dropout_on(dropout_on)
-    usual = not dropout_p and weight_norm is not None and norm_grad is False and budget == DEFAULT_BUDGET
-    if usual and not torch.compiler.is_compiling() and not packed.is_packed(weight):
-        tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
-        y = eager_grouped.dora_linear_grouped(*tensors, scaling if isinstance(scaling, Tensor) else float(scaling))
-        if y is not None:
-            return y
+    plain = not dropout_p and norm_grad is False and budget == DEFAULT_BUDGET and not packed.is_packed(weight)
+    plain = plain and not torch.compiler.is_compiling()
+
+    def in_eager(norm: Tensor) -> Tensor | None:
+        s = scaling if isinstance(scaling, Tensor) else float(scaling)
+        return eager_grouped.dora_linear_grouped(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, s)
+
+    if plain and weight_norm is not None and (y := in_eager(weight_norm)) is not None:
+        return y
     checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
@@ -77,6 +80,8 @@ def dora_linear_grouped(
     if weight_norm is None:
         factors = (lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0) if each else (lora_A, lora_B, s)
         weight_norm = norm_factored(weight, *factors, norm_grad=norm_grad, budget=budget)
+        if plain and (y := in_eager(weight_norm)) is not None:
+            return y
 
     def product(rows: Tensor, matrices: Tensor | packed.Packed) -> Tensor:
         if packed.is_packed(matrices):

@@ -312,10 +312,10 @@ def stack_norm_config(
     if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         candidates = [StackNormConfig(32, 32, block_r, 2, 1, 4, 2)]
     else:
-        block_i = 128 if target.products_from_shared or block_r < 64 else 64  # or it spills
         candidates = [
-            StackNormConfig(64, block_i, block_r, together, 1, 8, stages)
+            StackNormConfig(64, 128, block_r, together, 1, 8, stages)
             for together, stages in ((most, 3), (most, 2), (2, 2))
+            if target.products_from_shared or block_r < 64  # or it spills
         ]
         candidates.append(StackNormConfig(64, 64, block_r, 2, 1, 4, 2))
     config = _first(candidates, target, weight_dtype)

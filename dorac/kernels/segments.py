@@ -38,7 +38,7 @@ from dorac.kernels.configs import (
     segment_tile_config,
 )
 from dorac.kernels.launch import Launch, cdiv, contiguous
-from dorac.kernels.tiles import magnitude_scale, number, product
+from dorac.kernels.tiles import magnitude_scale, number, product, to_bfloat16
 
 BLOCK_E = 1024  # segments that a program looks at in one step, at most
 
@@ -110,11 +110,20 @@ def load_rows(source, rows_T, mask_T, start_n, N, stride_t, stride_n, BLOCK_N: t
 def store_rows(to, tile_TN, rows_T, mask_T, start_n, N, stride_t, BLOCK_N: tl.constexpr, EVEN: tl.constexpr):
     cols_N = start_n + tl.arange(0, BLOCK_N)
     pointers = to + rows_T[:, None] * stride_t + cols_N[None, :]
-    tile_TN = tile_TN.to(to.dtype.element_ty)
+    tile_TN = rounded(tile_TN, to)
     if EVEN:
         tl.store(pointers, tile_TN, mask=mask_T[:, None])
     else:
         tl.store(pointers, tile_TN, mask=mask_T[:, None] & (cols_N < N)[None, :])
+
+
+@triton.jit
+def rounded(x, to):
+    """float32 ``x`` in the dtype of what ``to`` points at."""
+    if to.dtype.element_ty == tl.bfloat16:
+        return to_bfloat16(x)
+    else:
+        return x.to(to.dtype.element_ty)
 
 
 @triton.jit
@@ -149,6 +158,16 @@ def scaling_of(scaling_ptr, segment, EACH: tl.constexpr):
         return tl.load(scaling_ptr + segment).to(tl.float32)
     else:
         return number(scaling_ptr)
+
+
+@triton.jit
+def scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O):
+    """g of a segment's columns: ``m / n``, or without norms what ``magnitude_ptr`` holds."""
+    magnitude_ptr += segment.to(tl.int64) * O
+    if norm_ptr is None:
+        return magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, False)
+    else:
+        return magnitude_scale(magnitude_ptr, norm_ptr + segment.to(tl.int64) * stride_norm, cols_O, mask_O, True)
 
 
 @triton.jit
@@ -198,7 +217,8 @@ def segment_compose_kernel(
     stride_be,
     stride_bo,
     stride_br,
-    stride_bias,  # from one segment's bias to the next; 0 where they share it
+    stride_norm,  # from one segment's norms to the next's
+    stride_bias,  # the same of biases; 0 where they share one
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -236,10 +256,7 @@ def segment_compose_kernel(
         return
     s = scaling_of(scaling_ptr, segment, EACH)
     if magnitude_ptr is not None:
-        of_segment = segment.to(tl.int64) * O
-        g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr, cols_O, mask_O, False)
-        if norm_ptr is not None:
-            g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr + of_segment, cols_O, mask_O, True)
+        g_O = scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O)
     if bias_ptr is not None:
         of_bias = segment.to(tl.int64) * stride_bias
         bias_O = tl.load(bias_ptr + of_bias + cols_O, mask=mask_O, other=0.0).to(tl.float32)
@@ -316,6 +333,11 @@ def _scales(scaling: Tensor | float | None) -> bool:
     return isinstance(scaling, Tensor) and scaling.ndim == 1
 
 
+def norms_in_rows(weight_norm: Tensor | None) -> Tensor | None:
+    """The norms as kernels index them: each segment's side by side, however far the segments lie apart."""
+    return weight_norm if weight_norm is None or weight_norm.stride(1) == 1 else weight_norm.contiguous()
+
+
 @functools.lru_cache(maxsize=4096)
 def segment_compose_launch(
     rows: int,
@@ -328,6 +350,7 @@ def segment_compose_launch(
     delta: bool,
     split: bool,
     each: bool,
+    stride_norm: int | None = None,
     shared_bias: bool = False,
     plain_tail: bool = False,
 ) -> Launch:
@@ -349,6 +372,7 @@ def segment_compose_launch(
             segments,
             per_tile,
             *(s for of_one in strides for s in of_one),
+            stride_norm or out_features,
             0 if shared_bias else out_features,
         ),
         config.warps,
@@ -408,7 +432,8 @@ def segment_compose(
     if not rank or not segments:
         raise ValueError(f"lora_B must have segments and ranks, got {list(lora_B.shape)}")
     shared_bias = bias is not None and bias.ndim == 1
-    magnitude, weight_norm, bias = contiguous(magnitude, weight_norm, bias)
+    magnitude, bias = contiguous(magnitude, bias)
+    weight_norm = norms_in_rows(weight_norm)
     launch = segment_compose_launch(
         rows,
         segments,
@@ -419,6 +444,7 @@ def segment_compose(
         delta=delta,
         split=lora_B.dtype is torch.float32 and like.dtype is not torch.float32,
         each=_scales(scaling),
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
         shared_bias=shared_bias,
         plain_tail=plain_tail,
     )
@@ -447,12 +473,12 @@ def segment_product_kernel(
     stride_ae,
     stride_ar,
     stride_ai,
+    stride_norm,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over the last column or rank
-    HAS_NORM: tl.constexpr,
     WIDE: tl.constexpr,  # float32 factors
     EACH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -466,7 +492,6 @@ def segment_product_kernel(
     rows_T, mask_T = rows_of_tile(order_ptr, begin, end, BLOCK_T)
     acc_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     if segment < E:
-        of_segment = segment.to(tl.int64) * I
         first = split * columns_per_split
         for start_i in tl.range(first, tl.minimum(first + columns_per_split, I), BLOCK_I, num_stages=STAGES):
             x_TI = load_rows(x_ptr, rows_T, mask_T, start_i, I, stride_xt, stride_xi, BLOCK_I, EVEN)
@@ -475,10 +500,7 @@ def segment_product_kernel(
             )
             if magnitude_ptr is not None:
                 cols_I = start_i + tl.arange(0, BLOCK_I)
-                norm_I_ptr = norm_ptr
-                if HAS_NORM:
-                    norm_I_ptr += of_segment
-                g_I = magnitude_scale(magnitude_ptr + of_segment, norm_I_ptr, cols_I, cols_I < I, HAS_NORM)
+                g_I = scale_of(magnitude_ptr, norm_ptr, segment, I, stride_norm, cols_I, cols_I < I)
                 a_RI = (a_RI.to(tl.float32) * g_I[None, :]).to(a_RI.dtype)
             acc_TR = exact_product(x_TI, a_RI.T, acc_TR, WIDE)
         if scaling_ptr is not None:
@@ -496,11 +518,13 @@ def segment_product_launches(
     strides: tuple[tuple[int, ...], ...],
     config: ProductConfig,
     *,
-    has_norm: bool,
     wide: bool,
     each: bool,
+    stride_norm: int | None = None,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many splits, the launch for x and A of these strides, and what adds several splits up.
+
+    ``stride_norm``: from one segment's norms to the next's, None for as many as there are.
 
     Its tensors: x, A, magnitude, weight_norm, scaling, offsets, order, y or the splits; the other's: the splits, None,
     y.
@@ -512,14 +536,13 @@ def segment_product_launches(
     launch = Launch(
         segment_product_kernel,
         (tiles * splits * cdiv(rank, config.block_r), 1, 1),
-        (rows, in_features, rank, segments, splits, per_split, *strides[0], *strides[1]),
+        (rows, in_features, rank, segments, splits, per_split, *strides[0], *strides[1], stride_norm or in_features),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_I=config.block_i,
         BLOCK_R=config.block_r,
         BLOCK_E=_block_e(segments),
         EVEN=in_features % config.block_i == 0 and rank % config.block_r == 0,
-        HAS_NORM=has_norm,
         WIDE=wide,
         EACH=each,
         STAGES=config.stages,
@@ -554,7 +577,7 @@ def segment_product(
     y = lora_A.new_empty(rows, rank)
     if not rows or not rank:
         return y
-    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    (magnitude,), weight_norm = contiguous(magnitude), norms_in_rows(weight_norm)
     splits, launch, add = segment_product_launches(
         rows,
         segments,
@@ -562,9 +585,9 @@ def segment_product(
         rank,
         (x.stride(), lora_A.stride()),
         config or segment_product_config(rows, segments, in_features, rank, x.dtype, lora_A.dtype, target.of(x)),
-        has_norm=weight_norm is not None,
         wide=lora_A.dtype is torch.float32,
         each=_scales(scaling),
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
     )
     to = y if add is None else y.new_empty(splits, rows, rank, dtype=torch.float32)
     launch(x, lora_A, magnitude, weight_norm, scaling, offsets, order, to)
@@ -605,6 +628,7 @@ def segment_backward_kernel(
     stride_be,
     stride_bo,
     stride_br,
+    stride_norm,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -645,7 +669,7 @@ def segment_backward_kernel(
         return
     of_segment = segment.to(tl.int64) * O
     if magnitude_ptr is not None:
-        g_O = magnitude_scale(magnitude_ptr + of_segment, norm_ptr + of_segment, cols_O, mask_O, True)
+        g_O = scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O)
         base_O = g_O - 1 if DELTA else g_O
         acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
         if d_bias_ptr is not None:
@@ -667,14 +691,15 @@ def segment_backward_kernel(
                     bias_O += tl.sum(dy_TO, axis=0)
                 store_rows(d_base_ptr, base_O[None, :] * dy_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
     if magnitude_ptr is not None:
-        norm_O = tl.load(norm_ptr + of_segment + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+        of_norm = segment.to(tl.int64) * stride_norm
+        norm_O = tl.load(norm_ptr + of_norm + cols_O, mask=mask_O, other=1.0).to(tl.float32)
         d_m_O = tl.where(norm_O <= 1e-12, 0.0, tl.sum(acc_TO, axis=0) / norm_O)
         if start_r == 0:
             of_strip = strip.to(tl.int64) * O
             if alone:
-                tl.store(d_m_ptr + of_segment + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O)
+                tl.store(d_m_ptr + of_segment + cols_O, rounded(d_m_O, d_m_ptr), mask=mask_O)
                 if d_bias_ptr is not None:
-                    tl.store(d_bias_ptr + of_segment + cols_O, bias_O.to(d_bias_ptr.dtype.element_ty), mask=mask_O)
+                    tl.store(d_bias_ptr + of_segment + cols_O, rounded(bias_O, d_bias_ptr), mask=mask_O)
             else:
                 tl.store(parts_m_ptr + of_strip + cols_O, d_m_O, mask=mask_O)
                 if d_bias_ptr is not None:
@@ -686,7 +711,7 @@ def segment_backward_kernel(
     rows_O, cols_R = cols_O.to(tl.int64)[:, None], cols_R.to(tl.int64)[None, :]
     if alone:
         to = d_b_ptr + segment.to(tl.int64) * stride_be + rows_O * stride_bo + cols_R * stride_br
-        tl.store(to, acc_OR.to(d_b_ptr.dtype.element_ty), mask=mask_OR)
+        tl.store(to, rounded(acc_OR, d_b_ptr), mask=mask_OR)
     else:
         tl.store(parts_b_ptr + strip.to(tl.int64) * O * R + rows_O * R + cols_R, acc_OR, mask=mask_OR)
 
@@ -727,19 +752,19 @@ def segment_sum_kernel(
         if d_m_ptr is not None:
             for strip in range(strips):
                 total += tl.load(parts_m_ptr + (first + strip) * O + index, mask=mask, other=0.0)
-            tl.store(d_m_ptr + segment * O + index, total.to(d_m_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_m_ptr + segment * O + index, rounded(total, d_m_ptr), mask=mask)
         if d_bias_ptr is not None:
             total = tl.zeros([BLOCK], dtype=tl.float32)
             for strip in range(strips):
                 total += tl.load(parts_bias_ptr + (first + strip) * O + index, mask=mask, other=0.0)
-            tl.store(d_bias_ptr + segment * O + index, total.to(d_bias_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_bias_ptr + segment * O + index, rounded(total, d_bias_ptr), mask=mask)
     else:
         index += (block - blocks_m) * BLOCK
         mask = index < O * R
         for strip in range(strips):
             total += tl.load(parts_b_ptr + (first + strip) * O * R + index, mask=mask, other=0.0)
         to = d_b_ptr + segment * stride_be + (index // R).to(tl.int64) * stride_bo + (index % R) * stride_br
-        tl.store(to, total.to(d_b_ptr.dtype.element_ty), mask=mask)
+        tl.store(to, rounded(total, d_b_ptr), mask=mask)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -756,6 +781,7 @@ def segment_backward_launches(
     wide: bool,
     each: bool,
     plain_tail: bool = False,
+    stride_norm: int | None = None,
 ) -> tuple[int, Launch, Launch]:
     """How many strips there are at most, the launch for dy, inner, h and d_lora_B of these strides, and what adds up.
 
@@ -768,7 +794,15 @@ def segment_backward_launches(
     launch = Launch(
         segment_backward_kernel,
         (strips * cdiv(out_features, config.block_o) * cdiv(rank, config.block_r), 1, 1),
-        (rows, out_features, rank, segments, config.rows, *(s for of_one in strides for s in of_one)),
+        (
+            rows,
+            out_features,
+            rank,
+            segments,
+            config.rows,
+            *(s for of_one in strides for s in of_one),
+            stride_norm or out_features,
+        ),
         config.warps,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
@@ -839,7 +873,7 @@ def segment_backward(
             if gradient is not None:
                 gradient.zero_()
         return d_base, d_m, d_b, d_bias
-    magnitude, weight_norm = contiguous(magnitude, weight_norm)
+    (magnitude,), weight_norm = contiguous(magnitude), norms_in_rows(weight_norm)
     strips, launch, add = segment_backward_launches(
         rows,
         segments,
@@ -852,6 +886,7 @@ def segment_backward(
         wide=h.dtype is torch.float32,
         each=_scales(scaling),
         plain_tail=plain_tail,
+        stride_norm=None if weight_norm is None else weight_norm.stride(0),
     )
     parts_b = h.new_empty(strips, out_features, rank, dtype=torch.float32)
     parts_m = None if d_m is None else h.new_empty(strips, out_features, dtype=torch.float32)

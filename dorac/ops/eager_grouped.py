@@ -1,4 +1,4 @@
-"""Rows by expert in eager on a GPU with kernels: one ``autograd.Function`` that launches, as ``ops/eager.py`` has it.
+"""Rows by expert in eager: one ``autograd.Function``, on a GPU with kernels one that launches, as in ``ops/eager.py``.
 
 ``functional.dora_linear_grouped`` asks here first. Where tensors are plain, the layer bfloat16 and dense with sizes
 that torch's grouped GEMM takes, the factors of that dtype or float32, the norm given, nothing dropped, adapters trained
@@ -9,6 +9,7 @@ these are (``ops/grouped_compose.py``). The host reads no offsets, and there is 
 - The gradient of x is the grouped product of ``g * dy``, onto which the small product ``d_h A`` is accumulated where it
   lies.
 - Plans are kept as there: they settle what metadata settle, and hold no tensors.
+- On the CPU, in single and double precision, it is ``ops/by_expert.py``.
 
 Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors.
 
@@ -24,14 +25,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
-from dorac.ops import eager, front
-from dorac.ops.grouped import grouped_linear, grouped_product
-from dorac.ops.grouped_compose import grouped_compose, grouped_compose_forward
+from dorac.numerics import accumulate_dtype
+from dorac.ops import by_expert, eager, front
+from dorac.ops.grouped import grouped_linear, grouped_outer, grouped_product, rows_by_expert
+from dorac.ops.grouped_compose import grouped_compose, grouped_compose_backward, grouped_compose_forward
+from dorac.ops.take import sum_by_index
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slices:
+    """Layers on the CPU, expert by expert."""
+
+    in_ops: bool = False  # which modes see
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """How layers of certain metadata are computed."""
+    """How layers of certain metadata are computed on a GPU."""
 
     down: tuple  # of h: splits, launch, what adds them up
     compose: Callable  # of h, base, lora_B, magnitude, norm, scaling, bias, offsets, order, y and inner
@@ -64,7 +74,7 @@ def dora_linear_grouped(
     of_scaling = None
     try:
         if isinstance(scaling, Tensor):
-            if scaling.requires_grad or scaling.device != x.device or scaling.dtype is torch.float64:
+            if scaling.requires_grad or scaling.device != x.device or (scaling.is_cuda and scaling.dtype.itemsize > 4):
                 return None
             of_scaling = type(scaling), scaling.shape, scaling.dtype
         training = torch.is_grad_enabled() and (
@@ -91,23 +101,27 @@ def dora_linear_grouped(
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
             plan = eager.keep_plan(key, make_plan(*tensors, scaling, training))
-    if plan is None or (in_ops and not training) or bits & 15:
+    if plan is None or (in_ops and not training) or (bits & 15 and type(plan) is Plan):
         return None
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
     if not training:
-        return _forward(plan, *tensors, scaling, False)[0]
+        return _forward_of(plan)(*tensors, scaling, False)[0]
     trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
     if not trained or weight.requires_grad or weight_norm.requires_grad:
         return None
     return _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
 
 
-def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, scaling, training) -> Plan | None:
+def make_plan(
+    x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, scaling, training
+) -> Plan | Slices | None:
     """The plan for tensors that passed the checks; None if they are not computed here."""
     given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets) if t is not None]
-    if not all(t.numel() for t in given) or not front.all_eager(*given):
+    if not all(t.numel() for t in given) or not front.all_eager(*given) or front.autocast_dtype(x) is not None:
         return None
-    if not front.has_kernels(*given[:-1]) or front.autocast_dtype(x) is not None:
+    if by_expert.takes(x, weight, lora_A, lora_B, magnitude, bias, weight_norm):
+        return Slices()
+    if not front.has_kernels(*given[:-1]):
         return None
     if weight.dtype is not torch.bfloat16 or lora_A.dtype not in (torch.bfloat16, torch.float32):
         return None
@@ -117,7 +131,7 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
         return None
     if sorted(weight.stride()[1:])[0] != 1 or any(stride % 8 for stride in weight.stride() if stride != 1):
         return None
-    if not all(t.is_contiguous() for t in (magnitude, bias, weight_norm, offsets) if t is not None):
+    if not all(t.is_contiguous() for t in (magnitude, bias, offsets) if t is not None) or weight_norm.stride(1) != 1:
         return None
 
     from dorac.kernels import configs, segments, target
@@ -125,23 +139,27 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
     half, factor, card = weight.dtype, lora_A.dtype, target.of(x)
     wide, each = factor is torch.float32, isinstance(scaling, Tensor) and scaling.ndim == 1
     of_y, of_x, h = (out_features, 1), (in_features, 1), (rank, 1)
-    sizes = rows, experts
+    sizes, stride_norm = (rows, experts), weight_norm.stride(0)
 
-    def product(length, strides, *, has_norm):
+    def product(length, strides, **flags):
         config = configs.segment_product_config(*sizes, length, rank, half, factor, card)
-        splits, *launches = segments.segment_product_launches(
-            *sizes, length, rank, strides, config, has_norm=has_norm, wide=wide, each=each and length == out_features
-        )
+        splits, *launches = segments.segment_product_launches(*sizes, length, rank, strides, config, wide=wide, **flags)
         return splits, *map(eager.bound, launches)
 
     def compose(length, strides, each):
         config = configs.segment_tile_config(*sizes, length, rank, factor, half, card)
-        flags = {"delta": False, "split": wide, "each": each}
+        flags = {"delta": False, "split": wide, "each": each, "stride_norm": stride_norm}
         return eager.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
 
     def backward(length, strides, *, magnitudes):
         config = configs.segment_backward_config(rows, length, rank, half, factor, card)
-        flags = {"magnitudes": magnitudes, "delta": False, "wide": wide, "each": each and magnitudes}
+        flags = {
+            "magnitudes": magnitudes,
+            "delta": False,
+            "wide": wide,
+            "each": each and magnitudes,
+            "stride_norm": stride_norm,
+        }
         strips, *launches = segments.segment_backward_launches(*sizes, length, rank, strides, config, **flags)
         return strips, *map(eager.bound, launches)
 
@@ -157,10 +175,10 @@ def make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, 
 
     @functools.lru_cache(maxsize=16)
     def of_h(strides):
-        return product(out_features, (strides, transposed(of_b)), has_norm=wide)
+        return product(out_features, (strides, transposed(of_b)), each=each, stride_norm=stride_norm)
 
     return Plan(
-        down=product(in_features, (of_x, lora_A.stride()), has_norm=False),
+        down=product(in_features, (of_x, lora_A.stride()), each=False),
         compose=compose(out_features, (of_y, h, of_b), each),
         backward=of_dy,
         of_h=of_h,
@@ -196,6 +214,10 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, sc
     return y, h, inner
 
 
+def _forward_of(plan: Plan | Slices) -> Callable:
+    return by_expert.forward if type(plan) is Slices else functools.partial(_forward, plan)
+
+
 def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling):
     """The same of the ops."""
     h = grouped_product(x.to(lora_A.dtype), lora_A, offsets)
@@ -207,14 +229,14 @@ def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling):
 def _tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(scaling, Tensor):
         return scaling
-    return torch.full((), scaling, dtype=torch.float32, device=like.device)
+    return torch.full((), scaling, dtype=accumulate_dtype(like), device=like.device)
 
 
 class Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, plan):
         tensors = x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling
-        y, h, inner = _in_ops(*tensors) if plan.in_ops else _forward(plan, *tensors, True)
+        y, h, inner = _in_ops(*tensors) if plan.in_ops else _forward_of(plan)(*tensors, True)
         of_scaling = scaling if isinstance(scaling, Tensor) else None
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, h, inner, of_scaling)
         ctx.set_materialize_grads(False)
@@ -225,14 +247,25 @@ class Grouped(torch.autograd.Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 10
-        if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
-            return _seen_gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, dy)
+        if front.autocast_dtype(dy) is not None:  # backward called inside autocast
+            with front.autocast_off(dy):
+                return Grouped.backward(ctx, dy)
         x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, h, inner, scaling = ctx.saved_tensors
         plan, scaling = ctx.plan, ctx.scaling if scaling is None else scaling
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        if type(dy) is not Tensor or not front.unobserved():
+            tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, _tensor(scaling, x)
+            dx, d_a, d_b, d_m, d_bias = _gradients_in_ops(*tensors, bias if needs_bias else None, needs_x)
+            return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
+        if type(plan) is Slices:
+            tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, scaling
+            dx, d_a, d_b, d_m, d_bias = by_expert.backward(*tensors, needs_x=needs_x, needs_bias=needs_bias)
+            return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
         if dy.data_ptr() % 16 or dy.dtype is not inner.dtype:
             dy = dy.to(inner.dtype, memory_format=torch.contiguous_format, copy=True)
         rank = lora_A.shape[1]
-        needs_bias = ctx.needs_input_grad[5]
         strips, launch, add = plan.backward(dy.stride(), needs_bias)
         d_base, d_m, d_b = torch.empty_like(inner), torch.empty_like(magnitude), torch.empty_like(lora_B)
         d_bias = torch.empty_like(bias) if needs_bias else None
@@ -268,7 +301,7 @@ class Grouped(torch.autograd.Function):
         launch(x, x, None, None, None, d_h, 1.0, offsets, None, None, None, d_a, None, None, parts_a, None)
         add(parts_a, None, None, offsets, None, d_a, None)
         dx = None
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             dx = F.grouped_mm(d_base, weight, offs=_ends(offsets))
             plan.of_x(d_h, dx, lora_A, None, None, 1.0, None, offsets, None, dx, None)
         return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
@@ -278,21 +311,30 @@ class Grouped(torch.autograd.Function):
 _apply = super(torch.autograd.Function, Grouped).apply
 
 
-def _seen_gradients(ctx, dy):
-    """The gradients where they are differentiated again, or a mode looks on: those of the layer computed again."""
+def _gradients_in_ops(dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, scaling, bias, needs_x):
+    """The gradients of x, lora_A, lora_B, magnitude and of a bias, where a mode or a subclass of tensors looks on."""
+    d_base, d_h, d_b, d_m = grouped_compose_backward(dy, inner, h, lora_B, magnitude, norm, scaling, offsets, False)
+    d_a = grouped_outer(d_h, x.to(d_h.dtype), offsets)
+    dx = d_bias = None
+    if needs_x:
+        dx = grouped_product(d_base, weight.mT, offsets) + grouped_product(d_h, lora_A.mT, offsets).to(x.dtype)
+    if bias is not None:
+        index, taken = rows_by_expert(offsets, len(dy))
+        rows = torch.where(taken.unsqueeze(-1), dy, 0).to(accumulate_dtype(dy))
+        d_bias = sum_by_index(rows, index, len(bias)).to(bias.dtype)
+    return dx, d_a, d_b, d_m, d_bias
+
+
+def _differentiable_gradients(ctx, dy):
+    """The gradients where they are differentiated again: those of the layer, computed again."""
     x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, _, _, scaling = ctx.saved_tensors
-    tensors = x, weight, lora_A, lora_B, magnitude, bias
-    again = torch.is_grad_enabled()
     scaling = _tensor(ctx.scaling, x) if scaling is None else scaling
-    with torch.enable_grad(), front.autocast_off(x):
-        if not again:
-            tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        x, weight, lora_A, lora_B, magnitude, bias = tensors
+    with front.autocast_off(x):
         h = grouped_linear(x.to(lora_A.dtype), lora_A, offsets)
-        y = grouped_compose(
-            grouped_linear(x, weight, offsets), h, lora_B, magnitude, norm, scaling, bias, offsets, False
-        )
+        base = grouped_linear(x, weight, offsets)
+        y = grouped_compose(base, h, lora_B, magnitude, norm, scaling, bias, offsets, False)
+        tensors = x, weight, lora_A, lora_B, magnitude, bias
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:6]) if needed]
-        grads = torch.autograd.grad(y, [tensors[i] for i in wanted], dy, create_graph=again)
+        grads = torch.autograd.grad(y, [tensors[i] for i in wanted], dy, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))
     return *(found.get(i) for i in range(6)), None, None, None, None
