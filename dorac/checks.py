@@ -112,11 +112,11 @@ def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Ten
     return scaling
 
 
-def check_scalings(scaling: Tensor, adapters: int, like: Tensor) -> None:
+def check_scalings(scaling: Tensor, adapters: int, like: Tensor, letter: str = "K") -> None:
     """A float ``[K]`` tensor, one scaling for each adapter."""
     check_float("scaling", scaling)
     if list(scaling.shape) != [adapters]:
-        raise ValueError(f"scaling must be a number, 0-d or [K] = [{adapters}], got shape {list(scaling.shape)}")
+        raise ValueError(f"scaling must be a number, 0-d or [{letter}] = [{adapters}], got shape {list(scaling.shape)}")
     _check_device("scaling", scaling, like)
 
 
@@ -476,6 +476,7 @@ def check_mixed(
     bias: Tensor | None,
     weight_norm: Tensor | None,
     adapter_index: Tensor,
+    ranks: Tensor | None = None,
 ) -> None:
     """All tensors of ``dora_linear_mixed``."""
     check_stack(weight, lora_A, lora_B)
@@ -487,6 +488,8 @@ def check_mixed(
     check_activation_dtype(x, weight)
     check_vector("bias", bias, weight)
     _check_index("adapter_index", adapter_index, "[N]", [x.shape[0]], x, "x")
+    if ranks is not None:
+        _check_index("ranks", ranks, "[K]", [lora_A.shape[0]], weight, "weight")
 
 
 def check_adapter(

@@ -96,20 +96,22 @@ def experts(count: int, tokens: int) -> RowLayer:
     return RowLayer(functional.dora_linear, {}, lambda *stacks: stacks, inputs)
 
 
-def grouped(offsets: Tensor) -> RowLayer:
-    """Rows sorted by expert."""
+def grouped(offsets: Tensor, tail: int = 0) -> RowLayer:
+    """Rows sorted by expert, then a tail that no expert takes: in the textbook's a layer of zeros does."""
     count, rows = len(offsets), offsets.tolist()[-1] if len(offsets) else 0
     expert_of_row = torch.arange(count).repeat_interleave(offsets.long().diff(prepend=torch.zeros(1).long()))
 
     def inputs(out_features: int, in_features: int, rank: int, **options) -> LinearInputs:
-        tokens = -(-rows // max(count, 1))
+        tokens = -(-(rows + tail) // max(count, 1))
         drawn = experts(count, tokens).inputs(out_features, in_features, rank, **options)
         # A copy: torch cannot compile a jvp that takes a view of an argument which is part of a larger tensor.
-        return dataclasses.replace(drawn, x=drawn.x.flatten(0, 1)[:rows].clone())
+        return dataclasses.replace(drawn, x=drawn.x.flatten(0, 1)[: rows + tail].clone())
 
-    return RowLayer(
-        functional.dora_linear_grouped, {"offsets": offsets}, lambda *stacks: at(expert_of_row, *stacks), inputs
-    )
+    def dense(*stacks: Tensor | None) -> list[Tensor | None]:
+        of_rows = at(expert_of_row, *stacks)
+        return [None if t is None else torch.cat([t, t.new_zeros(tail, *t.shape[1:])]) for t in of_rows]
+
+    return RowLayer(functional.dora_linear_grouped, {"offsets": offsets}, dense, inputs)
 
 
 def mixed(adapter_of_row: Tensor, adapters: int, tokens: int) -> RowLayer:

@@ -16,9 +16,11 @@ from dorac import cli, packed, quantise, reference
 from dorac.bench import (
     against_lora,
     compose,
+    experts,
     host,
     measure,
     memory,
+    mixed,
     model,
     options,
     peers,
@@ -189,6 +191,50 @@ def test_compose(bench, device):
     assert result["records"][-1]["bytes"] == 2 * 3 * 24 * 32
 
 
+MIXED = ("base", "lora-one", "lora-gathered", "dorac", "dorac-separate")
+
+
+def test_mixed(bench, device):
+    given = ("--shapes", "32x24", "--adapters", "3", "--ranks", "4", "2,4", "--rows", "1", "6", "3x5")
+    result = bench("mixed", *given, "--variants", *MIXED)
+    cases = [f"32x24 K3 r{ranks} {rows}" for ranks in ("4", "2,4") for rows in ("1x1", "6x1", "3x5")]
+    assert names(result) == [(case, variant) for case in cases for variant in MIXED]
+    check_times(result, device)
+    key = "wall_us" if device == "cpu" else "gpu_us"
+    for i, record in enumerate(result["records"]):
+        base, one, gathered, *_ = result["records"][i // len(MIXED) * len(MIXED) :]
+        assert record["limit_us"] == pytest.approx(
+            base[key] + record["bytes"] / result["ceilings"]["read_gb_per_s"] * 1e-3
+        )
+        assert record["beyond_us"] == pytest.approx(record[key] - record["limit_us"])
+        assert record["wall_gathered"] == pytest.approx(record["wall_us"] / gathered["wall_us"])
+        if device == "cuda":
+            assert record["gpu_one"] == pytest.approx(record["gpu_us"] / one["gpu_us"])
+            assert record["graph_us"] > 0
+    assert result["records"][0]["bytes"] == 4 * (32 + 24) * 2  # of one adapter in bfloat16
+
+
+@pytest.mark.parametrize("ranks", [(4,), (2, 4)])
+def test_mixed_variants_compute_the_same(ranks, device):
+    """DoRA's ways, and LoRA's; each by itself."""
+    args = arguments(device)
+    case = mixed.draw((32, 24), 3, ranks, (5, 4), args)
+    with torch.no_grad():
+        plain = dataclasses.replace(case, magnitude=case.weight_norm)
+        lora = mixed.VARIANTS["lora-gathered"](case)()
+        torch.testing.assert_close(mixed.VARIANTS["dorac"](plain)(), lora)
+        dora = mixed.VARIANTS["dorac"](case)()
+        torch.testing.assert_close(mixed.VARIANTS["dorac-separate"](case)(), dora)
+        assert (dora - lora).abs().max() > 1e-2
+        one = dataclasses.replace(case, index=torch.full_like(case.index, int(case.ranks.argmax())))
+        torch.testing.assert_close(
+            mixed.VARIANTS["lora-one"](case)(), mixed.VARIANTS["lora-gathered"](one)().flatten(0, 1)
+        )
+        if device == "cuda":
+            torch.testing.assert_close(mixed.VARIANTS["lora-segmented"](case)(), lora.flatten(0, 1))
+    assert case.factor_bytes() == 4 * (32 + 24) * sum(case.ranks[list({*case.named})].tolist())
+
+
 def wall_ratio(record: dict, *others: dict) -> float:
     """To the sum of the others; the median of the turns' ratios, where there are turns."""
     turns = [one.get("turns_us", [one["wall_us"]]) for one in (record, *others)]
@@ -226,6 +272,45 @@ def test_layer(bench, device):
     forward = 2 * 8 * (32 * 24 + 4 * (32 + 24))
     assert {record["flops"] for record in result["records"]} == {forward, 2 * forward + 2 * 8 * 4 * (32 + 24)}
     assert [r["graph_breaks"] for r in result["records"] if r["variant"] == "dorac-once-compiled"] == [0, 0]
+
+
+def test_experts(bench, device):
+    graphs = ("base-graph", "lora-graph", "dorac-graph") if device == "cuda" else ()
+    variants = ("base-eager", "lora-eager", "dorac-eager", *graphs)
+    result = bench("experts", "--experts", "3", "--shapes", "32x16", "--ranks", "8", "--rows", "10", "7")
+    cases = [f"3x32x16 r8 {rows} rows {phase}" for rows in (10, 7) for phase in ("train", "inference")]
+    assert names(result) == [(case, variant) for case in cases for variant in variants]
+    check_times(result, device)
+    for record in result["records"]:
+        assert record["queued_us"] > 0
+        key = "gpu_ratio" if device == "cuda" else "wall_ratio"
+        assert (record[key] == 1) == record["variant"].startswith("lora")
+
+
+@pytest.mark.parametrize("routing", experts.ROUTINGS)
+def test_routings_send_every_row(routing):
+    offsets = experts.draw_offsets(10, 4, routing, torch.device("cpu"))
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    assert offsets.dtype is torch.int32
+    assert offsets[-1] == 10
+    assert (counts >= 0).all()
+    assert routing != "one" or counts.tolist() == [0, 0, 10, 0]
+    assert routing != "even" or counts.max() - counts.min() <= 1
+
+
+def test_experts_compute_what_they_are_called():
+    """Plain LoRA and dorac over the same experts, dorac with g taken off."""
+    layer = experts.Experts(3, 32, 16, 8, arguments(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16))
+    x, offsets = torch.randn(9, 16).bfloat16(), torch.tensor([4, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        layer.magnitude.copy_(layer.norm)
+        torch.testing.assert_close(
+            experts.dorac(layer, x, offsets), experts.lora(layer, x, offsets), rtol=0.05, atol=0.05
+        )
+        layer.magnitude.mul_(2)
+        torch.testing.assert_close(
+            experts.dorac(layer, x, offsets), 2 * experts.lora(layer, x, offsets), rtol=0.05, atol=0.05
+        )
 
 
 DROPPED = ("lora-addmm-compiled", "lora-sum-eager", "dorac-once-eager", "dorac-every-low-rank-eager")

@@ -207,7 +207,8 @@ def test_compiles_to_one_graph_for_any_number_of_tokens(family, backend):
         y = layer(*args)
         y.sin().sum().backward()
         torch.testing.assert_close(compiled(*args), y)
-        torch.testing.assert_close(grads, [p.grad for p in layer.parameters(recurse=False)])
+        # In eager the products accumulate onto each other, which the compiler's are summed after.
+        torch.testing.assert_close(grads, [p.grad for p in layer.parameters(recurse=False)], rtol=1e-5, atol=1e-5)
 
     step(6)
     step(9)
@@ -268,7 +269,7 @@ def test_init_is_per_expert():
 def test_an_expert_out_of_range_raises_as_torch_does(number):
     layer, (hidden, index, weights) = adapted("mixtral"), arguments("mixtral")
     index[2, 1] = number
-    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 4"):
+    with pytest.raises(IndexError, match="index out of range"):
         layer(hidden, index, weights)
 
 

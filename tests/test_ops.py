@@ -163,6 +163,7 @@ def test_every_op_is_checked():
     compose = {"compose", "compose_value", "compose_forward", "compose_backward"}
     routes = {"dora_linear", *LAYER_LEAVES}  # tests/test_routes.py
     rows = {"take", "sum_by_index", "grouped_linear", "grouped_product", "grouped_outer"}  # tests/test_row_ops.py
+    rows |= {f"grouped_compose{part}" for part in ("", "_value", "_forward", "_backward")}
     rows |= {"packed_grouped_linear", "packed_grouped_product"}  # tests/test_packed_experts.py
     elsewhere = {"sparse_columns", "dora_over"}  # tests/test_embedding.py, tests/test_over.py
     assert registered == norm | packed | compose | routes | rows | elsewhere

@@ -55,7 +55,7 @@ class TestOp:
         weight = packed.flatten(mxfp4(device=device))
         for grad in (False, True):
             x = rows(dtype, device=device, requires_grad=grad)
-            args = (x, offsets(device), index(device), *weight, budget)
+            args = (x, offsets(device), *weight, budget)
             opcheck(torch.ops.dorac.packed_grouped_linear.default, args)
         for transposed in (False, True):
             x = rows(dtype, weight[2][1] if transposed else HIDDEN, device)
@@ -72,7 +72,7 @@ class TestOp:
             stacked = [torch.stack([t] * E).to(device) for t in value[: value.PIECES]]
             weight = value._replace(**dict(zip(value._fields, stacked, strict=False)), shape=(E, *value.shape))
         x = rows(torch.float64, device=device, requires_grad=True)
-        y = torch.ops.dorac.packed_grouped_linear(x, offsets(device), index(device), *packed.flatten(weight), budget)
+        y = torch.ops.dorac.packed_grouped_linear(x, offsets(device), *packed.flatten(weight), budget)
         expected = torch.einsum("soi,si->so", dense(weight).double()[index(device)], x)
         torch.testing.assert_close(y, expected)
         ones = torch.ones_like(y, requires_grad=True)
@@ -94,7 +94,7 @@ class TestOp:
         x = rows(torch.float32, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             value = mxfp4()
-            torch.ops.dorac.packed_grouped_linear(x, offsets(), index(), *packed.flatten(value), 1)
+            torch.ops.dorac.packed_grouped_linear(x, offsets(), *packed.flatten(value), 1)
         assert max(t.numel() for t in kept) == value.codes.numel()
 
     def test_transforms(self):
@@ -102,7 +102,7 @@ class TestOp:
         value, x = mxfp4(), rows(torch.float64)
 
         def f(x):
-            return torch.ops.dorac.packed_grouped_linear(x, offsets(), index(), *packed.flatten(value), 1).sin().sum()
+            return torch.ops.dorac.packed_grouped_linear(x, offsets(), *packed.flatten(value), 1).sin().sum()
 
         leaf = x.clone().requires_grad_()
         f(leaf).backward()

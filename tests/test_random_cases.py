@@ -48,9 +48,9 @@ def expert_layers(draw) -> tuple[Functional, list[Tensor]]:
 
 @st.composite
 def grouped_layers(draw) -> tuple[Functional, list[Tensor]]:
-    """Experts with rows, without rows and none at all."""
+    """Experts with rows, without rows and none at all, and rows that no expert takes."""
     rows = draw(numbers(0, 5, st.integers(0, 3)))
-    layer = row_layers.grouped(rows.cumsum(0, dtype=rows.dtype))
+    layer = row_layers.grouped(rows.cumsum(0, dtype=rows.dtype), draw(st.integers(0, 2)) if len(rows) else 0)
     return row_layer(layer), [*layer.inputs(*draw(LINEAR), seed=draw(SEEDS)).tensors()]
 
 
@@ -310,18 +310,14 @@ def check_refused(broken: tuple[Case, set[str]]) -> None:
 
 
 @st.composite
-def unassigned(draw, layer: str) -> Case:
-    """A row that no expert or adapter takes."""
+def unassigned(draw) -> Case:
+    """A row whose adapter there is not."""
     # torch looks at no index where the result has no element.
-    case = draw(cases(layer).filter(lambda case: len(case.tensors[0]) and case.tensors[4].numel()))
-    ((name, index),) = case.row.of_rows.items()
+    case = draw(cases("dora_linear_mixed").filter(lambda case: len(case.tensors[0]) and case.tensors[4].numel()))
     rows, past = case.tensors[0].shape[0], draw(st.integers(1, 3))
-    if name == "offsets":
-        index = index.clamp(max=rows - min(rows, past))
-    else:
-        index = index.clone()
-        index[draw(st.integers(0, rows - 1))] = draw(st.sampled_from([-1 - past, len(case.tensors[2]) - 1 + past]))
-    case.options[name] = index
+    index = case.row.of_rows["adapter_index"].clone()
+    index[draw(st.integers(0, rows - 1))] = draw(st.sampled_from([-1 - past, len(case.tensors[2]) - 1 + past]))
+    case.options["adapter_index"] = index
     return case
 
 
@@ -346,22 +342,17 @@ def test_two_thousand_refusals(layer, data):
     check_refused(data.draw(broken_cases(layer)))
 
 
-of_rows = pytest.mark.parametrize("layer", ["dora_linear_grouped", "dora_linear_mixed"])
-
-
-@of_rows
 @settings(max_examples=30, derandomize=True, database=None, **COMMON)
-@given(data=st.data())
-def test_unassigned_rows_raise_as_torch_does(layer, data):
-    check_unassigned(data.draw(unassigned(layer)))
+@given(case=unassigned())
+def test_unassigned_rows_raise_as_torch_does(case):
+    check_unassigned(case)
 
 
 @pytest.mark.full
-@of_rows
 @settings(max_examples=500, **COMMON)
-@given(data=st.data())
-def test_five_hundred_unassigned_rows(layer, data):
-    check_unassigned(data.draw(unassigned(layer)))
+@given(case=unassigned())
+def test_five_hundred_unassigned_rows(case):
+    check_unassigned(case)
 
 
 def test_every_layer_is_drawn():

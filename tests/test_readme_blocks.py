@@ -73,6 +73,8 @@ PRELUDES = {
     "The functions, 2": LINEAR
     + "adapters = [(lora_A, lora_B, magnitude, 1.5), (lora_A[:1], lora_B[:, :1], magnitude, 2.0)]\n"
     + "index = torch.tensor([0, 1, -1, 1, 0])\n",
+    "The functions, 3": LINEAR
+    + "linear, Adapter, x = torch.nn.Linear(6, 8), dorac.functional.Adapter, x[:3]\n",
     "Per-sample gradients, 1": ADAPTED + "inputs, targets = torch.randn(5, 6), torch.randn(5, 4)\n",
     "An ensemble of adapters over one base, 1": ADAPTED
     + "inputs, directories = torch.randn(5, 6), ['a', 'b', 'c']\n"
@@ -117,6 +119,7 @@ alone = dorac.functional.dora_linear(x, weight, A, B, m, bias, scaling=s)
 torch.testing.assert_close(y[[1, 3]], alone[[1, 3]])
 torch.testing.assert_close(y[2], torch.nn.functional.linear(x[2], weight, bias))
 """,
+    "The functions, 3": "assert torch.equal(y[1], linear(x)[1])\nassert not torch.equal(y[0], linear(x)[0])",
     "Per-sample gradients, 1": "assert gradients['0.lora_A'].shape == (5, 2, 6)",
     "An ensemble of adapters over one base, 1": "assert outputs.shape == (3, 5, 4)",
     "With PEFT's config, 1": TRAIN + "train(model, optimizer)\nassert len(optimizer.param_groups) == 3",

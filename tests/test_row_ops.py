@@ -27,7 +27,7 @@ def tensor(*shape, dtype=torch.float32, device="cpu", requires_grad=False, trans
 def test_grouped_linear(dtype, transposed, grads, device):
     x = tensor(5, 6, dtype=dtype, device=device, requires_grad=grads[0])
     weight = tensor(4, 3, 6, dtype=dtype, device=device, requires_grad=grads[1], transposed=transposed)
-    opcheck(ops.grouped_linear.default, (x, weight, OFFSETS.to(device), INDEX.to(device)))
+    opcheck(ops.grouped_linear.default, (x, weight, OFFSETS.to(device)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,6 +37,29 @@ def test_grouped_leaves(dtype, transposed, device):
     weight = tensor(4, 3, 6, dtype=dtype, device=device, transposed=transposed)
     opcheck(ops.grouped_product.default, (x, weight, OFFSETS.to(device)))
     opcheck(ops.grouped_outer.default, (dy, x, OFFSETS.to(device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_grouped_compose(dtype, factor_dtype, each, delta, device):
+    """Rows 5 and 6 are no expert's."""
+    factor_dtype = factor_dtype if dtype.itemsize == 2 and factor_dtype else dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    base, h = tensor(7, 3, dtype=dtype, device=device), tensor(7, 2, dtype=factor_dtype, device=device)
+    lora_B = tensor(4, 3, 2, dtype=factor_dtype, device=device, transposed=each)
+    magnitude, norm = (tensor(4, 3, dtype=wide, device=device).abs() + 0.5 for _ in range(2))
+    scaling = torch.rand((4,) if each else (), device=device, dtype=wide)
+    layer, offsets = (lora_B, magnitude, norm, scaling), OFFSETS.to(device)
+    bias = None if delta else tensor(4, 3, dtype=dtype, device=device)
+    for op in (ops.grouped_compose_value, ops.grouped_compose_forward):
+        opcheck(op.default, (base, h, *layer, bias, offsets, delta))
+    opcheck(ops.grouped_compose_backward.default, (base, base.sin(), h, *layer, offsets, delta))
+    for t in (base, h, lora_B, magnitude):
+        t.requires_grad_()
+    opcheck(ops.grouped_compose.default, (base, h, *layer, bias, offsets, delta))
+    opcheck(ops.grouped_compose.default, (base, h, lora_B, magnitude.detach(), *layer[2:], bias, offsets, delta))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,6 +92,37 @@ def test_sum_by_index_sums_in_float32(device):
     assert (ops.sum_by_index(entries, index, 1) == 300).all()
 
 
+OF_ROW = torch.tensor([1, -1, 3, 1, -1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mixed_leaves(dtype, transposed, device):
+    x, dy = tensor(5, 2, 6, dtype=dtype, device=device), tensor(5, 2, 3, dtype=dtype, device=device)
+    stack, index = tensor(4, 3, 6, dtype=dtype, device=device, transposed=transposed), OF_ROW.to(device)
+    opcheck(ops.mixed_product.default, (x, stack, index))
+    opcheck(ops.mixed_outer.default, (dy, x, index, 4))
+
+
+@pytest.mark.parametrize(("dtype", "leading"), list(zip(DTYPES, [(), (2,), (2, 3), (1,)], strict=True)))
+def test_mixed_layer(dtype, leading, device):
+    """The op and its leaves."""
+    bias = len(leading) == 1
+    x, weight = tensor(5, *leading, 6, dtype=dtype, device=device), tensor(3, 6, dtype=dtype, device=device)
+    lora_A, lora_B = tensor(4, 2, 6, dtype=dtype, device=device), tensor(4, 3, 2, dtype=dtype, device=device)
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    magnitude, norm, scaling = (torch.rand(s, dtype=acc, device=device) + 0.5 for s in ((4, 3), (4, 3), (4,)))
+    tensors = x, weight, lora_A, lora_B, magnitude, norm, scaling
+    others = tensor(3, dtype=dtype, device=device) if bias else None, OF_ROW.to(device), None
+    opcheck(ops.mixed_value.default, (*tensors, *others, False))
+    opcheck(ops.mixed_forward.default, (*tensors, *others))
+    y, h, inner = ops.mixed_forward(*tensors, *others)
+    for needs_x in (False, True):
+        opcheck(ops.mixed_backward.default, (torch.randn_like(y), *tensors, h, inner, others[1], needs_x))
+    trained = [t.requires_grad_(t is not weight and t is not norm and t is not scaling) for t in tensors]
+    opcheck(ops.mixed_linear.default, (*trained, *others))
+
+
 def test_gradients_repeat_bitwise(device):
     """Many rows of one expert and one adapter: their sum has one order."""
     inputs = expert_inputs(2, (600, 16, 24, 4), dtype=torch.float32, device=device)
@@ -85,10 +139,27 @@ def test_gradients_repeat_bitwise(device):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_rows_past_the_last_offset_raise_as_torch_does():
-    inputs = expert_inputs(4, (2, 5, 6, 3))
-    with pytest.raises(IndexError, match="index 4 is out of bounds for dimension 0 with size 4"):
-        functional.dora_linear_grouped(inputs.x.flatten(0, 1)[:6], *inputs.tensors()[1:], offsets=OFFSETS, scaling=0.7)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_rows_past_the_last_offset_get_zeros_and_no_gradient(dropout_p, device):
+    inputs = expert_inputs(4, (2, 5, 6, 3), device=device)
+    x, *rest = inputs.leaves().tensors()
+    x = x.detach().flatten(0, 1).requires_grad_()
+    offsets = OFFSETS.to(device)
+
+    def run(rows):
+        torch.manual_seed(2)
+        y = functional.dora_linear_grouped(x[:rows], *rest, offsets=offsets, scaling=0.7, dropout_p=dropout_p)
+        return y, torch.autograd.grad(y.sin().sum(), (x, *rest))
+
+    y, grads = run(8)
+    assert (y[5:] == 0).all()
+    assert (grads[0][5:] == 0).all()
+    if not dropout_p:  # of which another number of rows draws another mask
+        torch.testing.assert_close((y[:5], grads), run(5))
+    exact = torch.func.vmap(lambda x: functional.dora_linear_grouped(x, *rest, offsets=offsets, scaling=0.7))
+    torch.testing.assert_close(
+        exact(x[None, :8])[0], functional.dora_linear_grouped(x[:8], *rest, offsets=offsets, scaling=0.7)
+    )
 
 
 @pytest.mark.parametrize("ends", [[3, 2, 5, 5], [2, 3, 3, 6]])

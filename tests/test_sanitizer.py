@@ -15,6 +15,8 @@ from dorac.kernels import configs
 from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm, row_norms
+from dorac.kernels.mixed import mixed
+from dorac.kernels.stack_norm import stack_norm
 from dorac.testing import linear_inputs
 
 s = torch.full((), 0.7, device="cuda")
@@ -55,6 +57,19 @@ for (tokens, features, inputs, rank), activation in itertools.product(
     x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for gate in (layers[0], None):
         dora_mlp(x, gate, *layers[1:], activation=activation).sum().backward()
+for (batch, tokens), (out, inner, rank), dtype in itertools.product(
+    ((3, 1), (37, 1), (300, 1), (3, 120)), ((65, 127, 7), (264, 136, 72)), (torch.bfloat16, torch.float32)
+):
+    x, weight, lora_A, lora_B, bias = (
+        torch.randn(s, device="cuda", dtype=dtype)
+        for s in ((batch * tokens, inner), (out, inner), (5, rank, inner), (5, out, rank), (out,))
+    )
+    m, n = torch.rand(2, 5, out, device="cuda") + 0.5
+    index, ranks = torch.arange(batch, device="cuda") % 6 - 1, torch.tensor([1, rank, 3, rank, 2], device="cuda")
+    for want_inner in (False, True):
+        base = x @ weight.T
+        mixed(base, x, lora_A, lora_B, m, n, torch.ones(5, device="cuda"), bias, index, ranks, want_inner=want_inner)
+    stack_norm(weight, lora_A[:, :20], lora_B[:, :, :20], torch.ones(5, device="cuda"))
 torch.cuda.synchronize()
 print("done")
 """

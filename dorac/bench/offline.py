@@ -13,7 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dorac.kernels import backward, cast, compose, configs, dropout, faint, mlp, norm, packed_norm
+from dorac.kernels import backward, cast, compose, configs, dropout, faint, mixed, mlp, norm, packed_norm, stack_norm
 from dorac.kernels.launch import Launch
 from dorac.kernels.target import Target
 
@@ -26,6 +26,8 @@ NAMES = {
     torch.float32: "fp32",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 HALF, FULL = torch.bfloat16, torch.float32
@@ -241,6 +243,32 @@ def _packed_faint(_: Target, rank: int, tokens: int, out: int, inner: int) -> It
     yield "bnb_4bit", None, (), launch, (FULL, FULL, HALF, FULL, FULL, HALF, 2.0, HALF, HALF, *pieces, FULL, HALF)
 
 
+def _mixed(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
+    rows = {"single": (1, 1), "counted": (64, 1), "listed": (tokens // 4, 1), "long": (8, tokens // 8)}
+    for dtype, factors in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
+        for form, batch in rows.items():
+            config = configs.mixed_config(*batch, 16, out, inner, rank, factors, dtype, target)
+            strides = (inner, 1), (rank * inner, inner, 1), (out * rank, rank, 1), (out, out, 1)
+            flags = {"has_bias": True, "want_inner": True, "rounds": False, "splits_products": factors is not dtype}
+            _, down, up = mixed.mixed_launches(*batch, (16, out, inner, rank), strides, config, **flags)
+            index, tiles = (torch.int64, torch.int64), torch.int32 if form in ("counted", "listed") else None
+            name = f"{form} {NAMES[dtype]}/{NAMES[factors]}"
+            yield f"{name} down", config, (factors, dtype), down, (dtype, factors, *index, tiles, FULL)
+            vectors = FULL, FULL, FULL, dtype
+            arguments = dtype, FULL, factors, *vectors, *index, tiles, dtype, dtype, factors
+            yield f"{name} up", config, (factors, dtype), up, arguments
+
+
+def _stack_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
+    if rank > 64:  # they are taken one after the other
+        return
+    for dtype in (HALF, FULL):
+        config = configs.stack_norm_config(16, out, inner, rank, dtype, target)
+        strides = (inner, 1), (rank * inner, inner, 1), (out * rank, rank, 1)
+        _, launch, _ = stack_norm.stack_norm_launches(16, out, inner, rank, strides, config, each=True)
+        yield NAMES[dtype], config, (dtype,), launch, (dtype, dtype, dtype, FULL, FULL)
+
+
 def _small(_: Target, __: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
     yield "cast", None, (), cast.cast_launch(tokens, out), (FULL, FULL, HALF, HALF)
     yield "pack", None, (), dropout.pack_launch(tokens * out), (torch.uint8, torch.uint8)
@@ -262,6 +290,8 @@ KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "mlp": _mlp,
     "mlp-backward": _mlp_backward,
     "packed-faint": _packed_faint,
+    "mixed": _mixed,
+    "stack-norm": _stack_norm,
     "small": _small,
 }
 OF_RANK = {*KERNELS} - {"compose", "backward", "small"}

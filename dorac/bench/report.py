@@ -19,7 +19,7 @@ Record = dict[str, object]
 PACKAGES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "torchao")
 # Kept in the JSON; the table shows what they lead to.
 HIDDEN = (
-    *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch"),
+    *("out", "in", "rank", "tokens", "phase", "factors", "layers", "hidden", "batch", "adapters"),
     *("bytes", "flops", "kernels", "saved", "saved_qkv", "saved_mlp", "turns_us"),
 )
 # Lists of records within a record, each printed as a table of its own under this heading.

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dorac.kernels import backward, compose, faint, mlp, norm, packed_norm, target
+from dorac.kernels import backward, compose, faint, mixed, mlp, norm, packed_norm, segments, stack_norm, target
 from dorac.kernels.launch import Launch
 from dorac.ops import eager, front, library
 
@@ -44,7 +44,7 @@ def _forget() -> None:
     torch._dynamo.reset()
     eager.forget_plans()
     Launch.known.clear()
-    for module in (backward, compose, faint, mlp, norm, packed_norm):
+    for module in (backward, compose, faint, mixed, mlp, norm, packed_norm, segments, stack_norm):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

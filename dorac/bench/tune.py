@@ -15,9 +15,16 @@ from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import eager, linear
 
 KERNELS = ("norm", "up", "backward", "lora-b-backward", "mlp", "mlp-backward", "form", "stack-form")
+SEGMENTS = ("segment-compose", "segment-product", "segment-backward")  # asked for by name
 DEFAULTS = {
     "cuda": model.CUDA_STACK
-    | {"shapes": [(8192, 8192), (14336, 4096)], "ranks": [16, 384], "tokens": 4096, "kernels": list(KERNELS)}
+    | {
+        "shapes": [(8192, 8192), (14336, 4096)],
+        "ranks": [16, 384],
+        "tokens": 4096,
+        "experts": 8,
+        "kernels": list(KERNELS),
+    }
 }
 
 
@@ -26,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", type=options.pair, metavar="OUTxIN", help="of the weight of one layer")
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument("--tokens", type=options.positive, metavar="T", help="rows of the activations")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="what to sweep (default: all)")
+    parser.add_argument("--experts", type=options.positive, metavar="E", help="among whom segments are")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=(*KERNELS, *SEGMENTS), help="what to sweep (default: all but segments)"
+    )
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -44,6 +54,10 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     for kernel, (out_features, in_features), rank in itertools.product(of_a_layer, args.shapes, args.ranks):
         layer = peers.draw_layer(peers.draw_weight(out_features, in_features, args), rank, args)
         yield from sweeps[kernel](layer, args)
+    for shape, rank in itertools.product(args.shapes, args.ranks) if {*SEGMENTS} & {*args.kernels} else ():
+        from dorac.bench import tune_segments
+
+        yield from tune_segments.sweep(shape, rank, args)
     for rank in args.ranks if "stack-form" in args.kernels else ():
         yield from _stack_form(rank, args)
 

@@ -14,6 +14,7 @@ Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature 
 
 from dorac.functional.adapters import (
     Adapter,
+    AdapterStack,
     at_strength,
     combine_adapters,
     combine_in_norm,
@@ -33,6 +34,7 @@ from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
 
 __all__ = [
     "Adapter",
+    "AdapterStack",
     "Projection",
     "at_strength",
     "column_norm",

@@ -34,6 +34,16 @@ class Adapter(NamedTuple):
     scaling: float | Tensor
 
 
+class AdapterStack(NamedTuple):
+    """K adapters of one layer as :func:`dora_linear_mixed` takes them, of :func:`stack_adapters`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    scaling: Tensor
+    ranks: Tensor | None  # None where all are alike
+
+
 def at_strength(
     lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor, strength: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,11 +247,12 @@ def combine_in_norm(weight: Tensor, adapters: Sequence[Adapter], weights: Sequen
     return Adapter(lora_A, torch.cat(scaled, dim=-1), magnitude, 1.0)
 
 
-def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+def stack_adapters(adapters: Sequence[Adapter]) -> AdapterStack:
     """One stack for :func:`dora_linear_mixed`: every tensor with a leading K, the scalings as a ``[K]`` tensor.
 
     Adapters of smaller rank are padded with zeros, rows of lora_A and columns of lora_B, which leaves
-    ``lora_B @ lora_A`` and with it the function as they were. A scaling ``alpha / r`` keeps the r before the padding.
+    ``lora_B @ lora_A`` and with it the function as they were. A scaling ``alpha / r`` keeps the r before the padding,
+    and ``ranks [K]``, int32, tells it to the kernels, which then do not read the zeros.
 
     Raises:
         ValueError: no adapters, or adapters whose other sizes, dtypes or devices differ.
@@ -256,13 +267,17 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len(kinds) > 1 or any(a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] for a, b in factors):
         shapes = [[list(t.shape) for t in adapter[:3]] for adapter in adapters]
         raise ValueError(f"adapters must share in, out, dtypes and device and may differ in rank, got shapes {shapes}")
-    rank = max(a.shape[0] for a, _ in factors)
+    of_each = [a.shape[0] for a, _ in factors]
+    rank, ranks = max(of_each), None
+    if min(of_each) < rank:
+        ranks = torch.tensor(of_each, dtype=torch.int32, device=adapters[0][2].device)
     pad = torch.nn.functional.pad
     magnitude = torch.stack([m for _, _, m, _ in adapters])
     acc = accumulate_dtype(*(t for pair in factors for t in pair), magnitude)
-    return Adapter(
+    return AdapterStack(
         torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in factors]),
         torch.stack([pad(b, (0, rank - b.shape[1])) for _, b in factors]),
         magnitude,
         torch.stack([scaling_tensor(checks.check_scaling(scaling), magnitude, acc) for *_, scaling in adapters]),
+        ranks,
     )

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks, ops, packed
-from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
+from dorac.functional.norm import norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops.compose import compose_aten
+from dorac.ops import eager_grouped
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -37,45 +37,65 @@ def dora_linear_grouped(
         weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied). Or packed (mxfp4, ...; see
             :func:`dorac.packed.of`): of it chunks of rows are made dense in the dtype of x, in forward and in backward.
         lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
-        offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last is S.
-        scaling, weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
+        offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last at most S. Rows past it
+            are no expert's.
+        scaling: s, a finite number or a 0-d tensor for all experts, or ``[E]``, one each.
+        weight_norm ``[E, out]``, norm_grad, dropout_p, dropout_on, budget, dtypes: as in :func:`dora_linear`.
 
     Returns:
-        ``[S, out]``. Gradients as in :func:`dora_linear`; those of an expert without rows are zero.
+        ``[S, out]``, zero in rows that are no expert's. Gradients as in :func:`dora_linear`; those of an expert without
+        rows are zero.
 
-        On CUDA, bfloat16 products of sizes and ranks that are multiples of 8 run in torch's grouped GEMM; others run
-        expert by expert and wait for the offsets, or over all rows per expert while a CUDA graph is captured. Under
-        ``torch.func`` every row gets a copy of its expert's weight.
+        On CUDA the base product runs in torch's grouped GEMM where it is bfloat16 with sizes that are multiples of 8;
+        others run expert by expert, which waits for the offsets. All else, factors of any rank and of float32 too, runs
+        in kernels that find the experts' rows on the device. Under ``torch.func`` every row gets a copy of its expert's
+        weight.
 
     Raises:
         TypeError, ValueError: as :func:`dora_linear`; offsets of another shape or dtype. Offsets that decrease or
-            exceed S, where they are read. IndexError: rows past the last offset, as torch raises it for an index out
-            of range.
+            exceed S, where they are read, on the CPU; on CUDA they are not, and rows may stay unwritten.
     """
-    checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
-    scaling = checks.check_scaling(scaling)
+    each = isinstance(scaling, Tensor) and scaling.ndim == 1
+    if not each:
+        scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
     checks.check_dropout_on(dropout_on)
+    plain = not dropout_p and norm_grad is False and budget == DEFAULT_BUDGET and not packed.is_packed(weight)
+    plain = plain and not torch.compiler.is_compiling()
+
+    def in_eager(norm: Tensor) -> Tensor | None:
+        s = scaling if isinstance(scaling, Tensor) else float(scaling)
+        return eager_grouped.dora_linear_grouped(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, s)
+
+    if plain and weight_norm is not None and (y := in_eager(weight_norm)) is not None:
+        return y
+    checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     dense = () if packed.is_packed(weight) else (weight,)
-    s = scaling_tensor(scaling, lora_A, accumulate_dtype(*dense, lora_A, lora_B))
+    acc = accumulate_dtype(*dense, lora_A, lora_B)
+    if each:
+        checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
+    s = scaling.to(acc) if each else scaling_tensor(scaling, lora_A, acc)
     if weight_norm is None:
-        weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
-    row_numbers = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
-    index = torch.searchsorted(offsets, row_numbers, right=True)  # the expert of each row
+        factors = (lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0) if each else (lora_A, lora_B, s)
+        weight_norm = norm_factored(weight, *factors, norm_grad=norm_grad, budget=budget)
+        if plain and (y := in_eager(weight_norm)) is not None:
+            return y
 
     def product(rows: Tensor, matrices: Tensor | packed.Packed) -> Tensor:
         if packed.is_packed(matrices):
-            return ops.packed_grouped.packed_grouped_linear(rows, offsets, index, *packed.flatten(matrices), budget)
-        return ops.grouped.grouped_linear(rows, matrices, offsets, index)
+            return ops.packed_grouped.packed_grouped_linear(rows, offsets, *packed.flatten(matrices), budget)
+        return ops.grouped.grouped_linear(rows, matrices, offsets)
 
-    g = ops.take.take(magnitude_scale(magnitude, weight_norm), index)
-    row_bias = None if bias is None else ops.take.take(bias, index)
     x_adapter = F.dropout(x, dropout_p) if dropout_p else x
-    lora = product(product(x_adapter.to(lora_A.dtype), lora_A), lora_B)
+    h = product(x_adapter.to(lora_A.dtype), lora_A)
+    of_layer = lora_B, magnitude, weight_norm, s
     base = product(x, weight)
     if not dropout_p or dropout_on == "low_rank":
-        return compose_aten(base, lora, g, s, row_bias, False)
-    base = base if row_bias is None else base + row_bias
-    return base + compose_aten(product(x_adapter, weight), lora, g, s, None, True)
+        return ops.grouped_compose.grouped_compose(base, h, *of_layer, bias, offsets, False)
+    change = ops.grouped_compose.grouped_compose(product(x_adapter, weight), h, *of_layer, None, offsets, True)
+    if bias is not None:
+        index, taken = ops.grouped.rows_by_expert(offsets, x.shape[0])
+        base = base + torch.where(taken.unsqueeze(-1), ops.take.take(bias, index), 0)
+    return base + change

@@ -1,16 +1,12 @@
 """One batch whose rows use different adapters over one base weight."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks, ops
-from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
+from dorac.functional.norm import norm_factored, scaling_tensor
 from dorac.numerics import accumulate_dtype
-from dorac.ops import front
-from dorac.ops.compose import compose_aten, finite_part, takes_bias
+from dorac.ops import eager_mixed, front
 from dorac.ops.norm import DEFAULT_BUDGET
 
 
@@ -26,6 +22,7 @@ def dora_linear_mixed(
     scaling: float | Tensor,
     weight_norm: Tensor | None = None,
     norm_grad: bool = False,
+    ranks: Tensor | None = None,
     budget: int = DEFAULT_BUDGET,
 ) -> Tensor:
     """:func:`dora_linear` where each row of the batch names one of K adapters of one base weight, or none.
@@ -42,6 +39,8 @@ def dora_linear_mixed(
         weight_norm: n of every adapter, ``[K, out]``, from :func:`mixed_norm`. Best given when serving: all K norms
             are computed otherwise, whether an adapter is used or not.
         norm_grad: whether gradient flows through the norms too, not with ``weight_norm``; see :func:`norm_factored`.
+        ranks: ``[K]``, int32 or int64: beyond these rows of lora_A and columns of lora_B are zeros, which the kernels
+            then do not read. Nobody looks whether they are.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`. Dtypes: as in :func:`dora_linear`.
 
     Returns:
@@ -53,28 +52,40 @@ def dora_linear_mixed(
             of different rank are not unless they are padded. IndexError: an index out of range, as torch raises it
             (RuntimeError where Inductor indexes, an assertion on the device on CUDA).
     """
-    checks.check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index)
+    y = eager_mixed.mixed_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index, scaling, ranks)
+    if y is not None:
+        return y
+    checks.check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index, ranks)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     adapters = lora_A.shape[0]
     s = _scalings(scaling, adapters, weight, accumulate_dtype(weight, lora_A))
     if weight_norm is None:
         weight_norm = mixed_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad, budget=budget)
-    plain = adapter_index == -1
-    index = torch.where(adapter_index < -1, adapters, adapter_index.clamp(min=0))  # torch takes -2 for the last but one
+    return ops.mixed.mixed_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias, adapter_index, ranks)
 
-    def chosen(stack: Tensor, plain_value: float) -> Tensor:
-        """An entry per row; a plain row sees no entry, whatever it holds, and sends it no gradient."""
-        entries = ops.take.take(stack, index)
-        return torch.where(plain.view(-1, *[1] * (entries.ndim - 1)), plain_value, entries)
 
-    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    lora = rows.to(lora_A.dtype) @ chosen(lora_A, 0.0).mT @ chosen(lora_B, 0.0).mT
-    g = magnitude_scale(chosen(magnitude, 1.0), chosen(weight_norm, 1.0)).unsqueeze(1)
-    s = ops.take.take(s, index).view(-1, 1, 1)
-    holds_bias = front.autocast_dtype(x) is None and takes_bias(x, bias)
-    base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
-    return compose_aten(base.reshape(lora.shape), lora, g, s, bias, False, holds_bias).view(base.shape)
+def scaled_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mag_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    adapter_index: Tensor,
+    scaling: Tensor,
+    ranks: Tensor | None,
+) -> Tensor:
+    """:func:`dora_linear_mixed` of ``g [K, out]`` instead of magnitudes and norms, and scalings ``[K]``."""
+    y = eager_mixed.mixed_linear(
+        x, weight, lora_A, lora_B, mag_scale, bias, None, adapter_index, scaling, ranks, is_scale=True
+    )
+    if y is not None:
+        return y
+    checks.check_mixed(x, weight, lora_A, lora_B, mag_scale, bias, None, adapter_index, ranks)
+    s = _scalings(scaling, lora_A.shape[0], weight, accumulate_dtype(weight, lora_A))
+    return ops.mixed.mixed_linear(x, weight, lora_A, lora_B, mag_scale, None, s, bias, adapter_index, ranks)
 
 
 def mixed_norm(
@@ -100,16 +111,15 @@ def mixed_norm(
         TypeError, ValueError: see :func:`norm_factored`.
     """
     checks.check_stack(weight, lora_A, lora_B)
+    stacked, acc = weight.expand(lora_A.shape[0], *weight.shape), accumulate_dtype(weight, lora_A)
     if isinstance(scaling, Tensor) and scaling.ndim == 1:
-        acc = accumulate_dtype(weight, lora_A)
-        lora_A, lora_B = (
-            lora_A.to(acc),
-            lora_B.to(acc) * _scalings(scaling, lora_A.shape[0], weight, acc).view(-1, 1, 1),
-        )
-        scaling = 1.0
-    return norm_factored(
-        weight.expand(lora_A.shape[0], *weight.shape), lora_A, lora_B, scaling, norm_grad=norm_grad, budget=budget
-    )
+        s = _scalings(scaling, lora_A.shape[0], weight, acc)
+        if not norm_grad and front.all_plain(weight, lora_A, lora_B, s):
+            budget = checks.check_budget(budget)
+            with front.autocast_off(weight):
+                return ops.norm.norm_factored(stacked, lora_A, lora_B, s, None, budget)
+        lora_A, lora_B, scaling = lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0
+    return norm_factored(stacked, lora_A, lora_B, scaling, norm_grad=norm_grad, budget=budget)
 
 
 def _scalings(scaling: float | Tensor, adapters: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,6 +73,26 @@ class NormConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StackNormConfig:
+    """The same for several adapters ``together`` over one weight, all ranks in one step."""
+
+    block_o: int
+    block_i: int
+    block_r: int
+    together: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        factors = (self.block_o + self.block_i) * self.block_r * self.together
+        w = self.block_o * self.block_i
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        return _total(ahead * (factors + w) * dtype.itemsize, target) + SCRATCH
+
+
+@dataclasses.dataclass(frozen=True)
 class TileConfig:
     """A program's tile of activations, and the ranks of a step of its product.
 
@@ -161,7 +181,76 @@ class MlpBackwardConfig(MlpConfig):
         return _total(max(h + 4 * tile, self.block_o * self.block_r * 4), target)
 
 
-Config = NormConfig | TileConfig | ColumnConfig
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig(ColumnConfig):
+    """The same over rows sorted by segment, with ``block_r`` ranks beside them; others are other programs'."""
+
+    block_r: int = 16
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, h_dtype: torch.dtype) -> int:
+        """Bytes at most, for activations and for h of these dtypes."""
+        size = dtype.itemsize
+        tile, h = self.block_t * self.block_o * size, self.block_t * self.block_r * h_dtype.itemsize
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        behind = 0 if target.backend == "hip" else max(2, ahead - (size == 2))  # as of LoraBConfig
+        pieces = 3 * self.block_t * self.block_r * 2 if h_dtype.itemsize > size else 0
+        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + pieces, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """A program's rows and ranks, the columns of a step, and over how many programs the columns are split."""
+
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, factor_dtype: torch.dtype) -> int:
+        """Bytes at most, for rows and factors of these dtypes."""
+        x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * factor_dtype.itemsize
+        pieces = 3 * self.block_r * self.block_i * 2 if factor_dtype.itemsize > dtype.itemsize else 0
+        # Of half precision beside float32, rows that are no bfloat16 are multiplied as float32.
+        ahead = _buffers(self.stages, target, dtype, product=True) * (x + a) + pieces
+        return _total(max(ahead, self.block_t * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedConfig:
+    """How tokens become tiles (``kernels/mixed.py``), and the tiles of both launches.
+
+    The first: ``block_t`` tokens, a step's ``block_i`` inputs, ``block_r`` ranks, the inputs split over ``splits``
+    programs. The second: ``block_o`` outputs, ``up_r`` ranks of a step; of long rows ``rows`` tokens, a multiple of
+    ``up_t``, in steps of these.
+    """
+
+    form: str
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    down_warps: int
+    stages: int
+    block_o: int
+    up_r: int
+    up_warps: int
+    up_t: int = 16
+    rows: int = 16
+
+    def shared_memory(self, target: Target, factor_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        size = max(factor_dtype.itemsize, base_dtype.itemsize)
+        step = (self.block_t + self.block_r) * self.block_i * size
+        if factor_dtype is torch.float32 and base_dtype.itemsize == 2:
+            step *= 2  # high and low
+        up_t = self.up_t if self.form == "long" else self.block_t
+        up = max((up_t + self.block_o) * self.up_r * size, up_t * self.block_o * 4)
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
+
+
+Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | ProductConfig | MixedConfig
 _Config = TypeVar("_Config", bound=Config)
 
 
@@ -221,6 +310,27 @@ def norm_config(
     start = 3 if config.registers else 1
     tiles = -(-in_features // config.block_i)
     return dataclasses.replace(config, splits=_splits(row_blocks, tiles, target.processors * resident, start))
+
+
+@functools.lru_cache(maxsize=1024)
+def stack_norm_config(
+    adapters: int, out_features: int, in_features: int, rank: int, weight_dtype: torch.dtype, target: Target
+) -> StackNormConfig:
+    """Of ranks up to 64."""
+    block_r, most = _power(rank, 16, 64), _power(adapters, 2, 4)
+    if weight_dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
+        candidates = [StackNormConfig(32, 32, block_r, 2, 1, 4, 2)]
+    else:
+        candidates = [
+            StackNormConfig(64, 128, block_r, together, 1, 8, stages)
+            for together, stages in ((most, 3), (most, 2), (2, 2))
+            if target.products_from_shared or block_r < 64  # or it spills
+        ]
+        candidates.append(StackNormConfig(64, 64, block_r, 2, 1, 4, 2))
+    config = _first(candidates, target, weight_dtype)
+    programs = -(-adapters // config.together) * -(-out_features // config.block_o)
+    splits = _splits(programs, -(-in_features // config.block_i), 2 * target.processors, 1)
+    return dataclasses.replace(config, splits=splits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -359,6 +469,118 @@ def mlp_backward_config(tokens: int, features: int, rank: int, target: Target) -
     return _first(_fewer_stages(config), target)
 
 
+@functools.lru_cache(maxsize=1024)
+def segment_tile_config(
+    rows: int,
+    segments: int,
+    out_features: int,
+    rank: int,
+    h_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    target: Target,
+) -> TileConfig:
+    """:func:`tile_config` for rows sorted by segment: a tile holds rows of one alone."""
+    each = max(1, -(-rows // max(1, segments)))  # rows of a segment, if they were as many in all
+    block_t = _power(each, 16, 32)
+    if base_dtype is torch.float32:
+        config = TileConfig(block_t, 64, 16, 4, 2)
+    elif rank <= 64 and h_dtype.itemsize == 2 and each > 32:
+        tile, warps, walked, programs = ((16, 128), 4, 128, 512) if rank <= 32 else ((64, 128), 8, 512, 256)
+        while walked > tile[0] and -(-rows // walked) * -(-out_features // tile[1]) < programs:
+            walked //= 2
+        config = TileConfig(*tile, _power(rank, 16, 64), warps, 2, rows=walked)
+    elif rank <= 64 or each <= 32:
+        config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
+    else:
+        config = TileConfig(*((32, 128, 32) if h_dtype is torch.float32 else (64, 128, 64)), 4, 2)  # or it spills
+    return _first(_fewer_stages(config, 1), target, h_dtype, base_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_product_config(
+    rows: int, segments: int, in_features: int, rank: int, dtype: torch.dtype, a_dtype: torch.dtype, target: Target
+) -> ProductConfig:
+    """Long rows times few columns: split where the tiles of rows do not fill the card."""
+    each = max(1, -(-rows // max(1, segments)))
+    wide = a_dtype is torch.float32
+    config = ProductConfig(
+        _power(each, 16, 64), 32 if dtype is torch.float32 else 64 if wide else 128, _power(rank, 16, 64), 1, 4, 4
+    )
+    config = _first(_fewer_stages(config, 1), target, dtype, a_dtype)
+    tiles = (-(-rows // config.block_t) + min(rows, segments)) * -(-rank // config.block_r)
+    steps = -(-in_features // config.block_i)
+    splits = max(1, min(2 * target.processors // tiles, steps // 8, 32))
+    return dataclasses.replace(config, splits=splits)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_backward_config(
+    rows: int, out_features: int, rank: int, dtype: torch.dtype, h_dtype: torch.dtype, target: Target
+) -> SegmentConfig:
+    """:func:`lora_b_config` for rows sorted by segment: enough strips even where one segment has all rows."""
+    block_r = _power(rank, 16, 128 if h_dtype.itemsize == 2 else 32)
+    wide, processors = h_dtype is torch.float32, target.processors
+    block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
+    if wide or (block_r > 64 and target.backend == "hip"):
+        block_o = 64
+    strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
+    walked = -(-rows // (32 * strips)) * 32
+    warps = 4 if block_r <= 64 else 8
+    config = SegmentConfig(32, block_o, max(32, walked), warps, 4, block_r)
+    return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
+
+
+# Of mixed rows: up to how many tokens each is a tile, and up to how many a program counts in all of them.
+SINGLE, COUNTED = 8, 256
+PARTIAL_BYTES = 2**21  # of the partial sums, where there is more than one split
+
+
+@functools.lru_cache(maxsize=1024)
+def mixed_config(
+    batch: int,
+    row_tokens: int,
+    adapters: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    factor_dtype: torch.dtype,
+    base_dtype: torch.dtype,
+    target: Target,
+) -> MixedConfig:
+    """Few tokens: as many programs as are resident, or bytes come too slowly. Many: as :func:`tile_config`."""
+    tokens = batch * row_tokens
+    half = factor_dtype.itemsize == base_dtype.itemsize == 2
+    up_r = _power(rank, 16, 64 if half else 32)
+    wide_warps = 4 if base_dtype is torch.float32 and rank > 32 else 8  # or it spills
+    if tokens <= SINGLE:
+        block_o = 64 if tokens <= 2 else 128
+        config = MixedConfig("single", 1, 128, 16, 32, 4, 2, block_o, min(up_r, 32), 4)
+        count = tokens
+    elif tokens <= COUNTED or row_tokens < 16:
+        form = "counted" if tokens <= COUNTED else "listed"
+        splits = 16 if rank <= 32 else 8  # the second launch has h of all of them in registers
+        config = MixedConfig(form, 16, 256 if half else 64, up_r, splits, 4, 3, 128, up_r, 4 if half else wide_warps)
+        groups = min(tokens, adapters + 1)
+        count = groups + (tokens - groups) // 16
+    else:
+        block_t = _power(row_tokens, 16, 64)
+        up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}
+        if not half:
+            up = {"up_t": 16, "up_warps": wide_warps, "rows": 128}
+        while up["rows"] > up["up_t"] and batch * -(-row_tokens // up["rows"]) * -(-out_features // 128) < 512:
+            up["rows"] //= 2
+        config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)
+        count = batch * -(-row_tokens // block_t)
+    candidates = [*_fewer_stages(config, 1), dataclasses.replace(config, block_i=config.block_i // 2, stages=1)]
+    config = _first(candidates, target, factor_dtype, base_dtype)
+    programs = max(1, count * -(-rank // config.block_r))
+    splits = min(config.splits, max(1, 4 * target.processors // programs), max(1, in_features // config.block_i))
+    splits = 1 << splits.bit_length() - 1
+    while splits > 1 and splits * tokens * rank * 4 > PARTIAL_BYTES:
+        splits //= 2
+    return dataclasses.replace(config, splits=splits)
+
+
 RANKS = 1, 16, 32, 64, 128, 192, 256, 384, 512  # both sides of each threshold above
 DTYPES = torch.bfloat16, torch.float32
 
@@ -376,15 +598,22 @@ def why_not(target: Target | None) -> str | None:
     try:
         for rank, dtype in itertools.product(RANKS, DTYPES):
             norm_config(1, *size, rank, dtype, target)
+            stack_norm_config(16, *size, min(rank, 64), dtype, target)
             for base_dtype in (torch.bfloat16, dtype):
                 tile_config(*size, rank, dtype, base_dtype, target)
             column_config(*size, dtype, target)
             lora_b_config(*size, min(rank, 384), target)
+            for base_dtype in (torch.bfloat16, dtype):
+                segment_tile_config(size[0], 8, size[1], rank, dtype, base_dtype, target)
+                segment_product_config(size[0], 8, size[1], rank, base_dtype, dtype, target)
+                segment_backward_config(*size, rank, base_dtype, dtype, target)
             for training in (False, True):
                 mlp_config(*size, rank, training, target)
             mlp_backward_config(*size, rank, target)
             for halves in (1, 2):
                 packed_norm_config(1, *size, halves, rank, target)
+            for batch, tokens in ((1, 1), (64, 1), (1024, 1), (8, 512)):
+                mixed_config(batch, tokens, 16, *size, rank, dtype, torch.bfloat16, target)
     except DoesNotFitError as error:
         return str(error)
     return None

@@ -11,6 +11,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Argument = Tensor | TensorDescriptor | float | None
+ASSERTS = {"debug": True, "sanitize_overflow": False}  # Triton's options
 
 
 class LaunchError(RuntimeError):
@@ -29,10 +30,11 @@ class Launch:
         grid: three sizes.
         integers: the kernel's arguments after the tensors, sizes and strides.
         warps: of a program.
+        asserts: the kernel's assertions hold on the device, too.
         constants: the kernel's constants, in the order of its signature.
     """
 
-    __slots__ = ("compiled", "constants", "grid", "integers", "kernel", "settled", "specialised", "warps")
+    __slots__ = ("asserts", "compiled", "constants", "grid", "integers", "kernel", "settled", "specialised", "warps")
 
     # What kernels were compiled to, for launches of other sizes: of an integer Triton specialises on no more than its
     # being 1, a multiple of 16 or wider than 32 bits.
@@ -44,10 +46,13 @@ class Launch:
         grid: tuple[int, int, int],
         integers: tuple[int, ...],
         warps: int,
+        *,
+        asserts: bool = False,
         **constants: object,
     ) -> None:
         assert [*constants] == kernel.arg_names[len(kernel.arg_names) - len(constants) :], "constants out of order"
         self.kernel, self.grid, self.integers, self.warps, self.constants = kernel, grid, integers, warps, constants
+        self.asserts = asserts
         self.settled = *integers, *constants.values()
         of_integers = ((i == 1, i % 16 == 0, -(2**31) <= i < 2**31) for i in integers)
         self.specialised = kernel, warps, *constants.values(), *of_integers
@@ -98,7 +103,8 @@ class Launch:
 
     def _compile(self, *arguments: Argument) -> "triton.compiler.CompiledKernel | None":
         """Launches the ordinary way."""
-        return self.kernel[self.grid](*arguments, *self.integers, **self.constants, num_warps=self.warps)
+        options = {"num_warps": self.warps, **(ASSERTS if self.asserts and not knobs.runtime.interpret else {})}
+        return self.kernel[self.grid](*arguments, *self.integers, **self.constants, **options)
 
     def _run(self, compiled: "triton.compiler.CompiledKernel", device: int, arguments: list) -> None:
         """Launches what was compiled; pointers are given as integers, of which the launcher asks nothing."""

@@ -39,7 +39,7 @@ def in_registers(tile, N: tl.constexpr):
 
 
 @triton.jit
-def _shrunk_squares(
+def shrunk_squares(
     w_ptr,
     a_ptr,
     b_ptr,
@@ -107,6 +107,7 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,  # of lora_B kept resident; 0: more than 3 are loaded anew for every tile
     EVEN: tl.constexpr,  # no tile reaches over an edge
+    EACH: tl.constexpr,  # a scaling for every expert
     REGISTERS: tl.constexpr,  # the resident chunks wait in registers, not in shared memory
     STAGES: tl.constexpr,
 ):
@@ -115,7 +116,10 @@ def row_norm_kernel(
     split = tl.program_id(1)
     start_o = tl.program_id(0) * BLOCK_O
     if offsets_ptr is None:
-        scaling = number(scaling_ptr)
+        if EACH:
+            scaling = tl.load(scaling_ptr + expert).to(tl.float32)
+        else:
+            scaling = number(scaling_ptr)
         w_ptr += expert * stride_we
         a_ptr += expert * stride_ae
         b_ptr += expert * stride_be
@@ -164,7 +168,7 @@ def row_norm_kernel(
 
     shrunk_O = square_O
     if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # hardly ever: the squares are too large
-        shrunk_O = _shrunk_squares(
+        shrunk_O = shrunk_squares(
             w_ptr,
             a_ptr,
             b_ptr,
@@ -292,7 +296,7 @@ def row_norm(
 
     Args:
         weight: ``[out, in]`` or ``[E, out, in]``, any strides. lora_A: ``[(E,) r, in]``. lora_B: ``[(E,) out, r]``.
-        scaling: a number, or one element on the device.
+        scaling: a number, one element on the device, or ``[E]``.
         config: how to launch; None takes :func:`norm_config`'s.
 
     Returns:
@@ -346,7 +350,9 @@ def _row_norm(weight, lora_A, lora_B, scaling, offsets, strides, experts, norm, 
     rank = lora_A.shape[-2]
     if config is None:
         config = norm_config(experts, out_features, in_features, rank, weight.dtype, target.of(weight))
-    splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, config)
+    each = offsets is None and isinstance(scaling, Tensor) and scaling.ndim == 1
+    scaling = scaling.contiguous() if each else scaling
+    splits, launch, finish = norm_launches(experts, out_features, in_features, rank, strides, config, each)
     out = norm if splits == 1 else norm.new_empty(splits, experts, out_features)
     launch(weight, lora_A, lora_B, scaling, offsets, out)
     if splits > 1:
@@ -362,6 +368,7 @@ def norm_launches(
     rank: int,
     strides: tuple[tuple[int, int, int], ...],
     config: NormConfig,
+    each: bool = False,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many programs the columns are split, the launch, and the one that puts them together."""
     chunks = cdiv(rank, config.block_r)
@@ -378,6 +385,7 @@ def norm_launches(
         BLOCK_R=config.block_r,
         CHUNKS=chunks if chunks <= 3 else 0,
         EVEN=not (out_features % config.block_o or in_features % config.block_i or rank % config.block_r),
+        EACH=each,
         REGISTERS=config.registers,
         STAGES=config.stages,
     )

@@ -278,10 +278,11 @@ class DoraExperts(DoraLayer):
         base = self.base_layer
         tokens, k = top_k_index.shape
         experts = self.weight.shape[0]
-        # Sorted, a negative number would pass for the first expert. An expert's rows come by rank, then by token, as in
-        # the base layer: some CPUs' products round a row by its place among the others.
-        chosen, order = torch.where(top_k_index < 0, experts, top_k_index).T.flatten().sort(stable=True)
-        offsets = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True, out_int32=True)
+        # Looked up, a number that is no expert's raises: rows that no expert takes would get zeros. An expert's rows
+        # come by rank, then by token, as in the base layer: some CPUs' products round a row by its place.
+        numbers = torch.arange(experts, device=top_k_index.device)
+        chosen, order = numbers.index_select(0, top_k_index.T.flatten()).sort(stable=True)
+        offsets = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         h = self._project(self.projections[0], rows, offsets=offsets)

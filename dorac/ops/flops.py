@@ -70,6 +70,35 @@ def _grouped_outer(left, right, offsets, **_):
     return _product((left[1], left[0]), right)
 
 
+def _mixed_product(x, stack, index, **_):
+    return _product(x, (x[2], stack[1]))
+
+
+def _mixed_outer(left, right, index, length, **_):
+    return _product((left[2], left[0] * left[1]), (right[1], right[2]))
+
+
+def _mixed_value(x, weight, lora_A, lora_B, *_, **__):
+    rank, tokens = lora_A[1], x[:-1]
+    low_rank = _product(x, (x[-1], rank)) + _product((*tokens, rank), (rank, weight[0]))
+    return _product(x, (x[-1], weight[0])) + low_rank
+
+
+def _mixed_backward(dy, x, weight, lora_A, lora_B, m, n, s, h, inner, index, needs_x, **_):
+    rank, tokens = lora_A[1], x[:-1]
+    down, up = _product((*tokens, x[-1]), (x[-1], rank)), _product((*tokens, rank), (rank, weight[0]))
+    of_x = _product((*tokens, weight[0]), weight) + down if needs_x else 0
+    return of_x + down + 2 * up
+
+
+def _grouped_compose(base, h, *_, **__):
+    return _product(h, (h[1], base[1]))
+
+
+def _grouped_compose_backward(dy, inner, h, *_, **__):
+    return 2 * _product(h, (h[1], dy[1]))
+
+
 def _elementwise(*_, **__):
     return 0
 
@@ -86,6 +115,14 @@ FORMULAS = {
     "grouped_product": _grouped_product,
     "grouped_outer": _grouped_outer,
     "packed_grouped_product": _packed_grouped_product,
+    "mixed_product": _mixed_product,
+    "mixed_outer": _mixed_outer,
+    "mixed_value": _mixed_value,
+    "mixed_forward": _mixed_value,
+    "mixed_backward": _mixed_backward,
+    "grouped_compose_value": _grouped_compose,
+    "grouped_compose_forward": _grouped_compose,
+    "grouped_compose_backward": _grouped_compose_backward,
     **dict.fromkeys(
         (
             "compose_value",

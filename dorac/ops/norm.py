@@ -84,13 +84,16 @@ def row_norm_aten(
 ) -> Tensor:
     """The chunked norm in plain aten: ``V = W + s*BA`` is formed and squared one chunk of columns at a time.
 
+    ``scaling``: 0-d, or one for each of a stack of layers.
+
     With ``weight_sq = ||W||^2`` given, the expansion ``||W||^2 + 2 s <W, BA> + s^2 ||BA||^2`` is used instead, which
     reads W in one matmul but cancels where a row of V is much shorter than that row of W. ``read``: see
     :func:`lengths`.
     """
     acc = accumulate_dtype(weight, lora_A, lora_B)
     addmm = torch.addmm if weight.ndim == 2 else torch.baddbmm
-    scaled_b_OR = lora_B * scaling.to(acc).reshape(1)  # one element, not none: a 0-d factor would not promote lora_B
+    # One element, not none: a 0-d factor would not promote lora_B.
+    scaled_b_OR = lora_B * (scaling.to(acc).reshape(-1, 1, 1) if scaling.ndim else scaling.to(acc).reshape(1))
     chunks = column_chunks(weight, lora_A, lora_B, weight_sq is not None, budget)
     if weight_sq is None:
         # Summed in float64, so that many small chunks are as exact as one large one.
@@ -163,9 +166,12 @@ lib.define(
 
 
 def _row_norm_cuda(weight, lora_A, lora_B, scaling, weight_sq, budget):
-    from dorac.kernels.norm import row_norm
+    from dorac.kernels import norm, stack_norm
 
-    return row_norm(weight, lora_A, lora_B, scaling)  # reads W once at any rate: neither square nor budget help
+    # These read W once at any rate: neither square nor budget help.
+    if stack_norm.takes(weight, lora_A):
+        return stack_norm.stack_norm(weight[0], lora_A, lora_B, scaling)
+    return norm.row_norm(weight, lora_A, lora_B, scaling)
 
 
 def _row_norm(weight, lora_A, lora_B, scaling, weight_sq, budget):

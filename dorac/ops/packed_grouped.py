@@ -74,16 +74,16 @@ class _PackedGroupedLinear(torch.autograd.Function):
         return dx, *(None for _ in range(7 + len(pieces)))
 
 
-def _packed_grouped_linear(x, offsets, index, kind, pieces, shape, dtype, sizes, budget):
+def _packed_grouped_linear(x, offsets, kind, pieces, shape, dtype, sizes, budget):
     if (to := front.autocast_dtype(x)) is not None and x.dtype is not torch.float64:
         x = x.to(to)
     with front.autocast_off(x):
         if front.under_transform() or front.exporting() or not front.all_plain(x, offsets, *pieces):
             weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
-            return grouped_linear(x, weight.rows(0, weight.shape[-2]).to(x.dtype), offsets, index)
+            return grouped_linear(x, weight.rows(0, weight.shape[-2]).to(x.dtype), offsets)
         return _PackedGroupedLinear.apply(x, offsets, kind, shape, dtype, sizes, budget, False, *pieces)
 
 
 packed_grouped_linear = register_composite(
-    f"packed_grouped_linear(Tensor x, Tensor offsets, Tensor index, {_WEIGHT}) -> Tensor", _packed_grouped_linear
+    f"packed_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}) -> Tensor", _packed_grouped_linear
 )

@@ -53,10 +53,10 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_entries):
-        return _SumByIndex.apply(d_entries, *ctx.saved_tensors, ctx.length), None
+        return SumByIndex.apply(d_entries, *ctx.saved_tensors, ctx.length), None
 
 
-class _SumByIndex(torch.autograd.Function):
+class SumByIndex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entries, index, length):
         ctx.save_for_backward(index)

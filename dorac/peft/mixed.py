@@ -109,6 +109,7 @@ def linear(layer: LoraLayer, x: Tensor, names: Sequence[str], base_kind: type[nn
         adapter_index=torch.tensor([places.get(name, -1) for name in names], device=x.device),
         scaling=stack.scaling,
         weight_norm=torch.stack(norms),
+        ranks=stack.ranks,
     )
 
 

@@ -1,0 +1,340 @@
+"""Rows by expert in eager: one ``autograd.Function``, on a GPU with kernels one that launches, as in ``ops/eager.py``.
+
+``functional.dora_linear_grouped`` asks here first. Where tensors are plain, the layer bfloat16 and dense with sizes
+that torch's grouped GEMM takes, the factors of that dtype or float32, the norm given, nothing dropped, adapters trained
+whole or not at all and nobody looks on, the layer is computed here; anything else is left to the ops, whose formulas
+these are (``ops/grouped_compose.py``). The host reads no offsets, and there is no copy of any tensor for a row.
+
+- ``x W^T`` turns into ``inner`` where it lies, which is kept for backward; without a gradient into y.
+- The gradient of x is the grouped product of ``g * dy``, onto which the small product ``d_h A`` is accumulated where it
+  lies.
+- Plans are kept as there: they settle what metadata settle, and hold no tensors.
+- On the CPU, in single and double precision, it is ``ops/by_expert.py``.
+
+Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors.
+
+Legend: S rows, E experts, I in_features, O out_features, R rank.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dorac import checks
+from dorac.numerics import accumulate_dtype
+from dorac.ops import by_expert, eager, front
+from dorac.ops.grouped import grouped_linear, grouped_outer, grouped_product, rows_by_expert
+from dorac.ops.grouped_compose import grouped_compose, grouped_compose_backward, grouped_compose_forward
+from dorac.ops.take import sum_by_index
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slices:
+    """Layers on the CPU, expert by expert."""
+
+    in_ops: bool = False  # which modes see
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How layers of certain metadata are computed on a GPU."""
+
+    down: tuple  # of h: splits, launch, what adds them up
+    compose: Callable  # of h, base, lora_B, magnitude, norm, scaling, bias, offsets, order, y and inner
+    backward: Callable[[tuple[int, int], bool], tuple]  # of dy's strides, with a bias's gradient or not: the same
+    of_h: Callable[[tuple[int, int]], tuple]  # of the strides of dy, or of g * dy: the same of d_h
+    of_a: tuple  # the same of lora_A's gradient
+    of_x: Callable  # of compose's arguments: d_h A accumulated onto the gradient of x
+    wide: bool  # float32 factors
+    in_ops: bool = False  # which modes see
+
+
+def dora_linear_grouped(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    weight_norm: Tensor,
+    offsets: Tensor,
+    scaling: float | Tensor,
+) -> Tensor | None:
+    """The layer, or None if it is not to be computed here; errors are ``check_grouped``'s.
+
+    ``scaling``: a finite number, or a tensor, checked if it is 0-d.
+    """
+    in_ops = not front.unobserved()
+    if in_ops and not front.seen_by_modes_alone():
+        return None
+    of_scaling = None
+    try:
+        if isinstance(scaling, Tensor):
+            if scaling.requires_grad or scaling.device != x.device or (scaling.is_cuda and scaling.dtype.itemsize > 4):
+                return None
+            of_scaling = type(scaling), scaling.shape, scaling.dtype
+        training = torch.is_grad_enabled() and (
+            lora_B.requires_grad
+            or magnitude.requires_grad
+            or lora_A.requires_grad
+            or x.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or weight_norm.requires_grad
+        )
+        of_offsets = type(offsets), offsets.shape, offsets.dtype, offsets.device
+        of_layer = eager.metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
+        key = "grouped", training, of_scaling, of_offsets, x.stride(), *of_layer
+        plan = eager.plans.get(key, False)
+        bits = x.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
+        bits |= weight_norm.data_ptr() | offsets.data_ptr() | (0 if bias is None else bias.data_ptr())
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one of no strides, symbolic sizes or no memory
+        return None
+    if plan is False:
+        checks.check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets)
+        if of_scaling is not None and scaling.ndim:
+            checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
+        tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
+        with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
+            plan = eager.keep_plan(key, make_plan(*tensors, scaling, training))
+    if plan is None or (in_ops and not training) or (bits & 15 and type(plan) is Plan):
+        return None
+    tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
+    if not training:
+        return _forward_of(plan)(*tensors, scaling, False)[0]
+    trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
+    if not trained or weight.requires_grad or weight_norm.requires_grad:
+        return None
+    return _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
+
+
+def make_plan(
+    x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, scaling, training
+) -> Plan | Slices | None:
+    """The plan for tensors that passed the checks; None if they are not computed here."""
+    given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets) if t is not None]
+    if not all(t.numel() for t in given) or not front.all_eager(*given) or front.autocast_dtype(x) is not None:
+        return None
+    if by_expert.takes(x, weight, lora_A, lora_B, magnitude, bias, weight_norm):
+        return Slices()
+    if not front.has_kernels(*given[:-1]):
+        return None
+    if weight.dtype is not torch.bfloat16 or lora_A.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    experts, out_features, in_features = weight.shape
+    rows, rank = x.shape[0], lora_A.shape[1]
+    if out_features % 8 or in_features % 8 or not x.is_contiguous():
+        return None
+    if sorted(weight.stride()[1:])[0] != 1 or any(stride % 8 for stride in weight.stride() if stride != 1):
+        return None
+    if not all(t.is_contiguous() for t in (magnitude, bias, offsets) if t is not None) or weight_norm.stride(1) != 1:
+        return None
+
+    from dorac.kernels import configs, segments, target
+
+    half, factor, card = weight.dtype, lora_A.dtype, target.of(x)
+    wide, each = factor is torch.float32, isinstance(scaling, Tensor) and scaling.ndim == 1
+    of_y, of_x, h = (out_features, 1), (in_features, 1), (rank, 1)
+    sizes, stride_norm = (rows, experts), weight_norm.stride(0)
+
+    def product(length, strides, **flags):
+        config = configs.segment_product_config(*sizes, length, rank, half, factor, card)
+        splits, *launches = segments.segment_product_launches(*sizes, length, rank, strides, config, wide=wide, **flags)
+        return splits, *map(eager.bound, launches)
+
+    def compose(length, strides, each):
+        config = configs.segment_tile_config(*sizes, length, rank, factor, half, card)
+        flags = {"delta": False, "split": wide, "each": each, "stride_norm": stride_norm}
+        return eager.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
+
+    def backward(length, strides, *, magnitudes):
+        config = configs.segment_backward_config(rows, length, rank, half, factor, card)
+        flags = {
+            "magnitudes": magnitudes,
+            "delta": False,
+            "wide": wide,
+            "each": each and magnitudes,
+            "stride_norm": stride_norm,
+        }
+        strips, *launches = segments.segment_backward_launches(*sizes, length, rank, strides, config, **flags)
+        return strips, *map(eager.bound, launches)
+
+    def transposed(strides):
+        return tuple(strides[i] for i in (0, 2, 1))
+
+    d_a, d_b = (torch.empty_like(t, device="meta").stride() for t in (lora_A, lora_B))
+    of_b = lora_B.stride()
+
+    @functools.lru_cache(maxsize=16)
+    def of_dy(strides, of_bias):  # which is another kernel's
+        return backward(out_features, (strides, of_y, h, d_b), magnitudes=True)
+
+    @functools.lru_cache(maxsize=16)
+    def of_h(strides):
+        return product(out_features, (strides, transposed(of_b)), each=each, stride_norm=stride_norm)
+
+    return Plan(
+        down=product(in_features, (of_x, lora_A.stride()), each=False),
+        compose=compose(out_features, (of_y, h, of_b), each),
+        backward=of_dy,
+        of_h=of_h,
+        of_a=backward(in_features, (of_x, (0, 0), h, transposed(d_a)), magnitudes=False),
+        of_x=compose(in_features, (of_x, h, transposed(lora_A.stride())), False),
+        wide=wide,
+    )
+
+
+def _product(launches, x, factor, magnitude, norm, scaling, offsets, rank) -> Tensor:
+    """:func:`dorac.kernels.segments.segment_product`."""
+    splits, launch, add = launches
+    y = to = factor.new_empty(x.shape[0], rank)
+    if splits > 1:
+        to = factor.new_empty(splits * x.shape[0], rank, dtype=torch.float32)
+    launch(x, factor, magnitude, norm, scaling, offsets, None, to)
+    if add is not None:
+        add(to, None, y)
+    return y
+
+
+def _ends(offsets: Tensor) -> Tensor:
+    """The offsets as torch's grouped GEMM takes them."""
+    return offsets if offsets.dtype is torch.int32 else offsets.to(torch.int32)
+
+
+def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, training):
+    """``(y, h, inner)``; inner in training alone."""
+    h = _product(plan.down, x, lora_A, None, None, None, offsets, lora_A.shape[1])
+    base = F.grouped_mm(x, weight.mT, offs=_ends(offsets))
+    y, inner = (torch.empty_like(base), base) if training else (base, None)
+    plan.compose(h, base, lora_B, magnitude, norm, scaling, bias, offsets, None, y, inner)
+    return y, h, inner
+
+
+def _forward_of(plan: Plan | Slices) -> Callable:
+    return by_expert.forward if type(plan) is Slices else functools.partial(_forward, plan)
+
+
+def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling):
+    """The same of the ops."""
+    h = grouped_product(x.to(lora_A.dtype), lora_A, offsets)
+    base = grouped_product(x, weight, offsets)
+    y, inner = grouped_compose_forward(base, h, lora_B, magnitude, norm, _tensor(scaling, x), bias, offsets, False)
+    return y, h, inner
+
+
+def _tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(scaling, Tensor):
+        return scaling
+    return torch.full((), scaling, dtype=accumulate_dtype(like), device=like.device)
+
+
+class Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, plan):
+        tensors = x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling
+        y, h, inner = _in_ops(*tensors) if plan.in_ops else _forward_of(plan)(*tensors, True)
+        of_scaling = scaling if isinstance(scaling, Tensor) else None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, h, inner, of_scaling)
+        ctx.set_materialize_grads(False)
+        ctx.scaling, ctx.plan = None if of_scaling is not None else scaling, plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 10
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, dy)
+        if front.autocast_dtype(dy) is not None:  # backward called inside autocast
+            with front.autocast_off(dy):
+                return Grouped.backward(ctx, dy)
+        x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, h, inner, scaling = ctx.saved_tensors
+        plan, scaling = ctx.plan, ctx.scaling if scaling is None else scaling
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        if type(dy) is not Tensor or not front.unobserved():
+            tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, _tensor(scaling, x)
+            dx, d_a, d_b, d_m, d_bias = _gradients_in_ops(*tensors, bias if needs_bias else None, needs_x)
+            return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
+        if type(plan) is Slices:
+            tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, scaling
+            dx, d_a, d_b, d_m, d_bias = by_expert.backward(*tensors, needs_x=needs_x, needs_bias=needs_bias)
+            return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
+        if dy.data_ptr() % 16 or dy.dtype is not inner.dtype:
+            dy = dy.to(inner.dtype, memory_format=torch.contiguous_format, copy=True)
+        rank = lora_A.shape[1]
+        strips, launch, add = plan.backward(dy.stride(), needs_bias)
+        d_base, d_m, d_b = torch.empty_like(inner), torch.empty_like(magnitude), torch.empty_like(lora_B)
+        d_bias = torch.empty_like(bias) if needs_bias else None
+        parts_m = norm.new_empty(strips, magnitude.shape[1], dtype=torch.float32)
+        parts_b = norm.new_empty(strips, *lora_B.shape[1:], dtype=torch.float32)
+        parts_bias = torch.empty_like(parts_m) if needs_bias else None
+        launch(
+            dy,
+            dy,
+            inner,
+            magnitude,
+            norm,
+            h,
+            scaling,
+            offsets,
+            None,
+            d_base,
+            d_m,
+            d_b,
+            d_bias,
+            parts_m,
+            parts_b,
+            parts_bias,
+        )
+        add(parts_b, parts_m, parts_bias, offsets, d_m, d_b, d_bias)
+        if plan.wide:  # of g * dy as it was before it was rounded
+            d_h = _product(plan.of_h(dy.stride()), dy, lora_B, magnitude, norm, scaling, offsets, rank)
+        else:
+            d_h = _product(plan.of_h(d_base.stride()), d_base, lora_B, None, None, scaling, offsets, rank)
+        strips, launch, add = plan.of_a
+        d_a = torch.empty_like(lora_A)
+        parts_a = norm.new_empty(strips, x.shape[1], rank, dtype=torch.float32)
+        launch(x, x, None, None, None, d_h, 1.0, offsets, None, None, None, d_a, None, None, parts_a, None)
+        add(parts_a, None, None, offsets, None, d_a, None)
+        dx = None
+        if needs_x:
+            dx = F.grouped_mm(d_base, weight, offs=_ends(offsets))
+            plan.of_x(d_h, dx, lora_A, None, None, 1.0, None, offsets, None, dx, None)
+        return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
+
+
+# ``Grouped.apply`` without its questions for transforms, of which there are none, nor tensors that outlived theirs.
+_apply = super(torch.autograd.Function, Grouped).apply
+
+
+def _gradients_in_ops(dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, scaling, bias, needs_x):
+    """The gradients of x, lora_A, lora_B, magnitude and of a bias, where a mode or a subclass of tensors looks on."""
+    d_base, d_h, d_b, d_m = grouped_compose_backward(dy, inner, h, lora_B, magnitude, norm, scaling, offsets, False)
+    d_a = grouped_outer(d_h, x.to(d_h.dtype), offsets)
+    dx = d_bias = None
+    if needs_x:
+        dx = grouped_product(d_base, weight.mT, offsets) + grouped_product(d_h, lora_A.mT, offsets).to(x.dtype)
+    if bias is not None:
+        index, taken = rows_by_expert(offsets, len(dy))
+        rows = torch.where(taken.unsqueeze(-1), dy, 0).to(accumulate_dtype(dy))
+        d_bias = sum_by_index(rows, index, len(bias)).to(bias.dtype)
+    return dx, d_a, d_b, d_m, d_bias
+
+
+def _differentiable_gradients(ctx, dy):
+    """The gradients where they are differentiated again: those of the layer, computed again."""
+    x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, _, _, scaling = ctx.saved_tensors
+    scaling = _tensor(ctx.scaling, x) if scaling is None else scaling
+    with front.autocast_off(x):
+        h = grouped_linear(x.to(lora_A.dtype), lora_A, offsets)
+        base = grouped_linear(x, weight, offsets)
+        y = grouped_compose(base, h, lora_B, magnitude, norm, scaling, bias, offsets, False)
+        tensors = x, weight, lora_A, lora_B, magnitude, bias
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:6]) if needed]
+        grads = torch.autograd.grad(y, [tensors[i] for i in wanted], dy, create_graph=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return *(found.get(i) for i in range(6)), None, None, None, None
