@@ -553,13 +553,17 @@ def mixed_config(
         form = "single" if tokens <= SINGLE else "counted" if tokens <= COUNTED else "listed"
         count = min(tokens, adapters + 1)
         count = tokens if form == "single" else count + (tokens - count) // 16
-        block_o = 64 if tokens <= 2 else 128
-        columns = block_o
-        while columns < out_features and count * -(-out_features // columns) > 4 * target.processors:
+        block_o = columns = 64 if tokens <= 2 else 256 if rank <= 32 and half else 128
+        while columns < min(out_features, 1024) and count * -(-out_features // columns) > 8 * target.processors:
             columns *= 2
-        down = (256 if half else 64, up_r, 16, 4, 3) if form == "listed" else (128, 16, 32, 4, 2)
-        up = min(up_r, 32) if form == "single" else up_r
-        config = MixedConfig(form, 1 if form == "single" else 16, *down, block_o, up, 4, columns=columns)
+        stages = 1
+        if columns == 1024:
+            block_o, stages = 128, 3
+        down = (256 if half else 64, up_r, 16, 4, 3)
+        if form != "listed":
+            down = 256 if half else 128, 16, 32, 4, 3 if tokens > 64 else 1
+        up = block_o, min(up_r, 32) if form == "single" else up_r, 4
+        config = MixedConfig(form, 1 if form == "single" else 16, *down, *up, columns=columns, up_stages=stages)
         count = count if form == "listed" else tokens
     else:
         block_t = _power(row_tokens, 16, 64)
