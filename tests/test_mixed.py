@@ -106,7 +106,9 @@ MOST = 40
 def small(form):
     """Tiles that few rows fill."""
     form, block_t = form.partition(",")[0], 1 if form == "single" else 16
-    return configs.MixedConfig(form, block_t, 32, 16, 2, 4, 2, block_o=32, up_r=32, up_warps=4, up_t=16, rows=32)
+    return configs.MixedConfig(
+        form, block_t, 32, 16, 2, 4, 2, block_o=32, up_r=32, up_warps=4, up_t=16, rows=32, columns=64
+    )
 
 
 @pytest.fixture(autouse=True)

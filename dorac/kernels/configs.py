@@ -221,9 +221,9 @@ class ProductConfig:
 class MixedConfig:
     """How tokens become tiles (``kernels/mixed.py``), and the tiles of both launches.
 
-    The first: ``block_t`` tokens, a step's ``block_i`` inputs, ``block_r`` ranks, the inputs split over ``splits``
-    programs. The second: ``block_o`` outputs, ``up_r`` ranks of a step; of long rows ``rows`` tokens, a multiple of
-    ``up_t``, in steps of these.
+    The first: ``block_t`` tokens, of "counted" one, a step's ``block_i`` inputs, ``block_r`` ranks, the inputs split
+    over ``splits`` programs. The second: ``block_t`` tokens, ``columns`` outputs in steps of ``block_o``, ``up_r``
+    ranks of a step; of long rows ``rows`` tokens, a multiple of ``up_t``, in steps of these, and ``block_o`` outputs.
     """
 
     form: str
@@ -238,6 +238,8 @@ class MixedConfig:
     up_warps: int
     up_t: int = 16
     rows: int = 16
+    columns: int = 128
+    up_stages: int = 3
 
     def shared_memory(self, target: Target, factor_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
         """Bytes at most."""
@@ -245,8 +247,12 @@ class MixedConfig:
         step = (self.block_t + self.block_r) * self.block_i * size
         if factor_dtype is torch.float32 and base_dtype.itemsize == 2:
             step *= 2  # high and low
-        up_t = self.up_t if self.form == "long" else self.block_t
-        up = max((up_t + self.block_o) * self.up_r * size, up_t * self.block_o * 4)
+        if self.form == "long":
+            up = max((self.up_t + self.block_o) * self.up_r * size, self.up_t * self.block_o * 4)
+        else:
+            ahead = _buffers(self.up_stages, target, base_dtype, product=True)
+            tiles = (self.block_o * self.up_r + self.block_t * self.block_o) * size + 2 * self.block_o * 4
+            up = ahead * tiles + self.block_t * max(self.up_r * size, self.block_o * 4)
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
 
 
@@ -552,16 +558,22 @@ def mixed_config(
     half = factor_dtype.itemsize == base_dtype.itemsize == 2
     up_r = _power(rank, 16, 64 if half else 32)
     wide_warps = 4 if base_dtype is torch.float32 and rank > 32 else 8  # or it spills
-    if tokens <= SINGLE:
-        block_o = 64 if tokens <= 2 else 128
-        config = MixedConfig("single", 1, 128, 16, 32, 4, 2, block_o, min(up_r, 32), 4)
-        count = tokens
-    elif tokens <= COUNTED or row_tokens < 16:
-        form = "counted" if tokens <= COUNTED else "listed"
-        splits = 16 if rank <= 32 else 8  # the second launch has h of all of them in registers
-        config = MixedConfig(form, 16, 256 if half else 64, up_r, splits, 4, 3, 128, up_r, 4 if half else wide_warps)
-        groups = min(tokens, adapters + 1)
-        count = groups + (tokens - groups) // 16
+    if tokens <= COUNTED or row_tokens < 16:
+        form = "single" if tokens <= SINGLE else "counted" if tokens <= COUNTED else "listed"
+        count = min(tokens, adapters + 1)
+        count = tokens if form == "single" else count + (tokens - count) // 16
+        block_o = columns = 64 if tokens <= 2 else 256 if rank <= 32 and half else 128
+        while columns < min(out_features, 1024) and count * -(-out_features // columns) > 8 * target.processors:
+            columns *= 2
+        stages = 1
+        if columns == 1024:
+            block_o, stages = 128, 3
+        down = 256 if half else 64, up_r, 16 if rank <= 32 else 8, 4, 3
+        if form != "listed":
+            down = 256 if half else 128, 16, 32, 4, 3 if tokens > 64 else 1
+        up = block_o, min(up_r, 32) if form == "single" else up_r, 4 if half else wide_warps
+        config = MixedConfig(form, 1 if form == "single" else 16, *down, *up, columns=columns, up_stages=stages)
+        count = count if form == "listed" else tokens
     else:
         block_t = _power(row_tokens, 16, 64)
         up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}

@@ -8,8 +8,8 @@ one adapter, and reads that adapter's factors where they are. Row -1 is ``base +
 How rows become tiles (FORM):
 
 - "single": each token is a tile. Products are sums then, not the tensor cores' work, whose tiles have 16 rows.
-- "counted": tokens of one adapter, up to BLOCK_T of them. Every program of the first launch finds its tile by counting
-  in the index (so few tokens that this costs less than a launch), and one of them writes it down for the second.
+- "counted": in the first launch as "single", in the second tokens of one adapter, up to BLOCK_T of them. So few tokens
+  that one more program of the first launch sorts them, while the others multiply, and writes down the tiles.
 - "long": BLOCK_T tokens of one row of the batch, which has many.
 - "listed": as "counted", from a list that :func:`list_tiles` makes.
 
@@ -33,33 +33,33 @@ from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.tiles import INTERPRETED, number, product
 
 UNUSED = tl.constexpr(-2)  # the adapter of a tile without rows
-COUNTED_AT_ONCE = tl.constexpr(32)
 
 
 @triton.jit
-def _counted_tile(index_ptr, tile, T, L, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The adapter of a tile (UNUSED without rows), its tokens ``[BLOCK_T]``, and which of them there are.
+def _later_key(key, first, next_key, next_first):
+    """Where the run of equal keys began that the later one belongs to."""
+    return next_key, tl.where(key == next_key, first, next_first)
 
-    A token begins a tile where a multiple of BLOCK_T tokens of its adapter come before it; tiles are numbered in the
-    order of these.
-    """
-    token_N = tl.arange(0, BLOCK_N)
-    is_token_N = token_N < T
-    key_N = tl.load(index_ptr + token_N // L, mask=is_token_N, other=0).to(tl.int32)
-    before_N = tl.zeros([BLOCK_N], dtype=tl.int32)  # tokens of the same adapter before each
-    for start in tl.range(0, T, COUNTED_AT_ONCE, num_stages=1):
-        token_C = start + tl.arange(0, COUNTED_AT_ONCE)
-        key_C = tl.load(index_ptr + token_C // L, mask=token_C < T, other=0).to(tl.int32)
-        alike_NC = (key_N[:, None] == key_C[None, :]) & (token_C[None, :] < token_N[:, None])
-        before_N += tl.sum(alike_NC.to(tl.int32), axis=1)
-    begins_N = is_token_N & (before_N % BLOCK_T == 0)
-    chosen_N = begins_N & (tl.cumsum(begins_N.to(tl.int32), axis=0) == tile + 1)
-    key = tl.sum(tl.where(chosen_N, key_N - UNUSED, 0), axis=0) + UNUSED
-    first = tl.sum(tl.where(chosen_N, before_N, 0), axis=0)
-    place_N = tl.where(is_token_N & (key_N == key), before_N - first, -1)
-    hit_TN = tl.arange(0, BLOCK_T)[:, None] == place_N[None, :]
-    token_T = tl.sum(tl.where(hit_TN, token_N[None, :], 0), axis=1)
-    return key, token_T, tl.sum(hit_TN.to(tl.int32), axis=1) > 0
+
+@triton.jit
+def _list_tiles(index_ptr, tiles_ptr, tiles, T, L, K, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What :func:`list_tiles` lists, of at most BLOCK_N tokens, by one program."""
+    place_N = tl.arange(0, BLOCK_N)
+    is_token_N = place_N < T
+    key_N = tl.load(index_ptr + place_N // L, mask=is_token_N, other=0).to(tl.int32)
+    tl.device_assert((key_N >= -1) & (key_N < K), "adapter_index is out of range")
+    key_N = tl.where((key_N >= 0) & (key_N < K), key_N, -1)
+    ordered_N = tl.sort(tl.where(is_token_N, (key_N + 1) * BLOCK_N + place_N, 2147483647))
+    key_N, token_N = ordered_N // BLOCK_N - 1, ordered_N % BLOCK_N
+    _, first_N = tl.associative_scan((key_N, place_N), 0, _later_key)
+    within_N = (place_N - first_N) % BLOCK_T
+    tile_N = tl.cumsum((within_N == 0).to(tl.int32), axis=0) - 1
+    for start in tl.range(0, tiles * (1 + BLOCK_T), BLOCK_N, num_stages=1):
+        tl.store(tiles_ptr + start + place_N, UNUSED, mask=start + place_N < tiles * (1 + BLOCK_T))
+    tl.debug_barrier()  # what follows is written by other threads
+    tiles_ptr += tile_N * (1 + BLOCK_T)
+    tl.store(tiles_ptr, key_N, mask=is_token_N & (within_N == 0))
+    tl.store(tiles_ptr + 1 + within_N, token_N, mask=is_token_N)
 
 
 @triton.jit
@@ -95,6 +95,7 @@ def down_kernel(
     R,
     K,
     tiles_per_row,
+    listed_tiles,
     columns_per_split,
     stride_xt,
     stride_xi,
@@ -105,6 +106,7 @@ def down_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    LISTED_T: tl.constexpr,  # tokens of a tile that "counted" lists
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over the last input
     ROUND: tl.constexpr,  # lora_A to x's dtype, instead of x to lora_A's
@@ -114,17 +116,13 @@ def down_kernel(
     """The sums over each range of inputs, ``partial[S, T, R]``; what is beyond an adapter's rank is not written."""
     tile, split, start_r = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
     if FORM == "counted":
-        key, token_T, is_token_T = _counted_tile(index_ptr, tile, T, L, BLOCK_T, BLOCK_N)
-        key = tl.where(key < K, key, -1)
-        if (split == 0) & (start_r == 0):
-            tl.store(tiles_ptr + tile * (1 + BLOCK_T), key)
-            place_T = tl.arange(0, BLOCK_T)
-            tl.store(tiles_ptr + tile * (1 + BLOCK_T) + 1 + place_T, tl.where(is_token_T, token_T, -1))
-        if (tile == 0) & (split == 0) & (start_r == 0):  # tiles of adapters that there are not may be one too many
-            token_N = tl.arange(0, BLOCK_N)
-            key_N = tl.load(index_ptr + token_N // L, mask=token_N < T, other=0)
-            tl.device_assert((key_N >= -1) & (key_N < K), "adapter_index is out of range")
-        key = tl.where(tl.sum(is_token_T.to(tl.int32), axis=0) > 0, key, -1)
+        if (tile == 0) & (split == 0) & (start_r == 0):
+            _list_tiles(index_ptr, tiles_ptr, listed_tiles, T, L, K, LISTED_T, BLOCK_N)
+        tile -= 1
+        key, token_T, is_token_T = _known_tile(
+            index_ptr, tiles_ptr, tl.maximum(tile, 0), tiles_per_row, BLOCK_T, T, L, "single", BLOCK_T
+        )
+        key = tl.where((tile >= 0) & (key < K), key, -1)
     else:
         key, token_T, is_token_T = _known_tile(index_ptr, tiles_ptr, tile, tiles_per_row, BLOCK_T, T, L, FORM, BLOCK_T)
         if FORM == "listed":
@@ -194,7 +192,7 @@ def up_kernel(
     bias_ptr,
     index_ptr,
     ranks_ptr,  # or None
-    tiles_ptr,
+    tiles_ptr,  # None: both kernels take the same
     y_ptr,
     inner_ptr,  # these two with WANT_INNER
     h_ptr,
@@ -203,7 +201,93 @@ def up_kernel(
     O,
     R,
     tiles_per_row,
-    rows,  # of a tile of "long", which a program walks down in steps of BLOCK_T
+    rows,  # of a tile, which a program walks down in steps of BLOCK_T
+    stride_bk,
+    stride_bo,
+    stride_br,
+    stride_mk,
+    stride_nk,
+    stride_sk,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of ranks
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile reaches over the last output
+    HAS_BIAS: tl.constexpr,
+    WANT_INNER: tl.constexpr,
+    ROUND: tl.constexpr,  # lora_B to base's dtype
+    SPLIT: tl.constexpr,
+):
+    """Of long rows: a program keeps its columns and walks down tokens of one row of the batch."""
+    tile, start_o = tl.program_id(0), tl.program_id(1) * BLOCK_O
+    key, token_T, _ = _known_tile(index_ptr, tiles_ptr, tile, tiles_per_row, rows, T, L, "long", BLOCK_T)
+    least: tl.constexpr = -1 if HAS_BIAS or WANT_INNER else 0  # a plain row without a bias is written already
+    if key >= least:
+        rank = _rank_of(ranks_ptr, key, R)
+        adapter = tl.maximum(key, 0).to(tl.int64)
+        cols_O = start_o + tl.arange(0, BLOCK_O)
+        is_col_O = cols_O < O
+        g_O = _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, is_col_O, stride_mk, stride_nk, BLOCK_O)
+        scaling = tl.where(key >= 0, _scaling_of(scaling_ptr, adapter * stride_sk), 0.0)
+        b_ptr += adapter * stride_bk
+        if CHUNKS == 1:
+            whole_OR = _load_b(b_ptr, cols_O, 0, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND)
+        walked = tl.minimum(rows, L - (tile % tiles_per_row) * rows)
+        for start in tl.range(0, walked, BLOCK_T, num_stages=1):
+            is_token_T = start + tl.arange(0, BLOCK_T) < walked
+            acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+            for start_r in tl.range(0, BLOCK_R if CHUNKS == 1 else R, BLOCK_R, num_stages=1):
+                if CHUNKS == 1:
+                    b_OR = whole_OR
+                else:
+                    b_OR = _load_b(
+                        b_ptr, cols_O, start_r, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND
+                    )
+                h_TR = _h_of(
+                    partial_ptr, start + token_T, is_token_T, start_r, rank, T, R, BLOCK_T, BLOCK_R, SPLITS
+                ).to(b_OR.dtype)
+                if WANT_INNER:  # noqa: SIM102, the first is the compiler's to answer
+                    if start_o == 0:
+                        _store_h(h_ptr, h_TR, start + token_T, is_token_T, start_r, R, BLOCK_R)
+                acc_TO = _small_product(h_TR, b_OR, acc_TO, BLOCK_T, SPLIT)
+            _write(
+                base_ptr,
+                bias_ptr,
+                y_ptr,
+                inner_ptr,
+                scaling * acc_TO,
+                g_O,
+                start + token_T,
+                is_token_T,
+                cols_O,
+                O,
+                EVEN,
+                HAS_BIAS,
+                WANT_INNER,
+            )
+
+
+@triton.jit
+def across_kernel(
+    base_ptr,  # contiguous, as y, inner and h; y may lie where it does
+    partial_ptr,
+    b_ptr,
+    magnitude_ptr,  # or None: g is 1, plain LoRA
+    norm_ptr,  # or None: the magnitude is g
+    scaling_ptr,  # of every adapter, or a number
+    bias_ptr,
+    index_ptr,
+    ranks_ptr,  # or None
+    tiles_ptr,
+    y_ptr,
+    inner_ptr,  # these two with WANT_INNER
+    h_ptr,
+    T,
+    L,
+    O,
+    R,
+    columns_per_program,
     stride_bk,
     stride_bo,
     stride_br,
@@ -221,62 +305,135 @@ def up_kernel(
     WANT_INNER: tl.constexpr,
     ROUND: tl.constexpr,  # lora_B to base's dtype
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    tile, start_o = tl.program_id(0), tl.program_id(1) * BLOCK_O
-    key, token_T, is_token_T = _known_tile(index_ptr, tiles_ptr, tile, tiles_per_row, rows, T, L, FORM, BLOCK_T)
+    """Of few tokens: a program keeps these and walks across its columns, whose factors it reads ahead."""
+    tile, begin = tl.program_id(0), tl.program_id(1) * columns_per_program
+    key, token_T, is_token_T = _known_tile(index_ptr, tiles_ptr, tile, 1, BLOCK_T, T, L, FORM, BLOCK_T)
     least: tl.constexpr = -1 if HAS_BIAS or WANT_INNER else 0  # a plain row without a bias is written already
     if key >= least:
         rank = _rank_of(ranks_ptr, key, R)
         adapter = tl.maximum(key, 0).to(tl.int64)
-        cols_O = start_o + tl.arange(0, BLOCK_O)
-        is_col_O = cols_O < O
-        g_O = tl.full([BLOCK_O], 1.0, dtype=tl.float32)
-        if magnitude_ptr is not None:
-            g_O = tl.load(magnitude_ptr + adapter * stride_mk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
-        if norm_ptr is not None:
-            norm_O = tl.load(norm_ptr + adapter * stride_nk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
-            g_O = tl.where(norm_O <= 1e-12, 1.0, tl.div_rn(g_O, norm_O))
-        g_O = tl.where(key >= 0, g_O, 1.0)  # whatever the adapter 0 holds
         scaling = tl.where(key >= 0, _scaling_of(scaling_ptr, adapter * stride_sk), 0.0)
         b_ptr += adapter * stride_bk
         if CHUNKS == 1:
-            whole_OR = _load_b(b_ptr, cols_O, 0, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND)
-        walked = tl.minimum(rows, L - (tile % tiles_per_row) * rows) if FORM == "long" else BLOCK_T
-        for start in tl.range(0, walked, BLOCK_T, num_stages=1):
-            if FORM == "long":
-                is_token_T = start + tl.arange(0, BLOCK_T) < walked
+            whole_TR = _h_of(partial_ptr, token_T, is_token_T, 0, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
+        for start_o in tl.range(begin, tl.minimum(begin + columns_per_program, O), BLOCK_O, num_stages=STAGES):
+            cols_O = start_o + tl.arange(0, BLOCK_O)
+            is_col_O = cols_O < O
+            g_O = _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, is_col_O, stride_mk, stride_nk, BLOCK_O)
             acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-            for start_r in tl.range(0, BLOCK_R if CHUNKS == 1 else R, BLOCK_R, num_stages=1):
-                if CHUNKS == 1:
-                    b_OR = whole_OR
-                else:
+            if CHUNKS == 1:
+                b_OR = _load_b(b_ptr, cols_O, 0, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND)
+                acc_TO = _small_product(whole_TR.to(b_OR.dtype), b_OR, acc_TO, BLOCK_T, SPLIT)
+                if WANT_INNER:  # noqa: SIM102, the first is the compiler's to answer
+                    if start_o == 0:
+                        _store_h(h_ptr, whole_TR.to(b_OR.dtype), token_T, is_token_T, 0, R, BLOCK_R)
+            else:
+                for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
                     b_OR = _load_b(
                         b_ptr, cols_O, start_r, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND
                     )
-                rank_R = start_r + tl.arange(0, BLOCK_R)
-                h_mask = is_token_T[:, None] & ((rank_R < rank) & (rank_R < R))[None, :]
-                place_TR = (start + token_T).to(tl.int64)[:, None] * R + rank_R[None, :]
-                h_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-                pointers = partial_ptr + place_TR
-                for _ in tl.static_range(SPLITS):
-                    h_TR += tl.load(pointers, mask=h_mask, other=0.0)
-                    pointers += T * R
-                h_TR = h_TR.to(b_OR.dtype)
-                if WANT_INNER:  # noqa: SIM102, the first is the compiler's to answer
-                    if start_o == 0:
-                        tl.store(h_ptr + place_TR, h_TR, mask=is_token_T[:, None] & (rank_R < R)[None, :])
-                acc_TO = _small_product(h_TR, b_OR, acc_TO, BLOCK_T, SPLIT)
-            place_TO = (start + token_T).to(tl.int64)[:, None] * O + cols_O[None, :]
-            mask_TO = is_token_T[:, None]
-            if not EVEN:
-                mask_TO = mask_TO & is_col_O[None, :]
-            inner_TO = tl.load(base_ptr + place_TO, mask=mask_TO, other=0.0).to(tl.float32) + scaling * acc_TO
-            if WANT_INNER:
-                tl.store(inner_ptr + place_TO, inner_TO.to(inner_ptr.dtype.element_ty), mask=mask_TO)
-            y_TO = g_O[None, :] * inner_TO
-            if HAS_BIAS:
-                y_TO += tl.load(bias_ptr + cols_O, mask=is_col_O, other=0.0).to(tl.float32)[None, :]
-            tl.store(y_ptr + place_TO, y_TO.to(y_ptr.dtype.element_ty), mask=mask_TO)
+                    h_TR = _h_of(partial_ptr, token_T, is_token_T, start_r, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
+                    acc_TO = _small_product(h_TR.to(b_OR.dtype), b_OR, acc_TO, BLOCK_T, SPLIT)
+                    if WANT_INNER:  # noqa: SIM102
+                        if start_o == 0:
+                            _store_h(h_ptr, h_TR.to(b_OR.dtype), token_T, is_token_T, start_r, R, BLOCK_R)
+            _write(
+                base_ptr,
+                bias_ptr,
+                y_ptr,
+                inner_ptr,
+                scaling * acc_TO,
+                g_O,
+                token_T,
+                is_token_T,
+                cols_O,
+                O,
+                EVEN,
+                HAS_BIAS,
+                WANT_INNER,
+            )
+
+
+@triton.jit
+def _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, is_col_O, stride_mk, stride_nk, BLOCK_O: tl.constexpr):
+    """g of an adapter's columns; 1 of a plain row, whatever the adapter 0 holds."""
+    g_O = tl.full([BLOCK_O], 1.0, dtype=tl.float32)
+    if magnitude_ptr is not None:
+        g_O = tl.load(magnitude_ptr + adapter * stride_mk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
+    if norm_ptr is not None:
+        norm_O = tl.load(norm_ptr + adapter * stride_nk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
+        g_O = tl.where(norm_O <= 1e-12, 1.0, tl.div_rn(g_O, norm_O))
+    return tl.where(key >= 0, g_O, 1.0)
+
+
+@triton.jit
+def _h_of(
+    partial_ptr,
+    token_T,
+    is_token_T,
+    start_r,
+    rank,
+    T,
+    R,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The sum of the splits, in one order."""
+    rank_R = start_r + tl.arange(0, BLOCK_R)
+    is_rank_R = (rank_R < rank) & (rank_R < R)
+    place_TR = token_T.to(tl.int64)[:, None] * R + rank_R[None, :]
+    if BLOCK_T == 1:
+        place_SR = tl.arange(0, SPLITS)[:, None].to(tl.int64) * T * R + place_TR
+        h_SR = tl.load(partial_ptr + place_SR, mask=is_rank_R[None, :], other=0.0)
+        return tl.sum(h_SR, axis=0)[None, :]
+    else:
+        mask_TR = is_token_T[:, None] & is_rank_R[None, :]
+        h_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+        for _ in tl.static_range(SPLITS):
+            h_TR += tl.load(partial_ptr + place_TR, mask=mask_TR, other=0.0)
+            partial_ptr += T * R
+        return h_TR
+
+
+@triton.jit
+def _store_h(h_ptr, h_TR, token_T, is_token_T, start_r, R, BLOCK_R: tl.constexpr):
+    rank_R = start_r + tl.arange(0, BLOCK_R)
+    place_TR = token_T.to(tl.int64)[:, None] * R + rank_R[None, :]
+    tl.store(h_ptr + place_TR, h_TR, mask=is_token_T[:, None] & (rank_R < R)[None, :])
+
+
+@triton.jit
+def _write(
+    base_ptr,
+    bias_ptr,
+    y_ptr,
+    inner_ptr,
+    lora_TO,
+    g_O,
+    token_T,
+    is_token_T,
+    cols_O,
+    O,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANT_INNER: tl.constexpr,
+):
+    """y and inner of a tile."""
+    is_col_O = cols_O < O
+    place_TO = token_T.to(tl.int64)[:, None] * O + cols_O[None, :]
+    mask_TO = is_token_T[:, None]
+    if not EVEN:
+        mask_TO = mask_TO & is_col_O[None, :]
+    inner_TO = tl.load(base_ptr + place_TO, mask=mask_TO, other=0.0).to(tl.float32) + lora_TO
+    if WANT_INNER:
+        tl.store(inner_ptr + place_TO, inner_TO.to(inner_ptr.dtype.element_ty), mask=mask_TO)
+    y_TO = g_O[None, :] * inner_TO
+    if HAS_BIAS:
+        y_TO += tl.load(bias_ptr + cols_O, mask=is_col_O, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + place_TO, y_TO.to(y_ptr.dtype.element_ty), mask=mask_TO)
 
 
 @triton.jit
@@ -373,53 +530,64 @@ def mixed_launches(
     tokens = batch * row_tokens
     columns = max(1, cdiv(cdiv(in_features, config.block_i), config.splits)) * config.block_i
     splits = max(1, cdiv(in_features, columns))
-
-    def tiles(rows: int) -> tuple[int, int]:
-        """How many, and those of a row of the batch."""
-        if config.form == "single":
-            return tokens, 1
-        if config.form == "long":
-            per_row = cdiv(row_tokens, rows)
-            return batch * per_row, per_row
-        return most_tiles(tokens, adapters, rows), 1
-
-    count, per_row = tiles(config.block_t)
+    splits = 1 << (splits - 1).bit_length()  # a program past the last column has a sum of zero
+    long = config.form == "long"
+    rows_alone = config.form in ("single", "counted")  # in the first launch
+    per_row = cdiv(row_tokens, config.block_t) if long else 1
+    listed = tokens if config.form == "single" else most_tiles(tokens, adapters, config.block_t)
     down = Launch(
         down_kernel,
-        (count, splits, cdiv(rank, config.block_r)),
-        (tokens, row_tokens, in_features, rank, adapters, per_row, columns, *of_x, *of_a),
+        (
+            batch * per_row if long else tokens + (config.form == "counted") if rows_alone else listed,
+            splits,
+            cdiv(rank, config.block_r),
+        ),
+        (tokens, row_tokens, in_features, rank, adapters, per_row, listed, columns, *of_x, *of_a),
         config.down_warps,
         asserts=True,
         FORM=config.form,
-        BLOCK_T=config.block_t,
+        BLOCK_T=1 if rows_alone else config.block_t,
         BLOCK_I=config.block_i,
         BLOCK_R=config.block_r,
+        LISTED_T=config.block_t,
         BLOCK_N=max(16, 1 << (tokens - 1).bit_length()) if config.form == "counted" else 16,
         EVEN=in_features % config.block_i == 0,
         ROUND=rounds,
         SPLIT=splits_products,
         STAGES=config.stages,
     )
-    rows = config.rows if config.form == "long" else config.block_t
-    up_t = config.up_t if config.form == "long" else config.block_t
-    count, per_row = tiles(rows)
-    up = Launch(
-        up_kernel,
-        (count, cdiv(out_features, config.block_o), 1),
-        (tokens, row_tokens, out_features, rank, per_row, rows, *of_b, *of_vectors),
-        config.up_warps,
-        FORM=config.form,
-        BLOCK_T=up_t,
-        BLOCK_O=config.block_o,
-        BLOCK_R=config.up_r,
-        CHUNKS=cdiv(rank, config.up_r),
-        SPLITS=splits,
-        EVEN=out_features % config.block_o == 0,
-        HAS_BIAS=has_bias,
-        WANT_INNER=want_inner,
-        ROUND=rounds,
-        SPLIT=splits_products,
-    )
+    constants = {
+        "BLOCK_O": config.block_o,
+        "BLOCK_R": config.up_r,
+        "CHUNKS": cdiv(rank, config.up_r),
+        "SPLITS": splits,
+        "EVEN": out_features % config.block_o == 0,
+        "HAS_BIAS": has_bias,
+        "WANT_INNER": want_inner,
+        "ROUND": rounds,
+        "SPLIT": splits_products,
+    }
+    if long:
+        per_row = cdiv(row_tokens, config.rows)
+        up = Launch(
+            up_kernel,
+            (batch * per_row, cdiv(out_features, config.block_o), 1),
+            (tokens, row_tokens, out_features, rank, per_row, config.rows, *of_b, *of_vectors),
+            config.up_warps,
+            BLOCK_T=config.up_t,
+            **constants,
+        )
+    else:
+        up = Launch(
+            across_kernel,
+            (listed, cdiv(out_features, config.columns), 1),
+            (tokens, row_tokens, out_features, rank, config.columns, *of_b, *of_vectors),
+            config.up_warps,
+            FORM=config.form,
+            BLOCK_T=config.block_t,
+            **constants,
+            STAGES=config.up_stages,
+        )
     return splits, down, up
 
 
@@ -479,7 +647,7 @@ def mixed(
     partial = base.new_empty(splits, tokens, rank, dtype=torch.float32)
     tiles = None
     if config.form == "counted":
-        tiles = index.new_empty(down.grid[0], 1 + config.block_t, dtype=torch.int32)
+        tiles = index.new_empty(up.grid[0], 1 + config.block_t, dtype=torch.int32)
     elif config.form == "listed":
         tiles = list_tiles(index, tokens // batch, adapters, config.block_t)
     index = index.contiguous()

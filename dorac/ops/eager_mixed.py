@@ -142,7 +142,7 @@ def _make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, index, s
         dtype=dtype,
         autocast=None if autocast is None else x.device.type,
         partial=(splits, tokens, rank),
-        tiles=(down.grid[0], 1 + config.block_t) if config.form == "counted" else None,
+        tiles=(up.grid[0], 1 + config.block_t) if config.form == "counted" else None,
         list_tiles=_lister(row_tokens, adapters, config.block_t) if config.form == "listed" else None,
         down=eager.bound(down),
         up=eager.bound(up),
