@@ -285,7 +285,7 @@ class DoraExperts(DoraLayer):
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         h = self._project(self.projections[0], rows, offsets=offsets)
-        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
+        h = base._apply_gate(h) if getattr(base, "has_gate", True) else base.act_fn(h)  # in transformers 5.0 all have one
         y = self._project("down_proj", h, offsets=offsets)
         if getattr(base, "has_post_expert_norm", False):  # newer than the other attributes
             y = base.post_expert_norm(y)
