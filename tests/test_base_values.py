@@ -84,7 +84,7 @@ def test_experts():
     base = mixtral.MixtralExperts(config)
     layer = wrap(base)
     assert (layer.num_experts, layer.hidden_dim, layer.intermediate_dim) == (3, 8, 6)
-    assert layer.has_gate is base.has_gate
+    assert layer.is_transposed is base.is_transposed
     assert not hasattr(layer, "act_fn")
 
 
