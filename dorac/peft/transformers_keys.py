@@ -3,7 +3,8 @@
 Both rename the keys of a file to the names of the model's parameters by rules that PEFT makes. Behind each
 ``lora_...`` they put the adapter's name. That makes ``lora_A.default.weight`` of ``lora_A.weight``, and of
 ``lora_magnitude_vector`` a name without the ``.weight`` that PEFT's parameter has: the magnitudes of the file are
-dropped. PEFT's own ``PeftModel.from_pretrained`` goes another way. transformers 5.0 has a copy of these rules. Imported with transformers 5 or newer only.
+dropped. PEFT's own ``PeftModel.from_pretrained`` goes another way. transformers 5.0 has a copy of these rules. Imported
+with transformers 5 or newer only.
 """
 
 import functools
