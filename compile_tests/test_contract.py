@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dorac.testing import rms_error
+from dorac.testing import releases, rms_error
 
 SIZES = ((2, 8), (2, 12), (3, 12), (5, 33), (4, 7))  # of batch and length; the first three warm up
 SCALINGS = (0.5, 2.0, 1.3, -1.0, 0.25)
@@ -162,7 +162,7 @@ def flips(row: Row, device: str) -> None:
 
     def frozen(flag: bool) -> None:
         trained[-1].requires_grad_(not flag)
-        if torch.__version__ < "2.13":  # which does not see a flag flipped in place; README says so
+        if not releases.SEES_FLIPPED_FLAGS:  # README says so
             torch._dynamo.reset()
 
     graphs = 2 if getattr(module, "caches_norm", False) else 1
@@ -170,7 +170,7 @@ def flips(row: Row, device: str) -> None:
         for flag in (False, True) * graphs:
             frozen(flag)
             go_round()
-    stance = "default" if torch.__version__ < "2.13" else "fail_on_recompile"
+    stance = "fail_on_recompile" if releases.SEES_FLIPPED_FLAGS else "default"
     with torch.compiler.set_stance(stance):
         for flag in (False, True, False):
             frozen(flag)

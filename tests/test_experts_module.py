@@ -302,13 +302,12 @@ def test_refused():
 
 def nemotron_experts():
     """Experts without a gate: one activation between two projections."""
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-
+    nemotron = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")  # newer than the others
     config = transformers.NemotronHConfig(
         hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=E, moe_latent_size=None
     )
     config._experts_implementation = "eager"
-    experts = NemotronHExperts(config).double()
+    experts = nemotron.NemotronHExperts(config).double()
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.3)
     return experts

@@ -14,6 +14,7 @@ from peft_models import KINDS, off_init, stock_model, target, twins  # noqa: E40
 import dorac  # noqa: E402
 import dorac.peft  # noqa: E402
 from dorac import functional  # noqa: E402
+from dorac.testing import releases  # noqa: E402
 
 FULL = pytest.mark.full
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +242,7 @@ def test_compiled(kind, cached):
     for strength in (1, 0, 0.5):
         layer.set_scale("default", strength)
         run(x)
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.compiler.set_stance("fail_on_recompile" if releases.COMPARES_SYMBOLIC_FLOATS else "default"):
         for strength in (1, 0.3, 0, 1.7, 1, 0.5):
             layer.set_scale("default", strength)
             torch.testing.assert_close(run(x), low + strength * (high - low), rtol=1e-4, atol=1e-5)

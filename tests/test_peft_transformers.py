@@ -13,7 +13,9 @@ from dorac.undo import Undo  # noqa: E402
 if not peft.import_utils.is_transformers_ge_v5:
     pytest.skip("transformers 4 renames no keys by PEFT's rules", allow_module_level=True)
 
-from peft.utils import transformers_weight_conversion as rules  # noqa: E402
+from dorac.peft.transformers_keys import PLACES  # noqa: E402
+
+EVERY_PLACE = pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +49,32 @@ def test_magnitudes_are_found(adapter, how):
     assert (tiny.logits(loaded(how, base, directory)) - expected).abs().max() > 0.01  # stock again
 
 
-def test_all_or_nothing(adapter):
-    stock = rules.build_peft_weight_mapping
+@EVERY_PLACE
+def test_all_or_nothing(place):
+    stock = getattr(*place)
     with Undo() as log:
         dorac.peft.switch._transformers_keys().mend(log)
-        assert rules.build_peft_weight_mapping is not stock
+        assert getattr(*place) is not stock
         log.roll_back()
-    assert rules.build_peft_weight_mapping is stock
+    assert getattr(*place) is stock
     dorac.peft.enable()
     dorac.peft.enable()
     dorac.peft.disable()
-    assert rules.build_peft_weight_mapping is stock
+    assert getattr(*place) is stock
 
 
-def test_somebody_elses_rules_stay(monkeypatch):
-    stock = rules.build_peft_weight_mapping
+@EVERY_PLACE
+def test_somebody_elses_rules_stay(place, monkeypatch):
+    stock = getattr(*place)
     with dorac.peft.enable():
-        ours = rules.build_peft_weight_mapping
+        ours = getattr(*place)
 
         def theirs(*args, **kwargs):
             return ours(*args, **kwargs)
 
-        monkeypatch.setattr(rules, "build_peft_weight_mapping", theirs)
-    assert rules.build_peft_weight_mapping is theirs
-    monkeypatch.setattr(rules, "build_peft_weight_mapping", stock)
+        monkeypatch.setattr(*place, theirs)
+    assert getattr(*place) is theirs
+    monkeypatch.setattr(*place, stock)
 
 
 @pytest.mark.full

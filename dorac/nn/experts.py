@@ -286,9 +286,10 @@ class DoraExperts(DoraLayer):
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         h = self._project(self.projections[0], rows, offsets=offsets)
-        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
+        has_gate = getattr(base, "has_gate", True)  # as all had in transformers 5.0
+        h = base._apply_gate(h) if has_gate else base.act_fn(h)
         y = self._project("down_proj", h, offsets=offsets)
-        if getattr(base, "has_post_expert_norm", False):  # newer than the other attributes
+        if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * top_k_weights.T.flatten()[order].unsqueeze(-1)
         return y[order.argsort()].view(k, tokens, -1).sum(0).to(hidden_states.dtype)
