@@ -431,8 +431,13 @@ def test_refuses(argument, path, device):
     for wrong in (right.float(), right[:-1], right[None], right.tolist(), right.to("meta")):
         with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"{argument} must"):
             layer.function(**{argument: wrong})
-    with torch.no_grad(), pytest.raises(ValueError, match="scaling must be finite"):
-        layer.function(scaling=float("nan"))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="scaling must be finite"):
+            layer.function(scaling=float("nan"))
+        with pytest.raises(ValueError, match="norm_grad"):
+            layer.function(norm_grad=True)
+        with pytest.raises(ValueError, match="budget must be"):
+            layer.function(budget=0)
 
 
 def gradients(layer, dy, names=("x", "lora_A", "lora_B", "magnitude", "bias"), **options):
