@@ -73,8 +73,7 @@ PRELUDES = {
     "The functions, 2": LINEAR
     + "adapters = [(lora_A, lora_B, magnitude, 1.5), (lora_A[:1], lora_B[:, :1], magnitude, 2.0)]\n"
     + "index = torch.tensor([0, 1, -1, 1, 0])\n",
-    "The functions, 3": LINEAR
-    + "linear, Adapter, x = torch.nn.Linear(6, 8), dorac.functional.Adapter, x[:3]\n",
+    "The functions, 3": LINEAR + "linear, Adapter, x = torch.nn.Linear(6, 8), dorac.functional.Adapter, x[:3]\n",
     "Per-sample gradients, 1": ADAPTED + "inputs, targets = torch.randn(5, 6), torch.randn(5, 4)\n",
     "An ensemble of adapters over one base, 1": ADAPTED
     + "inputs, directories = torch.randn(5, 6), ['a', 'b', 'c']\n"
