@@ -357,6 +357,7 @@ SAMPLE = (
     ("sm_80", "lora-b-backward", 384),
     ("sm_86", "norm", 384),
     ("sm_100", "norm", 384),
+    ("sm_90", "stack-norm", 64),
     ("sm_120", "mlp-backward", 64),
     ("gfx942", "norm", 384),
     ("sm_86", "segment-backward", 64),
