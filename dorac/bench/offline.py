@@ -27,7 +27,7 @@ from dorac.kernels import (
     segments,
     stack_norm,
 )
-from dorac.kernels.launch import Launch
+from dorac.kernels.launch import ASSERTS, Launch
 from dorac.kernels.target import Target
 
 # A tensor's dtype, a descriptor's dtype and block, a number, or None.
@@ -101,7 +101,7 @@ def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.capability, target.warp_size),
-        options={"num_warps": launch.warps},
+        options={"num_warps": launch.warps, **(ASSERTS if launch.asserts else {})},
     )
     if target.backend == "hip":
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
