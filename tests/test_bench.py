@@ -192,14 +192,19 @@ def test_compose(bench, device):
 
 
 MIXED = ("base", "lora-one", "lora-gathered", "dorac", "dorac-separate")
+NORMS = ("norms", "norms-separate")
 
 
 def test_mixed(bench, device):
     given = ("--shapes", "32x24", "--adapters", "3", "--ranks", "4", "2,4", "--rows", "1", "6", "3x5")
-    result = bench("mixed", *given, "--variants", *MIXED)
+    result = bench("mixed", *given, "--variants", *MIXED, *NORMS)
+    check_times(result, device)
+    of_norms = [record for record in result["records"] if record["variant"] in NORMS]
+    assert names({"records": of_norms}) == [(f"32x24 K3 r{r} norms", v) for r in ("4", "2,4") for v in NORMS]
+    assert of_norms[0]["bytes"] == 2 * 32 * 24 + 2 * 3 * 4 * (32 + 24)
+    result["records"] = [record for record in result["records"] if record["variant"] in MIXED]
     cases = [f"32x24 K3 r{ranks} {rows}" for ranks in ("4", "2,4") for rows in ("1x1", "6x1", "3x5")]
     assert names(result) == [(case, variant) for case in cases for variant in MIXED]
-    check_times(result, device)
     key = "wall_us" if device == "cpu" else "gpu_us"
     for i, record in enumerate(result["records"]):
         base, one, gathered, *_ = result["records"][i // len(MIXED) * len(MIXED) :]

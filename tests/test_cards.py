@@ -103,6 +103,9 @@ def test_what_is_chosen_fits(name):
             config = configs.tile_config(first, second, rank, h, base, card)
             assert fits(config, card, h, base)
             assert card.products_from_shared or not config.descriptors
+            assert fits(configs.segment_tile_config(first, 8, second, rank, h, base, card), card, h, base)
+            assert fits(configs.segment_product_config(first, 8, second, rank, base, h, card), card, base, h)
+            assert fits(configs.segment_backward_config(first, second, rank, base, h, card), card, base, h)
         config = configs.lora_b_config(first, second, min(rank, 384), card)
         strips, columns = -(-first // config.rows), -(-second // config.block_o)
         assert fits(config, card)
@@ -390,15 +393,21 @@ SAMPLE = (
     ("sm_80", "lora-b-backward", 384),
     ("sm_86", "norm", 384),
     ("sm_100", "norm", 384),
+    ("sm_90", "stack-norm", 64),
     ("sm_120", "mlp-backward", 64),
     ("gfx942", "norm", 384),
+    ("sm_86", "segment-backward", 64),
 )
 REFUSED = ("sm_86", "norm"), ("sm_86", "lora-b-backward"), ("gfx942", "norm")
 
 
 def test_the_compiler_agrees(tmp_path):
     """A sample of the matrix below, and the H100's own configs of large ranks on cards that refuse them."""
-    cells = [(name, name, [kernel], [rank], ["even"], f"bf16 r{rank} even") for name, kernel, rank in SAMPLE]
+    of_kernel = {"segment-backward": "bf16/fp32 m"}
+    cells = [
+        (name, name, [kernel], [rank], ["even"], f"{of_kernel.get(kernel, 'bf16')} r{rank} even")
+        for name, kernel, rank in SAMPLE
+    ]
     cells += [(name, "sm_90", [kernel], [384], ["even"], "bf16 r384 even") for name, kernel in REFUSED]
     found = compiled(cells, tmp_path)
     assert [(cell.name, cell.kernel) for cell in found] == [*((name, kernel) for name, kernel, _ in SAMPLE), *REFUSED]

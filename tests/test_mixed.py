@@ -130,9 +130,9 @@ SIZES = [(1, 40, 48, 1), (3, 33, 65, 16), (4, 32, 64, 24), (3, 20, 40, 70)]
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("ranks", [False, True])
-def test_sizes(form, sizes, ranks, device):
+def test_sizes(form, sizes, device):
     rows, tokens = FORMS[form]
+    ranks = sizes[3] in (24, 70)
     layer = Layer(index_of(rows, sizes[0]), tokens, sizes, torch.float32, torch.float32, device, ranks, bias=ranks)
     check_kernel(layer, small(form))
 
@@ -146,11 +146,10 @@ def test_dtypes(form, dtype, factor_dtype, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("ranks", [False, True])
-def test_repeats_bitwise(form, ranks, device):
+def test_repeats_bitwise(form, device):
     """Also where inner is not wanted, and y is written over the base product."""
     rows, tokens = FORMS[form]
-    layer = Layer(index_of(rows, 3), tokens, (3, 40, 64, 16), torch.float32, torch.float32, device, ranks)
+    layer = Layer(index_of(rows, 3), tokens, (3, 40, 64, 16), torch.float32, torch.float32, device)
     y, *_ = layer.kernel(small(form))
     assert torch.equal(layer.kernel(small(form))[0], y)
     assert torch.equal(layer.kernel(small(form), want_inner=False)[0], y)
@@ -296,17 +295,15 @@ def check_norm(norm, layer, scaling):
     assert ((norm.double() - truth).abs() <= (4e-5 if split else 1e-6) * truth).all()
 
 
-@pytest.mark.parametrize("sizes", [(2, 40, 70, 1), (3, 70, 300, 16), (5, 33, 130, 20)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 20, 40, 1), (5, 33, 70, 16)], ids=str)
 @pytest.mark.parametrize(("dtype", "factor_dtype"), PAIRS)
 def test_norms_together(sizes, dtype, factor_dtype, device):
     """Rows of zeros, a number, an element or a scaling for each; a transposed weight."""
     layer = Layer([0], (), sizes, dtype, factor_dtype, device)
     layer.weight[3], layer.lora_B[:, 3] = 0, 0
-    check_norm(stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling), layer, layer.scaling)
-    for scaling in (0.7, torch.tensor(0.7, device=device)):
-        norm = stack_norm(layer.weight.T.contiguous().T, layer.lora_A, layer.lora_B, scaling)
-        check_norm(norm, layer, scaling)
-    config = configs.StackNormConfig(16, 32, 64, 4, 3, 4, 2)
+    scaling = 0.7 if factor_dtype is torch.float32 else torch.tensor(0.7, device=device)
+    check_norm(stack_norm(layer.weight.T.contiguous().T, layer.lora_A, layer.lora_B, scaling), layer, scaling)
+    config = configs.StackNormConfig(32, 64, 64, 4, 2, 4, 2)
     check_norm(stack_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, config), layer, layer.scaling)
 
 
@@ -360,9 +357,9 @@ def path(device, monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "factor_dtype"), PAIRS)
-@pytest.mark.parametrize("number", [False, True])
-def test_function(form, dtype, factor_dtype, number, path, device):
+def test_function(form, dtype, factor_dtype, path, device):
     rows, tokens = FORMS[form]
+    number = factor_dtype is torch.float32
     layer = Layer(index_of(rows, 3), tokens, (3, 40, 24, 8), dtype, factor_dtype, device, bias=rows != 17)
     if number:
         layer.scaling.fill_(0.5)
@@ -378,9 +375,9 @@ def test_function(form, dtype, factor_dtype, number, path, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", HALF)
-def test_autocast(form, dtype, path, device):
+def test_autocast(form, path, device):
     rows, tokens = FORMS[form]
+    dtype = torch.float16 if form == "single" else torch.bfloat16
     layer = Layer(index_of(rows, 3), tokens, (3, 40, 24, 8), torch.float32, torch.float32, device)
     with torch.no_grad(), torch.autocast(device, dtype):
         y = layer.function()
@@ -433,8 +430,13 @@ def test_refuses(argument, path, device):
     for wrong in (right.float(), right[:-1], right[None], right.tolist(), right.to("meta")):
         with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"{argument} must"):
             layer.function(**{argument: wrong})
-    with torch.no_grad(), pytest.raises(ValueError, match="scaling must be finite"):
-        layer.function(scaling=float("nan"))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="scaling must be finite"):
+            layer.function(scaling=float("nan"))
+        with pytest.raises(ValueError, match="norm_grad"):
+            layer.function(norm_grad=True)
+        with pytest.raises(ValueError, match="budget must be"):
+            layer.function(budget=0)
 
 
 def gradients(layer, dy, names=("x", "lora_A", "lora_B", "magnitude", "bias"), **options):
@@ -552,7 +554,7 @@ def layers(draw):
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=8, derandomize=True, database=None, **COMMON)
+@settings(max_examples=5, derandomize=True, database=None, **COMMON)
 @given(case=layers())
 def test_random_cases(case):
     check_kernel(*case)

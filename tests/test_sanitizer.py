@@ -11,13 +11,13 @@ import pytest
 SCRIPT = """
 import dataclasses, itertools, torch
 from dorac.functional import Projection, dora_mlp
-from dorac.kernels import configs
+from dorac.kernels import configs, segments
 from dorac.kernels.backward import compose_backward, lora_b_backward
 from dorac.kernels.compose import compose
 from dorac.kernels.norm import row_norm, row_norms
 from dorac.kernels.mixed import mixed
 from dorac.kernels.stack_norm import stack_norm
-from dorac.testing import linear_inputs
+from dorac.testing import expert_inputs, linear_inputs
 
 s = torch.full((), 0.7, device="cuda")
 for dtype, factor_dtype in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float32)):
@@ -70,6 +70,26 @@ for (batch, tokens), (out, inner, rank), dtype in itertools.product(
         base = x @ weight.T
         mixed(base, x, lora_A, lora_B, m, n, torch.ones(5, device="cuda"), bias, index, ranks, want_inner=want_inner)
     stack_norm(weight, lora_A[:, :20], lora_B[:, :, :20], torch.ones(5, device="cuda"))
+pairs = (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)
+for (dtype, factor_dtype), (rows, features, inputs, rank), each in itertools.product(
+    pairs, ((70, 65, 127, 7), (300, 264, 136, 72), (9, 40, 24, 200)), (False, True)
+):
+    layer = expert_inputs(3, (rows // 3, features, inputs, rank), dtype=dtype, factor_dtype=factor_dtype, device="cuda")
+    _, weight, lora_A, lora_B, magnitude, bias = layer.tensors()
+    norm, order = row_norm(weight, lora_A, lora_B, s), torch.randperm(rows, device="cuda")
+    offsets = torch.tensor([rows // 2, rows // 2, rows - 3], device="cuda")
+    base, x = (torch.randn(rows, n, device="cuda").to(dtype) for n in (features, inputs))
+    scaling = torch.rand(3, device="cuda") if each else s
+    for by in (None, order):
+        h = segments.segment_product(x, lora_A, offsets, by)
+        segments.segment_product(base, lora_B.mT, offsets, by, magnitude=magnitude, weight_norm=norm, scaling=scaling)
+        given = h, lora_B, magnitude, norm, scaling, bias, offsets, by
+        _, inner = segments.segment_compose(base, *given, delta=each, want_inner=True)
+        segments.segment_backward(base, inner, magnitude, norm, h, scaling, offsets, by, bias_dtype=dtype)
+        small = configs.SegmentConfig(16, 32, 32, 4, 2, 16)
+        segments.segment_backward(base, inner, magnitude, norm, h, scaling, offsets, by, config=small)
+        segments.segment_backward(x, None, None, None, h, 1.0, offsets, by, d_lora_B=torch.empty_like(lora_A).mT)
+    segments.zero_tail(inner, offsets)
 torch.cuda.synchronize()
 print("done")
 """

@@ -178,7 +178,7 @@ def test_backward(case, dtype, factor_dtype, device):
 def test_rows_in_any_order(index_dtype, device):
     """As of a mixed batch: sorted by an order, and nothing is moved; the tail is the layer without an adapter."""
     dtype, factor_dtype = HALF, WIDE if index_dtype is torch.int32 else HALF
-    ends, rows, (out, length, rank) = [4, 4, 20], 33, (40, 24, 20)
+    ends, rows, (out, length, rank) = [4, 4, 20], 23, (40, 24, 20)
     i = Inputs(ends, rows, (out, length, rank), dtype, factor_dtype, device)
     order = torch.randperm(rows, device=device)
     scaling, bias = torch.rand(3, device=device), i.bias[0]
@@ -200,9 +200,8 @@ def test_rows_in_any_order(index_dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(found[1:3], expected[1:3], strict=True))
 
 
-@pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
-def test_any_strides(factor_dtype, device):
-    dtype = HALF
+def test_any_strides(device):
+    dtype, factor_dtype = HALF, WIDE
     ends, rows, (out, length, rank) = [4, 4, 20], 22, (24, 40, 7)
     i = Inputs(ends, rows, (out, length, rank), dtype, factor_dtype, device)
     by_columns = lambda t: t.mT.contiguous().mT  # noqa: E731
@@ -232,7 +231,7 @@ def test_wrong_offsets_stay_within_bounds(ends, device):
     segments.segment_backward(i.dy, i.base, i.magnitude, i.norm, i.h, 0.7, offsets)
 
 
-@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("count", [1, 5])
 def test_more_segments_than_a_step_looks_at(count, device, monkeypatch):
     monkeypatch.setattr(segments, "BLOCK_E", 2)
     segments.segment_product_launches.cache_clear()
@@ -309,10 +308,13 @@ def check_layer(layer, tensors, scaling=SCALING, norm=None, **options):
 
 
 @pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    ("sizes", "bias"),
-    [((48, 32, 16), "frozen"), ((24, 16, 5), "trained"), pytest.param((136, 40, 100), None, marks=pytest.mark.full)],
+    ("sizes", "bias", "transposed"),
+    [
+        ((24, 16, 16), "frozen", True),
+        ((32, 8, 5), "trained", False),
+        pytest.param((136, 40, 100), None, False, marks=pytest.mark.full),
+    ],
 )
 def test_eager_values_and_gradients(factor_dtype, transposed, sizes, bias, path, device):
     """Llama 4's and GPT-OSS' weights are views of transposed ones."""
@@ -355,7 +357,7 @@ def test_scalings(kind, path, device):
 
 
 @dtypes
-@pytest.mark.parametrize("sizes", [(48, 32, 16), pytest.param((17, 9, 5), marks=pytest.mark.full)])
+@pytest.mark.parametrize("sizes", [(24, 16, 16), pytest.param((17, 9, 5), marks=pytest.mark.full)])
 def test_ops_over_the_kernels(dtype, factor_dtype, sizes, path, device, monkeypatch):
     """As under the compiler, without the eager path."""
     monkeypatch.setattr(eager_grouped, "dora_linear_grouped", lambda *tensors: None)
@@ -401,7 +403,7 @@ def test_differentiated_again(path, device):
         assert max_error(actual, truth) <= 0.05 * truth.abs().max()
 
 
-@pytest.mark.parametrize("where", ["forward", "again", "both"])
+@pytest.mark.parametrize("where", ["forward", "again", pytest.param("both", marks=pytest.mark.full)])
 def test_a_mode_over_a_part_of_a_checkpoint(where, path, device):
     """Which sees ops in one of both runs, or in both: the same tensors are saved."""
     layer, tensors = drawn(ENDS, 3, (24, 16, 4), HALF, HALF, device)
@@ -447,6 +449,32 @@ def test_repeats_bitwise(path, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("family", "known"),
+    [("gpt_oss", True), *(pytest.param(*of, marks=pytest.mark.full) for of in (("gpt_oss", False), ("mixtral", True)))],
+)
+def test_modules_take_the_path(family, known, path, device):
+    """Both projections of Mixtral's and GPT-OSS' experts, with factors in float32; the norms known, or not."""
+    pytest.importorskip("transformers")
+    from test_experts_module import adapted, arguments, dense_forward
+
+    layer = adapted(family, HALF).to(device)
+    args = [t.to(device) for t in arguments(family, dtype=HALF)]
+    if known:
+        norms = layer._norm().detach()
+        layer._known_norm = lambda: norms
+    leaves = [*layer.parameters(recurse=False)]
+    y = layer(*args)
+    found = torch.autograd.grad(y.sum(), leaves)
+    assert path == ["training"] * 2
+    exact = dense_forward(layer, args, torch.float64)
+    truth = torch.autograd.grad(exact.sum(), leaves)
+    for actual, expected in zip((y, *found), (exact, *truth), strict=True):
+        assert max_error(actual, expected.double()) <= 0.03 * expected.abs().max()
+    with torch.no_grad():
+        assert torch.equal(layer(*args), y)
+
+
 @st.composite
 def routings(draw):
     """How many rows each expert gets and the tail, the sizes of the layer, dtypes and a seed."""
@@ -471,7 +499,7 @@ COMMON = {"deadline": None, "suppress_health_check": [*HealthCheck]}
 
 
 @pytest.mark.usefixtures("path")
-@settings(max_examples=6, derandomize=True, database=None, **COMMON)
+@settings(max_examples=4, derandomize=True, database=None, **COMMON)
 @given(routing=routings())
 def test_random_routings(routing):
     check_routing(routing)

@@ -129,6 +129,23 @@ VARIANTS: dict[str, Callable[[Case], Call]] = {
     "dorac-compiled": _dorac_compiled,
     "dorac-separate": _separate,
 }
+
+
+def _norms(case: Case) -> Call:
+    return lambda: functional.mixed_norm(case.weight, case.lora_A, case.lora_B, case.scaling)
+
+
+def _norms_separate(case: Case) -> Call:
+    c, scalings = case, case.scaling.tolist()
+
+    def run() -> None:
+        for k, scaling in enumerate(scalings):
+            functional.norm_factored(c.weight, c.lora_A[k], c.lora_B[k], scaling)
+
+    return run
+
+
+NORMS = {"norms": _norms, "norms-separate": _norms_separate}  # of all adapters, once for each stack
 ON_CUDA_ALONE = ("lora-segmented",)  # on the CPU there are no kernels
 MOST_SEPARATE = 32  # calls, beyond which nobody needs them measured
 
@@ -149,14 +166,14 @@ DEFAULTS = {
         "adapters": [16, 256],
         "ranks": [(16,), (8, 16, 32, 64)],
         "rows": [(1, 1), (8, 1), (64, 1), (256, 1), (8, 512)],
-        "variants": [name for name in VARIANTS if name != "dorac-compiled"],
+        "variants": [name for name in (*VARIANTS, *NORMS) if name != "dorac-compiled"],
     },
     "cpu": {
         "shapes": [(256, 128)],
         "adapters": [4],
         "ranks": [(8,), (4, 8)],
         "rows": [(1, 1), (16, 1), (4, 8)],
-        "variants": [name for name in VARIANTS if name not in ON_CUDA_ALONE],
+        "variants": [name for name in (*VARIANTS, *NORMS) if name not in ON_CUDA_ALONE],
     },
 }
 
@@ -168,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", nargs="+", type=rows, metavar="N[xTOKENS]", help="of the batch, one token each or more"
     )
-    options.add_variants(parser, VARIANTS)
+    options.add_variants(parser, (*VARIANTS, *NORMS))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -185,14 +202,30 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     measured and the bytes of the factors that are named at the device's bandwidth; ``beyond_us`` is what ``gpu_us`` has
     more. ``gpu_one``, ``gpu_gathered``, ``graph_segmented`` and ``wall_gathered`` are ratios to these.
     """
-    for shape, adapters, ranks_, batch in itertools.product(args.shapes, args.adapters, args.ranks, args.rows):
+    stacks = itertools.product(args.shapes, args.adapters, args.ranks, enumerate(args.rows))
+    for shape, adapters, ranks_, (place, batch) in stacks:
         case = draw(shape, adapters, ranks_, batch, args)
-        name = f"{shape[0]}x{shape[1]} K{adapters} r{','.join(map(str, ranks_))} {batch[0]}x{batch[1]}"
+        stack = f"{shape[0]}x{shape[1]} K{adapters} r{','.join(map(str, ranks_))}"
+        if place == 0:
+            yield from _of_norms(f"{stack} norms", case, args)
+        name = f"{stack} {batch[0]}x{batch[1]}"
         few = len({*case.named}) <= MOST_SEPARATE
-        chosen = [v for v in args.variants if v != "dorac-separate" or few]
+        chosen = [v for v in VARIANTS if v in args.variants and (v != "dorac-separate" or few)]
         records = measure_case(name, {v: VARIANTS[v](case) for v in chosen}, args)
         size = {"out": shape[0], "in": shape[1], "adapters": adapters, "batch": batch[0], "tokens": batch[1]}
         yield from (record | size for record in related(records, case.factor_bytes(), args.ceilings))
+
+
+def _of_norms(name: str, case: Case, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """All norms, against reading the weight and the factors once."""
+    moved = case.weight.nbytes + int(case.ranks.sum()) * sum(case.weight.shape) * case.lora_A.element_size()
+    limit = args.ceilings.limit_us(flops=2 * case.weight.numel() * int(case.ranks.sum()), read=moved)
+    for variant in args.variants:
+        if variant in NORMS:
+            measured = measure.attempt(lambda v=variant: NORMS[v](case), args.device, flush=True, kernels=args.profile)
+            record = {"case": name, "variant": variant, "bytes": moved} | measured
+            report.progress(record)
+            yield record | measure.against_limit(record, limit)
 
 
 def draw(shape: tuple[int, int], adapters: int, ranks_: tuple[int, ...], batch: tuple[int, int], args) -> Case:

@@ -13,8 +13,21 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dorac.kernels import backward, cast, compose, configs, dropout, faint, mixed, mlp, norm, packed_norm, stack_norm
-from dorac.kernels.launch import Launch
+from dorac.kernels import (
+    backward,
+    cast,
+    compose,
+    configs,
+    dropout,
+    faint,
+    mixed,
+    mlp,
+    norm,
+    packed_norm,
+    segments,
+    stack_norm,
+)
+from dorac.kernels.launch import ASSERTS, Launch
 from dorac.kernels.target import Target
 
 # A tensor's dtype, a descriptor's dtype and block, a number, or None.
@@ -88,7 +101,7 @@ def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.capability, target.warp_size),
-        options={"num_warps": launch.warps},
+        options={"num_warps": launch.warps, **(ASSERTS if launch.asserts else {})},
     )
     if target.backend == "hip":
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
@@ -243,6 +256,47 @@ def _packed_faint(_: Target, rank: int, tokens: int, out: int, inner: int) -> It
     yield "bnb_4bit", None, (), launch, (FULL, FULL, HALF, FULL, FULL, HALF, 2.0, HALF, HALF, *pieces, FULL, HALF)
 
 
+EXPERTS = 8
+PAIRS = (HALF, HALF), (HALF, FULL), (FULL, FULL)  # of activations and factors
+
+
+def _segment_compose(target: Target, rank: int, rows: int, out: int, _: int) -> Iterator[tuple]:
+    for dtype, factor in PAIRS:
+        config = configs.segment_tile_config(rows, EXPERTS, out, rank, factor, dtype, target)
+        strides = (out, 1), (rank, 1), (out * rank, rank, 1)
+        flags = {"delta": False, "split": dtype is not factor, "each": False}
+        launch = segments.segment_compose_launch(rows, EXPERTS, out, rank, strides, config, **flags)
+        arguments = factor, dtype, factor, FULL, FULL, 2.0, None, torch.int32, None, dtype, dtype
+        yield f"{NAMES[dtype]}/{NAMES[factor]}", config, (factor, dtype), launch, arguments
+
+
+def _segment_product(target: Target, rank: int, rows: int, _: int, inner: int) -> Iterator[tuple]:
+    """lora_B's, with g, whose columns are the longer side's."""
+    for dtype, factor in PAIRS:
+        config = configs.segment_product_config(rows, EXPERTS, inner, rank, dtype, factor, target)
+        strides, flags = ((inner, 1), (inner * rank, 1, rank)), {"wide": factor is FULL, "each": False}
+        _, launch, _ = segments.segment_product_launches(rows, EXPERTS, inner, rank, strides, config, **flags)
+        of_g = (FULL, FULL) if factor is FULL else (None, None)
+        arguments = dtype, factor, *of_g, 2.0, torch.int32, None, FULL
+        yield f"{NAMES[dtype]}/{NAMES[factor]}", config, (dtype, factor), launch, arguments
+
+
+def _segment_backward(target: Target, rank: int, rows: int, out: int, _: int) -> Iterator[tuple]:
+    """With magnitudes, and of lora_A's gradient without."""
+    for (dtype, factor), magnitudes in itertools.product(PAIRS, (True, False)):
+        config = configs.segment_backward_config(rows, out, rank, dtype, factor, target)
+        of_b = (out * rank, rank, 1) if magnitudes else (out * rank, 1, out)
+        strides = (out, 1), (out, 1) if magnitudes else (0, 0), (rank, 1), of_b
+        flags = {"magnitudes": magnitudes, "delta": False, "wide": factor is FULL, "each": False}
+        _, launch, add = segments.segment_backward_launches(rows, EXPERTS, out, rank, strides, config, **flags)
+        given, m = (dtype, FULL, FULL) if magnitudes else (None,) * 3, FULL if magnitudes else None
+        d_base = dtype if magnitudes else None
+        arguments = dtype, dtype, *given, factor, 2.0, torch.int32, None, d_base, m, factor, None, m, FULL, None
+        name = f"{NAMES[dtype]}/{NAMES[factor]}{' m' * magnitudes}"
+        yield name, config, (dtype, factor), launch, arguments
+        yield f"{name} sum", None, (), add, (FULL, m, None, torch.int32, m, factor, None)
+
+
 def _mixed(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
     rows = {"single": (1, 1), "counted": (64, 1), "listed": (tokens // 4, 1), "long": (8, tokens // 8)}
     for dtype, factors in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
@@ -292,6 +346,9 @@ KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "packed-faint": _packed_faint,
     "mixed": _mixed,
     "stack-norm": _stack_norm,
+    "segment-compose": _segment_compose,
+    "segment-product": _segment_product,
+    "segment-backward": _segment_backward,
     "small": _small,
 }
 OF_RANK = {*KERNELS} - {"compose", "backward", "small"}

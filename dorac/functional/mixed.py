@@ -47,15 +47,22 @@ def dora_linear_mixed(
         ``[N, *, out]`` in the dtype of ``x W^T``. Gradients reach the adapters that the index names, those of the
         others are zero; through the norm only if asked for.
 
+        No factor is copied. On GPUs with the kernels there are two launches beside the product with W, which nothing
+        waits for and a CUDA graph may hold, and without gradients no memory beyond the result but 2 MiB and
+        ``[N, *, r]``. On the CPU the rows of an adapter are multiplied together. Under ``torch.func``, in
+        ``torch.export`` and for tensor subclasses every row gets copies of its adapter's factors.
+
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; adapters that are not in one stack, as those
             of different rank are not unless they are padded. IndexError: an index out of range, as torch raises it
             (RuntimeError where Inductor indexes, an assertion on the device on CUDA).
     """
-    y = eager_mixed.mixed_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index, scaling, ranks)
-    if y is not None:
-        return y
-    checks.check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index, ranks)
+    tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index
+    if norm_grad is False and budget == DEFAULT_BUDGET:
+        y = eager_mixed.mixed_linear(*tensors, scaling, ranks)
+        if y is not None:
+            return y
+    checks.check_mixed(*tensors, ranks)
     checks.check_norm_grad(norm_grad, weight_norm)
     budget = checks.check_budget(budget)
     adapters = lora_A.shape[0]

@@ -211,8 +211,8 @@ class ProductConfig:
     def shared_memory(self, target: Target, dtype: torch.dtype, factor_dtype: torch.dtype) -> int:
         """Bytes at most, for rows and factors of these dtypes."""
         x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * factor_dtype.itemsize
-        pieces = 3 * self.block_r * self.block_i * 2 if factor_dtype.itemsize > dtype.itemsize else 0
-        # Of half precision beside float32, rows that are no bfloat16 are multiplied as float32.
+        # Times g, and three bfloat16 numbers for one of float32.
+        pieces = self.block_r * self.block_i * (6 if factor_dtype.itemsize > dtype.itemsize else factor_dtype.itemsize)
         ahead = _buffers(self.stages, target, dtype, product=True) * (x + a) + pieces
         return _total(max(ahead, self.block_t * self.block_r * 4), target)
 
@@ -508,10 +508,11 @@ def segment_product_config(
 ) -> ProductConfig:
     """Long rows times few columns: split where the tiles of rows do not fill the card."""
     each = max(1, -(-rows // max(1, segments)))
-    wide = a_dtype is torch.float32
-    config = ProductConfig(
-        _power(each, 16, 64), 32 if dtype is torch.float32 else 64 if wide else 128, _power(rank, 16, 64), 1, 4, 4
-    )
+    if dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
+        config = ProductConfig(_power(each, 16, 32), 32, _power(rank, 16, 32), 1, 4, 3)
+    else:
+        block_i = 64 if a_dtype is torch.float32 else 128
+        config = ProductConfig(_power(each, 16, 64), block_i, _power(rank, 16, 64), 1, 4, 4)
     config = _first(_fewer_stages(config, 1), target, dtype, a_dtype)
     tiles = (-(-rows // config.block_t) + min(rows, segments)) * -(-rank // config.block_r)
     steps = -(-in_features // config.block_i)

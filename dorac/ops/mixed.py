@@ -117,7 +117,7 @@ def _mixed_product(x: Tensor, stack: Tensor, index: Tensor) -> Tensor:
         if isinstance(rows, slice):
             torch.mm(part, stack[adapter].t(), out=y[rows].flatten(0, 1))
         else:
-            y[rows] = (part @ stack[adapter].t()).view(len(rows), x.shape[1], -1)
+            y[rows] = (part @ stack[adapter].t()).view(len(rows), *y.shape[1:])
     return y
 
 
@@ -145,7 +145,7 @@ def _sorted_product(x, stack, index):
     rows = grouped.grouped_product(x.flatten(0, 1)[order], stack, offsets)
     y = torch.empty_like(rows)
     y[order] = torch.where(named[:, None], rows, 0)
-    return y.view(*x.shape[:2], -1)
+    return y.view(*x.shape[:2], stack.shape[1])
 
 
 def _sorted_outer(left, right, index, length):
@@ -194,7 +194,7 @@ def _value_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
     rows = _tokens(x)
     base = F.linear(rows, weight)
     others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
-    return mixed(base, rows, *others, rounds=rounds)[0].view(*x.shape[:-1], -1)
+    return mixed(base, rows, *others, rounds=rounds)[0].view(*x.shape[:-1], weight.shape[0])
 
 
 def _value(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks, rounds):
@@ -209,7 +209,7 @@ def _forward_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bi
     rows = _tokens(x)
     others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
     y, h, inner = mixed(F.linear(rows, weight), rows, *others, want_inner=True)
-    return y.view(*x.shape[:-1], -1), h, inner
+    return y.view(*x.shape[:-1], weight.shape[0]), h, inner
 
 
 def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
@@ -218,7 +218,7 @@ def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, i
     inner = F.linear(rows, weight) + s * mixed_product(h, lora_B, index)
     y = g.unsqueeze(1) * inner if bias is None else g.unsqueeze(1) * inner + bias
     y, inner = y.to(x.dtype), inner.to(x.dtype)
-    return y.view(*x.shape[:-1], -1), _tokens(h), _tokens(inner)
+    return y.view(*x.shape[:-1], weight.shape[0]), _tokens(h), _tokens(inner)
 
 
 def _backward_cuda(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
