@@ -61,7 +61,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from dorac import ranks
 from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
-from dorac.nn.tensor_parallel import Shards
+from dorac.nn.tensor_parallel import Shards, keep_parts
 
 
 class ColwiseParallel(_ColwiseParallel):
@@ -170,5 +170,6 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
 
     distribute_module(layer, mesh, partition)
     layer.shards = Shards(mesh, matrix == Shard(1), *style.input_layouts, *style.output_layouts, style.use_local_output)
+    keep_parts(layer)
     norm_cache.refresh([layer])
     return layer
