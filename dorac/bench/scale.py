@@ -25,7 +25,9 @@ from dorac.cli import BadInput
 
 LAYOUTS = ("tp", "sp", "fsdp2", "hsdp", "tp-fsdp2")  # of dorac.bench.spread
 KINDS = ("lora", "dorac-every", "dorac-cached", "dorac-peft")
-VARIANTS = [f"{kind}-{mode}" for mode in ("eager", "compiled") for kind in KINDS]
+# Blocks by dorac.fuse; compiled code is that of the layers.
+FUSED = ("dorac-fused-every-eager", "dorac-fused-cached-eager")
+VARIANTS = [*(f"{kind}-{mode}" for mode in ("eager", "compiled") for kind in KINDS), *FUSED]
 # Layouts in which the drop-in runs: its factors are modules of PEFT's, which torch's styles do not know to go together.
 DROP_IN = ("fsdp2", "hsdp")
 _ALL = {"stack": "mlp", "layouts": list(LAYOUTS), "batch": 1, "turns": 10, "repeats": 5, "dropout": 0.0}

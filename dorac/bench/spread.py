@@ -148,9 +148,9 @@ class LoraOver(nn.Module):
 def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int, variant: str) -> nn.Module:
     """The stack of this seed, adapted and spread; the same values for every variant.
 
-    ``variant``: "lora", "dorac-every", "dorac-cached" or "dorac-peft", and the mode.
+    ``variant``: "lora", "dorac-every", "dorac-cached" or "dorac-peft", and the mode; "-fused" may follow "dorac".
     """
-    kind, _, mode = variant.rpartition("-")
+    is_fused, (kind, _, mode) = "-fused" in variant, variant.replace("-fused", "").rpartition("-")
     torch.manual_seed(args.seed)
     stack = STACKS[args.stack](args).requires_grad_(False)
     linears = {name: m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
@@ -169,6 +169,8 @@ def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int,
     stack.train()
     if args.save_outputs and kind != "lora":
         dorac.save_outputs(stack)
+    if is_fused:
+        dorac.fuse(stack)
     if kind == "dorac-cached":
         dorac.cache_norms(stack)
     if mode == "compiled":
