@@ -171,14 +171,14 @@ def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int,
         dorac.save_outputs(stack)
     if is_fused:
         dorac.fuse(stack)
-    if kind == "dorac-cached":
-        dorac.cache_norms(stack)
     if mode == "compiled":
         for block in blocks(stack):
             block.compile(**model.COMPILE)
     if layout.data:
         for module in (*blocks(stack), stack):
             fully_shard(module, mesh=mesh["dp"] if layout.tensor else mesh)
+    if kind == "dorac-cached":  # fully_shard replaces the parameters that a norm is kept for
+        dorac.cache_norms(stack)
     return stack
 
 
