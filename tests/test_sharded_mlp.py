@@ -10,6 +10,7 @@ from processes import WORLD, run
 from test_fuse import HIDDEN, GatedMLP, OfFunctions, off_init
 from test_tensor_parallel import near, part, same, whole
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dorac
 from dorac import functional
@@ -207,6 +208,41 @@ def half(mesh):
                         y.sum().backward()
 
 
+def over_shards():
+    """On a mesh of two dimensions, of which FSDP2 has the other one; in training that is computed again, too."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    grid = init_device_mesh(torch.get_default_device().type, (2, WORLD), mesh_dim_names=("dp", "tp"))
+    torch.set_default_dtype(torch.float64)
+    for again in (False, True):
+        torch.manual_seed(0)
+        reference = nn.Sequential(adapted(), adapted())
+        model = nn.Sequential(*(spread(block, grid["tp"]) for block in reference))
+        for block in (*model, model):
+            fully_shard(block, mesh=grid["dp"])
+        x = torch.randn(2, 3, HIDDEN)
+        optimizers = [torch.optim.SGD(trained(m), 0.1) for m in (reference, model)]
+        for _ in range(2):
+            own = x.chunk(2)[grid["dp"].get_local_rank()].clone().requires_grad_()
+            with fused() as called:
+                if again:
+                    y = own
+                    for block in model:
+                        y = checkpoint(block, y, use_reentrant=False)
+                else:
+                    y = model(own)
+                y.square().mean().backward()
+            assert called.call_count == 2 * (1 + again)
+            reference(x).square().mean().backward()
+            for p, q in zip(reference.parameters(), model.parameters(), strict=True):
+                if p.grad is not None:
+                    same(q.grad, p.grad)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
 def all_of_it():
     from torch.distributed.tensor import init_device_mesh
 
@@ -218,3 +254,8 @@ def all_of_it():
 
 def test_two_processes_give_the_numbers_of_one(device, tmp_path):
     run(all_of_it, tmp_path, device)
+
+
+@pytest.mark.full
+def test_four_processes_with_fsdp2(device, tmp_path):
+    run(over_shards, tmp_path, device, world=4)
