@@ -19,8 +19,8 @@ summed over the ranks. The rank is never sharded, so a layer has the collectives
                        the norm is kept, of its  (r + 1) * out elements
                        [out] squares, float64
 
-An MLP that :func:`dorac.fuse` has made one sums the gradients of all its layers together: two collectives in backward,
-that of dx and that one.
+A block that :func:`dorac.fuse` has made one (an MLP; q, k and v) sums the gradients of its layers together: two
+collectives in backward, that of dx and that one.
 
 Between layers whose lines are sharded (``Shard(1)``, sequence parallelism) an all-gather of x and a reduce-scatter of y
 take the place of the all-reduces of dx and y, and in backward the inverse. With ``norm_grad`` over columns the

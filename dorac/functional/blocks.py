@@ -69,7 +69,7 @@ def dora_linears(x: Tensor, projections: Sequence[Projection], *, dropout_on: st
         raise ValueError("projections must hold at least one, got none")
 
     def check() -> tuple[Projection, ...]:
-        return tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
+        return checked_linears(x, projections)
 
     ys = _in_eager(x, projections, dropout_on, check)
     return _composed(x, check(), dropout_on) if ys is None else ys
@@ -122,6 +122,10 @@ def dora_mlp(
         gated, inner = _project(x, (gate, up), dropout_on)
         inner = act(gated) * inner
     return _project(inner, (down,), dropout_on)[0]
+
+
+def checked_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Projection, ...]:
+    return tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
 
 
 def checked_mlp(

@@ -105,10 +105,10 @@ class FusedMLP(_Fused):
 
     def _spread(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
         """Of layers that are spread by tensor parallelism."""
-        from dorac.nn import sharded_mlp  # which imports torch.distributed
+        from dorac.nn import sharded_blocks  # which imports torch.distributed
 
         roles = vars(self)[_BLOCK].roles
-        y = sharded_mlp.mlp(x, None if roles.gate is None else layers[0], *layers[-2:], roles.activation)
+        y = sharded_blocks.mlp(x, None if roles.gate is None else layers[0], *layers[-2:], roles.activation)
         return y if y is None else self._finished(y)
 
 

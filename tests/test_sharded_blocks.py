@@ -1,5 +1,6 @@
-"""Fused MLPs over layers that ``dorac.parallel`` has spread: one process's numbers, one sum of their gradients."""
+"""Fused blocks of layers that ``dorac.parallel`` has spread: one process's numbers, one sum of their gradients."""
 
+import contextlib
 import copy
 from unittest import mock
 
@@ -15,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import dorac
 from dorac import functional
 from dorac.bench.scale import Collectives
-from dorac.ops import eager_mlp, eager_parts, front
+from dorac.ops import eager_linears, eager_mlp, eager_parts, front
 
-ROWWISE = ("down_proj", "w2", "wo")
+ROWWISE = ("down_proj", "w2", "wo", "o_proj")
 
 
 class Ungated(nn.Module):
@@ -27,6 +28,21 @@ class Ungated(nn.Module):
 
     def forward(self, x):
         return self.wo(nn.functional.gelu(self.wi(x)))
+
+
+class Heads(nn.Module):
+    """Attention, of any number of heads of four features."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, hidden_states):
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 def adapted(kind=GatedMLP, **options):
@@ -54,8 +70,23 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@contextlib.contextmanager
 def fused():
-    return mock.patch.object(functional, "dora_mlp", wraps=functional.dora_mlp)
+    """Counts the blocks that are computed as one."""
+    called = mock.Mock()
+
+    def note(function):
+        def noting(*args, **options):
+            called()
+            return function(*args, **options)
+
+        return noting
+
+    with (
+        mock.patch.object(functional, "dora_mlp", note(functional.dora_mlp)),
+        mock.patch.object(functional, "dora_linears", note(functional.dora_linears)),
+    ):
+        yield called
 
 
 def steps(reference, model, x, mesh, sequence, is_fused=True):
@@ -92,6 +123,8 @@ def numbers(mesh):
         (GatedMLP, True, False),
         (OfFunctions, False, False),
         (Ungated, True, True),
+        (Heads, False, True),
+        (Heads, True, False),
     ):
         reference = adapted(kind)
         model = spread(reference, mesh, sequence)
@@ -105,7 +138,7 @@ def numbers(mesh):
         double_backward(model, part(x, placement, mesh))
 
 
-def double_backward(model, x):
+def double_backward(model, x, alike=same):
     """As the layers have it one by one."""
     values = []
     for fuse in (dorac.fuse, dorac.unfuse):
@@ -114,7 +147,7 @@ def double_backward(model, x):
         firsts = torch.autograd.grad(y.sin().sum(), trained(model), create_graph=True)
         values.append(torch.autograd.grad(sum(d.square().sum() for d in firsts), trained(model)))
     for own, layers in zip(*values, strict=True):
-        same(own, layers.full_tensor())
+        alike(own, layers.full_tensor())
 
 
 def alone(mesh):
@@ -146,33 +179,36 @@ def alone(mesh):
 
 
 def sums(mesh):
-    """In backward those of dx and of all that is due; of layers one by one as many as they are, and that of dx."""
+    """In backward those of dx and of all that is due in a block; of layers one by one as many as they are, and of dx.
+
+    Attention has its last layer's, too.
+    """
     torch.set_default_dtype(torch.float64)
-    model = spread(adapted(), mesh)
-    dorac.cache_norms(model)
     x = torch.randn(2, 2, HIDDEN).requires_grad_()
-    with Collectives() as counted:
-        y = model(x)
-    assert counted.counts == {"all_reduce": 1}
-    with Collectives() as counted:
-        y.sum().backward()
-    assert counted.counts == {"all_reduce": 2}
-    dorac.unfuse(model)
-    with Collectives() as counted:
-        model(x).sum().backward()
-    assert counted.counts == {"all_reduce": 5}
+    for kind, as_one, by_layers in ((GatedMLP, 2, 4), (Heads, 3, 5)):
+        model = spread(adapted(kind), mesh)
+        dorac.cache_norms(model)
+        for backwards in (as_one, by_layers):
+            with Collectives() as counted:
+                y = model(x)
+            assert counted.counts == {"all_reduce": 1}
+            with Collectives() as counted:
+                y.sum().backward()
+            assert counted.counts == {"all_reduce": backwards}
+            dorac.unfuse(model)
 
 
 def half(mesh):
     """By the kernels, in the interpreter where there is no GPU; on one rank not, and nobody waits for it in vain."""
     torch.set_default_dtype(torch.float32)
-    x = torch.randn(4, HIDDEN).bfloat16()
-    has_kernels = mock.patch.object(front, "has_kernels", return_value=True)
+    x = torch.randn(2, 3, HIDDEN).bfloat16()
     for kind, narrow, on_all in (
         (GatedMLP, True, True),
         (GatedMLP, False, True),
         (Ungated, True, True),
         (GatedMLP, True, False),
+        (Heads, True, True),
+        (Heads, False, False),
     ):
         model = kind().bfloat16().requires_grad_(False)
         options = {"adapter_dtype": torch.bfloat16} if narrow else {}
@@ -185,13 +221,8 @@ def half(mesh):
             y.backward(dy)
             model, own = spread(model, mesh), x.clone().requires_grad_()
             here = on_all or dist.get_rank() == 0
-            other = mock.patch.object(eager_mlp, "dora_mlp", return_value=None)
-            with has_kernels, mock.patch.object(eager_parts, "_apply_mlp", wraps=eager_parts._apply_mlp) as applied:
-                if here:
-                    actual = model(own)
-                else:
-                    with other:
-                        actual = model(own)
+            with kernels(here, kind is Heads) as applied:
+                actual = model(own)
                 assert applied.called == here
                 actual.backward(dy)
             near(actual, y)
@@ -199,13 +230,27 @@ def half(mesh):
             for p, of_parts in zip(trained(reference), trained(model), strict=True):
                 assert of_parts.grad.placements == of_parts.placements
                 near(of_parts.grad, p.grad)
-            for parameter in (model.get_submodule(ROWWISE[0] if kind is GatedMLP else "wo").lora_A, trained(model)[0]):
-                with has_kernels:
+            for parameter in (trained(model)[0], trained(model)[4]):
+                with kernels(True, kind is Heads):
                     y = model(own)
                     with torch.no_grad():
                         parameter.mul_(1)
                     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                         y.sum().backward()
+            with kernels(True, kind is Heads):
+                double_backward(model, x, near)
+
+
+@contextlib.contextmanager
+def kernels(here, of_linears):
+    """The forms with kernels, on this rank or not; what crosses to the DTensors."""
+    name, module = ("linears", eager_linears) if of_linears else ("mlp", eager_mlp)
+    crossing = getattr(eager_parts, f"_apply_{name}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(front, "has_kernels", return_value=True))
+        if not here:
+            stack.enter_context(mock.patch.object(module, f"dora_{name}", return_value=None))
+        yield stack.enter_context(mock.patch.object(eager_parts, f"_apply_{name}", wraps=crossing))
 
 
 def over_shards():
