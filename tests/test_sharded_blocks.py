@@ -150,6 +150,14 @@ def double_backward(model, x, alike=same):
         alike(own, layers.full_tensor())
 
 
+def roughly(actual, expected):
+    """Up to roundings of bfloat16 in another order, of which second derivatives take many."""
+    from torch.distributed.tensor import DTensor
+
+    actual = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.15 * expected.abs().max().item())
+
+
 def alone(mesh):
     """What is called layer by layer, and what is not, though not all of it is trained."""
     torch.set_default_dtype(torch.float64)
@@ -238,7 +246,7 @@ def half(mesh):
                     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                         y.sum().backward()
             with kernels(True, kind is Heads):
-                double_backward(model, x, near)
+                double_backward(model, x, roughly)
 
 
 @contextlib.contextmanager

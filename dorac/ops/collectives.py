@@ -181,10 +181,9 @@ def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     if len(tensors) < 2:
         return [_sum(tensor, group) for tensor in tensors]
     total = _sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
-    first, *others = total.split_with_sizes([tensor.numel() for tensor in tensors])
-    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
-    parts = [first, *(part.clone() for part in others)]
-    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+    parts = total.split_with_sizes([tensor.numel() for tensor in tensors])
+    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so all but the first leave it.
+    return [part.view(t.shape).to(t.dtype, copy=i > 0) for i, (part, t) in enumerate(zip(parts, tensors, strict=True))]
 
 
 class _Sums(torch.autograd.Function):
