@@ -55,8 +55,12 @@ def fuse(model: nn.Module) -> Fusion:
     the layers to a rounding; only dropout differs, whose mask is one for all projections of one x. :func:`unfuse` takes
     it back. Deep copies and pickles of a fused model are fused.
 
+    Under FSDP2 the blocks of a unit are computed as without it. So are blocks that :mod:`dorac.parallel` has spread (q,
+    k, v, gate and up by their outputs, down by its inputs), on each rank's parts, with one sum of a block's gradients;
+    with dropout active these call their layers.
+
     A block runs its layers one by one, with the right answer, wherever they cannot be computed together at the time of
-    a call: a layer is merged, switched off, hooked, offloaded or sharded, has several active adapters or
+    a call: a layer is merged, switched off, hooked, offloaded or sharded otherwise, has several active adapters or
     ``norm_grad``, dropout of the block's own is active between an MLP's layers, q, k and v get other inputs, or
     ``torch.inference_mode`` hides whether an attention's input was written to. Compiled code runs the layers one by
     one, too, in the same graph as without: there the compiler fuses what lies between them.

@@ -19,6 +19,9 @@ summed over the ranks. The rank is never sharded, so a layer has the collectives
                        the norm is kept, of its  (r + 1) * out elements
                        [out] squares, float64
 
+A block that :func:`dorac.fuse` has made one (an MLP; q, k and v) sums the gradients of its layers together: two
+collectives in backward, that of dx and that one.
+
 Between layers whose lines are sharded (``Shard(1)``, sequence parallelism) an all-gather of x and a reduce-scatter of y
 take the place of the all-reduces of dx and y, and in backward the inverse. With ``norm_grad`` over columns the
 gradient of the norm is summed too, ``out`` elements.
@@ -61,7 +64,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from dorac import ranks
 from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
-from dorac.nn.tensor_parallel import Shards
+from dorac.nn.tensor_parallel import Shards, keep_parts
 
 
 class ColwiseParallel(_ColwiseParallel):
@@ -170,5 +173,6 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
 
     distribute_module(layer, mesh, partition)
     layer.shards = Shards(mesh, matrix == Shard(1), *style.input_layouts, *style.output_layouts, style.use_local_output)
+    keep_parts(layer)
     norm_cache.refresh([layer])
     return layer

@@ -25,7 +25,9 @@ from dorac.cli import BadInput
 
 LAYOUTS = ("tp", "sp", "fsdp2", "hsdp", "tp-fsdp2")  # of dorac.bench.spread
 KINDS = ("lora", "dorac-every", "dorac-cached", "dorac-peft")
-VARIANTS = [f"{kind}-{mode}" for mode in ("eager", "compiled") for kind in KINDS]
+# Blocks by dorac.fuse; compiled code is that of the layers.
+FUSED = ("dorac-fused-every-eager", "dorac-fused-cached-eager")
+VARIANTS = [*(f"{kind}-{mode}" for mode in ("eager", "compiled") for kind in KINDS), *FUSED]
 # Layouts in which the drop-in runs: its factors are modules of PEFT's, which torch's styles do not know to go together.
 DROP_IN = ("fsdp2", "hsdp")
 _ALL = {"stack": "mlp", "layouts": list(LAYOUTS), "batch": 1, "turns": 10, "repeats": 5, "dropout": 0.0}
@@ -184,6 +186,8 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
     how = spread.LAYOUTS[layout]
     drawn = argparse.Namespace(**vars(args) | ({"adapter_dtype": torch.float32} if how.data else {}))
     variants = [name for name in args.variants if layout in DROP_IN or not name.startswith("dorac-peft")]
+    if how.tensor and how.data:  # such parameters no norm is kept for
+        variants = [name for name in variants if "-cached" not in name]
     autocast = how.data and args.dtype is torch.bfloat16
     mesh = how.mesh(args.device)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)

@@ -148,9 +148,9 @@ class LoraOver(nn.Module):
 def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int, variant: str) -> nn.Module:
     """The stack of this seed, adapted and spread; the same values for every variant.
 
-    ``variant``: "lora", "dorac-every", "dorac-cached" or "dorac-peft", and the mode.
+    ``variant``: "lora", "dorac-every", "dorac-cached" or "dorac-peft", and the mode; "-fused" may follow "dorac".
     """
-    kind, _, mode = variant.rpartition("-")
+    is_fused, (kind, _, mode) = "-fused" in variant, variant.replace("-fused", "").rpartition("-")
     torch.manual_seed(args.seed)
     stack = STACKS[args.stack](args).requires_grad_(False)
     linears = {name: m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
@@ -169,14 +169,16 @@ def build(args: argparse.Namespace, layout: Layout, mesh: DeviceMesh, rank: int,
     stack.train()
     if args.save_outputs and kind != "lora":
         dorac.save_outputs(stack)
-    if kind == "dorac-cached":
-        dorac.cache_norms(stack)
+    if is_fused:
+        dorac.fuse(stack)
     if mode == "compiled":
         for block in blocks(stack):
             block.compile(**model.COMPILE)
     if layout.data:
         for module in (*blocks(stack), stack):
             fully_shard(module, mesh=mesh["dp"] if layout.tensor else mesh)
+    if kind == "dorac-cached":  # fully_shard replaces the parameters that a norm is kept for
+        dorac.cache_norms(stack)
     return stack
 
 

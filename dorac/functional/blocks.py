@@ -69,7 +69,7 @@ def dora_linears(x: Tensor, projections: Sequence[Projection], *, dropout_on: st
         raise ValueError("projections must hold at least one, got none")
 
     def check() -> tuple[Projection, ...]:
-        return tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
+        return checked_linears(x, projections)
 
     ys = _in_eager(x, projections, dropout_on, check)
     return _composed(x, check(), dropout_on) if ys is None else ys
@@ -107,7 +107,7 @@ def dora_mlp(
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
     def check() -> tuple[Projection | None, Projection, Projection]:
-        return _checked_mlp(x, gate, up, down)
+        return checked_mlp(x, gate, up, down)
 
     layers = (up, down) if gate is None else (gate, up, down)
     if not torch.compiler.is_compiling() and all(type(p) is Projection for p in layers):
@@ -124,7 +124,11 @@ def dora_mlp(
     return _project(inner, (down,), dropout_on)[0]
 
 
-def _checked_mlp(
+def checked_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Projection, ...]:
+    return tuple(_checked(x, p, f"projections[{i}]") for i, p in enumerate(projections))
+
+
+def checked_mlp(
     x: Tensor, gate: Projection | None, up: Projection, down: Projection
 ) -> tuple[Projection | None, Projection, Projection]:
     up = _checked(x, up, "up")

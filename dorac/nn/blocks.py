@@ -80,7 +80,10 @@ class FusedMLP(_Fused):
                 return None
         if not all(_is_off(modules.get(name)) for name in roles.between):
             return None
-        operands, dropout_on = _projections([modules.get(name) for name in roles.linears], x) or (None, None)
+        layers = [modules.get(name) for name in roles.linears]
+        if any(getattr(layer, "shards", None) is not None for layer in layers):
+            return None if roles.is_joined else self._spread(x, layers)
+        operands, dropout_on = _projections(layers, x) or (None, None)
         if operands is None:
             return None
         if roles.is_joined:
@@ -92,9 +95,21 @@ class FusedMLP(_Fused):
         y = functional.dora_mlp(x, gate, up, down, activation=roles.activation, dropout_on=dropout_on)
         if any(p is not None and not isinstance(p.weight, Tensor) for p in (gate, up)):  # else down gets y's dtype
             y = shared.as_called(y, x, down)
-        for name in roles.after:
-            y = modules[name](y)
+        return self._finished(y)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """After the modules that follow the last layer."""
+        for name in vars(self)[_BLOCK].roles.after:
+            y = self._modules[name](y)
         return y
+
+    def _spread(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
+        """Of layers that are spread by tensor parallelism."""
+        from dorac.nn import sharded_blocks  # which imports torch.distributed
+
+        roles = vars(self)[_BLOCK].roles
+        y = sharded_blocks.mlp(x, None if roles.gate is None else layers[0], *layers[-2:], roles.activation)
+        return y if y is None else self._finished(y)
 
 
 class _MLP:

@@ -22,7 +22,7 @@ from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
-    from dorac.nn.tensor_parallel import Shards
+    from dorac.nn.tensor_parallel import Lasting, Shards
 
 MIXED = (
     "{} is adapted by dorac already: adapt a model either with dorac.apply_dora or through PEFT, or call "
@@ -186,6 +186,7 @@ class DoraLayer(Switched, nn.Module):
         self.merged_norm: Tensor | None = None
         vars(self).update(norm_cache.NOTHING_KEPT)
         self.shards: Shards | None = None  # how dorac.parallel has spread it
+        self.lasting: Lasting | None = None  # see tensor_parallel.py
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
         # left it empty (and sharded), and what load_state_dict brings while it runs.
         self.waiting: RemovableHandle | None = None
@@ -362,6 +363,7 @@ class DoraLayer(Switched, nn.Module):
         parameters = self.__dict__.get("_parameters")
         if parameters and name in parameters and isinstance(value, nn.Parameter) and not _registration_hooks:
             parameters[name] = value  # FSDP2 comes here for each parameter, four times a step
+            self.__dict__["lasting"] = None
             return
         if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
             raise TypeError(MIXED.format(type(self).__name__))
@@ -440,12 +442,14 @@ class DoraLayer(Switched, nn.Module):
         move = magnitudes.never_narrower(fn, self.merged_norm, *(t for m in own for t in (m, m.grad)))
 
         norm_cache.suspend([self])  # until all is moved: an exception in between leaves no norm of other tensors
+        self.lasting = None  # torch refuses to swap DTensors that a graph has for leaves
         super()._apply(move, recurse)
         for adapter in shelved:
             adapter.move(move)
         starts.after_move(self, values)
         if self.merged_norm is not None:
             self.merged_norm = move(self.merged_norm)
+        self._keep_parts()
         norm_cache.refresh([self])
         return self
 
@@ -512,6 +516,7 @@ class DoraLayer(Switched, nn.Module):
         """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
         self.refuse_loading(prefix.rstrip("."), state_dict)
         self._widen_magnitudes()
+        self.lasting = None  # torch may swap what it was made of
         starts.before_load(self, state_dict, prefix)
         errors = len(error_msgs)
         with Undo() as log:
@@ -526,9 +531,16 @@ class DoraLayer(Switched, nn.Module):
                 norm_cache.suspend([self])
                 self.loading.all, self.loading.magnitude = False, self.magnitude_loaded  # nothing was loaded
 
+    def _keep_parts(self) -> None:
+        """See :class:`dorac.nn.tensor_parallel.Lasting`."""
+        if self.shards is not None:
+            from dorac.nn.tensor_parallel import keep_parts  # which imports torch.distributed
+
+            keep_parts(self)
+
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | norm_cache.NOTHING_KEPT
+        return super().__getstate__() | norm_cache.NOTHING_KEPT | {"lasting": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -547,6 +559,7 @@ class DoraLayer(Switched, nn.Module):
 def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:
     """After ``load_state_dict`` of the layer or of what holds it."""
     starts.after_load(layer)
+    layer._keep_parts()
     norm_cache.refresh([layer])
 
 

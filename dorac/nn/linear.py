@@ -106,14 +106,14 @@ class DoraLinear(DoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self._modules["base_layer"]
-        if self.shards is not None:
-            return self.shards.linear(self, x)
         if "_hf_hook" in base.__dict__:
             return offloaded.forward(self, (self,), x)
         if not is_dynamo_compiling() and shared.here.together is not None:
             y = shared.here.together.take(self, x)
             if y is not None:
                 return y
+        if self.shards is not None:
+            return self.shards.linear(self, x)
         if self.merged_norm is not None or self.runs_base:
             return base(x)
         weight, lora_A, lora_B, magnitude, bias, norm = self._operands(base)

@@ -118,14 +118,25 @@ class Together:
         self.x, self.outputs, state = None, {}, _state(x)
         if len(self.waiting) < 2:
             return
-        found = None if state is None else projections(self.waiting, x)
-        if found is None:
+        ys = None if state is None else _computed(self.waiting, x)
+        if ys is None:
             self.waiting = []  # each for itself, to the end of this forward
             return
-        operands, dropout_on = found
-        ys = functional.dora_linears(x, operands, dropout_on=dropout_on)
-        ys = [as_called(y, x, p) for y, p in zip(ys, operands, strict=True)]
         self.x, self.state, self.outputs = x, state, dict(zip(self.waiting, ys, strict=True))
+
+
+def _computed(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+    """What these layers give for x, or None if each must be called."""
+    if any(getattr(layer, "shards", None) is not None for layer in layers):
+        from dorac.nn import sharded_blocks  # which imports torch.distributed
+
+        return sharded_blocks.linears(x, layers)
+    found = projections(layers, x)
+    if found is None:
+        return None
+    operands, dropout_on = found
+    ys = functional.dora_linears(x, operands, dropout_on=dropout_on)
+    return [as_called(y, x, p) for y, p in zip(ys, operands, strict=True)]
 
 
 def _state(x: object) -> tuple | None:

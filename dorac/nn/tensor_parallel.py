@@ -67,7 +67,7 @@ class Shards:
             if y is not None:
                 last = local(bias) if self.columns and bias is not None else None
                 return self._leave(y, layer.out_features, group, last)
-        *parts, matrix, bias = self._enter(group, adapter, weight, (bias, due))
+        *parts, matrix, bias = self._enter(layer, group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
         if not adapted:
@@ -125,7 +125,7 @@ class Shards:
         adapter = self._adapter(layer) if adapted else []
         norm = layer._known_norm() if adapted else None
         ids = self._whole(ids, group)
-        *parts, table, _ = self._enter(group, adapter, base.weight, (None, False))
+        *parts, table, _ = self._enter(layer, group, adapter, base.weight, (None, False))
         padding_idx, inside = base.padding_idx, None
         if self.columns:
             vocabulary, rows = layer.num_embeddings, table.shape[0]
@@ -219,7 +219,12 @@ class Shards:
         return collectives.move(ids, "gather", self.given.dim, group) if self.given.is_shard() else ids
 
     def _enter(
-        self, group: Group, adapter: Sequence[Tensor], weight: Tensor, of_bias: tuple[Tensor | None, bool]
+        self,
+        layer: "DoraLayer",
+        group: Group,
+        adapter: Sequence[Tensor],
+        weight: Tensor,
+        of_bias: tuple[Tensor | None, bool],
     ) -> tuple[Tensor | None, ...]:
         """This rank's parts of the adapter's parameters, of the weight and of the bias.
 
@@ -231,10 +236,13 @@ class Shards:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
             entering, due = [*entering, bias], [*due, bias_is_due]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in entering):
-            parts = [*collectives.enter(group, due, (weight,), entering)]
-        else:
+        lasting = layer.lasting if torch.compiler.is_compiling() else None
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in entering):
             parts = [local(p) for p in entering]
+        elif lasting is not None and len(entering) == len(lasting.parts) and lasting.are_of(entering):
+            parts = [*collectives.summed_in_backward(group, due, lasting.parts)]
+        else:
+            parts = [*collectives.enter(group, due, (weight,), entering)]
         own_bias = None if bias is None else parts.pop() if bias.requires_grad else local(bias)
         own_weight = parts.pop() if weight.requires_grad else local(weight)
         return *parts, own_weight, own_bias
@@ -279,6 +287,42 @@ class Shards:
         placement = Shard(placement.dim % y.ndim) if placement.is_shard() else placement
         whole = torch.empty(shape, device="meta")
         return DTensor.from_local(y, self.mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+class Lasting:
+    """Parts of a layer's parameters for compiled code, where the adapter alone is trained.
+
+    DTensors at the edge of a graph cost it more time than its kernels take, most of all their gradients.
+    """
+
+    __slots__ = ("parameters", "parts", "sources")
+
+    def __init__(self, parameters: Sequence[DTensor]) -> None:
+        self.parameters = tuple(parameters)
+        self.sources = tuple([p._local_tensor for p in parameters])
+        with torch.enable_grad():
+            self.parts = collectives.lasting(parameters)
+
+    def are_of(self, parameters: Sequence[DTensor]) -> bool:
+        """Whether these are the parameters, and hold what they held: ``to()`` gives them other tensors."""
+        for given, own, source in zip(parameters, self.parameters, self.sources, strict=True):
+            if given is not own or given._local_tensor is not source or not given.requires_grad:
+                return False
+        return True
+
+
+def keep_parts(layer: "DoraLayer") -> None:
+    """Makes the layer's lasting parts anew, where it is spread and they can be: after whatever replaces parameters."""
+    layer.lasting = None
+    if layer.shards is None:
+        return
+    parameters = [*layer._own_parameters()]
+    with torch.inference_mode(False):
+        usable = layer.shards.holds(parameters) and all(
+            [p.requires_grad and p.is_leaf and not p.is_meta and type(p._local_tensor) is Tensor for p in parameters]
+        )
+        if usable and not torch.compiler.is_compiling():
+            layer.lasting = Lasting(parameters)
 
 
 def total_norms(shards: Sequence[Shards | None], norms: Sequence[Tensor]) -> list[Tensor]:

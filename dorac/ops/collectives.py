@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 Group = "torch.distributed.ProcessGroup"
 INVERSE = {"share": "reduce", "spread": "scatter", "gather": "slice"}
@@ -180,10 +181,9 @@ def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     if len(tensors) < 2:
         return [_sum(tensor, group) for tensor in tensors]
     total = _sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
-    first, *others = total.split_with_sizes([tensor.numel() for tensor in tensors])
-    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so the others leave it.
-    parts = [first, *(part.clone() for part in others)]
-    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+    parts = total.split_with_sizes([tensor.numel() for tensor in tensors])
+    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so all but the first leave it.
+    return [part.view(t.shape).to(t.dtype, copy=i > 0) for i, (part, t) in enumerate(zip(parts, tensors, strict=True))]
 
 
 class _Sums(torch.autograd.Function):
@@ -298,13 +298,42 @@ def enter(
 ) -> tuple[Tensor, ...]:
     """This rank's parts of the parameters, whose gradients come back in their layouts. See :class:`Entry`."""
     if torch.compiler.is_compiling():  # which knows how DTensors cross, and watches its inputs itself
-        parts = [p.to_local() for p in parameters]  # the gradient is the same on all ranks by then, if they hold it
-        summed = [i for i, is_due in enumerate(due) if is_due and parameters[i].requires_grad]
-        if summed:
-            for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
-                parts[i] = part
-        return tuple(parts)
+        # The gradient is the same on all ranks by then, if they hold it.
+        return summed_in_backward(group, due, [p.to_local() for p in parameters])
     return Enter.apply(Entry(group, due, watched, parameters), *parameters)
+
+
+def summed_in_backward(group: Group, due: Sequence[bool], parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts; those whose gradients are due have them summed, together. For code that is traced."""
+    parts = [*parts]
+    summed = [i for i, is_due in enumerate(due) if is_due and parts[i].requires_grad]
+    if summed:
+        for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
+            parts[i] = part
+    return tuple(parts)
+
+
+class _Lasting(torch.autograd.Function):
+    """The parts as they are, time and again: it keeps nothing of a forward, so that its backward may run any often."""
+
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.parameters = parameters
+        ctx.set_materialize_grads(False)
+        return tuple([local(p).detach() for p in parameters])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple([_wrapped(g, p) for g, p in zip(gradients, ctx.parameters, strict=True)])
+
+
+def lasting(parameters: Sequence[DTensor]) -> tuple[Tensor, ...]:
+    """This rank's parts of leaves, for every forward until others are in their place or hold their values.
+
+    A graph that they are inputs of has no DTensor at its edge. They keep the leaves' nodes of autograd alive, so that
+    torch refuses to swap the leaves: forget these first.
+    """
+    return _Lasting.apply(*parameters)
 
 
 def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
@@ -317,8 +346,30 @@ def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
     if torch.is_grad_enabled():
         layout = {"shape": parameter.shape, "stride": parameter.stride()}
         return DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False, **layout)
-    # DTensor(...) without its __init__, which does nothing at the price of as much again.
-    return DTensor.__new__(DTensor, gradient, parameter._spec, requires_grad=False)
+    return _dtensor(gradient, parameter._spec, _Fresh)
+
+
+def _dtensor(part: Tensor, spec: object, kind: type[DTensor] = DTensor) -> DTensor:
+    """``DTensor(...)`` without its ``__init__``, which does nothing at the price of as much again."""
+    return DTensor.__new__(kind, part, spec, requires_grad=False)
+
+
+class _Fresh(DTensor):
+    """A gradient on its way to its leaf, which takes it by ``detach()`` and has a DTensor then.
+
+    DTensors answer that by what they ask for every op, at several times the price. Any other op is a DTensor's; and in
+    torch 2.11, which asks no subclass, that one, too.
+    """
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is _detach:
+            return _dtensor(args[0]._local_tensor, args[0]._spec)
+        args, kwargs = tree_map_only(_Fresh, lambda t: _dtensor(t._local_tensor, t._spec), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_detach = torch.ops.aten.detach.default
 
 
 class _Traced(torch.autograd.Function):

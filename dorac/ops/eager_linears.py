@@ -61,13 +61,18 @@ class Plan:
 
 
 def dora_linears(
-    x: Tensor, projections: Sequence[tuple], dropout_on: str, check: Callable[[], object]
+    x: Tensor,
+    projections: Sequence[tuple],
+    dropout_on: str,
+    check: Callable[[], object],
+    apply: Callable | None = None,
 ) -> tuple[Tensor, ...] | None:
     """The layers, or None if they are not to be computed here.
 
     Args:
         projections: each the layer's tensors, its scaling, probability of dropout, and whether y is saved.
         check: raises the error of tensors that cannot work; called once for each combination of metadata.
+        apply: of whoever trains the adapters under other names (``eager_parts.py``), in the place of ``Linears.apply``.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -123,7 +128,7 @@ def dora_linears(
         return _without_autocast(plan, x, x_adapter, scalings, tensors)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(x, x_adapter, mask, 1 / (1 - dropped), scalings, plan, *tensors)
+    return (apply or _apply)(x, x_adapter, mask, 1 / (1 - dropped), scalings, plan, *tensors)
 
 
 def make_plan(
@@ -305,7 +310,7 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
 _unsafe_view = torch.ops.aten._unsafe_view
 
 
-class _Linears(torch.autograd.Function):
+class Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x_adapter, mask, kept_scale, scalings, plan, *tensors):
         forward = _forward_in_ops if plan.in_ops else _without_autocast
@@ -344,7 +349,7 @@ class _Linears(torch.autograd.Function):
             return _seen_gradients(ctx, given, d_ys)
         if front.autocast_dtype(given) is not None:  # backward inside autocast: products stay in the layers' dtype
             with front.autocast_off(given):
-                return _Linears.backward(ctx, *d_ys)
+                return Linears.backward(ctx, *d_ys)
         return _gradients(ctx, d_ys)
 
 
@@ -437,8 +442,8 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
     return dx, *(None,) * 5, *grads
 
 
-# ``_Linears.apply`` without its questions; see ops/eager.py.
-_apply = super(torch.autograd.Function, _Linears).apply
+# ``Linears.apply`` without its questions; see ops/eager.py.
+_apply = super(torch.autograd.Function, Linears).apply
 
 
 def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:

@@ -55,13 +55,20 @@ class Plan:
 
 
 def dora_mlp(
-    x: Tensor, gate: tuple | None, up: tuple, down: tuple, activation: str, check: Callable[[], object]
+    x: Tensor,
+    gate: tuple | None,
+    up: tuple,
+    down: tuple,
+    activation: str,
+    check: Callable[[], object],
+    apply: Callable | None = None,
 ) -> Tensor | None:
     """The MLP, or None if it is not to be computed here.
 
     Args:
         gate, up, down: the layer's tensors, its scaling and probability of dropout; what follows is not looked at.
         check: raises the error of tensors that cannot work; called once for each combination of metadata.
+        apply: of whoever trains the adapters under other names (``eager_parts.py``), in the place of ``MLP.apply``.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -114,7 +121,7 @@ def dora_mlp(
         return _without_autocast(plan, x, scalings, tensors)[0]
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
-    return _apply(x, scalings, plan, *tensors)
+    return (apply or _apply)(x, scalings, plan, *tensors)
 
 
 _NO_LAYER = (None,) * TENSORS
@@ -316,7 +323,7 @@ def _forward_in_ops(plan, x, scalings, tensors):
     return y, cast, [n_gate, n_up, n_down], h, h_down, (inner_gate, inner_up, inner_down)
 
 
-class _MLP(torch.autograd.Function):
+class MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scalings, plan, *tensors):
         forward = _forward_in_ops if plan.in_ops else _without_autocast
@@ -343,15 +350,15 @@ class _MLP(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if front.autocast_dtype(dy) is not None:  # backward inside autocast: products stay in the layers' dtype
             with front.autocast_off(dy):
-                return _MLP.backward(ctx, dy)
+                return MLP.backward(ctx, dy)
         in_ops = not front.unobserved()
         if torch.is_grad_enabled() or type(dy) is not Tensor or (in_ops and not front.seen_by_modes_alone()):
             return _gradients_again(ctx, dy)
         return _gradients(ctx, dy, in_ops)
 
 
-# ``_MLP.apply`` without its questions; see ops/eager.py.
-_apply = super(torch.autograd.Function, _MLP).apply
+# ``MLP.apply`` without its questions; see ops/eager.py.
+_apply = super(torch.autograd.Function, MLP).apply
 
 
 def _saved(ctx) -> tuple:
