@@ -18,7 +18,9 @@ from dorac.ops.library import inlined
 from dorac.testing import linear_inputs, rms_error
 
 TOKENS, OUT, IN = 4096, 4096, 2048
-BUFFERS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
+EXPERTS = 8
+# And a view.
+BUFFERS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.transpose}
 # Per op and rank the kernels, each with its grid, on tensors of these sizes.
 LAUNCHES = {
     ("row_norm", 16): [("row_norm_kernel", (64, 4, 1)), ("finish_kernel", (16, 1, 1))],
@@ -27,6 +29,14 @@ LAUNCHES = {
     ("lora_b_backward", 16): [("lora_b_backward_kernel", (32, 4, 1)), ("lora_b_sum_kernel", (192, 1, 1))],
     ("up_compose", 384): [("compose_kernel", (1024, 1, 1))],
     ("up_compose_forward", 16): [("compose_kernel", (1024, 1, 1))],
+    ("grouped_compose_value", 384): [("segment_compose_kernel", (2304, 1, 1))],
+    ("grouped_compose_forward", 16): [("segment_compose_kernel", (1280, 1, 1))],
+    ("grouped_compose_backward", 16): [
+        ("segment_backward_kernel", (384, 1, 1)),
+        ("segment_sum_kernel", (1088, 1, 1)),
+        ("segment_product_kernel", (216, 1, 1)),
+        ("strip_sum_kernel", (256, 1, 1)),
+    ],
 }
 
 
@@ -43,6 +53,10 @@ def leaf_arguments(op: torch._ops.OpOverload, rank: int) -> list[Tensor | bool |
         **dict.fromkeys(("magnitude", "weight_norm", "bias"), vector),
         **{"weight_sq": None, "budget": 1, "delta": False, "holds_bias": False, "h_is_scaled": True},
     }
+    if op.name().startswith("dorac::grouped"):
+        for name in ("lora_B", "magnitude", "weight_norm", "bias"):
+            known[name] = known[name].new_empty(EXPERTS, *known[name].shape)
+        known["offsets"] = torch.empty(EXPERTS, dtype=torch.int32, device="cuda")
     return [known[argument.name] for argument in op._schema.arguments]
 
 

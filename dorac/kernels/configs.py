@@ -498,8 +498,9 @@ def segment_product_config(
     if dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         config = ProductConfig(_power(each, 16, 32), 32, _power(rank, 16, 32), 1, 4, 3)
     else:
-        block_i = 64 if a_dtype is torch.float32 else 128
-        config = ProductConfig(_power(each, 16, 64), block_i, _power(rank, 16, 64), 1, 4, 4)
+        wide = a_dtype is torch.float32
+        block_t = 64 if target.products_from_shared or not (wide or rank > 64) else 32  # or it spills
+        config = ProductConfig(_power(each, 16, block_t), 64 if wide else 128, _power(rank, 16, 64), 1, 4, 4)
     config = _first(_fewer_stages(config, 1), target, dtype, a_dtype)
     tiles = (-(-rows // config.block_t) + min(rows, segments)) * -(-rank // config.block_r)
     steps = -(-in_features // config.block_i)
@@ -520,7 +521,8 @@ def segment_backward_config(
     strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
     walked = -(-rows // (32 * strips)) * 32
     warps = 4 if block_r <= 64 else 8
-    config = SegmentConfig(32, block_o, max(32, walked), warps, 4, block_r)
+    stages = 4 if target.products_from_shared else 3  # or it spills
+    config = SegmentConfig(32, block_o, max(32, walked), warps, stages, block_r)
     return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
 
 

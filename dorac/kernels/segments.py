@@ -589,10 +589,10 @@ def segment_product(
         each=_scales(scaling),
         stride_norm=None if weight_norm is None else weight_norm.stride(0),
     )
-    to = y if add is None else y.new_empty(splits, rows, rank, dtype=torch.float32)
+    to = y if add is None else y.new_empty(splits * rows, rank, dtype=torch.float32)
     launch(x, lora_A, magnitude, weight_norm, scaling, offsets, order, to)
     if add is not None:
-        add(to.view(splits * rows, rank), None, y)
+        add(to, None, y)
     return y
 
 
