@@ -533,8 +533,8 @@ def segment_backward_config(
         block_o = 64
     strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
     walked = -(-rows // (32 * strips)) * 32
-    warps = 4 if block_r <= 64 else 8
-    stages = 4 if target.products_from_shared else 3  # or it spills
+    lean = target.products_from_shared
+    warps, stages = 4 if block_r <= (64 if lean else 32) else 8, 4 if lean else 3  # or it spills
     config = SegmentConfig(32, block_o, max(32, walked), warps, stages, block_r)
     return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
 
