@@ -28,7 +28,7 @@ LAUNCHES = {
     ("scale_backward", 16): [("compose_backward_kernel", (32, 16, 1)), ("strip_sum_kernel", (64, 1, 1))],
     ("lora_b_backward", 16): [("lora_b_backward_kernel", (32, 4, 1)), ("lora_b_sum_kernel", (192, 1, 1))],
     ("up_compose", 384): [("compose_kernel", (1024, 1, 1))],
-    ("up_compose_forward", 16): [("compose_kernel", (1024, 1, 1))],
+    ("up_compose_forward", 16): [("compose_kernel", (512, 1, 1))],
     ("grouped_compose_value", 384): [("segment_compose_kernel", (2304, 1, 1))],
     ("grouped_compose_forward", 16): [("segment_compose_kernel", (1280, 1, 1))],
     ("grouped_compose_backward", 16): [

@@ -164,6 +164,7 @@ def test_every_op_is_checked():
     routes = {"dora_linear", *LAYER_LEAVES}  # tests/test_routes.py
     rows = {"take", "sum_by_index", "grouped_linear", "grouped_product", "grouped_outer"}  # tests/test_row_ops.py
     rows |= {f"grouped_compose{part}" for part in ("", "_value", "_forward", "_backward")}
+    rows |= {f"mixed_{part}" for part in ("linear", "product", "outer", "value", "forward", "backward")}
     rows |= {"packed_grouped_linear", "packed_grouped_product"}  # tests/test_packed_experts.py
     elsewhere = {"sparse_columns", "dora_over"}  # tests/test_embedding.py, tests/test_over.py
     assert registered == norm | packed | compose | routes | rows | elsewhere
