@@ -65,7 +65,7 @@ PRIVATE = {
         "torch._library.utils.get_layout_constraint_tag",
         "torch._ops.OpOverload",
     ),
-    "ops/collectives.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what a DTensor is made of, "
+    "ops/collectives.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what makes a DTensor, "
     "and in torch/utils for how nested arguments are mapped": ("torch.utils._pytree.tree_map_only",),
     "nn/norm_cache.py says that a norm stays where it is: look for how CUDA graphs learn of buffers": (
         "torch._dynamo.mark_static_address",
