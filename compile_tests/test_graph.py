@@ -9,6 +9,7 @@ from contract import peft_layer
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import dorac
@@ -55,7 +56,7 @@ def partitioned(function, *args) -> SimpleNamespace:
     found = SimpleNamespace()
 
     def partition(graph, inputs, **kwargs):
-        found.joint = graph
+        found.joint = torch.fx.GraphModule(graph, fx_graph_cse(graph.graph))  # as the partitioner begins
         forward, backward = min_cut_rematerialization_partition(graph, inputs, **kwargs)
         found.fw_graphs = [forward]
         return forward, backward

@@ -3,6 +3,8 @@
 ``pytest tests/test_families.py -m "" -s`` prints the table.
 """
 
+import inspect
+
 import pytest
 import torch
 
@@ -12,9 +14,12 @@ pytest.importorskip("accelerate")
 
 import families
 from families import FAMILIES, STEPS, Applied, DropIn, Stock
+from transformers.core_model_loading import WeightRenaming
 
 from dorac.apply import dora_layers
 
+EXPERTS = "mixtral", "gpt_oss"  # whose adapters PEFT reads by transformers' rules for names
+RENAMES_FOR_PEFT = "loading_info" in inspect.signature(WeightRenaming.convert).parameters
 CI = {("whisper", torch.float64), ("gpt_oss", torch.float64)}
 CASES = [
     pytest.param(name, dtype, marks=() if (name, dtype) in CI else pytest.mark.full)
@@ -61,6 +66,8 @@ def test_family(name, dtype, tmp_path, table):
     family = FAMILIES[name]
     if family.diffusers:
         pytest.importorskip("diffusers")
+    if name in EXPERTS and not RENAMES_FOR_PEFT:
+        pytest.skip("PEFT 0.21 gives transformers' WeightRenaming an argument that 5.0 does not have")
     usual = tuple(target for target in family.targets if target not in family.beyond_peft)
     losses, layers = {}, {}
 

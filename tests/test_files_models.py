@@ -359,10 +359,10 @@ def test_plain_lora_beside_dora(tmp_path):
     sdxl_file(tmp_path / "lora.safetensors", ["lora_unet_a_x", "lora_unet_a_y"])
     tensors = files.storage.read(tmp_path / "lora.safetensors").tensors
     del tensors["lora_unet_a_y.dora_scale"]
-    save_file(tensors, tmp_path / "lora.safetensors")
+    save_file(tensors, tmp_path / "plain.safetensors")
     base = model.get_submodule("a.y").weight.detach().clone()
     expected = base + S * tensors["lora_unet_a_y.lora_up.weight"] @ tensors["lora_unet_a_y.lora_down.weight"]
-    dorac.load_adapter(model, tmp_path / "lora.safetensors")
+    dorac.load_adapter(model, tmp_path / "plain.safetensors")
     torch.testing.assert_close(merged(model)["a.y.weight"], expected)
 
 
