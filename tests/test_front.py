@@ -22,6 +22,7 @@ SEEN: dict[str, bool] = {}
 
 
 def _body(x):
+    SEEN.clear()
     SEEN.update(
         transform=front.under_transform(),
         exporting=front.exporting(),
