@@ -100,7 +100,7 @@ def index_of(rows, adapters):
 
 
 # Rows and tokens that the choice of a launch takes for these forms, where it counts up to MOST tokens.
-FORMS = {"single": (3, ()), "counted": (17, ()), "counted, tokens": (3, (5,)), "long": (3, (19,)), "listed": (45, ())}
+FORMS = {"single": (3, ()), "counted": (17, ()), "counted, tokens": (4, (5,)), "long": (3, (19,)), "listed": (45, ())}
 MOST = 40
 
 

@@ -385,9 +385,10 @@ def tile_config(
         config = TileConfig(block_t, 64, 16, 4, 2)
     elif rank <= 64 and h_dtype.itemsize == 2 and tokens > 32:
         # A program that walks down its rows reads lora_B once, as long as there are programs enough.
-        tile, warps, stages, rows = ((32, 128), 4, 3, 256) if rank <= 32 else ((64, 128), 8, 4, 512)
-        while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < 256:
+        tile, stages, rows, programs = ((32, 128), 3, 256, 512) if rank <= 32 else ((64, 128), 4, 512, 256)
+        while rows > tile[0] and -(-tokens // rows) * -(-out_features // tile[1]) < programs:
             rows //= 2
+        warps = 8 if rows == 512 else 4
         config = TileConfig(*tile, _power(rank, 16, 64), warps, stages, rows=rows)
     elif rank <= 64 or tokens <= 32:
         config = TileConfig(block_t, 128, _power(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
@@ -539,8 +540,8 @@ def segment_backward_config(
     return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
 
 
-# Of mixed rows: up to how many tokens each is a tile, and up to how many a program counts in all of them.
-SINGLE, COUNTED = 8, 256
+# Of mixed rows: up to how many tokens each is a tile, whatever they share, and up to how many a program counts.
+SINGLE, COUNTED = 16, 256
 PARTIAL_BYTES = 2**21  # of the partial sums, where there is more than one split
 
 
@@ -561,22 +562,23 @@ def mixed_config(
     half = factor_dtype.itemsize == base_dtype.itemsize == 2
     up_r = _power(rank, 16, 64 if half else 32)
     wide_warps = 4 if base_dtype is torch.float32 and rank > 32 else 8  # or it spills
-    if tokens <= COUNTED or row_tokens < 16:
-        form = "single" if tokens <= SINGLE else "counted" if tokens <= COUNTED else "listed"
+    if tokens <= COUNTED and (tokens <= SINGLE or (rank <= 32 and tokens <= 2 * adapters)):
+        few, count, resident = tokens <= SINGLE, tokens, 8
+        block_o = 64 if tokens <= 2 else 256 if rank <= 32 and half else 128
+        down = 256 if half else 128, 16, 32, 4, 1 if few else 3
+        up = block_o, min(up_r, 32), wide_warps if not half else 4 if few else 2
+        config = MixedConfig("single", 1, *down, *up, columns=block_o if few else 512, up_stages=1)
+    elif tokens <= COUNTED or row_tokens < 16:
+        form, resident = ("counted", 6) if tokens <= COUNTED else ("listed", 4)
         count = min(tokens, adapters + 1)
-        count = tokens if form == "single" else count + (tokens - count) // 16
-        block_o = columns = 64 if tokens <= 2 else 256 if rank <= 32 and half else 128
-        while columns < min(out_features, 1024) and count * -(-out_features // columns) > 8 * target.processors:
+        count += (tokens - count) // 16
+        columns = 256
+        while columns < min(out_features, 1024) and count * -(-out_features // columns) > 10 * target.processors:
             columns *= 2
-        stages = 1
-        if columns == 1024:
-            block_o, stages = 128, 3
-        down = 256 if half else 64, up_r, 16 if rank <= 32 else 8, 4, 3
-        if form != "listed":
-            down = 256 if half else 128, 16, 32, 4, 3 if tokens > 64 else 1
-        up = block_o, min(up_r, 32) if form == "single" else up_r, 4 if half else wide_warps
-        config = MixedConfig(form, 1 if form == "single" else 16, *down, *up, columns=columns, up_stages=stages)
-        count = count if form == "listed" else tokens
+        down = (64 if not half else 256 if rank <= 32 else 128), up_r, 16, 4, 3
+        up = 128, up_r, 4 if half else wide_warps
+        stages = 3 if columns > 256 or rank > 32 else 1
+        config = MixedConfig(form, 16, *down, *up, columns=columns, up_stages=stages)
     else:
         block_t = _power(row_tokens, 16, 64)
         up = {"up_t": 16, "up_warps": 4, "rows": 128} if rank <= 32 else {"up_t": 64, "up_warps": 8, "rows": 512}
@@ -585,11 +587,11 @@ def mixed_config(
         while up["rows"] > up["up_t"] and batch * -(-row_tokens // up["rows"]) * -(-out_features // 128) < 512:
             up["rows"] //= 2
         config = MixedConfig("long", block_t, 128 if half else 32, up_r, 4, 4, 3, block_o=128, up_r=up_r, **up)
-        count = batch * -(-row_tokens // block_t)
+        count, resident = batch * -(-row_tokens // block_t), 4
     candidates = [*_fewer_stages(config, 1), dataclasses.replace(config, block_i=config.block_i // 2, stages=1)]
     config = _first(candidates, target, factor_dtype, base_dtype)
     programs = max(1, count * -(-rank // config.block_r))
-    splits = min(config.splits, max(1, 4 * target.processors // programs), max(1, in_features // config.block_i))
+    splits = min(config.splits, max(1, resident * target.processors // programs), max(1, in_features // config.block_i))
     splits = 1 << splits.bit_length() - 1
     while splits > 1 and splits * tokens * rank * 4 > PARTIAL_BYTES:
         splits //= 2

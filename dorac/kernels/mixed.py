@@ -8,8 +8,8 @@ one adapter, and reads that adapter's factors where they are. Row -1 is ``base +
 How rows become tiles (FORM):
 
 - "single": each token is a tile. Products are sums then, not the tensor cores' work, whose tiles have 16 rows.
-- "counted": in the first launch as "single", in the second tokens of one adapter, up to BLOCK_T of them. So few tokens
-  that one more program of the first launch sorts them, while the others multiply, and writes down the tiles.
+- "counted": tokens of one adapter, up to BLOCK_T of them. So few tokens in all that a program of the first launch finds
+  its own tile among them, and writes it down for the second.
 - "long": BLOCK_T tokens of one row of the batch, which has many.
 - "listed": as "counted", from a list that :func:`list_tiles` makes.
 
@@ -36,30 +36,22 @@ UNUSED = tl.constexpr(-2)  # the adapter of a tile without rows
 
 
 @triton.jit
-def _later_key(key, first, next_key, next_first):
-    """Where the run of equal keys began that the later one belongs to."""
-    return next_key, tl.where(key == next_key, first, next_first)
-
-
-@triton.jit
-def _list_tiles(index_ptr, tiles_ptr, tiles, T, L, K, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What :func:`list_tiles` lists, of at most BLOCK_N tokens, by one program."""
-    place_N = tl.arange(0, BLOCK_N)
-    is_token_N = place_N < T
-    key_N = tl.load(index_ptr + place_N // L, mask=is_token_N, other=0).to(tl.int32)
+def _count_tile(index_ptr, tile, T, L, K, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The adapter and the tokens of a tile as :func:`list_tiles` lists them, of at most BLOCK_N tokens."""
+    place_N, key_K = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K) - 1  # plain rows are the first
+    key_N = tl.load(index_ptr + place_N // L, mask=place_N < T, other=0).to(tl.int32)
     tl.device_assert((key_N >= -1) & (key_N < K), "adapter_index is out of range")
     key_N = tl.where((key_N >= 0) & (key_N < K), key_N, -1)
-    ordered_N = tl.sort(tl.where(is_token_N, (key_N + 1) * BLOCK_N + place_N, 2147483647))
-    key_N, token_N = ordered_N // BLOCK_N - 1, ordered_N % BLOCK_N
-    _, first_N = tl.associative_scan((key_N, place_N), 0, _later_key)
-    within_N = (place_N - first_N) % BLOCK_T
-    tile_N = tl.cumsum((within_N == 0).to(tl.int32), axis=0) - 1
-    for start in tl.range(0, tiles * (1 + BLOCK_T), BLOCK_N, num_stages=1):
-        tl.store(tiles_ptr + start + place_N, UNUSED, mask=start + place_N < tiles * (1 + BLOCK_T))
-    tl.debug_barrier()  # what follows is written by other threads
-    tiles_ptr += tile_N * (1 + BLOCK_T)
-    tl.store(tiles_ptr, key_N, mask=is_token_N & (within_N == 0))
-    tl.store(tiles_ptr + 1 + within_N, token_N, mask=is_token_N)
+    count_K = tl.histogram(key_N + 1, BLOCK_K, mask=place_N < T)
+    tiles_K = (count_K + BLOCK_T - 1) // BLOCK_T
+    last_K = tl.cumsum(tiles_K, axis=0)
+    key = tl.sum((last_K <= tile).to(tl.int32), axis=0) - 1
+    first = (tile - tl.sum(tl.where(key_K < key, tiles_K, 0), axis=0)) * BLOCK_T
+    is_own_N = (key_N == key) & (place_N < T)
+    within_N = tl.cumsum(is_own_N.to(tl.int32), axis=0) - 1 - first
+    is_here_NT = is_own_N[:, None] & (within_N[:, None] == tl.arange(0, BLOCK_T)[None, :])
+    token_T = tl.sum(tl.where(is_here_NT, place_N[:, None] + 1, 0), axis=0) - 1
+    return tl.where(tile < tl.max(last_K, axis=0), key, UNUSED), token_T
 
 
 @triton.jit
@@ -95,7 +87,6 @@ def down_kernel(
     R,
     K,
     tiles_per_row,
-    listed_tiles,
     columns_per_split,
     stride_xt,
     stride_xi,
@@ -106,8 +97,8 @@ def down_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    LISTED_T: tl.constexpr,  # tokens of a tile that "counted" lists
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of "counted": all tokens, and all adapters and none
+    BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over the last input
     ROUND: tl.constexpr,  # lora_A to x's dtype, instead of x to lora_A's
     SPLIT: tl.constexpr,
@@ -116,18 +107,16 @@ def down_kernel(
     """The sums over each range of inputs, ``partial[S, T, R]``; what is beyond an adapter's rank is not written."""
     tile, split, start_r = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
     if FORM == "counted":
-        if (tile == 0) & (split == 0) & (start_r == 0):
-            _list_tiles(index_ptr, tiles_ptr, listed_tiles, T, L, K, LISTED_T, BLOCK_N)
-        tile -= 1
-        key, token_T, is_token_T = _known_tile(
-            index_ptr, tiles_ptr, tl.maximum(tile, 0), tiles_per_row, BLOCK_T, T, L, "single", BLOCK_T
-        )
-        key = tl.where((tile >= 0) & (key < K), key, -1)
+        key, token_T = _count_tile(index_ptr, tile, T, L, K, BLOCK_T, BLOCK_N, BLOCK_K)
+        is_token_T = token_T >= 0
+        if (split == 0) & (start_r == 0):
+            tl.store(tiles_ptr + tile * (1 + BLOCK_T), key)
+            tl.store(tiles_ptr + tile * (1 + BLOCK_T) + 1 + tl.arange(0, BLOCK_T), token_T)
     else:
         key, token_T, is_token_T = _known_tile(index_ptr, tiles_ptr, tile, tiles_per_row, BLOCK_T, T, L, FORM, BLOCK_T)
-        if FORM == "listed":
-            key = tl.maximum(key, -1)
-        tl.device_assert((key >= -1) & (key < K), "adapter_index is out of range")
+        if FORM != "listed":
+            tl.device_assert((key >= -1) & (key < K), "adapter_index is out of range")
+    key = tl.maximum(key, -1)
 
     rank = _rank_of(ranks_ptr, key, R)
     if start_r < rank:
@@ -251,8 +240,9 @@ def up_kernel(
                     if start_o == 0:
                         _store_h(h_ptr, h_TR, start + token_T, is_token_T, start_r, R, BLOCK_R)
                 acc_TO = _small_product(h_TR, b_OR, acc_TO, BLOCK_T, SPLIT)
+            base_TO = _load_base(base_ptr, start + token_T, is_token_T, cols_O, O, EVEN)
             _write(
-                base_ptr,
+                base_TO,
                 bias_ptr,
                 y_ptr,
                 inner_ptr,
@@ -305,6 +295,7 @@ def across_kernel(
     WANT_INNER: tl.constexpr,
     ROUND: tl.constexpr,  # lora_B to base's dtype
     SPLIT: tl.constexpr,
+    ONE_STEP: tl.constexpr,  # BLOCK_O columns are all of a program's
     STAGES: tl.constexpr,
 ):
     """Of few tokens: a program keeps these and walks across its columns, whose factors it reads ahead."""
@@ -316,31 +307,24 @@ def across_kernel(
         adapter = tl.maximum(key, 0).to(tl.int64)
         scaling = tl.where(key >= 0, _scaling_of(scaling_ptr, adapter * stride_sk), 0.0)
         b_ptr += adapter * stride_bk
-        if CHUNKS == 1:
-            whole_TR = _h_of(partial_ptr, token_T, is_token_T, 0, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
+        if CHUNKS == 1 and not ONE_STEP:
+            h_TR = _h_of(partial_ptr, token_T, is_token_T, 0, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
         for start_o in tl.range(begin, tl.minimum(begin + columns_per_program, O), BLOCK_O, num_stages=STAGES):
+            # Everything is asked for before anything is waited for.
             cols_O = start_o + tl.arange(0, BLOCK_O)
-            is_col_O = cols_O < O
-            g_O = _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, is_col_O, stride_mk, stride_nk, BLOCK_O)
+            base_TO = _load_base(base_ptr, token_T, is_token_T, cols_O, O, EVEN)
+            g_O = _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, cols_O < O, stride_mk, stride_nk, BLOCK_O)
             acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-            if CHUNKS == 1:
-                b_OR = _load_b(b_ptr, cols_O, 0, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND)
-                acc_TO = _small_product(whole_TR.to(b_OR.dtype), b_OR, acc_TO, BLOCK_T, SPLIT)
+            for start_r in tl.range(0, BLOCK_R if CHUNKS == 1 else R, BLOCK_R, num_stages=1):
+                b_OR = _load_b(b_ptr, cols_O, start_r, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND)
+                if CHUNKS > 1 or ONE_STEP:
+                    h_TR = _h_of(partial_ptr, token_T, is_token_T, start_r, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
+                acc_TO = _small_product(h_TR.to(b_OR.dtype), b_OR, acc_TO, BLOCK_T, SPLIT)
                 if WANT_INNER:  # noqa: SIM102, the first is the compiler's to answer
                     if start_o == 0:
-                        _store_h(h_ptr, whole_TR.to(b_OR.dtype), token_T, is_token_T, 0, R, BLOCK_R)
-            else:
-                for start_r in tl.range(0, R, BLOCK_R, num_stages=1):
-                    b_OR = _load_b(
-                        b_ptr, cols_O, start_r, rank, O, R, stride_bo, stride_br, base_ptr, BLOCK_R, EVEN, ROUND
-                    )
-                    h_TR = _h_of(partial_ptr, token_T, is_token_T, start_r, rank, T, R, BLOCK_T, BLOCK_R, SPLITS)
-                    acc_TO = _small_product(h_TR.to(b_OR.dtype), b_OR, acc_TO, BLOCK_T, SPLIT)
-                    if WANT_INNER:  # noqa: SIM102
-                        if start_o == 0:
-                            _store_h(h_ptr, h_TR.to(b_OR.dtype), token_T, is_token_T, start_r, R, BLOCK_R)
+                        _store_h(h_ptr, h_TR.to(b_OR.dtype), token_T, is_token_T, start_r, R, BLOCK_R)
             _write(
-                base_ptr,
+                base_TO,
                 bias_ptr,
                 y_ptr,
                 inner_ptr,
@@ -406,8 +390,16 @@ def _store_h(h_ptr, h_TR, token_T, is_token_T, start_r, R, BLOCK_R: tl.constexpr
 
 
 @triton.jit
+def _load_base(base_ptr, token_T, is_token_T, cols_O, O, EVEN: tl.constexpr):
+    mask_TO = is_token_T[:, None]
+    if not EVEN:
+        mask_TO = mask_TO & (cols_O < O)[None, :]
+    return tl.load(base_ptr + token_T.to(tl.int64)[:, None] * O + cols_O[None, :], mask=mask_TO, other=0.0)
+
+
+@triton.jit
 def _write(
-    base_ptr,
+    base_TO,
     bias_ptr,
     y_ptr,
     inner_ptr,
@@ -427,7 +419,7 @@ def _write(
     mask_TO = is_token_T[:, None]
     if not EVEN:
         mask_TO = mask_TO & is_col_O[None, :]
-    inner_TO = tl.load(base_ptr + place_TO, mask=mask_TO, other=0.0).to(tl.float32) + lora_TO
+    inner_TO = base_TO.to(tl.float32) + lora_TO
     if WANT_INNER:
         tl.store(inner_ptr + place_TO, inner_TO.to(inner_ptr.dtype.element_ty), mask=mask_TO)
     y_TO = g_O[None, :] * inner_TO
@@ -531,26 +523,25 @@ def mixed_launches(
     columns = max(1, cdiv(cdiv(in_features, config.block_i), config.splits)) * config.block_i
     splits = max(1, cdiv(in_features, columns))
     splits = 1 << (splits - 1).bit_length()  # a program past the last column has a sum of zero
-    long = config.form == "long"
-    rows_alone = config.form in ("single", "counted")  # in the first launch
+    long, counted = config.form == "long", config.form == "counted"
     per_row = cdiv(row_tokens, config.block_t) if long else 1
     listed = tokens if config.form == "single" else most_tiles(tokens, adapters, config.block_t)
     down = Launch(
         down_kernel,
         (
-            batch * per_row if long else tokens + (config.form == "counted") if rows_alone else listed,
+            batch * per_row if long else listed,
             splits,
             cdiv(rank, config.block_r),
         ),
-        (tokens, row_tokens, in_features, rank, adapters, per_row, listed, columns, *of_x, *of_a),
+        (tokens, row_tokens, in_features, rank, adapters, per_row, columns, *of_x, *of_a),
         config.down_warps,
         asserts=True,
         FORM=config.form,
-        BLOCK_T=1 if rows_alone else config.block_t,
+        BLOCK_T=config.block_t,
         BLOCK_I=config.block_i,
         BLOCK_R=config.block_r,
-        LISTED_T=config.block_t,
-        BLOCK_N=max(16, 1 << (tokens - 1).bit_length()) if config.form == "counted" else 16,
+        BLOCK_N=max(16, 1 << (tokens - 1).bit_length()) if counted else 16,
+        BLOCK_K=max(16, 1 << adapters.bit_length()) if counted else 16,
         EVEN=in_features % config.block_i == 0,
         ROUND=rounds,
         SPLIT=splits_products,
@@ -586,6 +577,7 @@ def mixed_launches(
             FORM=config.form,
             BLOCK_T=config.block_t,
             **constants,
+            ONE_STEP=config.columns == config.block_o,
             STAGES=config.up_stages,
         )
     return splits, down, up
