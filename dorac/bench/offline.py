@@ -298,15 +298,15 @@ def _segment_backward(target: Target, rank: int, rows: int, out: int, _: int) ->
 
 
 def _mixed(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
-    rows = {"single": (1, 1), "counted": (64, 1), "listed": (tokens // 4, 1), "long": (8, tokens // 8)}
+    batches = (1, 1), (32, 1), (256, 1), (tokens // 4, 1), (8, tokens // 8)  # single ones, counted, listed, long
     for dtype, factors in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
-        for form, batch in rows.items():
+        for batch in batches:
             config = configs.mixed_config(*batch, 16, out, inner, rank, factors, dtype, target)
             strides = (inner, 1), (rank * inner, inner, 1), (out * rank, rank, 1), (out, out, 1)
             flags = {"has_bias": True, "want_inner": True, "rounds": False, "splits_products": factors is not dtype}
             _, down, up = mixed.mixed_launches(*batch, (16, out, inner, rank), strides, config, **flags)
-            index, tiles = (torch.int64, torch.int64), torch.int32 if form in ("counted", "listed") else None
-            name = f"{form} {NAMES[dtype]}/{NAMES[factors]}"
+            index, tiles = (torch.int64, torch.int64), torch.int32 if config.form in ("counted", "listed") else None
+            name = f"{batch[0]}x{batch[1]} {NAMES[dtype]}/{NAMES[factors]}"
             yield f"{name} down", config, (factors, dtype), down, (dtype, factors, *index, tiles, FULL)
             vectors = FULL, FULL, FULL, dtype
             arguments = dtype, FULL, factors, *vectors, *index, tiles, dtype, dtype, factors
