@@ -16,7 +16,7 @@ from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer, residual
-from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
 from dorac.notices import listed
 from dorac.targets import named_places
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from dorac import ranks
 from dorac.apply import bare, dora_layers, reshard
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
-from dorac.nn.norm_cache import Keeper
+from dorac.nn.keeper import Keeper
 
 _WRITTEN = (
     "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "

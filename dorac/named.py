@@ -11,7 +11,7 @@ from dorac import checks, offload
 from dorac.apply import bare, refuse_offloaded_as_parts, require_layers, reshard, saved_modules
 from dorac.names import Pattern, plain_name
 from dorac.nn import DoraLayer, norm_cache, shelf, starts
-from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
 from dorac.nn.shelf import Shelved
 from dorac.undo import Undo
 
