@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import eager, linear
+from dorac.ops.linear_leaves import LORA_B_RANK
 
 KERNELS = ("norm", "up", "backward", "lora-b-backward", "mlp", "mlp-backward", "form", "stack-form")
 SEGMENTS = ("segment-compose", "segment-product", "segment-backward")  # asked for by name
@@ -141,7 +142,7 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
     """Also the pass without lora_B's gradient and that product alone, which it has to beat."""
     from dorac.kernels import backward, configs, target
 
-    if layer.rank > linear.LORA_B_RANK:
+    if layer.rank > LORA_B_RANK:
         return []
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)

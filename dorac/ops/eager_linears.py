@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, front, linear
+from dorac.ops import eager, eager_plan, eager_seen, front, linear_function, linear_leaves
 from dorac.ops.norm import norm_factored
 from dorac.ops.packed_product import Held, backward_dense, forward_dense
 
@@ -37,7 +37,7 @@ TRAINED = (LORA_A, LORA_B, MAGNITUDE)
 class Layer:
     """How one of them is computed."""
 
-    dora: eager.Plan | None  # with a magnitude
+    dora: eager_plan.Plan | None  # with a magnitude
     adapter: int | None  # its place among the adapted ones
     keeps_y: bool = False  # for backward, in place of inner
 
@@ -55,7 +55,7 @@ class Plan:
     casts: bool  # the factors, into one buffer
     sizes: tuple[int, ...]  # in which lie A of all layers, and B of each
     dropout_on: str | None  # None without dropout
-    pack: Callable | None  # see eager.Plan
+    pack: Callable | None  # see eager_plan.Plan
     drop: Callable | None
     in_ops: bool = False  # which modes see
 
@@ -171,7 +171,7 @@ def make_plan(
             if of_layer[NORM] is None:
                 return None
             of_layer = x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]
-        dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
+        dora = eager_plan.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
         if dora is None:
             return None
         layers.append(Layer(dora, place, dora.keeps_y))
@@ -188,8 +188,8 @@ def make_plan(
         casts=casts,
         sizes=(sum(t.numel() for t in factors[::2]), *(t.numel() for t in factors[1::2])),
         dropout_on=dropout_on,
-        pack=eager.bound(pack_launch(x.numel()) if dropout_on else None),
-        drop=eager.bound(drop_launch(x.numel()) if dropout_on else None),
+        pack=eager_plan.bound(pack_launch(x.numel()) if dropout_on else None),
+        drop=eager_plan.bound(drop_launch(x.numel()) if dropout_on else None),
     )
 
 
@@ -290,11 +290,11 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
                     norm = norm_factored(weight, lora_A, lora_B, s)
                 adapter = a_of[layer.adapter], b[layer.adapter], magnitude, norm, s, bias, x_adapter
                 delta = plan.dropout_on == "adapter"
-                y, inner, h = linear.forward(x, weight, *adapter, scalings[i], "fused", True, delta, True)
+                y, inner, h = linear_function.forward(x, weight, *adapter, scalings[i], "fused", True, delta, True)
             else:
-                y = linear._rows(F.linear(x, weight, bias))
+                y = linear_function.rows_of(F.linear(x, weight, bias))
                 if layer.adapter is not None:
-                    h = linear._rows(seen) @ a_of[layer.adapter].t()
+                    h = linear_function.rows_of(seen) @ a_of[layer.adapter].t()
                     y = torch.addmm(y, h, b[layer.adapter].t(), alpha=scalings[i])
             rows.append(y)
             norms.append(norm)
@@ -357,7 +357,7 @@ def _saved(ctx) -> tuple:
     """x, what holds the cast factors, h, the mask's bits; per layer weight, norm, inner or y; its trained tensors."""
     plan, (x, cast, h, mask, *kept) = ctx.plan, ctx.saved_tensors
     kept, saved = kept[: 3 * len(plan.layers)], kept[3 * len(plan.layers) :]
-    rest = iter(saved or eager.unchanged(ctx))
+    rest = iter(saved or eager_seen.unchanged(ctx))
     trained = []
     for layer in plan.layers:
         a, b = (None, None) if layer.adapter is None else (next(rest), next(rest))
@@ -456,7 +456,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
     x, _, h, mask, kept_of, trained = _saved(ctx)
     x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
     h_of, needs_x, dx = h.split(plan.ranks, 1), ctx.needs_input_grad[0], None
-    dropped = None if mask is None else eager._mask(mask, x.shape)
+    dropped = None if mask is None else eager_seen.dropout_mask(mask, x.shape)
 
     def drop(rows):
         return (rows.to(acc) * dropped * ctx.kept_scale).to(dtype)
@@ -483,8 +483,8 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
             d_bias = dy.sum(0, dtype=acc).to(ctx.bias_dtypes[i]) if needs_bias else None
             d_x = dy @ weight if needs_x else None
             if layer.adapter is not None:
-                d_h = linear._scaled(scaling, dy @ b)
-                d_b = linear._scaled(scaling, dy.t() @ h_i)
+                d_h = linear_leaves.scaled(scaling, dy @ b)
+                d_b = linear_leaves.scaled(scaling, dy.t() @ h_i)
                 d_a = d_h.t() @ seen
                 if needs_x:
                     low = d_h @ a
@@ -495,7 +495,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
                 with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
                     base = (seen if delta else x) @ weight.t()
                     inner = (base.to(acc) + scaling * (h_i @ b.t()).to(acc)).to(dtype)
-            d_x, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
+            d_x, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear_function.gradients(
                 (x, weight, a, b, magnitude, norm, scaling, h_i, inner.reshape(-1, weight.shape[0]), x_adapter),
                 (needs_x, False, True, True, True, needs_bias, needs_x and mask is not None),
                 (dtype, dtype, ctx.bias_dtypes[i]),
@@ -508,7 +508,7 @@ def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
             )
             if dx_adapter is not None:
                 d_x = d_x + drop(dx_adapter)
-        dx = linear._sum(dx, d_x)
+        dx = linear_function.added(dx, d_x)
         d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
         grads += None, d_a, d_b, d_m, d_bias, None
     return None if dx is None else dx.view(ctx.shape), *(None,) * 5, *grads

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, front, linear, mlp
+from dorac.ops import eager, eager_plan, eager_seen, front, linear_leaves, mlp
 from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _trained_as_usual
 from dorac.ops.packed_product import Held, backward_dense, forward_dense
 
@@ -41,7 +41,7 @@ class Plan:
     dtype: torch.dtype  # of the products
     autocast: str | None  # the device type for which it is on
     activation: str
-    dora: tuple[eager.Plan | None, ...]  # of gate, up and down, with a magnitude
+    dora: tuple[eager_plan.Plan | None, ...]  # of gate, up and down, with a magnitude
     ranks: tuple[int, int, int]  # 0 without factors
     casts: bool  # the factors, into one buffer
     size: int  # of which, in elements
@@ -155,7 +155,7 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
             return None  # nothing before z has a gradient
     ranks = tuple(0 if layer[LORA_A] is None else layer[LORA_A].shape[0] for layer in layers)
     features, tokens = layers[UP][WEIGHT].shape[0], x.numel() // x.shape[-1]
-    dora: list[eager.Plan | None] = []
+    dora: list[eager_plan.Plan | None] = []
     for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
         if layer[MAGNITUDE] is None:
             if i == DOWN and layer[BIAS] is not None and layer[BIAS].dtype is not dtype:
@@ -169,7 +169,7 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
             if layer[NORM] is None:
                 return None
             layer = x.new_empty((), dtype=dtype).expand(layer[WEIGHT].shape), *layer[1:]
-        plan = eager.make_plan(seen, *layer, training, None, False, None, of_b)
+        plan = eager_plan.make_plan(seen, *layer, training, None, False, None, of_b)
         if plan is None:
             return None
         dora.append(plan)
@@ -198,11 +198,11 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
         casts=casts,
         size=sum(t.numel() for t in factors),
         inside=bool(config.block_r),
-        join=eager.bound(join),
+        join=eager_plan.bound(join),
         along=along,
         parts=parts,
-        part=eager.bound(launches[0]),
-        add=eager.bound(launches[1]),
+        part=eager_plan.bound(launches[0]),
+        add=eager_plan.bound(launches[1]),
     )
 
 
@@ -367,7 +367,7 @@ def _saved(ctx) -> tuple:
     if ctx.overwritten:  # by a backward pass that raised before its end
         raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     inners, norms, frozen, saved = kept[:3], kept[3:6], kept[6:12], kept[12:]
-    rest = iter(saved or eager.unchanged(ctx))
+    rest = iter(saved or eager_seen.unchanged(ctx))
     layers = []
     for i, norm in enumerate(norms):
         a, b = (next(rest), next(rest)) if plan.ranks[i] else (None, None)
@@ -454,7 +454,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrite
         grads[LORA_B] = eager.wide_mm(dy.t(), h, lora_B.dtype).mul_(scaling)
     elif in_ops:
         s = torch.full((), scaling, dtype=torch.float32, device=dy.device)
-        d_base, grads[MAGNITUDE], d_b = linear.lora_b_backward(dy, inner, magnitude, norm, h, s, False, False)
+        d_base, grads[MAGNITUDE], d_b = linear_leaves.lora_b_backward(dy, inner, magnitude, norm, h, s, False, False)
         grads[LORA_B] = d_b.to(lora_B.dtype)
     else:
         if dy.data_ptr() % 16:
