@@ -1,7 +1,7 @@
 """An MLP of adapted layers in eager on a GPU with kernels, ``down(act(gate(x)) * up(x))``: one ``autograd.Function``.
 
 gate and up are as in ``ops/eager_linears.py``: their factors A follow one another, ``h = x A^T`` is one product. What
-joins the layers is one kernel in either direction (``kernels/mlp.py``):
+joins the layers is one kernel in either direction (``kernels/mlp.py``, ``mlp_backward.py``):
 
 - Forward writes ``inner = x W^T + s h lora_B^T`` of gate and up over the products and keeps these two. z, what goes
   into down, is not kept.
@@ -175,7 +175,8 @@ def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> P
         dora.append(plan)
 
     from dorac.kernels import configs, target
-    from dorac.kernels.mlp import mlp_backward_launches, mlp_launch
+    from dorac.kernels.mlp import mlp_launch
+    from dorac.kernels.mlp_backward import mlp_backward_launches
 
     def strides(factor: Tensor | None) -> tuple[int, int]:
         return (0, 0) if factor is None else (factor.shape[1], 1) if casts else factor.stride()

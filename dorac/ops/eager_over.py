@@ -145,7 +145,7 @@ def make_plan(
     if not all(t.is_contiguous() for t in (base, magnitude, bias, weight_norm) if t is not None):
         return None
 
-    from dorac.kernels import backward, configs, target
+    from dorac.kernels import configs, lora_b, target
     from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.faint import finish_launch
 
@@ -167,7 +167,7 @@ def make_plan(
             read = in_features if form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank, card)
-        strips, launch, add = backward.lora_b_backward_launches(
+        strips, launch, add = lora_b.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )
         if of_y and not read:

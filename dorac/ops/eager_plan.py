@@ -83,7 +83,7 @@ def make_plan(
     if lora_A.shape[0] > LORA_B_RANK:
         return None
 
-    from dorac.kernels import backward, configs, target
+    from dorac.kernels import configs, lora_b, target
     from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.dropout import drop_launch, pack_launch
     from dorac.kernels.norm import needs_split, norm_launches, split_factors
@@ -109,7 +109,7 @@ def make_plan(
 
     @functools.lru_cache(maxsize=16)
     def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...]) -> tuple:
-        strips, *launches = backward.lora_b_backward_launches(
+        strips, *launches = lora_b.lora_b_backward_launches(
             tokens,
             out_features,
             rank,

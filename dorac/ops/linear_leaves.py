@@ -149,7 +149,7 @@ def _scale_backward_cuda(dy, inner, magnitude, weight_norm):
 
 
 def _lora_b_backward_cuda(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled, delta):
-    from dorac.kernels.backward import lora_b_backward
+    from dorac.kernels.lora_b import lora_b_backward
 
     return lora_b_backward(dy, inner, magnitude, weight_norm, h, scaling, h_is_scaled=h_is_scaled, delta=delta)
 
