@@ -1,11 +1,12 @@
 """dorac: DoRA (weight-decomposed low-rank adaptation) for PyTorch, functional and compile-first."""
 
 from dorac import files, functional, nn, ops
-from dorac.apply import apply_dora, merge, unmerge
+from dorac.apply import apply_dora
 from dorac.caching import NormCache, cache_norms
 from dorac.checkpoint import load_adapter, save_adapter
 from dorac.fusing import Fusion, fuse, unfuse
 from dorac.idle import find_idle
+from dorac.merging import merge, unmerge
 from dorac.named import active_adapter, adapters, add_adapter, delete_adapter, set_adapter
 from dorac.outputs import save_outputs
 from dorac.switching import base_model, disabled, set_strength

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import nn
 
 from dorac import lora_config
-from dorac.apply import config_record, saved_modules
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer, residual
-from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
 from dorac.notices import listed
 from dorac.targets import named_places
+from dorac.wrapped import config_record, saved_modules
 
 CONFIG_NAME = "adapter_config.json"
 LARGEST_RANK = 2**31 - 1

@@ -1,30 +1,32 @@
-"""Model surgery: wrap a model's layers with DoRA, freeze the rest, merge."""
+"""Model surgery: wrap a model's layers with DoRA, and freeze the rest."""
 
-import bisect
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dorac import lora_config, notices, offload, pretrained
-from dorac.names import ModuleNames, Names, parents, plain_name
-from dorac.nn import DoraLayer, blocks, layer_class, loading, loftq, merging, starts
+from dorac import lora_config, notices, pretrained
+from dorac.names import ModuleNames, plain_name
+from dorac.nn import DoraLayer, layer_class, loading, loftq
 from dorac.nn.kinds import CONVOLUTIONS
-from dorac.nn.shelf import SHELF_ATTRIBUTE
-from dorac.ops import sharded
-from dorac.targets import Target, find_targets, named_places, peft_layers, with_eva_ranks
+from dorac.targets import Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
+from dorac.wrapped import (
+    SAVED_ATTRIBUTE,
+    bare,
+    config_record,
+    dora_layers,
+    find_saved,
+    refuse_ddp,
+    refuse_tied,
+    replace,
+    saved_modules,
+)
 
 if TYPE_CHECKING:
     import peft
-
-# Where a wrapped model remembers which modules are trained and saved whole.
-SAVED_ATTRIBUTE = "dora_modules_to_save"
-_LEFT_BY_WRAPPING = (SAVED_ATTRIBUTE, lora_config.RECORD_ATTRIBUTE, SHELF_ATTRIBUTE)
 
 
 @lora_config.takes_lora_config
@@ -212,270 +214,3 @@ def wrap(
     setattr(model, SAVED_ATTRIBUTE, saved)
     loading.guard(model)
     pretrained.install(model, saved, SAVED_ATTRIBUTE, log)
-
-
-def replace(model: nn.Module, modules: Mapping[str, nn.Module], log: Undo) -> None:
-    """Puts modules in the places that they are named for."""
-    log.keep_module(*{model.get_submodule(name.rpartition(".")[0]) for name in modules})
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-
-
-def saved_modules(model: nn.Module) -> list[str]:
-    """The names of the modules of a wrapped model, or of parts that were wrapped, that are trained and saved whole."""
-    names = [
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for name in vars(module).get(SAVED_ATTRIBUTE, [])
-    ]
-    return list(dict.fromkeys(names))
-
-
-def config_record(model: nn.Module) -> dict[str, object]:
-    """What the saved config of a wrapped model repeats of the config that it was wrapped with."""
-    return vars(model).get(lora_config.RECORD_ATTRIBUTE, {})
-
-
-def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: bool = True) -> list[str]:
-    """The names of the modules that ``modules_to_save`` means.
-
-    Raises:
-        TypeError: not a list of names.
-        ValueError: an entry that matches nothing (if ``all_needed``), a module that shares a parameter with the rest of
-            the model, or one that is or holds a DoRA layer.
-    """
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
-    Names("modules_to_save", modules_to_save)
-    names = [name for name, _ in model.named_modules() if name]
-    backwards = sorted((name[::-1], place) for place, name in enumerate(names))
-    found = []
-    for ending in modules_to_save:
-        start = ending[::-1]
-        first = place = bisect.bisect_left(backwards, (start,))
-        while place < len(backwards) and backwards[place][0].startswith(start):
-            place += 1
-        if all_needed and place == first:
-            raise ValueError(f"modules_to_save: {ending!r} matches no module")
-        found += [names[index] for index in sorted(index for _, index in backwards[first:place])]
-    _refuse_unsavable(model, found)
-    return found
-
-
-def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
-    """What is trained whole must hold no adapter, lie in none and share no parameter with the rest."""
-    if not found:
-        return
-    layers = list(dora_layers(model))
-    order = {name: place for place, name in enumerate(layers)}
-    within: dict[str, int] = {}  # the first layer in each module
-    for place, layer in enumerate(layers):
-        for name in parents(layer):
-            within.setdefault(name, place)
-    keys: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        keys.setdefault(id(parameter), []).append(key)
-    for name in found:
-        around = [order[parent] for parent in parents(name) if parent in order]
-        if around or name in within:
-            adapted = layers[min([*around, *([within[name]] if name in within else [])])]
-            raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted} is adapted already")
-        own = model.get_submodule(name).parameters()
-        outside = (key for p in own for key in keys[id(p)] if not key.startswith(f"{name}."))
-        if shared := next(outside, None):
-            raise ValueError(
-                f"modules_to_save: {name} shares its weight with {shared}; untie them, or both would be trained"
-            )
-
-
-def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
-    """Writes every adapter into its base weight: ``W' = g * (W + s * lora_B @ lora_A)``.
-
-    A quantised weight is quantised anew, in its own format, with the error that this makes, and kept until the adapter
-    is unmerged or dropped: see :class:`dorac.nn.DoraQuantLinear`.
-
-    Args:
-        model: a model with adapted layers (:class:`dorac.nn.DoraLayer`), or one such layer.
-        unload: also put the plain layers back in place of the wrappers. What is left is the model's own classes, its
-            parameters still frozen but for those in ``modules_to_save``. Adapters that are not active are gone.
-
-    Returns:
-        With ``unload`` the plain model: ``model``, or the plain layer if ``model`` itself is an adapted layer. Else
-        None, since the change is made in place. A ``RuntimeWarning`` names layers whose weight the code of the model
-        can read past their forward: that will see the merged one.
-
-    Raises:
-        ValueError: no adapter in the model; a base weight that another module also uses (tied weights): merging would
-            change both; an adapter that is not finite: it would destroy the base weight; a grouped convolution whose
-            lora_A sees all channels: it has no merged form; a format that cannot be quantised anew here (mxfp4,
-            transformers' float8, int4 without torchao's kernels); a merged weight that overflows its dtype; a base
-            weight that accelerate offloads to disk (on the host it is written). Refused by name.
-            Then, and whatever else is raised, the model is what it was, bit for bit. (For that the base weights are
-            kept until all are written: on their device while half of its free memory holds them, then on the host.)
-    """
-    root, model = model, bare(model)
-    layers = require_layers(model)
-    refuse_offloaded_as_parts(model, layers)
-    reshard(model)
-    for name, layer in layers.items():
-        starts.settle(layer)
-        if reason := layer.cannot_merge():
-            raise ValueError(f"{name or type(layer).__name__}: {reason}")
-    refuse_tied(model, layers.values(), "merging")
-    for name, layer in layers.items():
-        finite = all(p.is_meta or sharded.all_finite(p.detach()) for p in layer.parameters(recurse=False))
-        if not layer.merged and not finite:
-            raise ValueError(
-                f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
-            )
-    notices.warn_read_past_forward(model, layers, merging=True, stacklevel=2)
-    norms = {}
-    for name, layer in layers.items():
-        if not layer.merged:
-            with _blaming(name, layer):
-                norms[name] = merging.decide_merge(layer)
-    with Undo() as log:
-        for name, layer in layers.items():
-            if not layer.merged:
-                with _blaming(name, layer):
-                    merging.write_merged(layer, norms.pop(name), log)
-        if unload:
-            _unload(model, layers, log)
-            return layers[""].base_layer if "" in layers else root  # in the block: nothing raises once it has ended
-        log.keep_module(model)
-        loading.guard(model)
-        return None
-
-
-@contextlib.contextmanager
-def _blaming(name: str, layer: DoraLayer) -> Iterator[None]:
-    """Names the layer in what is said of its values."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name or type(layer).__name__}: {error}") from None
-
-
-def _unload(model: nn.Module, layers: Mapping[str, DoraLayer], log: Undo) -> None:
-    """Puts the base layers in the places of their wrappers, and takes what wrapping left on the modules."""
-    if "" in layers:
-        return
-    replace(model, {name: layer.base_layer for name, layer in layers.items()}, log)
-    blocks.restore(model.modules(), log)
-    for module in model.modules():
-        left = [name for name in _LEFT_BY_WRAPPING if name in vars(module)]
-        if left or loading.is_guarded(module) or pretrained.is_installed(module):
-            log.keep_module(module)
-            for name in left:
-                delattr(module, name)
-            loading.unguard(module)
-            pretrained.remove(module)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Takes every merged adapter out of its base weight again, to ``2 eps * max(|V|, |W|)``; a quantised one exactly.
-
-    Raises:
-        ValueError: no adapter in the model; a layer with rows of g = 0, which cannot be restored (named). Then, and
-            whatever else is raised, the model is what it was.
-    """
-    layers = {name: layer for name, layer in require_layers(bare(model)).items() if layer.merged}
-    refuse_offloaded_as_parts(bare(model), layers)
-    reshard(bare(model))
-    for name, layer in layers.items():
-        with _blaming(name, layer):
-            merging.decide_unmerge(layer)
-    with Undo() as log:
-        for name, layer in layers.items():
-            if layer.merged:  # not yet unmerged under another name
-                with _blaming(name, layer):
-                    merging.write_unmerged(layer, log)
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The module itself inside ``torch.compile``, ``DataParallel``, DDP: surgery and checkpoints go by its names."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def refuse_ddp(model: nn.Module) -> None:
-    """An adapter cannot join a model that DDP holds already."""
-    if isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model is in DistributedDataParallel, which would not synchronise the new parameters: adapt the model "
-            "first, then put it there"
-        )
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 has gathered: after a forward some parameters are still copies, and writes to them get lost."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-
-
-def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
-    """The DoRA layers of a model by name; one that is held in several places has several names."""
-    return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
-
-
-def refuse_offloaded_as_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> None:
-    """The values of such layers are there only while an outer module runs."""
-    reasons = offload.inside_others(model)
-    for name in layers:
-        if name in reasons:
-            raise ValueError(f"{name} {reasons[name]}")
-
-
-def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
-    """The DoRA layers of a model by name; a ``ValueError`` if there is none."""
-    layers = dora_layers(model)
-    if not layers:
-        if found := peft_layers(model):
-            raise ValueError(
-                f"{found[0]} is adapted by PEFT: call save_pretrained, merge_adapter, unmerge_adapter, "
-                "merge_and_unload or set_adapter of the PEFT model"
-            )
-        raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
-    return layers
-
-
-def _memory(parameter: Tensor) -> tuple[str, int]:
-    """Where the parameter's memory begins (of a DTensor, this rank's shard), or which it is if it has none."""
-    local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
-    if local.numel() and not local.is_meta and (address := local.data_ptr()):  # 0: it consists of other tensors
-        return "address", address
-    return "id", id(parameter)
-
-
-def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
-    """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
-    paths: dict[DoraLayer, list[str]] = {}
-    layers = set(layers)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in layers:
-            paths.setdefault(module, []).append(f"{name}." if name else "")
-    names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
-    memories: dict[int, tuple[str, int]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        originals = offload.originals(module)
-        for key, parameter in module.named_parameters(recurse=False):
-            kept = originals.get(key)
-            memories[id(parameter)] = memory = _memory(parameter if kept is None else kept)
-            names.setdefault(memory, []).append(f"{prefix}.{key}".lstrip("."))
-    for layer, prefixes in paths.items():
-        for weight in layer.base_weights():
-            attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
-            tied = next((n for n in names[memories[id(weight)]] if not n.startswith(tuple(prefixes))), None)
-            if tied is not None:
-                own = f"layer.base_layer.{attribute}"
-                raise ValueError(
-                    f"{prefixes[0]}base_layer.{attribute} is tied to {tied}: {deed} would change both. Give the "
-                    f"layer a {attribute} of its own first ({own} = nn.Parameter({own}.clone()))"
-                )

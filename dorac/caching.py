@@ -13,9 +13,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils.hooks import RemovableHandle
 
 from dorac import ranks
-from dorac.apply import bare, dora_layers, reshard
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
-from dorac.nn.norm_cache import Keeper
+from dorac.nn.keeper import Keeper
+from dorac.wrapped import bare, dora_layers, reshard
 
 _WRITTEN = (
     "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "

@@ -7,10 +7,10 @@ from functools import partial
 
 from torch import nn
 
-from dorac.apply import bare
 from dorac.hooks import unhooked
 from dorac.nn import DoraLinear, blocks, linear4bit, shared
 from dorac.undo import Undo
+from dorac.wrapped import bare
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dorac import offload
-from dorac.apply import bare, require_layers
 from dorac.dense import not_dense
 from dorac.nn import DoraLayer, shared
 from dorac.ops import sharded
+from dorac.wrapped import bare, require_layers
 
 # Operations that take no more of a tensor than its shape, dtype and device.
 _PROTOTYPE = re.compile(r"aten::(\w+_like|new_\w+)")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dorac import checks, offload
-from dorac.apply import bare, refuse_offloaded_as_parts, require_layers, reshard, saved_modules
 from dorac.names import Pattern, plain_name
 from dorac.nn import DoraLayer, norm_cache, shelf, starts
-from dorac.nn.layer import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
 from dorac.nn.shelf import Shelved
 from dorac.undo import Undo
+from dorac.wrapped import bare, refuse_offloaded_as_parts, require_layers, reshard, saved_modules
 
 
 def adapters(model: nn.Module) -> list[str]:

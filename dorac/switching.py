@@ -10,10 +10,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from dorac import checks
-from dorac.apply import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
 from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
 from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.undo import Undo
+from dorac.wrapped import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ PRIVATE = {
         "torch._C._DisableTorchDispatch",
         "torch.utils._python_dispatch.TorchDispatchMode",
     ),
-    "nn/norm_cache.py and ops/collectives.py read a tensor's place and how often it was written, past what "
+    "nn/moments.py and ops/collectives.py read a tensor's place and how often it was written, past what "
     "subclasses say: look for the class that torch.Tensor inherits from": (
         "torch._C.TensorBase._version.__get__",
         "torch._C.TensorBase.data_ptr",

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from dorac import functional, reference
 from dorac.bench import kernel_times, measure, options, stub
 from dorac.bench.__main__ import SUBCOMMANDS, main
-from dorac.kernels import backward, compose, configs, norm, target
+from dorac.kernels import backward, compose, configs, lora_b, norm, target
 from dorac.kernels.configs import (
     ColumnConfig,
     LoraBConfig,
@@ -250,7 +250,7 @@ def test_plans_are_made_for_the_card(monkeypatch):
             seen.append((choose.__name__, args[-1]))
             return choose(*args)
 
-        for module in (configs, compose, norm, backward):
+        for module in (configs, compose, norm, backward, lora_b):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, recorded)
 

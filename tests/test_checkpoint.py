@@ -20,6 +20,7 @@ from torch import nn
 import dorac
 from dorac import checkpoint
 from dorac.apply import dora_layers, saved_modules
+from dorac.checkpoint.tensors import adapter_tensors
 from dorac.nn import DoraLinear
 
 # What PEFT says about an adapted language-model head.
@@ -596,7 +597,7 @@ def test_an_interrupted_save_leaves_the_previous_adapter(error, tmp_path, monkey
         path.write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", torn)
+    monkeypatch.setattr(checkpoint.saving, "save_file", torn)
     with pytest.raises(error):
         dorac.save_adapter(tiny(), tmp_path)
     assert contents(tmp_path) == before
@@ -1258,7 +1259,7 @@ def test_a_damaged_file_is_refused_or_read_as_it_is(saved, edit, tied, wrapped):
             assert_unchanged(model, before)
         else:
             tensors = load_file(directory / WEIGHTS)
-            mine = checkpoint._adapter_tensors(model, dora_layers(model))
+            mine = adapter_tensors(model, dora_layers(model))
             assert mine.keys() == tensors.keys()
             assert all(torch.equal(mine[key], tensors[key].to(mine[key].dtype)) for key in mine)
             config = json.loads((directory / CONFIG).read_text())

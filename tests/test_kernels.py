@@ -18,11 +18,12 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dorac.kernels import configs
-from dorac.kernels.backward import compose_backward, lora_b_backward
+from dorac.kernels.backward import compose_backward
 from dorac.kernels.cast import cast_launch
 from dorac.kernels.compose import compose
 from dorac.kernels.dropout import BLOCK, drop_launch, pack_launch
 from dorac.kernels.launch import Launch, LaunchError
+from dorac.kernels.lora_b import lora_b_backward
 from dorac.kernels.norm import row_norm, row_norms
 from dorac.kernels.target import CARDS
 

@@ -654,7 +654,7 @@ def test_files_go_to_peft_and_back(tmp_path):
         torch.testing.assert_close(theirs(x), alone[name](x))
 
 
-FILES = ("dorac/named.py", "dorac/nn/shelf.py", "dorac/nn/norm_cache.py", "dorac/checkpoint.py")
+FILES = ("dorac/named.py", "dorac/nn/shelf.py", "dorac/nn/norm_cache.py", "dorac/nn/moments.py", "dorac/checkpoint/")
 
 
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.full)])

@@ -298,7 +298,7 @@ def test_a_merge_that_fails_midway(first, brought_in):
 @pytest.mark.full
 @pytest.mark.parametrize("first", ["dispatch", "adapt"])
 def test_a_merge_that_fails_anywhere(first):
-    files = ("dorac/apply", "dorac/nn/merging", "dorac/functional/merge")
+    files = ("dorac/merging", "dorac/wrapped", "dorac/nn/merging", "dorac/functional/merge")
     model, _ = pair("cpu_offload", first=first)
     model.eval()
     check = unchanged(model)

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
-from dorac.kernels.packed_norm import has_kernel, packed_row_norm
+from dorac.kernels.packed_forms import has_kernel
+from dorac.kernels.packed_norm import packed_row_norm
 from dorac.kernels.target import CARDS
 
 S = 0.7

@@ -160,12 +160,12 @@ def test_kept_norms_follow(kind, write):
 
 @pytest.mark.parametrize("kind", SOME)
 def test_a_norm_is_taken_once(kind, monkeypatch):
-    from dorac.peft import dora
+    from dorac.peft import dora_linear
 
     taken = []
     for name in ("norm_factored", "norm_factored_conv"):
-        function = getattr(dora.functional, name)
-        monkeypatch.setattr(dora.functional, name, lambda *a, f=function, **k: (taken.append(1), f(*a, **k))[1])
+        function = getattr(dora_linear.functional, name)
+        monkeypatch.setattr(dora_linear.functional, name, lambda *a, f=function, **k: (taken.append(1), f(*a, **k))[1])
     _, ours = twins(kind)
     ours.eval()
     with DoraCaching():

@@ -6,7 +6,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.library import opcheck
 
 from dorac import functional, reference
-from dorac.ops import eager, front, linear
+from dorac.ops import eager, front, linear, linear_function
 from dorac.testing import Budget, layer_budgets, linear_inputs, rounded
 
 ROUTES = ("separate", "accumulate", "fused")
@@ -240,7 +240,7 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
 def test_a_scaled_product_reads_nothing_but_its_factors(rows, dynamic):
     """What the GEMM is given to add, and must not: a row of the right factor, or zeros where none is known to be."""
     left, right = torch.randn(3, rows), torch.randn(rows, 4)
-    compiled = torch.compile(linear._scaled_product, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(linear_function.scaled_product, fullgraph=True, dynamic=dynamic)
     y = compiled(left, right, torch.tensor(1.5), 1.5, False)
     torch.testing.assert_close(y, 1.5 * (left @ right))
 

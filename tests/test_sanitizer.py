@@ -12,8 +12,9 @@ SCRIPT = """
 import dataclasses, itertools, torch
 from dorac.functional import Projection, dora_mlp
 from dorac.kernels import configs, segments
-from dorac.kernels.backward import compose_backward, lora_b_backward
+from dorac.kernels.backward import compose_backward
 from dorac.kernels.compose import compose
+from dorac.kernels.lora_b import lora_b_backward
 from dorac.kernels.norm import row_norm, row_norms
 from dorac.kernels.mixed import mixed
 from dorac.kernels.stack_norm import stack_norm

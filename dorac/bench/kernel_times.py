@@ -12,7 +12,8 @@ from dorac import functional, packed
 from dorac.bench import compose, measure, peers, report
 from dorac.kernels import configs
 from dorac.kernels.target import Target
-from dorac.ops import cards, linear
+from dorac.ops import cards
+from dorac.ops.linear_leaves import LORA_B_RANK
 
 # Tokens, out and in; hidden and inner features of the MLP.
 SIZES = {"cuda": (4096, 8192, 8192, 4096, 14336), "cpu": (16, 64, 128, 64, 96)}
@@ -93,7 +94,7 @@ def _cases(rank: int, args: argparse.Namespace) -> Iterator[Case]:
     yield Case("up", lambda: compose.up_compose_forward(inputs), copied=3 * activation, flops=product)
     yield Case("compose", lambda: compose.compose_forward(inputs), copied=4 * activation)
     yield Case("backward", lambda: compose.scale_backward(inputs), copied=3 * activation)
-    if rank <= linear.LORA_B_RANK:
+    if rank <= LORA_B_RANK:
         with_b = functools.partial(compose.lora_b_backward, inputs)
         yield Case("lora-b-backward", with_b, copied=3 * activation, flops=product)
     # Each of the three frozen layers: its product and that with its gradient; six with the factors.

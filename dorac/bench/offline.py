@@ -20,14 +20,17 @@ from dorac.kernels import (
     configs,
     dropout,
     faint,
+    lora_b,
     mixed,
     mlp,
+    mlp_backward,
     norm,
     packed_norm,
     segments,
     stack_norm,
 )
 from dorac.kernels.launch import ASSERTS, Launch
+from dorac.kernels.packed_forms import Form
 from dorac.kernels.target import Target
 
 # A tensor's dtype, a descriptor's dtype and block, a number, or None.
@@ -146,15 +149,15 @@ def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Ite
     byte, float8, groups = torch.uint8, torch.float8_e4m3fn, inner // 64 * 4
     of_blocks = {"strides": (0, groups, 1, 0)}
     forms = [  # each with the weight's seven pieces
-        (packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks), (byte, FULL, byte, None, FULL, FULL, FULL)),
-        (packed_norm.Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None)),
-        (packed_norm.Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None)),
-        (packed_norm.Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None)),
+        (Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks), (byte, FULL, byte, None, FULL, FULL, FULL)),
+        (Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None)),
+        (Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None)),
+        (Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None)),
     ]
     if configs.why_no_packed(target, float8=True) is None:
-        form = packed_norm.Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
+        form = Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
         forms += [
-            (packed_norm.Form("number", "float16"), (float8, None, FULL, None, None, None, None)),
+            (Form("number", "float16"), (float8, None, FULL, None, None, None, None)),
             (form, (byte, None, float8, None, None, FULL, None)),
         ]
     for form, pieces in forms:
@@ -216,7 +219,7 @@ def _lora_b_backward(target: Target, rank: int, tokens: int, out: int, inner: in
     config, rows = configs.lora_b_config(tokens, out, rank, target), (out, 1)
     for of_y in (False, True):
         strides = rows, rows, (rank, 1), *(((inner, 1), (inner, 1), (rank, 1)) if of_y else ())
-        _, launch, add = backward.lora_b_backward_launches(
+        _, launch, add = lora_b.lora_b_backward_launches(
             tokens, out, rank, strides, config, scale_b=True, in_features=inner if of_y else None
         )
         others = (HALF,) * 3 if of_y else (None,) * 3
@@ -238,7 +241,7 @@ def _mlp(target: Target, rank: int, tokens: int, features: int, _: int) -> Itera
 def _mlp_backward(target: Target, rank: int, tokens: int, features: int, _: int) -> Iterator[tuple]:
     config = configs.mlp_backward_config(tokens, features, rank, target)
     inside = bool(config.block_r)
-    _, launch, add = mlp.mlp_backward_launches(
+    _, launch, add = mlp_backward.mlp_backward_launches(
         tokens, features, (rank,) * 3, (inside,) * 3, (False, False), "silu", config
     )
     of_layer, d_h, z = (FULL, FULL, None), HALF if inside else None, None if inside else HALF
@@ -250,7 +253,7 @@ def _mlp_backward(target: Target, rank: int, tokens: int, features: int, _: int)
 
 def _packed_faint(_: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
     columns = inner // 64
-    form = packed_norm.Form("bnb_4bit", "bfloat16", 2, 32, 256, strides=(0, columns, 1, 0))
+    form = Form("bnb_4bit", "bfloat16", 2, 32, 256, strides=(0, columns, 1, 0))
     launch = faint.finish_launch(tokens, out, 64 * columns, rank, 2, form, (out, 1), (rank, 1))
     pieces = torch.uint8, FULL, torch.uint8, None, FULL, FULL, FULL
     yield "bnb_4bit", None, (), launch, (FULL, FULL, HALF, FULL, FULL, HALF, 2.0, HALF, HALF, *pieces, FULL, HALF)

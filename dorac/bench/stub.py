@@ -8,9 +8,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dorac.kernels import backward, compose, faint, mixed, mlp, norm, packed_norm, segments, stack_norm, target
+from dorac.kernels import (
+    backward,
+    compose,
+    faint,
+    lora_b,
+    mixed,
+    mlp,
+    mlp_backward,
+    norm,
+    packed_norm,
+    segments,
+    stack_norm,
+    target,
+)
 from dorac.kernels.launch import Launch
 from dorac.ops import eager, front, library
+
+_LAUNCHERS = backward, compose, faint, lora_b, mixed, mlp, mlp_backward, norm, packed_norm, segments, stack_norm
 
 
 @contextlib.contextmanager
@@ -44,7 +59,7 @@ def _forget() -> None:
     torch._dynamo.reset()
     eager.forget_plans()
     Launch.known.clear()
-    for module in (backward, compose, faint, mixed, mlp, norm, packed_norm, segments, stack_norm):
+    for module in _LAUNCHERS:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.bench import against_lora, measure, model, options, peers, report
 from dorac.ops import eager, linear
+from dorac.ops.linear_leaves import LORA_B_RANK
 
 KERNELS = ("norm", "up", "backward", "lora-b-backward", "mlp", "mlp-backward", "form", "stack-form")
 SEGMENTS = ("segment-compose", "segment-product", "segment-backward")  # asked for by name
@@ -139,9 +140,9 @@ def _with_products(chosen, rows: tuple[int, ...], stages: tuple[int, ...]) -> li
 
 def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """Also the pass without lora_B's gradient and that product alone, which it has to beat."""
-    from dorac.kernels import backward, configs, target
+    from dorac.kernels import backward, configs, lora_b, target
 
-    if layer.rank > linear.LORA_B_RANK:
+    if layer.rank > LORA_B_RANK:
         return []
     inner, h, norm, scaling = _activations(layer, args)
     dy = torch.randn_like(inner)
@@ -150,7 +151,7 @@ def _lora_b_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[d
 
     def call(config):
         tensors = dy, inner, layer.magnitude, norm, h, scaling
-        return lambda: backward.lora_b_backward(*tensors, h_is_scaled=True, config=config)
+        return lambda: lora_b.lora_b_backward(*tensors, h_is_scaled=True, config=config)
 
     def apart():
         d_inner, _, _ = backward.compose_backward(dy, inner, layer.magnitude, norm)
@@ -205,7 +206,8 @@ def _mlp(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, obj
 
 def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict[str, object]]:
     """The way back, each candidate with the products that it leaves to cuBLAS."""
-    from dorac.kernels import configs, mlp, target
+    from dorac.kernels import configs, target
+    from dorac.kernels.mlp_backward import mlp_backward_launches
 
     up, h_up, norm, _ = _activations(layer, args)
     rank, ranks = layer.rank, (layer.rank,) * 3
@@ -228,7 +230,7 @@ def _mlp_backward(layer: peers.Layer, args: argparse.Namespace) -> Iterable[dict
 
     def call(config):
         inside = bool(config.block_r)
-        shape, launch, add = mlp.mlp_backward_launches(*up.shape, ranks, (inside,) * 3, (False, False), "silu", config)
+        shape, launch, add = mlp_backward_launches(*up.shape, ranks, (inside,) * 3, (False, False), "silu", config)
         parts = torch.empty(shape, device=up.device)
         of_layer = layer.magnitude, norm, None
         d_up, z = (dz, None) if inside else (torch.empty_like(up), dz)

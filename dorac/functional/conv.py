@@ -148,121 +148,90 @@ def _border(
     return [(p, p) for p in _per_dimension(padding, len(kernel))]
 
 
-def _dora_conv(
-    dimensions: int,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    padding_mode: str,
-    weight_norm: Tensor | None,
-    norm_grad: bool,
-    dropout_p: float,
-    dropout_on: str,
-    budget: int,
-) -> Tensor:
-    checks.check_conv(dimensions, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, groups)
-    checks.check_geometry(dimensions, stride, padding, dilation, padding_mode)
-    stride, dilation = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
-    border = _border(padding, weight.shape[2:], dilation)
-    checks.check_extent(x, weight, border, dilation, padding_mode)
-    scaling = checks.check_scaling(scaling)
-    dropout_p = checks.check_dropout(dropout_p)
-    checks.check_dropout_on(dropout_on)
-    budget = checks.check_budget(budget)
-    checks.check_norm_grad(norm_grad, weight_norm)
+def _layer(dimensions: int, doc: str):
+    """``dora_conv1d``, ``2d`` or ``3d``, whose signature is stated here, once."""
 
-    conv = _CONV[dimensions]
-    s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
-    if weight_norm is None:
-        weight_norm = norm_factored_conv(weight, lora_A, lora_B, s, groups=groups, norm_grad=norm_grad, budget=budget)
-    g = magnitude_scale(magnitude, weight_norm)
-    if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone, and would cast x twice
-        x, weight, lora_A, lora_B = (
-            t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
-        )
-    unbatched = x.ndim == dimensions + 1
-    x = x.unsqueeze(0) if unbatched else x
-    x_adapter = F.dropout(x, dropout_p) if dropout_p else x
-    padding = [before for before, _ in border]
-    if padding_mode != "zeros" or any(before != after for before, after in border):
-        # Here once; a convolution with unequal zeros before and after would copy its input by itself, each of them.
-        amounts = [amount for pair in reversed(border) for amount in pair]
-        mode = "constant" if padding_mode == "zeros" else padding_mode
-        padded = F.pad(x, amounts, mode=mode)
-        x_adapter = F.pad(x_adapter, amounts, mode=mode) if dropout_p else padded
-        x, padding = padded, 0
+    def dora_conv(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None = None,
+        *,
+        scaling: float | Tensor,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        weight_norm: Tensor | None = None,
+        norm_grad: bool = False,
+        dropout_p: float = 0.0,
+        dropout_on: str = "adapter",
+        budget: int = DEFAULT_BUDGET,
+    ) -> Tensor:
+        checks.check_conv(dimensions, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, groups)
+        checks.check_geometry(dimensions, stride, padding, dilation, padding_mode)
+        stride, dilation = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)
+        border = _border(padding, weight.shape[2:], dilation)
+        checks.check_extent(x, weight, border, dilation, padding_mode)
+        scaling = checks.check_scaling(scaling)
+        dropout_p = checks.check_dropout(dropout_p)
+        checks.check_dropout_on(dropout_on)
+        budget = checks.check_budget(budget)
+        checks.check_norm_grad(norm_grad, weight_norm)
 
-    def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
-        return conv(input, filters, bias, stride, padding, dilation, groups)
+        conv = _CONV[dimensions]
+        s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+        if weight_norm is None:
+            weight_norm = norm_factored_conv(
+                weight, lora_A, lora_B, s, groups=groups, norm_grad=norm_grad, budget=budget
+            )
+        g = magnitude_scale(magnitude, weight_norm)
+        if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone, and would cast x twice
+            x, weight, lora_A, lora_B = (
+                t if t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B)
+            )
+        unbatched = x.ndim == dimensions + 1
+        x = x.unsqueeze(0) if unbatched else x
+        x_adapter = F.dropout(x, dropout_p) if dropout_p else x
+        padding = [before for before, _ in border]
+        if padding_mode != "zeros" or any(before != after for before, after in border):
+            # Here once; a convolution with unequal zeros before and after would copy its input by itself, each of them.
+            amounts = [amount for pair in reversed(border) for amount in pair]
+            mode = "constant" if padding_mode == "zeros" else padding_mode
+            padded = F.pad(x, amounts, mode=mode)
+            x_adapter = F.pad(x_adapter, amounts, mode=mode) if dropout_p else padded
+            x, padding = padded, 0
 
-    # Not for the compiler: torch 2.11's convolution takes no bias whose tangent is an expanded zero.
-    delta = dropout_p and dropout_on == "adapter"
-    holds_bias = not (delta or torch.compiler.is_compiling()) and takes_bias(x, bias)
-    base = filtered(x_adapter if delta else x, weight, groups, finite_part(bias) if holds_bias else None)
-    h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
-    lora = conv(h, lora_B, groups=groups)
-    if delta:
-        y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
-    else:
-        s = s.to(accumulate_dtype(base, lora, g))
-        y = ops.compose.compose(base, lora, g, s, bias, False, 1, holds_bias)
-    return y.squeeze(0) if unbatched else y
+        def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
+            return conv(input, filters, bias, stride, padding, dilation, groups)
 
+        # Not for the compiler: torch 2.11's convolution takes no bias whose tangent is an expanded zero.
+        delta = dropout_p and dropout_on == "adapter"
+        holds_bias = not (delta or torch.compiler.is_compiling()) and takes_bias(x, bias)
+        base = filtered(x_adapter if delta else x, weight, groups, finite_part(bias) if holds_bias else None)
+        h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
+        lora = conv(h, lora_B, groups=groups)
+        if delta:
+            y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
+        else:
+            s = s.to(accumulate_dtype(base, lora, g))
+            y = ops.compose.compose(base, lora, g, s, bias, False, 1, holds_bias)
+        return y.squeeze(0) if unbatched else y
 
-def dora_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    weight_norm: Tensor | None = None,
-    norm_grad: bool = False,
-    dropout_p: float = 0.0,
-    dropout_on: str = "adapter",
-    budget: int = DEFAULT_BUDGET,
-) -> Tensor:
-    """:func:`dora_conv2d` in one dimension: x ``[N, in, L]`` or ``[in, L]``, weight ``[out, in/G, k]``."""
-    adapter = (lora_A, lora_B, magnitude, bias, scaling)
-    geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(1, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)
+    dora_conv.__name__ = dora_conv.__qualname__ = f"dora_conv{dimensions}d"
+    dora_conv.__doc__ = doc
+    return dora_conv
 
 
-def dora_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    weight_norm: Tensor | None = None,
-    norm_grad: bool = False,
-    dropout_p: float = 0.0,
-    dropout_on: str = "adapter",
-    budget: int = DEFAULT_BUDGET,
-) -> Tensor:
+dora_conv1d = _layer(
+    1, ":func:`dora_conv2d` in one dimension: x ``[N, in, L]`` or ``[in, L]``, weight ``[out, in/G, k]``."
+)
+
+dora_conv2d = _layer(
+    2,
     """A convolution with DoRA: ``y = g * (conv(x, W) + s * conv_1x1(conv(x, lora_A), lora_B)) + b``.
 
     ``g = m / n`` per output channel, n from :func:`norm_factored_conv`. lora_A runs with the stride, padding, dilation
@@ -292,33 +261,9 @@ def dora_conv2d(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; channels or a rank that ``groups`` does not
             divide; a kernel larger than the padded x; padding "same" with a stride; an unknown padding mode; a scaling
             that is not finite; a dropout outside [0, 1), another ``dropout_on``.
-    """
-    adapter = (lora_A, lora_B, magnitude, bias, scaling)
-    geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(2, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)
+    """,
+)
 
-
-def dora_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    weight_norm: Tensor | None = None,
-    norm_grad: bool = False,
-    dropout_p: float = 0.0,
-    dropout_on: str = "adapter",
-    budget: int = DEFAULT_BUDGET,
-) -> Tensor:
-    """:func:`dora_conv2d` in three dimensions: x ``[N, in, D, H, W]``, weight ``[out, in/G, kD, kH, kW]``."""
-    adapter = (lora_A, lora_B, magnitude, bias, scaling)
-    geometry = (stride, padding, dilation, groups, padding_mode)
-    return _dora_conv(3, x, weight, *adapter, *geometry, weight_norm, norm_grad, dropout_p, dropout_on, budget)
+dora_conv3d = _layer(
+    3, ":func:`dora_conv2d` in three dimensions: x ``[N, in, D, H, W]``, weight ``[out, in/G, kD, kH, kW]``."
+)

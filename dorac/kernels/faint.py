@@ -1,6 +1,6 @@
 """The end of the backward pass where y is kept in place of inner, over a packed weight.
 
-``d_m = colsum(dy * y) / m`` (``kernels/backward.py``) says nothing of a row with m = 0, or of another whose g is too
+``d_m = colsum(dy * y) / m`` (``kernels/lora_b.py``) says nothing of a row with m = 0, or of another whose g is too
 small for y to tell it. For such rows ``inner = x W^T + s h lora_B^T`` is computed again, from the packed storage:
 slowly, and hardly ever. The kernel that adds up the strips does that too; where there is one strip it is all it does,
 and a program without such a row ends at once.
@@ -13,9 +13,9 @@ import functools
 import triton
 import triton.language as tl
 
-from dorac.kernels.backward import FAINT
 from dorac.kernels.launch import Launch, cdiv
-from dorac.kernels.packed_norm import Form
+from dorac.kernels.of_y import FAINT
+from dorac.kernels.packed_forms import Form
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, number, product, strip_sum
 

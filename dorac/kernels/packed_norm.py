@@ -8,7 +8,6 @@ are taken one after the other, since a sum of squares asks for no order.
 Legend: E experts, O out_features, C stored columns (bytes of a row), R rank, S column splits.
 """
 
-import dataclasses
 import functools
 
 import torch
@@ -21,6 +20,7 @@ from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.norm import SHRINK, finish_kernel, in_registers, row_length, split_factors
+from dorac.kernels.packed_forms import Form, described
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, number, product
 
@@ -289,74 +289,6 @@ def packed_norm_kernel(
     tl.store(out_ptr + target, row_length(square_O, shrunk_O), mask=rows_O < O)
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """The kernel's constants that a format is made of, and the strides of its scales."""
-
-    name: str
-    dtype: str
-    halves: int = 1
-    group: int = 1 << 30
-    nested: int = 0
-    rows: int = 1
-    swizzled: bool = False
-    strides: tuple[int, int, int, int] = (0, 1, 0, 0)  # expert, row, block; of the scale of scales
-
-
-def described(weight: packed.Packed) -> tuple[Form, tuple[Tensor | None, ...]] | None:
-    """How the kernel reads a weight: its form and the seven pieces. None: it does not."""
-    kind, dtype = type(weight), str(weight.dtype).removeprefix("torch.")
-    *experts, _, in_features = weight.shape
-    codes, scale, none = weight.codes, weight[1], None
-    if not codes.is_contiguous():
-        return None
-    if kind is packed.Bnb4bit:
-        nested, block = weight.nested_blocksize, weight.blocksize
-        if in_features % block or nested & (nested - 1):
-            return None  # blocks reach over the end of a row
-        form = Form("bnb_4bit", dtype, 2, block // 2, nested, strides=(0, in_features // block, 1, 0))
-        return form, (codes.view(torch.uint8), weight.code, scale, none, *weight[3 : weight.PIECES])
-    if kind is packed.BnbInt8:
-        return Form("bnb_int8", dtype), (codes, none, scale, none, none, none, none)
-    if kind is packed.Scaled8bit:
-        block = weight.block_columns
-        whole = block >= in_features
-        if (block & (block - 1) and not whole) or not _alike(weight.zero, scale):
-            return None
-        strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], 0
-        form = Form("number", dtype, 1, 1 << 30 if whole else block, rows=weight.block_rows, strides=strides)
-        return form, (codes, none, scale, weight.zero, none, none, none)
-    if kind is packed.TorchaoInt4:
-        block = weight.block
-        if block & (block - 1) or not _alike(weight.zero, scale):
-            return None
-        strides = scale.stride(0) if experts else 0, scale.stride(-1), scale.stride(-2), 0
-        form = Form("int4", dtype, 2, block // 2, strides=strides)
-        return form, (codes.view(torch.uint8), none, scale, weight.zero, none, none, none)
-    if kind is packed.Mxfp4:
-        strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], 0
-        return Form("mxfp4", dtype, 2, 16, strides=strides), (codes, none, scale, none, none, none, none)
-    if kind is packed.Nvfp4:
-        whole = weight.tensor_scale
-        of_whole = 1 if whole is not None and whole.ndim else 0
-        if weight.swizzled:
-            strides = 0, -(-in_features // 64), 1, of_whole
-        else:
-            strides = scale.stride(0) if experts else 0, *scale.stride()[-2:], of_whole
-        form = Form("nvfp4", dtype, 2, 8, swizzled=bool(weight.swizzled), strides=strides)
-        return form, (codes.view(torch.uint8), none, scale, none, none, whole, none)
-    return None
-
-
-def _alike(zero: Tensor | None, scale: Tensor) -> bool:
-    return zero is None or zero.stride() == scale.stride()
-
-
-def has_kernel(weight: packed.Packed) -> bool:
-    """Whether the kernel reads this weight."""
-    return described(weight) is not None
-
-
 def arranged(lora_A: Tensor) -> Tensor:
     """lora_A's even columns before its odd ones, for bytes of two numbers."""
     return lora_A.unflatten(-1, (lora_A.shape[-1] // 2, 2)).mT.contiguous().flatten(-2)
@@ -368,7 +300,7 @@ def packed_row_norm(
     """``||W + s * lora_B @ lora_A||`` per row.
 
     Args:
-        weight: a packed weight that :func:`has_kernel` takes.
+        weight: a packed weight that :func:`dorac.kernels.packed_forms.has_kernel` takes.
         lora_A: ``[(E,) r, in]``. lora_B: ``[(E,) out, r]``. float32 ones are split (``kernels/norm.py``).
         scaling: a number, or one element on the device.
         config: how to launch; None takes :func:`packed_norm_config`'s.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dorac import functional, offload
 from dorac.functional.conv import spans_groups
 from dorac.nn import offloaded
-from dorac.nn.layer import DoraLayer, not_stock
+from dorac.nn.layer import DoraLayer
+from dorac.nn.stock import not_stock
 from dorac.ops import sharded
 
 

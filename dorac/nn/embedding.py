@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dorac import functional, offload
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.nn import offloaded
-from dorac.nn.layer import DoraLayer, not_stock
+from dorac.nn.layer import DoraLayer
+from dorac.nn.stock import not_stock
 
 
 def is_scaled(module: nn.Embedding) -> bool:

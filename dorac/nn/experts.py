@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dorac import functional, offload, packed
 from dorac.nn import offloaded
-from dorac.nn.layer import DoraLayer, not_stock
+from dorac.nn.layer import DoraLayer
+from dorac.nn.stock import not_stock
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"

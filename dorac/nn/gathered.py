@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dorac import packed
 from dorac.nn import norm_cache
-from dorac.nn.norm_cache import Keeper, Moment
+from dorac.nn.keeper import Keeper
+from dorac.nn.moments import Moment, version
 from dorac.ops import front, sharded
 
 
@@ -36,7 +37,7 @@ class Parts:
         self.states = self._of()
 
     def _of(self) -> list[int | None]:
-        return [norm_cache.version(t) for t in self.watched]
+        return [version(t) for t in self.watched]
 
     def passed(self) -> bool:
         """Whether they have been written to since."""
@@ -58,7 +59,7 @@ class GatheredMoment(Moment):
     __slots__ = ()
 
     def _of(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-        return tuple([norm_cache.version(tensors[i]) for i in self.places])
+        return tuple([version(tensors[i]) for i in self.places])
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         return self._of(tensors) != self.state

@@ -1,61 +1,27 @@
 """``DoraLayer``: what every adapted layer has: a frozen base layer, two factors, a magnitude, merge and unmerge."""
 
 import inspect
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_parameter_registration_hooks as _registration_hooks
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional, magnitudes, offload
-from dorac.dense import not_dense
 from dorac.nn import merging, norm_cache, starts
+from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
+from dorac.nn.initialised import Initialised
+from dorac.nn.keeper import NOTHING_KEPT
+from dorac.nn.reads_base import ReadsBase
 from dorac.nn.shelf import Shelved
+from dorac.nn.stated import Stated, after_load
 from dorac.nn.switched import Switched
-from dorac.numerics import FLOAT_DTYPES
-from dorac.ops import sharded
 from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
     from dorac.nn.tensor_parallel import Lasting, Shards
-
-MIXED = (
-    "{} is adapted by dorac already: adapt a model either with dorac.apply_dora or through PEFT, or call "
-    "dorac.merge(model, unload=True) first"
-)
-
-
-def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` rank-stabilised (arXiv 2312.03732)."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] = ("weight",)) -> str | None:
-    """Why an adapted layer cannot stand for ``module`` and its weights although it is a ``stock``; None if it can."""
-    kind = type(module).__name__
-    bias = getattr(module, "bias", None)
-    for name in (*weights, "bias") if isinstance(bias, Tensor) else weights:
-        tensor = getattr(module, name)
-        if isinstance(tensor, nn.parameter.UninitializedParameter):
-            return f"{kind} is lazy and has no {name} yet: run one batch first"
-        if reason := not_dense(tensor):
-            return f"the {name} of {kind} {reason}"
-        if tensor.dtype not in FLOAT_DTYPES:
-            return f"{kind} has a {name} of {tensor.dtype}, dequantise it first"
-        if sharded.any_sharded(tensor):
-            return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
-        if parametrize.is_parametrized(module, name):
-            return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
-    if type(module).forward is not stock.forward or offload.has_own_forward(module):
-        return f"{kind} has a forward of its own, which the adapted layer would not run"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
-    return None
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -64,7 +30,7 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return own[name] if name in own else getattr(module, name)  # parametrised, or FSDP's
 
 
-class DoraLayer(Switched, nn.Module):
+class DoraLayer(Switched, Initialised, ReadsBase, Stated):
     """A frozen base layer with its adapter. A subclass names its parameters, sees its weight as a matrix and runs.
 
     The factors and the magnitude are trained; the magnitude is float32 (float64 for a float64 layer) and stays so under
@@ -103,8 +69,6 @@ class DoraLayer(Switched, nn.Module):
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
     # What merging has taken out of the base layer, where it is not written in place: see DoraQuantLinear.
     replaced_base: nn.Module | None = None
-    # Until then, and while copies are made, what is read and set is the wrapper's own.
-    _is_built = False
 
     @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
@@ -184,7 +148,7 @@ class DoraLayer(Switched, nn.Module):
         # The norm before the merge while the base weight holds the merged one: what unmerging needs. Neither norm is a
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
-        vars(self).update(norm_cache.NOTHING_KEPT)
+        vars(self).update(NOTHING_KEPT)
         self.shards: Shards | None = None  # how dorac.parallel has spread it
         self.lasting: Lasting | None = None  # see tensor_parallel.py
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
@@ -193,7 +157,7 @@ class DoraLayer(Switched, nn.Module):
         self.magnitude_loaded = False
         self.emptied = self.emptied_sharded = False
         self.loading = starts.Loading()
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(after_load)
         self.reset_parameters()
         if weight.is_meta:
             starts.wait(self)
@@ -201,47 +165,6 @@ class DoraLayer(Switched, nn.Module):
     def _adopt(self, base_layer: nn.Module) -> None:
         """Takes the layer in, with what forward needs to know of it."""
         self.base_layer = base_layer
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new factors and sets the magnitude to the norm, so that g = 1; refused while merged."""
-        if self.merged:
-            raise ValueError("the adapter is merged; unmerge it before resetting its parameters")
-        if "initial_lora_A" in self._parameters:
-            raise ValueError("the adapter began as a part of its base weight, which a new one would not bring back")
-        with Undo() as log:
-            self.keep_norm(log)
-            with offload.written(log, self), offload.onloaded(self.base_layer):
-                self._reset_parameters(log)
-
-    def _reset_parameters(self, log: Undo) -> None:
-        starts.materialise(self)
-        log.keep(*self.parameters(recurse=False))
-        self._draw_factors()
-        self._reset_magnitudes()
-        starts.after_reset(self)
-        norm_cache.refresh([self])
-
-    def _reset_magnitudes(self) -> None:
-        """Sets the magnitude to the norm."""
-        norm = sharded.whole(self._norm()).view(self.lora_magnitude_vector.shape)
-        self.lora_magnitude_vector.copy_(sharded.like(norm, self.lora_magnitude_vector))
-
-    def _draw_factors(self) -> None:
-        """Draws the factors anew."""
-        lora_A, lora_B = (getattr(self, name) for name in list(self.PEFT_KEYS)[:2])
-        self._draw(lora_A, lora_B)
-
-    def _draw(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """lora_A Kaiming-uniform or, if asked for, normal with deviation 1/r; lora_B zero, or Kaiming-uniform."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(lora_B)
 
     def _matrix(self) -> Tensor:
         """The base weight as the ``[out, in]`` matrix that the norm is taken of: a view where there is one."""
@@ -340,51 +263,9 @@ class DoraLayer(Switched, nn.Module):
         """The base layer's weight, for code that asks a layer for its dtype or device."""
         return self.base_layer.weight
 
-    def __getattr__(self, name: str) -> object:
-        """What a layer has not itself is its base layer's, if that is a public value: geometry, sizes, flags.
-
-        Parameters, modules and methods of the base layer are not: they would go past the adapter.
-        """
-        own = self.__dict__
-        if "_modules" in own:  # nn.Module's lookup, written out: forward comes here for every parameter
-            parameters, modules, buffers = own["_parameters"], own["_modules"], own["_buffers"]
-            if name in parameters:
-                return parameters[name]
-            if name in modules:
-                return modules[name]
-            if name in buffers:
-                return buffers[name]
-            if self._base_has(name):
-                return getattr(self.base_layer, name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """What is read off the base layer is set there, so that forward sees it."""
-        parameters = self.__dict__.get("_parameters")
-        if parameters and name in parameters and isinstance(value, nn.Parameter) and not _registration_hooks:
-            parameters[name] = value  # FSDP2 comes here for each parameter, four times a step
-            self.__dict__["lasting"] = None
-            return
-        if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
-            raise TypeError(MIXED.format(type(self).__name__))
-        if self._base_has(name) and name not in self.__dict__ and not hasattr(type(self), name):
-            setattr(self.base_layer, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _base_has(self, name: str) -> bool:
-        """Whether the base layer has a public value of this name, that is no parameter or buffer of the wrapper."""
-        if not self._is_built or name.startswith("_") or name in self._parameters or name in self._buffers:
-            return False
-        base = self.base_layer
-        if not hasattr(base, name):
-            return False
-        value = getattr(base, name)
-        return not isinstance(value, (nn.Parameter, nn.Module)) and not callable(value)
-
     @property
     def cannot_cache(self) -> str | None:
-        """See norm_cache.Keeper."""
+        """See keeper.Keeper."""
         return offload.UNKEPT if offload.is_on_disk(self.base_layer) or offload.is_on_disk(self) else None
 
     @property
@@ -467,84 +348,12 @@ class DoraLayer(Switched, nn.Module):
             raise TypeError(f"{name} must be a number or a 0-d float tensor, got an nn.Parameter: give a tensor of it")
         super().register_parameter(name, param)
 
-    def refuse_loading(self, name: str, state_dict: Mapping[str, object]) -> None:
-        """Raises if the layer, called ``name``, is offloaded, or its base weight is not what the state dict is over.
-
-        That is so where it is merged, or a residual (see :mod:`dorac.nn.residual`) and the state dict of none, or of
-        another.
-        """
-        if self.merged:
-            raise ValueError(f"{name or type(self).__name__} is merged; unmerge it before loading a state dict")
-        if offload.is_offloaded(self):
-            raise ValueError(f"{name or type(self).__name__}: {offload.LOAD_BEFORE}")
-        if "initial_lora_A" in self._parameters:
-            self._refuse_other_residual(name, state_dict)
-
-    def _refuse_other_residual(self, name: str, state_dict: Mapping[str, object]) -> None:
-        keys = {key: f"{name}.{key}".lstrip(".") for key in ("base_layer.weight", "initial_lora_A", "initial_lora_B")}
-        weight, *initial = (key in state_dict for key in keys.values())
-        if weight and not initial[0]:
-            raise ValueError(
-                f"{name or type(self).__name__} began as a part of its base weight, which the state dict holds whole: "
-                "load base weights before the model is adapted"
-            )
-        if weight or not all(initial):
-            return
-        for key in ("initial_lora_A", "initial_lora_B"):
-            own, given = self._parameters[key].detach(), state_dict[keys[key]]
-            if not isinstance(given, Tensor) or own.is_meta or given.is_meta:  # torch says what is wrong, if it is
-                continue
-            own, given = sharded.whole(own), sharded.whole(given)
-            if own.shape == given.shape and not torch.equal(own, given.to(own.device, own.dtype)):
-                raise ValueError(
-                    f"{name or type(self).__name__} began as another part of its base weight than the state dict is "
-                    "over, which does not hold that weight: call dorac.load_adapter(model, directory) first, which "
-                    "takes out what the adapter in the directory began as"
-                )
-
-    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
-        """As any module, all or nothing."""
-        from dorac.nn.loading import keep_all  # which imports this module
-
-        with Undo() as log:
-            keep_all(self, state_dict, assign, log)
-            return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """Loads the layer's own tensors, all or none of them; those of its base layer follow."""
-        self.refuse_loading(prefix.rstrip("."), state_dict)
-        self._widen_magnitudes()
-        self.lasting = None  # torch may swap what it was made of
-        starts.before_load(self, state_dict, prefix)
-        errors = len(error_msgs)
-        with Undo() as log:
-            log.keep_module(self)
-            log.keep(*self.parameters(recurse=False))
-            norm_cache.suspend([self])
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            if len(error_msgs) > errors:
-                log.roll_back()
-                norm_cache.suspend([self])
-                self.loading.all, self.loading.magnitude = False, self.magnitude_loaded  # nothing was loaded
-
     def _keep_parts(self) -> None:
         """See :class:`dorac.nn.tensor_parallel.Lasting`."""
         if self.shards is not None:
             from dorac.nn.tensor_parallel import keep_parts  # which imports torch.distributed
 
             keep_parts(self)
-
-    def __getstate__(self) -> dict:
-        """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | norm_cache.NOTHING_KEPT | {"lasting": None}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.switch(disabled=False)
 
     def extra_repr(self) -> str:
         dropout = f"lora_dropout={self.lora_dropout:g}"
@@ -554,31 +363,3 @@ class DoraLayer(Switched, nn.Module):
         which = f"{self.adapter_name} of {', '.join(self.adapters)}" if len(self.adapters) > 1 else None
         adapters = f", adapter={which}" if which else ""
         return f"r={self.r}, scaling={self.scaling:g}{strength}, {dropout}, merged={self.merged}{adapters}"
-
-
-def _after_load(layer: DoraLayer, incompatible_keys: object) -> None:
-    """After ``load_state_dict`` of the layer or of what holds it."""
-    starts.after_load(layer)
-    layer._keep_parts()
-    norm_cache.refresh([layer])
-
-
-def check_hyperparameters(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
-) -> tuple[int, float, float]:
-    """Refuses what :class:`DoraLayer` cannot be built with; r, lora_alpha and lora_dropout as Python's numbers."""
-    r, lora_alpha = checks.python_number(r), checks.python_number(lora_alpha)
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r must be an integer, got {r!r}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
-        raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
-    lora_dropout = checks.check_dropout(lora_dropout, "lora_dropout")
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
-    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype}")
-    return r, lora_alpha, lora_dropout

@@ -10,8 +10,9 @@ from torch.compiler import is_dynamo_compiling
 from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
 from dorac.nn import offloaded, shared
-from dorac.nn.layer import DoraLayer, not_stock, parameter
+from dorac.nn.layer import DoraLayer, parameter
 from dorac.nn.norm_cache import known_norm
+from dorac.nn.stock import not_stock
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dorac import packed
 from dorac.nn import norm_cache, shared
+from dorac.nn.keeper import Keeper
 from dorac.ops import front
 from dorac.ops.packed_product import Held
 
@@ -51,7 +52,7 @@ def takes(layer: nn.Module | None, x: Tensor) -> bool:
 
 
 def weight_for(
-    layer: nn.Module, x: Tensor, keeper: norm_cache.Keeper | None = None, norm: Tensor | None = None
+    layer: nn.Module, x: Tensor, keeper: Keeper | None = None, norm: Tensor | None = None
 ) -> Held | packed.Bnb4bit | None:
     """The packed weight of a layer that takes x, for a block; None where the layer makes another dense one of it.
 

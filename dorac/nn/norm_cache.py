@@ -6,7 +6,7 @@ memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only
 forward uses; everywhere else the forward takes its own, as without a cache.
 
 Other writes are looked for where the host runs. An eager forward compares where its tensors lie and their versions with
-those that the norm was taken of (:class:`Moment`), and takes the norm anew after any difference. A write through
+those that the norm was taken of (:mod:`~dorac.nn.moments`), and takes it anew after any difference. A write through
 ``.data`` leaves no trace in either, so the norm is *in doubt* after what such writes come with: train() and eval(), an
 optimizer that steps copies. An eager forward in doubt takes it anew; compiled code may not write to the layer (a region
 of activation checkpointing would refuse) and has a second graph, which takes its own norm until a refresh.
@@ -17,160 +17,25 @@ of activation checkpointing would refuse) and has a second graph, which takes it
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
+from dorac.nn.keeper import NOTHING_KEPT, Keeper
+from dorac.nn.moments import Moment, PackedMoment, plainly
 from dorac.ops import front, sharded
 from dorac.ops.norm import row_norms
 from dorac.ops.packed_product import Held
-
-
-class Keeper(Protocol):
-    """Whose norm is kept: a :class:`dorac.nn.DoraLayer`, or one adapter of a layer of PEFT's.
-
-    It has the attributes of :data:`NOTHING_KEPT`, and they are all that is written here.
-    """
-
-    norm_grad: bool
-    norm_budget: int
-    scaling: float | Tensor  # and _scaling, the same
-    merged: bool  # or in another state in which no norm can be taken
-    cannot_cache: str | None  # why no norm can be kept, beside what is asked of all
-
-    def base_weights(self) -> Sequence[Tensor]: ...
-
-    def norm_inputs(self) -> tuple[Tensor, ...]:
-        """The base weights and, of each, its two factors."""
-
-    def norm_operands(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The matrix and the factors, None where the norm is not that of one dense matrix."""
-
-    def packed_base(self) -> nn.Module | None:
-        """The module of which :func:`dorac.packed.stored` has the pieces of the base weight; None for a dense one."""
-
-    def _norm(self) -> Tensor: ...
-
 
 STALE = (
     "the cached norm of {} is stale: its weight, factors or scaling changed by other means than an optimizer's step, "
     "load_state_dict or load_adapter; call refresh() of the norm cache after such a change"
 )
-# What copies and pickles of a layer hold. They take their own norm, since no optimizer of theirs is known.
-NOTHING_KEPT = {
-    "caches_norm": False,  # whether the norm is cached
-    "cached_norm": None,
-    "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
-    "cached_scaling": None,  # the scaling that it was taken with
-    "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
-    "gathered": None,  # the gathered.Parts of what FSDP2 makes whole, see there; None: it doesn't
-    "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
-    "norm_in_doubt": False,  # whether compiled code takes its own
-    "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
-    "norm_traced": False,  # whether there is compiled code that uses it
-    "check_cached_norm": False,  # whether forward compares it
-    "shelved_norms": None,  # what of this adapters that are not active have, by name: see shelve()
-}
-
 # The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
 kept_layers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-class Moment:
-    """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
-
-    __slots__ = ("grad_mode", "places", "state", "storages")
-
-    def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
-        self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
-        self.state = self._of(tensors)
-        self.storages = [weakref.ref(_part(tensors[i]).untyped_storage()) for i in self.places]
-        self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
-
-    def _of(self, tensors: Sequence[Tensor]) -> tuple:
-        """Flat: what lies apart in memory takes its time in every forward."""
-        tensors = [tensors[i] for i in self.places]
-        try:
-            state = *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
-        except RuntimeError:  # of a tensor of inference mode, which has no version
-            state = *map(_address, tensors), *map(version, tensors), *map(_strides, tensors)
-        if state and not state[0]:  # of DTensors, which have no memory of their own: see _part
-            parts = [*map(_part, tensors)]
-            state += *map(_address, parts), *map(version, parts)
-        return state
-
-    def passed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors have been written to since; others may follow them."""
-        # Where a storage lies that is alive, no other one does.
-        return self._of(tensors) != self.state or None in [storage() for storage in self.storages]
-
-    def in_other_grad_mode(self) -> bool:
-        """Whether gradients are on where they were off in the last forward, or the other way round.
-
-        Not so where a checkpointed forward, which ran without, runs again within backward.
-        """
-        grad_mode = torch.is_grad_enabled()
-        if self.grad_mode is None:
-            self.grad_mode = grad_mode
-        return grad_mode != self.grad_mode and not front.in_backward()
-
-
-_address, _strides = torch._C.TensorBase.data_ptr, torch._C.TensorBase.stride
-_written = torch._C.TensorBase._version.__get__
-
-
-class PackedMoment(Moment):
-    """That of a packed weight, whose pieces are asked of the module that holds them each time, and its factors."""
-
-    __slots__ = ("pieces",)
-
-    def __init__(
-        self, tensors: Sequence[Tensor], grad_mode: bool | None, base: nn.Module, earlier: "Moment | None"
-    ) -> None:
-        weight, *factors = tensors
-        with plainly():
-            stored = packed.stored(base)
-            lasts = type(earlier) is PackedMoment and earlier.pieces.base() is base
-            lasts = lasts and not earlier.pieces.replaced(weight, stored)
-            self.pieces = earlier.pieces if lasts else Pieces(weight, base, stored)
-            super().__init__([weight, *stored, *factors], grad_mode)
-
-    def passed(self, tensors: Sequence[Tensor]) -> bool:
-        weight, *others = tensors
-        if (base := self.pieces.base()) is None:
-            return True
-        stored = packed.stored(base)
-        return self.pieces.differ(weight, stored) or super().passed([weight, *stored, *others])
-
-
-plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer slowly through their __torch_function__
-
-
-class Pieces(Moment):
-    """That of a packed weight alone, and what was found in it: they last longer than its factors.
-
-    What is written to the weight as a whole counts in its own version, not in that of its pieces.
-    """
-
-    __slots__ = ("base", "count", "held", "version")
-
-    def __init__(self, weight: Tensor, base: nn.Module, stored: list[Tensor]) -> None:
-        super().__init__([weight, *stored])
-        self.count, self.base = len(stored), weakref.ref(base)
-        self.version = None if _has_memory(weight) else version(weight)  # else its state has it
-        self.held: Held | None = None  # the weight; None: not looked at yet
-
-    def differ(self, weight: Tensor, stored: list[Tensor]) -> bool:
-        """Whether these are more or fewer, or the weight was written to as a whole where that is not in its state."""
-        return len(stored) != self.count or (self.version is not None and version(weight) != self.version)
-
-    def replaced(self, weight: Tensor, stored: list[Tensor]) -> bool:
-        """Whether the weight or a piece of it has been written to, or another one stands in its place."""
-        return self.differ(weight, stored) or self.passed([weight, *stored])
 
 
 def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) -> Held | packed.Packed | None:
@@ -185,24 +50,6 @@ def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) ->
     if pieces.held is None:
         pieces.held = Held(packed.of(base))
     return pieces.held
-
-
-def version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # inference tensors have none
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """What has the tensor's memory: of a DTensor this rank's part, which counts its writes in a version of its own."""
-    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether the tensor is one of its own; what others hold is their affair."""
-    kind = type(_part(tensor))
-    return kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 SHARDED = (

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import norm_cache
-from dorac.nn.norm_cache import Keeper, Moment
+from dorac.nn.keeper import Keeper
+from dorac.nn.moments import Moment
 
 _REASON = "accelerate brings the weights of this layer in and takes them away again, which a graph cannot hold"
 _Originals = Mapping[nn.Module, Mapping[str, Tensor | None]]

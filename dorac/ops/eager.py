@@ -22,10 +22,8 @@ mode may be over a checkpoint's forward alone, or over its recomputation.
 Legend: T tokens, I in_features, O out_features, R rank.
 """
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -33,30 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
-from dorac.ops import front, linear
+from dorac.ops import front, linear_function
+from dorac.ops.eager_plan import make_plan
+from dorac.ops.eager_seen import seen_gradients, unchanged
 from dorac.ops.norm import norm_factored
 
 PLANS = 4096  # kept; beyond, all are dropped
 plans: dict[tuple, object] = {}  # by all that they depend on; None where tensors are not computed here
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """How layers of certain metadata are computed."""
-
-    dtype: torch.dtype  # of the products
-    casts_factors: bool
-    cast: Callable | None  # of the factors and what they become in the dtype of the products; None: torch casts them
-    dropout_on: str | None  # None without dropout
-    keeps_y: bool  # for backward, in place of inner
-    autocast: str | None  # the device type for which it is on
-    norm: tuple | None  # what splits the factors, column splits, launch, finish; None where the norm is given
-    compose: Callable  # of base, h, lora_B, magnitude, norm, scaling, bias, y and inner, which it writes
-    backward: Callable[[tuple, tuple], tuple]  # of dy's strides, and for y those of weight and lora_B: strips, launches
-    scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
-    pack: Callable | None  # of dropout's mask, a byte an element, and its bits, which it writes
-    drop: Callable | None  # of rows, bits, 1 / (1 - p) and the result, which may be the rows
-    in_ops: bool = False  # which modes see
 
 
 def dora_linear(
@@ -186,106 +167,6 @@ def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
     )
 
 
-def bound(launch):
-    from dorac.kernels.launch import Bound
-
-    return None if launch is None else Bound(launch)
-
-
-def make_plan(
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    magnitude,
-    bias,
-    weight_norm,
-    training: bool,
-    dropout_on: str | None,
-    save_output: bool,
-    of_h: tuple[int, int] | None = None,
-    of_b: tuple[int, int] | None = None,
-) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here.
-
-    Args:
-        of_h, of_b: strides of h and of lora_B in the dtype of the products, where whoever asks makes these.
-    """
-    given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
-    if weight.ndim != 2 or not x.numel() or not weight.numel():
-        return None
-    if not front.all_eager(*given) or not front.has_kernels(*given):
-        return None
-    autocast = front.autocast_dtype(x)
-    dtype = autocast or weight.dtype
-    casts_factors = lora_A.dtype is not dtype
-    if dtype.itemsize != 2 or weight.dtype is not dtype or (casts_factors and autocast is None):
-        return None
-    if not all(t.is_contiguous() for t in (magnitude, bias, weight_norm) if t is not None):
-        return None
-    if lora_A.shape[0] > linear.LORA_B_RANK:
-        return None
-
-    from dorac.kernels import backward, configs, target
-    from dorac.kernels.compose import compose_launch, composer
-    from dorac.kernels.dropout import drop_launch, pack_launch
-    from dorac.kernels.norm import needs_split, norm_launches, split_factors
-
-    (out_features, in_features), rank, tokens = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
-    activation, h, b = (out_features, 1), of_h or (rank, 1), of_b or torch.empty_like(lora_B, dtype=dtype).stride()
-    card = target.of(x)
-    config = configs.tile_config(tokens, out_features, rank, dtype, dtype, card)
-    delta = dropout_on == "adapter"
-    keeps_y = training and save_output and bias is None and not delta
-    flags = {"has_norm": True, "has_bias": bias is not None, "delta": delta, "split": False}
-    flags |= {"want_inner": training and not keeps_y}
-    launch = functools.partial(compose_launch, tokens, out_features, (activation, h, b), rank, config, **flags)
-    norm = None
-    if weight_norm is None:
-        split, of_norm, strides = None, rank, (lora_A.stride(), lora_B.stride())
-        if needs_split(weight.dtype, lora_A.dtype):
-            split, of_norm, strides = split_factors, 3 * rank, ((in_features, 1), (3 * rank, 1))
-        sizes = 1, out_features, in_features, of_norm
-        strides = tuple((0, *pair) for pair in (weight.stride(), *strides))
-        splits, *launches = norm_launches(*sizes, strides, configs.norm_config(*sizes, weight.dtype, card))
-        norm = split, splits, *map(bound, launches)
-
-    @functools.lru_cache(maxsize=16)
-    def backward_launches(strides: tuple[int, int], of_y: tuple[tuple[int, int], ...]) -> tuple:
-        strips, *launches = backward.lora_b_backward_launches(
-            tokens,
-            out_features,
-            rank,
-            (strides, activation, h, *(((in_features, 1), *of_y) if of_y else ())),
-            configs.lora_b_config(tokens, out_features, rank, card),
-            scale_b=True,
-            delta=delta,
-            in_features=in_features if of_y else None,
-        )
-        return strips, *map(bound, launches)
-
-    @functools.lru_cache(maxsize=16)
-    def scale_b_launch(strides: tuple[int, int]) -> Callable:
-        flags = {"has_norm": True, "has_bias": False, "delta": False, "split": False, "want_inner": False}
-        strides, config = (strides[::-1], None, None), configs.pointwise_config(rank)
-        return bound(compose_launch(rank, out_features, strides, None, config, **flags, descriptors=False))
-
-    return Plan(
-        dtype=dtype,
-        casts_factors=casts_factors,
-        cast=cast_of(lora_A, lora_B) if casts_factors else None,
-        dropout_on=dropout_on,
-        keeps_y=keeps_y,
-        autocast=None if autocast is None else x.device.type,
-        norm=norm,
-        compose=composer(config, launch) if config.descriptors else bound(launch(descriptors=False)),
-        backward=backward_launches,
-        scale_b=scale_b_launch,
-        pack=bound(pack_launch(x.numel()) if dropout_on else None),
-        drop=bound(drop_launch(x.numel()) if dropout_on else None),
-    )
-
-
 def without_autocast(forward: Callable) -> Callable:
     """``forward(plan, ...)``, whose norms would not be float32's under autocast, and which makes the casts itself."""
 
@@ -315,13 +196,6 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_adapter, 
     if delta:
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return y, lora_A, lora_B, norm, h, inner
-
-
-def cast_of(lora_A: Tensor, lora_B: Tensor) -> Callable | None:
-    from dorac.kernels.cast import cast_launch
-
-    contiguous = lora_A.is_contiguous() and lora_B.is_contiguous()
-    return bound(cast_launch(lora_A.numel(), lora_B.numel())) if contiguous else None
 
 
 def cast_factors(plan, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +230,7 @@ def _forward_in_ops(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, x_ad
             norm = norm_factored(weight, lora_A, lora_B, s)
         lora_A, lora_B = lora_A.to(plan.dtype), lora_B.to(plan.dtype)
         tensors = x, weight, lora_A, lora_B, magnitude, norm, s, bias, x_adapter
-        rows = linear.forward(*tensors, scaling, "fused", True, plan.dropout_on == "adapter", training)
+        rows = linear_function.forward(*tensors, scaling, "fused", True, plan.dropout_on == "adapter", training)
     # Nobody has these, so that y is no view, which autograd would not let a consumer write to.
     y, inner, h = (torch.ops.aten._unsafe_view(t, (*x.shape[:-1], t.shape[1])) for t in rows)
     return y, lora_A, lora_B, norm, h, inner
@@ -408,7 +282,7 @@ class Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 12
         if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
-            return _seen_gradients(ctx, dy)
+            return seen_gradients(ctx, dy)
         if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return Linear.backward(ctx, dy)
@@ -487,18 +361,6 @@ def scaled_b(plan, b, magnitude, norm) -> Tensor:
 _apply = super(torch.autograd.Function, Linear).apply
 
 
-def unchanged(ctx) -> tuple[Tensor, Tensor, Tensor]:
-    """The trained parameters, which are not saved: each saved tensor costs time, most of all under a checkpoint."""
-    trained, versions = ctx.trained, ctx.versions
-    if [t._version for t in trained] != versions:
-        tensor, version = next(pair for pair in zip(trained, versions, strict=True) if pair[0]._version != pair[1])
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-            f"parameter {list(tensor.shape)} of a DoRA layer is at version {tensor._version}; expected {version}"
-        )
-    return trained
-
-
 def share_memory(left: Tensor, right: Tensor) -> bool:
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
@@ -508,60 +370,3 @@ def wide_mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is left.dtype:
         return torch.mm(left, right)
     return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else torch.mm(left, right).to(dtype)
-
-
-def _mask(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Dropout's mask of its bits, as zeros and ones, in aten."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unsqueeze(1) >> places).bitwise_and(1).flatten()[: shape.numel()].view(shape)
-
-
-def _seen_gradients(ctx, dy):
-    """The gradients where they are differentiated again, or a mode looks on.
-
-    Where they are differentiated, h and inner are computed again, in aten: then every tensor is connected to what it
-    was computed of.
-    """
-    if front.autocast_dtype(dy) is not None:
-        with front.autocast_off(dy):
-            return _seen_gradients(ctx, dy)
-    x, weight, _, _, norm, h, inner, bits, *trained = ctx.saved_tensors
-    lora_A, lora_B, magnitude = trained or unchanged(ctx)
-    dtype, acc, delta = ctx.plan.dtype, torch.float32, ctx.plan.dropout_on == "adapter"
-    x, h, inner = (t.reshape(-1, t.shape[-1]) for t in (x, h, inner))
-    if bits is not None:
-        mask = _mask(bits, x.shape)
-
-    def dropped(rows):
-        return (rows.to(acc) * mask * ctx.kept_scale).to(dtype)
-
-    x_adapter = None if bits is None else dropped(x)
-    seen = x if bits is None else x_adapter
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
-    scaling = torch.full((), ctx.scaling, dtype=acc, device=x.device)
-    again, of_y = torch.is_grad_enabled(), ctx.plan.keeps_y
-    if again:
-        h = seen @ a.t()
-    if again or of_y:
-        # Where y is kept, the kernel takes no product for inner: a counter of operations is not to count one.
-        hides = of_y and not again and front.seen_by_modes_alone()
-        with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
-            base = (seen if delta else x) @ weight.t()
-            inner = (base.to(acc) + scaling * (h @ b.t()).to(acc)).to(dtype)
-    needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
-    dx, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
-        (x, weight, a, b, magnitude, norm, scaling, h, inner, x_adapter),
-        (needs_x, False, True, True, True, needs_bias, needs_x and bits is not None),
-        (dtype, dtype, ctx.bias_dtype),
-        (dy.reshape(-1, weight.shape[0]), None, None),
-        number=ctx.scaling,
-        path="fused",
-        eager=True,
-        dropped=bits is not None,
-        delta=delta,
-    )
-    if dx_adapter is not None:
-        dx = dx + dropped(dx_adapter)
-    dx = None if dx is None else dx.view(ctx.shape)
-    d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
-    return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6

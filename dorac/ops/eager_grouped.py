@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.numerics import accumulate_dtype
-from dorac.ops import by_expert, eager, front
+from dorac.ops import by_expert, eager, eager_plan, front
 from dorac.ops.grouped import grouped_linear, grouped_outer, grouped_product, rows_by_expert
 from dorac.ops.grouped_compose import grouped_compose, grouped_compose_backward, grouped_compose_forward
 from dorac.ops.take import sum_by_index
@@ -144,12 +144,12 @@ def make_plan(
     def product(length, strides, **flags):
         config = configs.segment_product_config(*sizes, length, rank, half, factor, card)
         splits, *launches = segments.segment_product_launches(*sizes, length, rank, strides, config, wide=wide, **flags)
-        return splits, *map(eager.bound, launches)
+        return splits, *map(eager_plan.bound, launches)
 
     def compose(length, strides, each):
         config = configs.segment_tile_config(*sizes, length, rank, factor, half, card)
         flags = {"delta": False, "split": wide, "each": each, "stride_norm": stride_norm}
-        return eager.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
+        return eager_plan.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
 
     def backward(length, strides, *, magnitudes):
         config = configs.segment_backward_config(rows, length, rank, half, factor, card)
@@ -161,7 +161,7 @@ def make_plan(
             "stride_norm": stride_norm,
         }
         strips, *launches = segments.segment_backward_launches(*sizes, length, rank, strides, config, **flags)
-        return strips, *map(eager.bound, launches)
+        return strips, *map(eager_plan.bound, launches)
 
     def transposed(strides):
         return tuple(strides[i] for i in (0, 2, 1))

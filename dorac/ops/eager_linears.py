@@ -17,7 +17,6 @@ Legend: T tokens, I in_features, O out_features, R the ranks of all layers. A la
 ``weight, lora_A, lora_B, magnitude, bias, weight_norm``.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -25,39 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, front, linear
+from dorac.ops import eager, front, linear_function
+from dorac.ops.eager_linears_plan import BIAS, LORA_A, LORA_B, MAGNITUDE, TENSORS, WEIGHT, Plan, make_plan
+from dorac.ops.eager_linears_seen import saved_of, seen_gradients
 from dorac.ops.norm import norm_factored
 from dorac.ops.packed_product import Held, backward_dense, forward_dense
-
-WEIGHT, LORA_A, LORA_B, MAGNITUDE, BIAS, NORM, TENSORS = range(7)
-TRAINED = (LORA_A, LORA_B, MAGNITUDE)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
-    """How one of them is computed."""
-
-    dora: eager.Plan | None  # with a magnitude
-    adapter: int | None  # its place among the adapted ones
-    keeps_y: bool = False  # for backward, in place of inner
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """How layers of certain metadata are computed."""
-
-    training: bool
-    dtype: torch.dtype  # of the products
-    autocast: str | None  # the device type for which it is on
-    layers: tuple[Layer, ...]
-    adapted: tuple[int, ...]  # places of the adapted ones among the layers
-    ranks: tuple[int, ...]  # of these
-    casts: bool  # the factors, into one buffer
-    sizes: tuple[int, ...]  # in which lie A of all layers, and B of each
-    dropout_on: str | None  # None without dropout
-    pack: Callable | None  # see eager.Plan
-    drop: Callable | None
-    in_ops: bool = False  # which modes see
 
 
 def dora_linears(
@@ -129,75 +100,6 @@ def dora_linears(
     if in_ops:
         plan = dataclasses.replace(plan, in_ops=True)
     return (apply or _apply)(x, x_adapter, mask, 1 / (1 - dropped), scalings, plan, *tensors)
-
-
-def make_plan(
-    x: Tensor, tensors: Sequence[Sequence[Tensor | Held | None]], projections: Sequence[tuple], dropout_on: str
-) -> Plan | None:
-    """The plan for tensors of layers that passed the checks; None if they are not computed here."""
-    given = [x, *(t for of_layer in tensors for t in of_layer if t is not None and type(t) is not Held)]
-    if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
-        return None
-    adapted = [i for i, t in enumerate(tensors) if t[LORA_A] is not None]
-    factors = [tensors[i][k] for i in adapted for k in (LORA_A, LORA_B)]
-    autocast = front.autocast_dtype(x)
-    dtype = autocast or x.dtype
-    casts = any(t.dtype is not dtype for t in factors)
-    if dtype.itemsize != 2 or (casts and autocast is None):
-        return None
-    if any(t[WEIGHT].dtype is not dtype for t in tensors if type(t[WEIGHT]) is not Held):
-        return None
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if training and not all(map(_trained_as_usual, tensors)):
-        return None
-    dropped = {bool(projections[i][TENSORS + 1]) for i in adapted}
-    if len(dropped) > 1 or not adapted:  # frozen layers alone are torch's
-        return None
-    if not any(dropped):
-        dropout_on = None
-    ranks = [tensors[i][LORA_A].shape[0] for i in adapted]
-    layers = []
-    for i, (of_layer, projection) in enumerate(zip(tensors, projections, strict=True)):
-        magnitude, bias = of_layer[MAGNITUDE], of_layer[BIAS]
-        place = adapted.index(i) if i in adapted else None
-        if magnitude is None:
-            if bias is not None and bias.dtype is not dtype:
-                return None
-            layers.append(Layer(None, place))
-            continue
-        of_b = (of_layer[LORA_B].shape[1], 1) if casts else of_layer[LORA_B].stride()
-        save_output = bool(projection[TENSORS + 2])
-        if type(of_layer[WEIGHT]) is Held:
-            if of_layer[NORM] is None:
-                return None
-            of_layer = x.new_empty((), dtype=dtype).expand(of_layer[WEIGHT].shape), *of_layer[1:]
-        dora = eager.make_plan(x, *of_layer, training, dropout_on, save_output, (sum(ranks), 1), of_b)
-        if dora is None:
-            return None
-        layers.append(Layer(dora, place, dora.keeps_y))
-
-    from dorac.kernels.dropout import drop_launch, pack_launch
-
-    return Plan(
-        training=training,
-        dtype=dtype,
-        autocast=None if autocast is None else x.device.type,
-        layers=tuple(layers),
-        adapted=tuple(adapted),
-        ranks=tuple(ranks),
-        casts=casts,
-        sizes=(sum(t.numel() for t in factors[::2]), *(t.numel() for t in factors[1::2])),
-        dropout_on=dropout_on,
-        pack=eager.bound(pack_launch(x.numel()) if dropout_on else None),
-        drop=eager.bound(drop_launch(x.numel()) if dropout_on else None),
-    )
-
-
-def _trained_as_usual(of_layer: Sequence[Tensor | None]) -> bool:
-    weight, lora_A, lora_B, magnitude, _, norm = of_layer
-    if (type(weight) is not Held and weight.requires_grad) or (norm is not None and norm.requires_grad):
-        return False
-    return lora_A is None or all(t is None or t.requires_grad for t in (lora_A, lora_B, magnitude))
 
 
 def _factors(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
@@ -290,11 +192,11 @@ def _forward_in_ops(plan, x, x_adapter, scalings, tensors):
                     norm = norm_factored(weight, lora_A, lora_B, s)
                 adapter = a_of[layer.adapter], b[layer.adapter], magnitude, norm, s, bias, x_adapter
                 delta = plan.dropout_on == "adapter"
-                y, inner, h = linear.forward(x, weight, *adapter, scalings[i], "fused", True, delta, True)
+                y, inner, h = linear_function.forward(x, weight, *adapter, scalings[i], "fused", True, delta, True)
             else:
-                y = linear._rows(F.linear(x, weight, bias))
+                y = linear_function.rows_of(F.linear(x, weight, bias))
                 if layer.adapter is not None:
-                    h = linear._rows(seen) @ a_of[layer.adapter].t()
+                    h = linear_function.rows_of(seen) @ a_of[layer.adapter].t()
                     y = torch.addmm(y, h, b[layer.adapter].t(), alpha=scalings[i])
             rows.append(y)
             norms.append(norm)
@@ -346,29 +248,16 @@ class Linears(torch.autograd.Function):
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or type(given) is not Tensor or not front.unobserved():
-            return _seen_gradients(ctx, given, d_ys)
+            return seen_gradients(ctx, given, d_ys)
         if front.autocast_dtype(given) is not None:  # backward inside autocast: products stay in the layers' dtype
             with front.autocast_off(given):
                 return Linears.backward(ctx, *d_ys)
         return _gradients(ctx, d_ys)
 
 
-def _saved(ctx) -> tuple:
-    """x, what holds the cast factors, h, the mask's bits; per layer weight, norm, inner or y; its trained tensors."""
-    plan, (x, cast, h, mask, *kept) = ctx.plan, ctx.saved_tensors
-    kept, saved = kept[: 3 * len(plan.layers)], kept[3 * len(plan.layers) :]
-    rest = iter(saved or eager.unchanged(ctx))
-    trained = []
-    for layer in plan.layers:
-        a, b = (None, None) if layer.adapter is None else (next(rest), next(rest))
-        trained.append((a, b, None if layer.dora is None else next(rest)))
-    kept_of = [(held or kept[3 * i], *kept[3 * i + 1 : 3 * i + 3]) for i, held in enumerate(ctx.held)]
-    return x, cast, h, mask, kept_of, trained
-
-
 def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
-    x, cast, h, mask, kept_of, trained = _saved(ctx)
+    x, cast, h, mask, kept_of, trained = saved_of(ctx)
     factors = [trained[i][0] for i in plan.adapted], [trained[i][1] for i in plan.adapted]
     a, b_of, _ = _for_products(plan, factors, cast)
     if x.dim() != 2:
@@ -444,71 +333,3 @@ def _gradients(ctx, d_ys) -> tuple[Tensor | None, ...]:
 
 # ``Linears.apply`` without its questions; see ops/eager.py.
 _apply = super(torch.autograd.Function, Linears).apply
-
-
-def _seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
-    """The gradients where they are differentiated again, or a mode looks on; see ops/eager.py."""
-    if front.autocast_dtype(given) is not None:
-        with front.autocast_off(given):
-            return _seen_gradients(ctx, given, d_ys)
-    plan, acc = ctx.plan, torch.float32
-    dtype, delta, again = plan.dtype, plan.dropout_on == "adapter", torch.is_grad_enabled()
-    x, _, h, mask, kept_of, trained = _saved(ctx)
-    x, h = (t.reshape(-1, t.shape[-1]) for t in (x, h))
-    h_of, needs_x, dx = h.split(plan.ranks, 1), ctx.needs_input_grad[0], None
-    dropped = None if mask is None else eager._mask(mask, x.shape)
-
-    def drop(rows):
-        return (rows.to(acc) * dropped * ctx.kept_scale).to(dtype)
-
-    x_adapter = None if mask is None else drop(x)
-    seen = x if mask is None else x_adapter
-    grads: list[Tensor | None] = []
-    for i, (layer, dy) in enumerate(zip(plan.layers, d_ys, strict=True)):
-        weight, norm, inner = kept_of[i]
-        lora_A, lora_B, magnitude = trained[i]
-        if dy is None:
-            grads += (None,) * TENSORS
-            continue
-        weight = backward_dense(weight, dtype)
-        dy = dy.reshape(-1, weight.shape[0])
-        d_a = d_b = d_m = d_bias = dx_adapter = None
-        needs_bias = ctx.needs_input_grad[6 + i * TENSORS + BIAS]
-        if layer.adapter is not None:
-            a, b, h_i = lora_A.to(dtype), lora_B.to(dtype), h_of[layer.adapter]
-            scaling = torch.full((), ctx.scalings[i], dtype=acc, device=x.device)
-            if again:
-                h_i = seen @ a.t()
-        if layer.dora is None:
-            d_bias = dy.sum(0, dtype=acc).to(ctx.bias_dtypes[i]) if needs_bias else None
-            d_x = dy @ weight if needs_x else None
-            if layer.adapter is not None:
-                d_h = linear._scaled(scaling, dy @ b)
-                d_b = linear._scaled(scaling, dy.t() @ h_i)
-                d_a = d_h.t() @ seen
-                if needs_x:
-                    low = d_h @ a
-                    d_x = d_x + low if mask is None else d_x + drop(low)
-        else:
-            if again or layer.keeps_y:
-                hides = layer.keeps_y and not again and front.seen_by_modes_alone()
-                with torch._C._DisableTorchDispatch() if hides else contextlib.nullcontext():
-                    base = (seen if delta else x) @ weight.t()
-                    inner = (base.to(acc) + scaling * (h_i @ b.t()).to(acc)).to(dtype)
-            d_x, _, d_a, d_b, d_m, d_bias, dx_adapter, _ = linear.gradients(
-                (x, weight, a, b, magnitude, norm, scaling, h_i, inner.reshape(-1, weight.shape[0]), x_adapter),
-                (needs_x, False, True, True, True, needs_bias, needs_x and mask is not None),
-                (dtype, dtype, ctx.bias_dtypes[i]),
-                (dy, None, None),
-                number=ctx.scalings[i],
-                path="fused",
-                eager=True,
-                dropped=mask is not None,
-                delta=delta,
-            )
-            if dx_adapter is not None:
-                d_x = d_x + drop(dx_adapter)
-        dx = linear._sum(dx, d_x)
-        d_a, d_b = (None if d is None else d.to(t.dtype) for d, t in ((d_a, lora_A), (d_b, lora_B)))
-        grads += None, d_a, d_b, d_m, d_bias, None
-    return None if dx is None else dx.view(ctx.shape), *(None,) * 5, *grads

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
-from dorac.ops import eager, front
+from dorac.ops import eager, eager_plan, front
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,8 +144,8 @@ def _make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, index, s
         partial=(splits, tokens, rank),
         tiles=(up.grid[0], 1 + config.block_t) if config.form == "counted" else None,
         list_tiles=_lister(row_tokens, adapters, config.block_t) if config.form == "listed" else None,
-        down=eager.bound(down),
-        up=eager.bound(up),
+        down=eager_plan.bound(down),
+        up=eager_plan.bound(up),
     )
 
 

@@ -1,7 +1,7 @@
 """An MLP of adapted layers in eager on a GPU with kernels, ``down(act(gate(x)) * up(x))``: one ``autograd.Function``.
 
 gate and up are as in ``ops/eager_linears.py``: their factors A follow one another, ``h = x A^T`` is one product. What
-joins the layers is one kernel in either direction (``kernels/mlp.py``):
+joins the layers is one kernel in either direction (``kernels/mlp.py``, ``mlp_backward.py``):
 
 - Forward writes ``inner = x W^T + s h lora_B^T`` of gate and up over the products and keeps these two. z, what goes
   into down, is not kept.
@@ -20,38 +20,27 @@ order of ``ops/eager_linears.py``; the three layers' follow one another, gate's 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dorac.ops import eager, front, linear, mlp
-from dorac.ops.eager_linears import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT, _trained_as_usual
+from dorac.ops import eager, eager_seen, front, linear_leaves, mlp
+from dorac.ops.eager_linears_plan import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT
+from dorac.ops.eager_mlp_plan import (
+    DOWN,
+    GATE,
+    UP,
+    Plan,
+    cast_factors,
+    for_products,
+    in_order,
+    layers_of,
+    make_plan,
+    of_one,
+)
 from dorac.ops.packed_product import Held, backward_dense, forward_dense
-
-GATE, UP, DOWN = range(3)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """How MLPs of certain metadata are computed."""
-
-    training: bool
-    dtype: torch.dtype  # of the products
-    autocast: str | None  # the device type for which it is on
-    activation: str
-    dora: tuple[eager.Plan | None, ...]  # of gate, up and down, with a magnitude
-    ranks: tuple[int, int, int]  # 0 without factors
-    casts: bool  # the factors, into one buffer
-    size: int  # of which, in elements
-    inside: bool  # forward's kernel makes the up-projections
-    join: Callable  # forward's kernel
-    along: tuple[bool, bool, bool]  # whose factors have their gradients from backward's kernel
-    parts: tuple[int, int, int]  # the shape of its partial sums
-    part: Callable
-    add: Callable
-    in_ops: bool = False  # which modes see
 
 
 def dora_mlp(
@@ -127,129 +116,11 @@ def dora_mlp(
 _NO_LAYER = (None,) * TENSORS
 
 
-def _layers(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], ...]:
-    return tensors[:TENSORS], tensors[TENSORS : 2 * TENSORS], tensors[2 * TENSORS :]
-
-
-def make_plan(x: Tensor, tensors: Sequence[Tensor | None], activation: str) -> Plan | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
-    layers = _layers(tensors)
-    given = [x, *(t for t in tensors if t is not None and type(t) is not Held)]
-    if not front.all_eager(*given) or not front.has_kernels(*given) or not all(t.numel() for t in given):
-        return None
-    factors = [t for layer in layers for t in layer[LORA_A : LORA_B + 1] if t is not None]
-    autocast = front.autocast_dtype(x)
-    dtype = autocast or x.dtype
-    casts = any(t.dtype is not dtype for t in factors)
-    weights = [layer[WEIGHT] for layer in layers if layer[WEIGHT] is not None and type(layer[WEIGHT]) is not Held]
-    if dtype.itemsize != 2 or any(t.dtype is not dtype for t in weights) or (casts and autocast is None):
-        return None
-    vectors = [t for layer in layers for t in layer[MAGNITUDE : NORM + 1] if t is not None]
-    if not factors or not all(t.is_contiguous() for t in vectors):  # frozen layers alone are torch's
-        return None
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if training:
-        if not all(layer[WEIGHT] is None or _trained_as_usual(layer) for layer in layers):
-            return None
-        if not x.requires_grad and layers[GATE][LORA_A] is None and layers[UP][LORA_A] is None:
-            return None  # nothing before z has a gradient
-    ranks = tuple(0 if layer[LORA_A] is None else layer[LORA_A].shape[0] for layer in layers)
-    features, tokens = layers[UP][WEIGHT].shape[0], x.numel() // x.shape[-1]
-    dora: list[eager.Plan | None] = []
-    for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
-        if layer[MAGNITUDE] is None:
-            if i == DOWN and layer[BIAS] is not None and layer[BIAS].dtype is not dtype:
-                return None
-            dora.append(None)
-            continue
-        # z has x's rows; of x a plan looks at the shape alone.
-        seen = x.new_empty(()).expand(*x.shape[:-1], features) if i == DOWN else x
-        of_b = (rank, 1) if casts else layer[LORA_B].stride()
-        if type(layer[WEIGHT]) is Held:  # its product is all that is done with it
-            if layer[NORM] is None:
-                return None
-            layer = x.new_empty((), dtype=dtype).expand(layer[WEIGHT].shape), *layer[1:]
-        plan = eager.make_plan(seen, *layer, training, None, False, None, of_b)
-        if plan is None:
-            return None
-        dora.append(plan)
-
-    from dorac.kernels import configs, target
-    from dorac.kernels.mlp import mlp_backward_launches, mlp_launch
-
-    def strides(factor: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if factor is None else (factor.shape[1], 1) if casts else factor.stride()
-
-    card = target.of(x)
-    config = configs.mlp_config(tokens, features, max(ranks[:DOWN]), training, card)
-    of_b = strides(layers[GATE][LORA_B]), strides(layers[UP][LORA_B])
-    join = mlp_launch(tokens, features, ranks[:DOWN], of_b, activation, config, want_inner=training)
-    backward = configs.mlp_backward_config(tokens, features, max(ranks), card)
-    along = tuple(0 < rank <= backward.block_r for rank in ranks)
-    sums = tuple(layer[BIAS] is not None and layer[BIAS].requires_grad for layer in layers[:DOWN])
-    parts, *launches = mlp_backward_launches(tokens, features, ranks, along, sums, activation, backward)
-    return Plan(
-        training=training,
-        dtype=dtype,
-        autocast=None if autocast is None else x.device.type,
-        activation=activation,
-        dora=tuple(dora),
-        ranks=ranks,
-        casts=casts,
-        size=sum(t.numel() for t in factors),
-        inside=bool(config.block_r),
-        join=eager.bound(join),
-        along=along,
-        parts=parts,
-        part=eager.bound(launches[0]),
-        add=eager.bound(launches[1]),
-    )
-
-
-def _in_order(layers: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-    """All factors: A of gate and up, their B, A and B of down."""
-    gate, up, down = layers
-    factors = gate[LORA_A], up[LORA_A], gate[LORA_B], up[LORA_B], down[LORA_A], down[LORA_B]
-    return [t for t in factors if t is not None]
-
-
-def _cast(plan: Plan, factors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-    """What holds them all where they are cast, and the factors in the dtype of the products."""
-    if not plan.casts:
-        return None, factors
-    if plan.in_ops:  # where a mode may keep what it saw made, nothing is written to
-        cast = torch.cat([t.to(plan.dtype).reshape(-1) for t in factors])
-        return cast, _of_one(cast, factors)
-    cast = factors[0].new_empty(plan.size, dtype=plan.dtype)
-    parts = _of_one(cast, factors)
-    torch._foreach_copy_(parts, factors)
-    return cast, parts
-
-
-def _of_one(cast: Tensor | None, factors: list[Tensor]) -> list[Tensor]:
-    return factors if cast is None else torch._C._nn.unflatten_dense_tensors(cast, factors)
-
-
-def _for_products(plan: Plan, factors: list[Tensor], cast: Tensor | None) -> list[Tensor | None]:
-    """A ``[R, I]`` of gate and up, B of either, A and B of down; None without factors."""
-    if 0 not in plan.ranks:
-        a_gate, a_up, *others = factors
-        if cast is None:
-            return [torch.cat((a_gate, a_up)), *others]
-        rank, in_features = plan.ranks[GATE] + plan.ranks[UP], a_up.shape[1]
-        return [cast[: rank * in_features].view(rank, in_features), *others]
-    rest = iter(factors)
-    there = [rank > 0 for rank in plan.ranks]
-    a_of = [next(rest) for _ in range(sum(there[:DOWN]))]
-    a = None if not a_of else a_of[0] if len(a_of) == 1 else torch.cat(a_of)
-    return [a, *(next(rest) if t else None for t in (*there, there[DOWN]))]
-
-
 def _forward(plan, x, scalings, tensors):
     """y; what holds the cast factors; the norms; h of gate and up together, and of down; inner of each in training."""
-    gate, up, down = layers = _layers(tensors)
-    cast, factors = _cast(plan, _in_order(layers))
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
+    gate, up, down = layers = layers_of(tensors)
+    cast, factors = cast_factors(plan, in_order(layers))
+    a, b_gate, b_up, a_down, b_down = for_products(plan, factors, cast)
     norms = [
         eager.computed_norm(dora, layer[WEIGHT], layer[LORA_A], layer[LORA_B], s)
         if dora is not None and layer[NORM] is None
@@ -304,11 +175,11 @@ def _split(plan: Plan, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward_in_ops(plan, x, scalings, tensors):
     """:func:`_forward` in what modes see."""
-    layers = _layers(tensors)
+    layers = layers_of(tensors)
     with front.autocast_off(x):
         gate, up, down = ((forward_dense(layer[WEIGHT], plan.dtype), *layer[1:]) for layer in layers)
-        cast, factors = _cast(plan, _in_order(layers))
-        a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
+        cast, factors = cast_factors(plan, in_order(layers))
+        a, b_gate, b_up, a_down, b_down = for_products(plan, factors, cast)
         a_of = (None, None) if a is None else a.split(plan.ranks[:DOWN])
         rows = x.reshape(-1, x.shape[-1])
         _, n_gate, h_gate, inner_gate = mlp.layer_forward(rows, gate, a_of[GATE], b_gate, scalings[GATE])
@@ -328,7 +199,7 @@ class MLP(torch.autograd.Function):
     def forward(ctx, x, scalings, plan, *tensors):
         forward = _forward_in_ops if plan.in_ops else _without_autocast
         y, cast, norms, h, h_down, inners = forward(plan, x, scalings, tensors)
-        layers = _layers(tensors)
+        layers = layers_of(tensors)
         trained = [t for layer in layers for t in layer[LORA_A : MAGNITUDE + 1] if t is not None]
         ctx.trained = None
         if all(t.is_leaf for t in trained):  # the graph holds them at any rate
@@ -367,7 +238,7 @@ def _saved(ctx) -> tuple:
     if ctx.overwritten:  # by a backward pass that raised before its end
         raise RuntimeError("backward through an MLP of DoRA layers a second time: what it had saved is overwritten")
     inners, norms, frozen, saved = kept[:3], kept[3:6], kept[6:12], kept[12:]
-    rest = iter(saved or eager.unchanged(ctx))
+    rest = iter(saved or eager_seen.unchanged(ctx))
     layers = []
     for i, norm in enumerate(norms):
         a, b = (next(rest), next(rest)) if plan.ranks[i] else (None, None)
@@ -386,8 +257,8 @@ def _for_kernel(tensor: Tensor | None) -> Tensor | None:
 def _gradients(ctx, dy: Tensor, in_ops: bool) -> tuple[Tensor | None, ...]:
     plan, scalings = ctx.plan, ctx.scalings
     x, cast, (h, h_down), inners, layers = _saved(ctx)
-    factors = _of_one(cast, _in_order(layers))
-    a, b_gate, b_up, a_down, b_down = _for_products(plan, factors, cast)
+    factors = of_one(cast, in_order(layers))
+    a, b_gate, b_up, a_down, b_down = for_products(plan, factors, cast)
     gate, up, down = layers
     rows, dy = (t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (x, dy))
     grads: list[list[Tensor | None]] = [[None] * TENSORS for _ in layers]
@@ -454,7 +325,7 @@ def _through_down(plan, down, dy, h, inner, b, scaling, grads, in_ops, overwrite
         grads[LORA_B] = eager.wide_mm(dy.t(), h, lora_B.dtype).mul_(scaling)
     elif in_ops:
         s = torch.full((), scaling, dtype=torch.float32, device=dy.device)
-        d_base, grads[MAGNITUDE], d_b = linear.lora_b_backward(dy, inner, magnitude, norm, h, s, False, False)
+        d_base, grads[MAGNITUDE], d_b = linear_leaves.lora_b_backward(dy, inner, magnitude, norm, h, s, False, False)
         grads[LORA_B] = d_b.to(lora_B.dtype)
     else:
         if dy.data_ptr() % 16:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dorac import checks, packed
-from dorac.ops import eager, front
+from dorac.ops import eager, eager_plan, front
 from dorac.ops.packed_product import Held, Reading
 
 
@@ -83,7 +83,7 @@ def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: 
     strides, arranges, split = [lora_A.stride(), lora_B.stride()], False, None
     if lora_A.dtype is torch.float32:
         whole = (0, *strides[0], 0, *strides[1])
-        split = eager.bound(split_launch(1, rank, in_features, out_features, whole, form.halves))
+        split = eager_plan.bound(split_launch(1, rank, in_features, out_features, whole, form.halves))
         rank *= 3
         strides = (in_features, 1), (rank, 1)
     elif form.halves == 2:
@@ -93,4 +93,4 @@ def make_plan(reading: Reading, shape: tuple[int, int], lora_A: Tensor, lora_B: 
     column_splits, *launches = packed_norm_launches(
         1, out_features, columns, rank, (0, *strides[0], 0, *strides[1]), form, config
     )
-    return Plan(rank, arranges, split, column_splits, *map(eager.bound, launches))
+    return Plan(rank, arranges, split, column_splits, *map(eager_plan.bound, launches))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dorac import checks, packed
 from dorac.dense import PLAIN
-from dorac.ops import eager, front, linear, over
+from dorac.ops import eager, eager_plan, eager_seen, front, linear_function, over
+from dorac.ops.linear_leaves import LORA_B_RANK
 from dorac.ops.packed_product import MODIFIED, Held, Reading, version
 
 
@@ -139,12 +140,12 @@ def make_plan(
         return None
     autocast = front.autocast_dtype(x)
     dtype = autocast or lora_A.dtype
-    if dtype.itemsize != 2 or base.dtype is not dtype or lora_A.shape[0] > linear.LORA_B_RANK:
+    if dtype.itemsize != 2 or base.dtype is not dtype or lora_A.shape[0] > LORA_B_RANK:
         return None
     if not all(t.is_contiguous() for t in (base, magnitude, bias, weight_norm) if t is not None):
         return None
 
-    from dorac.kernels import backward, configs, target
+    from dorac.kernels import configs, lora_b, target
     from dorac.kernels.compose import compose_launch, composer
     from dorac.kernels.faint import finish_launch
 
@@ -166,22 +167,22 @@ def make_plan(
             read = in_features if form is None else 0
             tensors += ((in_features, 1), (in_features, 1), of_b) if read else ()
         config = configs.lora_b_config(tokens, out_features, rank, card)
-        strips, launch, add = backward.lora_b_backward_launches(
+        strips, launch, add = lora_b.lora_b_backward_launches(
             tokens, out_features, rank, tensors, config, scale_b=True, in_features=read
         )
         if of_y and not read:
             add = finish_launch(tokens, out_features, in_features, rank, strips, form, strides, of_b)
-            return strips, eager.bound(launch), eager.bound(add) if aligned else add
-        return strips, eager.bound(launch), eager.bound(add)
+            return strips, eager_plan.bound(launch), eager_plan.bound(add) if aligned else add
+        return strips, eager_plan.bound(launch), eager_plan.bound(add)
 
     return Plan(
         dtype=dtype,
         device=x.device.type,
         casts_factors=lora_A.dtype is not dtype,
-        cast=None if lora_A.dtype is dtype else eager.cast_of(lora_A, lora_B),
+        cast=None if lora_A.dtype is dtype else eager_plan.cast_of(lora_A, lora_B),
         holds_bias=holds_bias,
         keeps_y=keeps_y,
-        compose=composer(config, launch) if config.descriptors else eager.bound(launch(descriptors=False)),
+        compose=composer(config, launch) if config.descriptors else eager_plan.bound(launch(descriptors=False)),
         backward=backward_launches,
     )
 
@@ -251,7 +252,7 @@ class _Over(torch.autograd.Function):
             with front.autocast_off(dy):
                 return _Over.backward(ctx, dy, None)
         x, a, b, h, kept, weight, *trained = ctx.saved_tensors
-        lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
+        lora_A, lora_B, magnitude = trained or eager_seen.unchanged(ctx)
         norm, (base_shape, x_shape) = _norm(ctx), ctx.shapes
         needs_base, needs_x, *_ = ctx.needs_input_grad
         if a is None:
@@ -317,7 +318,7 @@ def _seen_gradients(ctx, dy, d_inner):
     if ctx.plan.keeps_y and torch.is_grad_enabled():
         raise RuntimeError("dora_over with save_output saves no base, which a second derivative needs: leave it out")
     x, _, _, h, inner, weight, *trained = ctx.saved_tensors
-    lora_A, lora_B, magnitude = trained or eager.unchanged(ctx)
+    lora_A, lora_B, magnitude = trained or eager_seen.unchanged(ctx)
     norm = _norm(ctx)
     dtype, base_shape, x_shape = ctx.plan.dtype, *ctx.shapes
     x, h, inner, dy, d_inner = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, h, inner, dy, d_inner))
@@ -330,7 +331,7 @@ def _seen_gradients(ctx, dy, d_inner):
             inner = _inner(ctx.held, weight, x, h, b, ctx.scaling)
     needs_base, needs_x, *_ = ctx.needs_input_grad
     scaling = torch.full((), ctx.scaling, dtype=torch.float32, device=x.device)
-    dx, _, d_a, d_b, d_m, _, _, d_base = linear.gradients(
+    dx, _, d_a, d_b, d_m, _, _, d_base = linear_function.gradients(
         (x, None, a, b, magnitude, norm, scaling, h, inner, None),
         (needs_x, False, True, True, True, False, False),
         (dtype, dtype, None),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dorac.ops import eager, eager_linears, eager_mlp
 from dorac.ops.collectives import Enter, Entry
-from dorac.ops.eager_linears import LORA_A, MAGNITUDE, TENSORS
+from dorac.ops.eager_linears_plan import LORA_A, MAGNITUDE, TENSORS
 
 
 class _OfParts(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac.numerics import ZERO_ROW_NORM
-from dorac.ops import linear
+from dorac.ops import linear, linear_function
 from dorac.ops.compose import magnitude_scale
 from dorac.ops.norm import norm_factored
 
@@ -50,7 +50,7 @@ def layer_forward(rows, layer, a, b, scaling):
     s = torch.full((), scaling, dtype=torch.float32, device=rows.device)
     if norm is None:
         norm = norm_factored(weight, lora_A, lora_B, s)
-    y, inner, h = linear.forward(
+    y, inner, h = linear_function.forward(
         rows, weight, a, b, magnitude, norm, s, bias, None, scaling, "fused", True, False, True
     )
     return y, norm, h, inner

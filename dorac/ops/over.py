@@ -18,7 +18,9 @@ from dorac.numerics import accumulate_dtype
 from dorac.ops import front
 from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale, reshaped
 from dorac.ops.library import register_composite
-from dorac.ops.linear import _rows, gradients, route, up_compose, up_compose_forward
+from dorac.ops.linear import route
+from dorac.ops.linear_function import gradients, rows_of
+from dorac.ops.linear_leaves import up_compose, up_compose_forward
 
 
 def over_aten(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias, holds_bias):
@@ -107,7 +109,7 @@ def _dora_over(base, x, lora_A, lora_B, magnitude, weight_norm, scaling, bias=No
         path = route(base, lora_A, training=training, traced=not eager)
         if path == "accumulate":  # there is no product of ours to accumulate
             path = "fused" if base.dtype.itemsize == 2 else "separate"
-        rows = (_rows(base), _rows(x), *tensors[2:])
+        rows = (rows_of(base), rows_of(x), *tensors[2:])
         if training:
             y = _DoraOver.apply(*rows, number, holds_bias, path, eager)[0]
         else:

@@ -149,7 +149,7 @@ def _reading(held: Held) -> Reading | None:
     weight = held.weight
     if len(weight.shape) != 2 or not front.has_packed_kernels(*weight[: weight.PIECES]):
         return None
-    from dorac.kernels.packed_norm import described
+    from dorac.kernels.packed_forms import described
 
     found = described(weight)
     if found is None:

@@ -14,7 +14,7 @@ from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from dorac.nn.layer import scaling_factor
+from dorac.nn.hyperparameters import scaling_factor
 from dorac.peft import norms
 from dorac.peft.variants import OnDorac
 from dorac.peft.weighted import adapter_norm

@@ -19,6 +19,7 @@ from dorac.ops.front import autocast_dtype
 from dorac.ops.norm import DEFAULT_BUDGET
 from dorac.peft import dora, mixed, variants
 from dorac.peft.direct import dropout_p, parameter, plain_weight, unhooked
+from dorac.peft.dora_linear import is_zero
 from dorac.peft.merging import Merging
 from dorac.peft.norms import AdapterNorm
 from dorac.peft.variants import lone_adapter
@@ -119,7 +120,7 @@ class Linear(_Layer, layer.Linear):
         if norm is None and (strength is not None or module.keeps_norms()):  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         if strength is not None:
-            if dora.is_zero(strength):
+            if is_zero(strength):
                 return (), {}
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         if self.fan_in_fan_out:
@@ -164,7 +165,7 @@ class Embedding(_Layer, layer.Embedding):
         if norm is None and (strength is not None or module.keeps_norms()):  # else the function takes it
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
         if strength is not None:
-            if dora.is_zero(strength):
+            if is_zero(strength):
                 return base(x)
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return functional.dora_embedding(
@@ -223,7 +224,7 @@ class _ConvNd(_Layer):
             norm = module.factored_norm(weight, lora_A, lora_B, scaling, groups=groups, adapter_name=adapter)
         norm = None if norm is None else norm.flatten()
         if strength is not None:
-            if dora.is_zero(strength):
+            if is_zero(strength):
                 return base(x)
             lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
         return getattr(functional, self.FUNCTION)(

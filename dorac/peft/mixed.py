@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional import Adapter
 from dorac.numerics import accumulate_dtype
-from dorac.peft import dora, over
+from dorac.peft import over
 from dorac.peft.direct import dropout_p, parameter, plain_weight
+from dorac.peft.dora_linear import is_zero
 from dorac.peft.variants import DoraLinearVariant, OnDorac
 
 BASE = "__base__"  # PEFT's word for a row that runs no adapter
@@ -61,7 +62,7 @@ def _is_own(layer: LoraLayer, adapter: str) -> bool:
 def _with_adapter(layer: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> Tensor:
     """The output of a layer with this adapter, from the base layer's for the same rows."""
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and dora.is_zero(layer.lora_magnitude_vector[adapter].split(layer.scaling[adapter])[1]):
+    if variant is not None and is_zero(layer.lora_magnitude_vector[adapter].split(layer.scaling[adapter])[1]):
         return result
     is_linear = isinstance(variant, DoraLinearVariant)
     if is_linear and (y := over.adapted(layer, adapter, x, result)) is not None:
@@ -120,7 +121,7 @@ def _dora(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module])
         return None
     base, module, (weight, lora_A, lora_B), magnitude, _ = parts
     scaling, strength = module.split(layer.scaling[adapter])
-    if dora.is_zero(strength):
+    if is_zero(strength):
         return BASE
     norm = module.known_norm(base, lora_A, lora_B, scaling)
     if norm is None:

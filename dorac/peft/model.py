@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import DoraLayer
-from dorac.nn.layer import MIXED
+from dorac.nn.stock import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
 from dorac.peft.mixed import enable_peft_forward_hooks

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dorac import offload, packed
 from dorac.nn import norm_cache
+from dorac.nn.keeper import NOTHING_KEPT
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
 from dorac.peft.weights import is_partitioned, is_plain, whole
@@ -20,7 +21,7 @@ from dorac.undo import Undo
 
 
 class AdapterNorm:
-    """The norm of one adapter of a layer: a :class:`dorac.nn.norm_cache.Keeper`, held by the magnitude's module."""
+    """The norm of one adapter of a layer: a :class:`dorac.nn.keeper.Keeper`, held by the magnitude's module."""
 
     norm_grad = False
 
@@ -28,7 +29,7 @@ class AdapterNorm:
         self.layer, self.adapter = layer, adapter
         self.magnitude = layer.lora_magnitude_vector[adapter]
         self.norm_budget = self.magnitude.norm_budget
-        vars(self).update(norm_cache.NOTHING_KEPT)
+        vars(self).update(NOTHING_KEPT)
 
     def __repr__(self) -> str:
         return f"{type(self.layer).__name__} (adapter {self.adapter})"

@@ -14,6 +14,7 @@ from dorac.nn import linear4bit, norm_cache, shared
 from dorac.numerics import FLOAT_DTYPES
 from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
+from dorac.peft.dora_linear import is_zero
 from dorac.peft.weights import dense_weight, is_partitioned
 
 
@@ -74,7 +75,7 @@ def projection(module: nn.Module, adapter: str, x: Tensor) -> tuple[functional.P
     lora_A, lora_B, magnitude, _, p = parts
     base, m = module._modules["base_layer"], magnitude.current()
     scaling, strength = magnitude.split(module.scaling[adapter])
-    if any(not shared.is_plain(t) or t.device != x.device for t in (lora_A, lora_B, m)) or dora.is_zero(strength):
+    if any(not shared.is_plain(t) or t.device != x.device for t in (lora_A, lora_B, m)) or is_zero(strength):
         return None
     if is_partitioned(m) or is_partitioned(_own(base, "bias")) or is_partitioned(_own(base, "weight")):
         return None

@@ -349,7 +349,7 @@ def _set_class(module: nn.Module, classes: dict[type, type], log: Undo) -> None:
 
 def _set_own_scalings(module: nn.Module, ours: set[type], log: Undo) -> None:
     """Tells the magnitudes of a layer which scaling is the adapter's own, of which PEFT's is a multiple."""
-    from dorac.nn.layer import scaling_factor
+    from dorac.nn.hyperparameters import scaling_factor
 
     for adapter, variant in module.lora_variant.items():
         magnitude = vars(module.lora_magnitude_vector[adapter])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.nn import merging
 from dorac.peft import dora, over
+from dorac.peft.dora_linear import is_zero
 from dorac.peft.weights import dense_weight, gathered, is_plain, whole
 
 __all__ = [
@@ -178,7 +179,7 @@ def lone_adapter(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
 
 def _is_off(module: nn.Module, adapter: str) -> bool:
     """Whether the adapter is at strength 0."""
-    return dora.is_zero(module.lora_magnitude_vector[adapter].split(module.scaling[adapter])[1])
+    return is_zero(module.lora_magnitude_vector[adapter].split(module.scaling[adapter])[1])
 
 
 def _of_dropped(variant: type) -> staticmethod:

@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer, model
 from peft.utils import _freeze_adapter
 from torch import Tensor
 
-from dorac.nn.layer import scaling_factor
+from dorac.nn.hyperparameters import scaling_factor
 from dorac.numerics import accumulate_dtype
 from dorac.peft.variants import OnDorac, factors
 

@@ -1,0 +1,34 @@
+"""The numbers that an adapter is made with: what they may be, and the scaling that they give."""
+
+import math
+
+import torch
+
+from dorac import checks
+from dorac.numerics import FLOAT_DTYPES
+
+
+def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """s: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` rank-stabilised (arXiv 2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def check_hyperparameters(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
+) -> tuple[int, float, float]:
+    """Refuses what :class:`DoraLayer` cannot be built with; r, lora_alpha and lora_dropout as Python's numbers."""
+    r, lora_alpha = checks.python_number(r), checks.python_number(lora_alpha)
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
+        raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    lora_dropout = checks.check_dropout(lora_dropout, "lora_dropout")
+    if init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype}")
+    return r, lora_alpha, lora_dropout
