@@ -7,12 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from pages import PAGES, sections
 
-import dorac
 from dorac.bench import picture
 from dorac.bench.__main__ import main
 
-README = (Path(dorac.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = PAGES["README.md"]
 
 
 def description(path: Path) -> dict:
@@ -69,9 +69,10 @@ def test_the_readme_shows_it_in_both_colours():
     dark, light = re.findall(r'(?:srcset|src)="([^"]+)"', shown)
     assert "prefers-color-scheme: dark" in shown.partition(dark)[0]
     assert (dark, light) == ("dorac/bench/pictures/cost-dark.svg", "dorac/bench/pictures/cost-light.svg")
-    after = README.partition("</picture>")[2][:1500]
+    assert "(dorac/docs/cost.md#readmes-picture)" in README.partition("</picture>")[2][:400]
+    named = dict(sections(PAGES["cost.md"]))["README's picture"]
     for record in {row.record for rows in picture.PANELS.values() for row in rows}:
-        assert record in after, record
+        assert f"`{record}`" in named, record
 
 
 def test_the_command_draws_it(tmp_path, capsys):
