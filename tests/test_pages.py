@@ -2,10 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from pages import PAGES, PATHS, ROOT, sections
+
+from dorac.bench import options
+from dorac.bench.__main__ import SUBCOMMANDS
+from dorac.demo import options as demo_options
 
 RESULTS = ROOT / "dorac" / "bench" / "results"
 
@@ -52,6 +57,29 @@ def test_records_are_there_and_each_is_named():
     for name in kept:
         record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         assert all(record[key] for key in ("commit", "device", "records")), name
+
+
+def commands(module: str) -> list[list[str]]:
+    """The arguments of every ``python -m module ...`` in a span of code, on any page."""
+    spans = [" ".join(span.split()) for text in PAGES.values() for span in re.findall(r"`([^`]+)`", prose(text))]
+    start = f"python -m {module} "
+    return [shlex.split(span.removeprefix(start)) for span in spans if span.startswith(start)]
+
+
+def test_commands_of_the_benchmark_are_understood():
+    given = [arguments for arguments in commands("dorac.bench") if arguments[0] not in ("picture", "--help")]
+    assert len(given) > 8
+    parser = options._parser(SUBCOMMANDS)
+    for arguments in given:
+        parser.parse_args(arguments)
+
+
+def test_options_of_the_demo_are_there():
+    known = {option for action in demo_options._parser()._actions for option in action.option_strings}
+    for page in ("README.md", "developing.md"):
+        named = set(re.findall(r"`(--[\w-]+)", dict(sections(PAGES[page]))["The demo"]))
+        assert len(named) > 4
+        assert named <= known, page
 
 
 def test_the_readme_is_short():
