@@ -89,7 +89,7 @@ def save(path: Path, theme: str, results: Path = RESULTS) -> None:
         wide = figure.subplots(1, len(shown), width_ratios=(1.15, 1))
         for axes, (panel, rows) in zip(wide, shown.items(), strict=True):
             _draw(axes, panel, rows, colours)
-        figure.suptitle("time, relative to PEFT's LoRA = 1", fontsize=9.5, color=colours["text"])
+        figure.suptitle("time relative to PEFT's LoRA (1.0): shorter is faster", fontsize=9.5, color=colours["text"])
         figure.legend(handles=_legend(shown, colours), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
         drawn = io.BytesIO()
         metadata = {"Date": None, "Creator": None, "Description": json.dumps(shown)}
