@@ -162,7 +162,7 @@ def flips(row: Row, device: str) -> None:
 
     def frozen(flag: bool) -> None:
         trained[-1].requires_grad_(not flag)
-        if not releases.SEES_FLIPPED_FLAGS:  # README says so
+        if not releases.SEES_FLIPPED_FLAGS:  # dorac/docs/compiling.md says so
             torch._dynamo.reset()
 
     graphs = 2 if getattr(module, "caches_norm", False) else 1

@@ -14,7 +14,7 @@ from torch.export import Dim
 import dorac
 from dorac.ops import front
 
-README = (Path(dorac.__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(dorac.__file__).parent / "docs" / "compiling.md").read_text(encoding="utf-8")
 BATCH, LENGTH = Dim("batch"), Dim("length")
 
 
@@ -116,12 +116,12 @@ def test_what_cannot_be_exported_says_so():
 
 
 def test_recipe(tmp_path, device, monkeypatch):
-    """README's: both files run without dorac, at other sizes than traced with; a damaged package torch refuses."""
+    """The page's: both files run without dorac, at other sizes than traced with; a damaged package torch refuses."""
     base, make_input, _ = KINDS["linear"]
     block = Block(base()).to(device).eval()
     names = {"torch": torch, "model": block, "x": make_input(2, 7).to(device)}
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"^### Export$.*?```python\n(.*?)```", README, re.DOTALL | re.MULTILINE).group(1), names)
+    exec(re.search(r"^## Export$.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE).group(1), names)
     save_expected(block, tmp_path, make_input(1, 1).to(device), make_input(3, 33).to(device))
     run_without_dorac(tmp_path, "f = torch.export.load('model.pt2').module()")
     run_without_dorac(tmp_path, "f = torch._inductor.aoti_load_package('compiled.pt2')")

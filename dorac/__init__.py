@@ -1,4 +1,8 @@
-"""dorac: DoRA (weight-decomposed low-rank adaptation) for PyTorch, functional and compile-first."""
+"""dorac: DoRA (weight-decomposed low-rank adaptation) for PyTorch, functional and compile-first.
+
+Every name below has its reference in its docstring, ``help(dorac.apply_dora)``; pages on models, PEFT, files, costs and
+derivations are in ``dorac/docs``, beside this file.
+"""
 
 from dorac import files, functional, nn, ops
 from dorac.apply import apply_dora

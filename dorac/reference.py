@@ -1,7 +1,10 @@
 """DoRA as the paper writes it (arXiv 2402.09353): dense, readable, any float dtype. The oracle of every test.
 
 Every function computes in the dtype of its inputs: pass float64 for the truth, another dtype for what dense arithmetic
-    of that dtype gives. With experts, every tensor starts with their number E.
+of that dtype gives. With experts, every tensor starts with their number E.
+
+``dorac/docs/derivations.md`` derives what the fast paths compute in place of this: the factored norm, its gradient, the
+backward of the layer, what is saved and why, zero rows and the delta form.
 """
 
 import torch

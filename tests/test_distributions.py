@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ import dorac
 from dorac.testing import quantised_layers
 
 assert dorac.__file__.startswith(sys.argv[1]), dorac.__file__
-assert (resources.files("dorac") / "py.typed").is_file()
+package = resources.files("dorac")
+for shipped in ("py.typed", "docs/peft.md", "docs/CHANGELOG.md", "bench/pictures/cost-dark.svg"):
+    assert package.joinpath(*shipped.split("/")).is_file(), shipped
 drawn = torch.randn
 layers = [
     (nn.Linear(6, 5), "DoraLinear", drawn(3, 6)),
@@ -107,5 +110,7 @@ def test_installed_without_the_checkout(kind, built, tmp_path):
 
     assert run("-c", SMOKE, str(site)).startswith("DoraLinear DoraEmbedding DoraConv1d")
     assert "merge" in run("-m", "dorac", "--help")
+    if find_spec("matplotlib"):
+        assert run("-m", "dorac.bench", "picture", str(tmp_path)).count(".svg") == 2
     assert "norm bf16 r384" in run("-m", "dorac.bench", "card", "--device", "cpu", "--target", "sm_90")
     assert list(empty.iterdir()) == []

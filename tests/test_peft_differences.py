@@ -1,4 +1,4 @@
-"""Where stock PEFT is wrong and the drop-in is not: one test for each row of README's table."""
+"""Where stock PEFT is wrong and the drop-in is not: one test for each row of the table in dorac/docs/peft.md."""
 
 import copy
 

@@ -3,11 +3,9 @@
 import copy
 import gc
 import importlib.metadata
-import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
+from pages import recipe  # noqa: E402
 from peft.tuners import lora  # noqa: E402
 from peft.utils import hotswap  # noqa: E402
 from peft_models import KINDS, Holder, stock_model, target, twins  # noqa: E402
@@ -339,10 +338,8 @@ def test_dtype_of_new_magnitudes(kind):
 
 
 def test_the_readmes_lines():
-    readme = (Path(dorac.peft.__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"^## PEFT$.*?```python\n(.*?)```", readme, re.DOTALL | re.MULTILINE).group(1)
     names = {"peft": peft, "torch": torch, "model": PreTrainedConfigured()}
-    exec(code, names)
+    exec(recipe("PEFT"), names)
     x = torch.randn(2, 4)
     assert on_dorac(names["model"]._orig_mod)
     with torch.compiler.set_stance("force_eager"):

@@ -1,8 +1,7 @@
-"""The recipes of the README run as they are written, and give what the textbook gives."""
+"""The recipes of README and of the pages run as they are written, and give what the textbook gives."""
 
 import functools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,18 +10,13 @@ from pathlib import Path
 import pytest
 import tiny_trainers
 import torch
+from pages import recipe
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dorac
 from dorac import reference
 
-README = (Path(dorac.__file__).parents[1] / "README.md").read_text()
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
-
-
-def recipe(heading: str) -> str:
-    """The first Python block under a heading."""
-    return re.search(rf"^### {re.escape(heading)}$.*?```python\n(.*?)```", README, re.DOTALL | re.MULTILINE).group(1)
 
 
 def wrapped(norm_grad: bool = False) -> torch.nn.Module:

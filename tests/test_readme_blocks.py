@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it is written, in an empty folder; its signatures are the functions'.
+"""Every Python block of README and the pages runs as written, in an empty folder; their signatures are the functions'.
 
 What a block takes for granted is set up by its prelude here. CI runs the blocks in this process, from the source tree;
 under ``full`` each runs in a process of its own, from an installed wheel and with the real compiler.
@@ -13,17 +13,12 @@ import sys
 
 import pytest
 import torch
-from test_readme import README
+from pages import PAGES, blocks, sections
 
 import dorac
 
 ELSEWHERE = ("Trainer", "TRL")  # run by test_readme.py
-BLOCKS = {}
-for section in re.split(r"^#+ ", README, flags=re.MULTILINE)[1:]:
-    heading = section.partition("\n")[0]
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
-        if heading not in ELSEWHERE:
-            BLOCKS[f"{heading}, {number + 1}"] = code
+BLOCKS = {key: code for key, code in blocks().items() if key.rpartition(", ")[0] not in ELSEWHERE}
 
 SMALL = "model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))\n"
 ADAPTED = SMALL + "dorac.apply_dora(model, 'all-linear', r=2, init_lora_weights=False)\n"
@@ -69,6 +64,7 @@ model = Mlp()
 # A block's key is the heading that it stands under and its number there. Names that the block leaves are checked after.
 PRELUDES = {
     "dorac, 1": SMALL + TRAIN,
+    "All of it in numbers, 1": "",
     "The functions, 1": LINEAR,
     "The functions, 2": LINEAR
     + "adapters = [(lora_A, lora_B, magnitude, 1.5), (lora_A[:1], lora_B[:, :1], magnitude, 2.0)]\n"
@@ -111,6 +107,7 @@ PRELUDES = {
 AFTER = {
     "dorac, 1": "assert names == ['0', '2']\nfresh = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), "
     "torch.nn.Linear(8, 4))\nassert dorac.load_adapter(fresh, 'adapter') == names",
+    "All of it in numbers, 1": "assert not any(torch.allclose(exact[name], paper[name]) for name in ('A', 'B'))",
     "The functions, 1": "assert y.shape == (5, 8)",
     "The functions, 2": """
 A, B, m, s = adapters[1]
@@ -175,7 +172,8 @@ def script(block: str) -> str:
 
 
 def test_every_block_is_run():
-    assert list(BLOCKS) == list(PRELUDES) == list(AFTER)
+    assert set(BLOCKS) == set(PRELUDES) == set(AFTER)
+    assert {f"{heading}, 1" for heading in ELSEWHERE} <= set(blocks())
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b not in ALONE])
@@ -218,7 +216,7 @@ def parameters(function) -> list[tuple]:
 
 def test_signatures():
     """Those below the table of the functions are whole; what the table abbreviates is among them."""
-    section = README[README.index("## The functions") : README.index("## torch.func")]
+    section = dict(sections(PAGES["functions.md"]))["The functions"]
     text = re.search(r"```text\n(.*?)```", section, re.DOTALL).group(1)
     listed = {}
     for line in re.sub(r"\n +", " ", text).splitlines():

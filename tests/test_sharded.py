@@ -638,7 +638,7 @@ def fsdp_offloaded(mesh, folder):
 
 
 def recipes(mesh, _folder):
-    """README's, as written: layers that start at g = 1 with lora_B zero compute what the plain ones do."""
+    """Those of dorac/docs/sharding.md: layers that start at g = 1 with lora_B zero compute what the plain ones do."""
 
     class Plain(nn.Module):
         def __init__(self):

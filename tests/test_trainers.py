@@ -195,7 +195,7 @@ def test_accelerate_saves_and_loads_its_state(base, hook, tmp_path):
         model = tiny.wrapped(base, seed=seed)
         accelerator = accelerate.Accelerator(cpu=True)
         net, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-        if hook:  # the README's
+        if hook:  # that of dorac/docs/trainers.md
             accelerator.register_save_state_pre_hook(lambda models, _, folder: dorac.save_adapter(models[0], folder))
         if not runs:
             steps(accelerator, net, optimizer, tiny.Rows(), 1)

@@ -26,7 +26,7 @@ options = json.loads(options)
 
 
 class KeepNorms(transformers.TrainerCallback):
-    """As README has it: once the trainer has sharded the model."""
+    """As dorac/docs/sharding.md has it: once the trainer has sharded the model."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         dorac.cache_norms(model)

@@ -7,6 +7,8 @@ A subcommand is a module with
 - where it needs one, ``check(args)``: raises ``BadInput`` for options that do not go together;
 - ``run(args)``: yields (or returns a list of) records, one dict per measurement, with at least ``case`` (what was
   measured, such as "8192x8192 r16") and ``variant`` (who was measured). The other keys become columns.
+
+``picture`` measures nothing: it draws what records of these have.
 """
 
 import sys
@@ -28,6 +30,7 @@ from dorac.bench import (
     model,
     norm,
     options,
+    picture,
     report,
     scale,
     surgery,
@@ -57,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand: 0 if everything was measured, 1 if a variant failed, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["picture"]:  # measures nothing
+            return picture.main(argv[1:])
         return run(options.parse(argv, SUBCOMMANDS), argv)
     except BadInput as error:
         print(f"python -m dorac.bench: error: {error}", file=sys.stderr)

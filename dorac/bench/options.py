@@ -89,6 +89,7 @@ def _parser(subcommands: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m dorac.bench",
         description="Measures dorac beside plain LoRA, stock PEFT and compiled dense DoRA, in one run.",
+        epilog="`python -m dorac.bench picture` draws README's picture from the records; it measures nothing.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

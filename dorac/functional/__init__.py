@@ -9,7 +9,8 @@ Neither V nor ``lora_B @ lora_A`` is ever materialised. Norm, g and the compose 
 (float64 for float64 inputs), also under autocast, and the result is rounded once, to the activation's dtype. All
 functions trace under ``torch.compile(fullgraph=True)`` and never change their inputs.
 
-Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank.
+Legend: ``*`` any leading shape (also none), ``in``, ``out``, ``r`` the feature sizes and the rank. Derivations are in
+``dorac/docs/derivations.md``, a table of the functions in ``dorac/docs/functions.md``.
 """
 
 from dorac.functional.adapters import (

@@ -5,8 +5,8 @@ An adapter changes a weight W to ``W' = g * (W + s * lora_B @ lora_A)``. Strengt
     W_a = W + a * (W' - W) = h * (W + s * (a * g / h) * lora_B @ lora_A)      h = 1 + a * (g - 1), one value per row
 
 which is an adapter with the row scale h and rows of lora_B scaled by ``a * g / h``. Strength 0 is the base layer,
-strength 1 the adapter. Where h is zero beside its terms no DoRA adapter does the same: there h is moved by one of their
-roundings.
+strength 1 the adapter. Where h is zero beside its terms no DoRA adapter computes W_a: there h is moved by one rounding
+of its terms.
 
 :func:`scale_in_norm` and :func:`combine_in_norm` move delta and magnitude each for itself and take the norm of the new
 delta. PEFT does a third thing, and says nothing: ``set_scale`` and ``scale_layer`` scale the delta and leave m (at 0
@@ -47,9 +47,9 @@ class AdapterStack(NamedTuple):
 def at_strength(
     lora_B: Tensor, magnitude: Tensor, weight_norm: Tensor, strength: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What computes ``W + a (W' - W)`` in the place of ``lora_B``, ``magnitude`` and ``weight_norm``, in any function.
+    """``lora_B``, ``magnitude`` and ``weight_norm`` of ``W + a (W' - W)``, for any function that takes these three.
 
-    No norm is taken anew: that of the adapter, ``weight_norm``, is all that is needed, and the layer is one call::
+    No norm is computed: the adapter's own, ``weight_norm``, is enough, and the layer is one call::
 
         b, m, n = at_strength(lora_B, magnitude, weight_norm, a)
         y = dora_linear(x, weight, lora_A, b, m, bias, scaling=s, weight_norm=n)
@@ -78,7 +78,7 @@ def at_strength(
 
 
 def _shares(weights: Sequence[float | Tensor], scales: Sequence[Tensor], least: float) -> tuple[Tensor, list[Tensor]]:
-    """``h = 1 + sum w_i (g_i - 1)`` and each ``w_i g_i / h``, with ``|h|`` at least ``least`` times what it sums up."""
+    """``h = 1 + sum w_i (g_i - 1)`` and each ``w_i g_i / h``, with ``|h|`` at least ``least`` times its terms."""
     acc = accumulate_dtype(*scales)
     if torch.compiler.is_compiling() or any(isinstance(weight, Tensor) for weight in weights):
         weights = [scaling_tensor(weight, scales[0], acc) for weight in weights]
@@ -92,7 +92,7 @@ def _shares(weights: Sequence[float | Tensor], scales: Sequence[Tensor], least: 
 
 
 def _least_scale(lora_B: Tensor, acc: torch.dtype) -> float:
-    """Such that rows of lora_B, scaled by its inverse, neither overflow nor what it is added to is lost."""
+    """The least ``|h|`` relative to its terms: lora_B times its inverse neither overflows nor drowns the base."""
     if torch.float16 in (lora_B.dtype, front.autocast_dtype(lora_B)):
         return 2**-11
     return torch.finfo(acc).eps / 2

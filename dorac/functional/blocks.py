@@ -1,7 +1,7 @@
 """Several adapted linear layers as one function: projections of one input, and a whole MLP.
 
-Written as the layers that they are made of, which is what is traced, transformed and compiled; in eager on a GPU with
-kernels ``ops/eager_linears.py`` and ``ops/eager_mlp.py`` compute them in one ``autograd.Function`` each.
+Each is written as the layers that it is made of. That form is traced, transformed and compiled. In eager on a GPU with
+kernels ``ops/eager_linears.py`` and ``ops/eager_mlp.py`` compute each in one ``autograd.Function``.
 """
 
 from collections.abc import Callable, Sequence
@@ -139,7 +139,7 @@ def checked_mlp(
             raise ValueError(
                 f"gate and up must have as many outputs as each other, got {gate.weight.shape[0]} and {features}"
             )
-    # Of what down gets, all that is looked at: no memory, and nothing that a mode may keep.
+    # Stands for down's input, of which the checks read metadata only: no memory, and no op that a mode would save.
     between = x[..., :1] if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     return gate, up, _checked(between.expand(*x.shape[:-1], features), down, "down")
 

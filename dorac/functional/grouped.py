@@ -35,7 +35,7 @@ def dora_linear_grouped(
     Args:
         x: ``[S, in]``, sorted by expert.
         weight: ``[E, out, in]``, any strides (a view of ``[E, in, out]`` is not copied). Or packed (mxfp4, ...; see
-            :func:`dorac.packed.of`): of it chunks of rows are made dense in the dtype of x, in forward and in backward.
+            :func:`dorac.packed.of`): chunks of its rows are made dense in the dtype of x, in forward and in backward.
         lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``. magnitude: ``[E, out]``. bias: ``[E, out]``.
         offsets: ``[E]``, int32 or int64: where each expert's rows end, not decreasing, the last at most S. Rows past it
             are no expert's.

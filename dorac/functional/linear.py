@@ -85,7 +85,7 @@ def dora_linear(
         dropout_on: what sees x'. "adapter", as in PEFT: the whole change that DoRA makes to the frozen layer,
             ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``, which takes a second product with W in
             forward and in backward. "low_rank": the low-rank branch alone,
-            ``y = g * (x W^T + s x' lora_A^T lora_B^T) + b``, at the price of LoRA with dropout.
+            ``y = g * (x W^T + s x' lora_A^T lora_B^T) + b``, at the cost of LoRA with dropout.
         save_output: saves y for backward, not ``x W^T + s x lora_A^T lora_B^T``, where the layer has no bias, no
             dropout in PEFT's meaning, and runs in eager on a GPU with kernels: no memory where whatever consumes y
             saves it, too (an activation, a product). Consumers that write to y in place are seen as long as autograd
@@ -142,7 +142,7 @@ def dora_over(
     save_output: bool = False,
     weight: Tensor | packed.Packed | None = None,
 ) -> Tensor:
-    """:func:`dora_linear` over a product that somebody else computed: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``.
+    """:func:`dora_linear` over a product that another layer computed: ``y = g * (base + s (x lora_A^T) lora_B^T) + b``.
 
     For a frozen layer whose weight is no dense tensor here: quantised, offloaded, behind hooks. Call that layer for
     ``base``, and :func:`norm_factored` for the norm.
@@ -161,8 +161,8 @@ def dora_over(
             scaled nor taken off a rounded sum.
         save_output: saves y for backward in place of a tensor of its size, as in :func:`dora_linear` and on the same
             terms; then there is no second derivative.
-        weight: the frozen layer's, packed (:func:`dorac.packed.of`) or dense, for ``save_output`` alone: of it comes
-            what y does not tell, the gradient of magnitudes near zero.
+        weight: the frozen layer's, packed (:func:`dorac.packed.of`) or dense, for ``save_output`` alone: the
+            gradient of magnitudes near zero, which y does not tell, is computed from it.
 
     Returns:
         ``[*, out]`` in the dtype of ``base``. Gradients flow to base, x (through the low-rank branch; through the

@@ -40,7 +40,7 @@ def dora_linear_mixed(
             are computed otherwise, whether an adapter is used or not.
         norm_grad: whether gradient flows through the norms too, not with ``weight_norm``; see :func:`norm_factored`.
         ranks: ``[K]``, int32 or int64: beyond these rows of lora_A and columns of lora_B are zeros, which the kernels
-            then do not read. Nobody looks whether they are.
+            then do not read. That is not checked.
         budget: bytes for the buffers of the norm, see :func:`norm_factored`. Dtypes: as in :func:`dora_linear`.
 
     Returns:

@@ -53,7 +53,7 @@ def norm_factored(
         scaling: s, a finite number or a 0-d tensor; zero and negative values are fine.
         weight_sq: ``||W||_row^2 [out]`` if known. It saves a pass over W, but rows of V much shorter than those of W
             lose digits; where it overflows to inf, so does n: keep that of a row beyond 1.8e19 in float64. The Triton
-            kernel, which reads W once at any rate, makes no use of it. It is a constant: with ``norm_grad`` the
+            kernel, which reads W once in any case, does not use it. It is a constant: with ``norm_grad`` the
             weight's gradient is whole without it.
         norm_grad: whether the norm carries its gradient, to lora_A and lora_B, to the weight if that requires one and
             to a tensor scaling. It is exact, of every order and in forward mode, in the factored form
@@ -70,7 +70,7 @@ def norm_factored(
         also in forward mode, unless ``norm_grad`` asks for it; the value is the same either way. Rows up to float32's
         largest number are right although their squares are larger (not in float64, whose squares end at a norm of
         1e154). The norm is inf where it is larger or where the row of ``weight`` or ``lora_B``, or what these meet in
-        ``lora_A``, is not finite, be it NaN: then ``g = 0``, and the layer's output in that row is NaN. Rows below
+        ``lora_A``, is not finite, NaN included: then ``g = 0``, and the layer's output in that row is NaN. Rows below
         1e-19, whose squares vanish, are zero rows in any case.
 
     Raises:

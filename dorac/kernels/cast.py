@@ -32,6 +32,6 @@ def cast_kernel(a_ptr, b_ptr, a_cast_ptr, b_cast_ptr, N_A, N_B, BLOCK: tl.conste
 
 
 def cast_launch(size_a: int, size_b: int) -> Launch:
-    """Rounds two tensors of so many elements, contiguous, to nearest: its tensors are they and what they become."""
+    """The launch that rounds two contiguous tensors of these sizes to nearest. Its tensors: both, then both results."""
     blocks = cdiv(size_a, BLOCK) + cdiv(size_b, BLOCK)
     return Launch(cast_kernel, (blocks, 1, 1), (size_a, size_b), 4, BLOCK=BLOCK)

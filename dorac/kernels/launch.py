@@ -23,7 +23,7 @@ class Launch:
 
     ``kernel[grid](...)`` binds, specialises and looks up its arguments anew each time, which takes the CPU several
     times as long as the launch. Here integers and constants, which are the same in every call of a layer, are settled
-    once: whoever makes a launch keeps it. What is left to look at is the rest of what Triton specialises on: the
+    once: the caller keeps the launch. What is left to look at is the rest of what Triton specialises on: the
     device, a tensor's dtype and 16-byte alignment, a descriptor's dtype and block.
 
     Args:
@@ -102,19 +102,19 @@ class Launch:
         return compiled
 
     def _compile(self, *arguments: Argument) -> "triton.compiler.CompiledKernel | None":
-        """Launches the ordinary way."""
+        """Launches as Triton does."""
         options = {"num_warps": self.warps, **(ASSERTS if self.asserts and not knobs.runtime.interpret else {})}
         return self.kernel[self.grid](*arguments, *self.integers, **self.constants, **options)
 
     def _run(self, compiled: "triton.compiler.CompiledKernel", device: int, arguments: list) -> None:
-        """Launches what was compiled; pointers are given as integers, of which the launcher asks nothing."""
+        """Launches what was compiled; pointers are given as integers, which the launcher does not inspect."""
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.settled
         )
 
     def refuse(self, error: Exception, arguments: tuple[Argument, ...]) -> NoReturn:
-        """Says which kernel it was, of what, and where."""
+        """Raises the error with the kernel, its tensors and the device."""
         tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in arguments]
         shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors if isinstance(t, Tensor)]
         device = tensors[0].device
@@ -128,7 +128,7 @@ class Launch:
 class Bound:
     """A launch for tensors whose dtypes, device and alignment to 16 bytes are always those of its first call.
 
-    Then nothing is left to look at but where the tensors lie.
+    Then only the addresses of the tensors are read.
     """
 
     __slots__ = ("_after", "_before", "_between", "_device", "_run", "launch")

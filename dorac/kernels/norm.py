@@ -5,7 +5,7 @@ L2, ``B @ A`` runs on the tensor cores, and ``W + s * BA`` is squared and summed
 out x in or out x r exists in memory, and nothing cancels. With several column ranges per row block the norms over each
 are written out and put together in a fixed order by a second kernel, so that two runs give the same bits.
 
-A program whose squares overflow takes its rows once more, times 2^-64, before it ends: no one else waits for it.
+A program whose squares overflow goes over its rows once more, times 2^-64, before it ends: no other program waits.
 
 The same launch takes the norms of many layers, each with tensors of its own.
 
@@ -266,8 +266,8 @@ def split_factors(lora_A: Tensor, lora_B: Tensor, halves: int = 1) -> tuple[Tens
     """bfloat16 factors of three times the rank, whose product is that of float32 factors to 16 bits of each.
 
     ``B A = [B_high, B_low, B_high] [A_high; A_high; A_low]``: of a number, high is its rounding and low that of the
-    rest; low times low is less than the rest of that. The first r rows and columns are the rounded factors. With two
-    ``halves`` A's even columns come before its odd ones.
+    rest; low times low is below the last bit that is kept. The first r rows and columns are the rounded factors. With
+    two ``halves`` A's even columns come before its odd ones.
     """
     batch, rank, in_features = lora_A.shape[:-2], lora_A.shape[-2], lora_A.shape[-1]
     out_features, half = lora_B.shape[-2], {"dtype": torch.bfloat16}
@@ -315,8 +315,8 @@ def row_norms(layers: Sequence[tuple[Tensor, Tensor, Tensor]], scalings: Sequenc
 
     Args:
         layers: ``weight [out, in]``, ``lora_A [r, in]`` and ``lora_B [out, r]`` of each, all with the shapes, dtypes,
-            strides and device of the first's, and that many bytes apart from them which 64 divides. No factors that
-            are split first (:func:`needs_split`).
+            strides and device of the first's, and at distances of multiples of 64 bytes from them. No factors that are
+            split first (:func:`needs_split`).
         scalings: of each.
 
     Returns:

@@ -2,7 +2,7 @@
 
 As in ``norm.py``, of which this is the form for small ranks: a program owns ``BLOCK_O`` rows and a range of columns,
 and takes the norms of ``TOGETHER`` adapters. A tile of W stays in registers while each adapter's tile of ``B @ A`` is
-added to it and squared. Programs of the same tile run side by side, so that memory is asked for it once.
+added to it and squared. Programs of the same tile run side by side, so that it is read from memory once.
 
 Legend: K adapters, O out_features, I in_features, R rank, S column splits.
 """
@@ -69,7 +69,7 @@ def stack_norm_kernel(
             square_KO += tl.where((place_K == place)[:, None], tl.sum(v_OI * v_OI, axis=1)[None, :], 0.0)
 
     shrunk_KO = square_KO
-    if tl.max(tl.max((square_KO == float("inf")).to(tl.int32), axis=1), axis=0) > 0:  # hardly ever
+    if tl.max(tl.max((square_KO == float("inf")).to(tl.int32), axis=1), axis=0) > 0:  # rare
         for place in range(TOGETHER):
             k = tl.minimum(first + place, K - 1).to(tl.int64)
             shrunk_O = shrunk_squares(
@@ -108,7 +108,7 @@ def _scaling(scaling_ptr, k, EACH: tl.constexpr):
 
 
 def takes(weight: Tensor, lora_A: Tensor) -> bool:
-    """Whether norms are taken here: of several adapters of small rank over one weight, which is expanded."""
+    """Whether norms are computed here: of several adapters of small rank over one weight, which is expanded."""
     expanded = weight.ndim == 3 and weight.shape[0] > 1 and weight.stride(0) == 0 and weight.numel() > 0
     return expanded and lora_A.shape[1] * (3 if needs_split(weight.dtype, lora_A.dtype) else 1) <= 64
 

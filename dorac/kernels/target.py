@@ -9,7 +9,7 @@ KIB = 1024
 
 
 class Target(NamedTuple):
-    """What the choice of a launch asks of a card."""
+    """What choosing a launch needs to know of a card."""
 
     backend: str  # "cuda" or "hip"
     capability: int | str  # 86 for 8.6; of AMD's cards the architecture, "gfx942"
@@ -55,7 +55,7 @@ CARDS = {
 }
 
 _cards: dict[int, Target] = {}  # by the device's index: hashing devices takes as long as choosing a launch
-_given: list[Target | None] = []  # by whoever wants another than the device's: see dorac/ops/cards.py
+_given: list[Target | None] = []  # given in place of the device's: see dorac/ops/cards.py
 
 
 def of(tensor: Tensor) -> Target | None:

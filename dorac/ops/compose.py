@@ -12,11 +12,11 @@ The leaves are Triton kernels on the GPUs that have them; on the CPU they bound 
 half-precision activations to one block of rows.
 
 Where the outputs are not the last dimension but channels, the memory format of the activations decides. Channels-last
-ones are rows of outputs: the same view, the same kernels. Others are taken as they are, [N, O, *], and in aten.
+ones are rows of outputs: the same view, the same kernels. Others are computed as they are, [N, O, *], in aten.
 
 ``holds_bias`` says that base has the bias b in it already, as the frozen layer's own product adds it; then
 ``y = g * (base + s * lora) + (1 - g) * b``. Where g = 1 and lora = 0 that is base, bit for bit, which a bias added to
-the finished product is not. What is saved is inner without b. The finite part of b alone takes this way.
+the finished product is not. What is saved is inner without b. Only the finite part of b is handled so.
 
 Legend: T tokens, O out_features, N samples. Activations are [T, O] here, those of channels [N, O, *] (the outputs are
 dimension 1 either way, g and bias [O]); the functional layer accepts any leading shape.
@@ -62,7 +62,7 @@ def takes_bias(activation: Tensor, bias: Tensor | None) -> bool:
 
 
 def finite_part(bias: Tensor) -> Tensor:
-    """What base holds of the bias, a constant: ``(1 - g) * b`` is no number for the infinite rest."""
+    """What base holds of the bias, a constant: ``(1 - g) * b`` is NaN for the infinite rest."""
     bias = bias.detach()
     return torch.where(bias.isfinite(), bias, 0.0)
 
@@ -114,7 +114,7 @@ def buffer_of(mag_scale: Tensor) -> Tensor:
 
 
 def _without(inner_TO, bias_O, holds_bias):
-    """inner as it is saved: what g is multiplied with, and with the bias in base what is left without that."""
+    """inner as it is saved: what g multiplies. Where base holds the bias, the bias is taken off."""
     return inner_TO - finite_part(bias_O.to(inner_TO.dtype)) if holds_bias else inner_TO
 
 
@@ -284,7 +284,7 @@ class _Compose(torch.autograd.Function):
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """What nobody else has, in another shape, in eager as no view.
+    """A tensor that nothing else refers to, in another shape; in eager not a view.
 
     A consumer's write in place to a view would make FSDP2 lose the hook that it puts on a layer's output.
     """

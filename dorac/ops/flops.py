@@ -1,4 +1,4 @@
-"""How many floating-point operations each leaf op takes, for ``torch.utils.flop_counter`` and who reads its registry.
+"""How many floating-point operations each leaf op takes, for ``torch.utils.flop_counter`` and readers of its registry.
 
 ``FlopCounterMode`` sees of a leaf op no more than its name; compiled code is planned by the same registry
 (``activation_memory_budget``). As torch's own formulas these count products alone, two operations for each

@@ -1,4 +1,4 @@
-"""How an op body learns who is calling it.
+"""How an op's body finds out what is calling it.
 
 The public ops are CompositeImplicitAutograd: their Python body runs below Dynamo and above autograd, and picks per call
 between an ``autograd.Function`` over leaf ops and plain aten. The probes are gathered here because some of them are not
@@ -25,9 +25,10 @@ _BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # of torch.autogr
 
 
 def unobserved(but_by_modes: bool = False) -> bool:
-    """Whether nobody sees what is called now: no mode over torch's functions or ops, no transform, no tracer.
+    """Whether nothing observes what is called now: no mode over torch's functions or ops, no transform, no tracer.
 
-    Tensors may look on, too: subclasses. ``but_by_modes``: modes over ops may be there, and are a tracer's, too.
+    Subclasses of tensors observe too; they are not looked for here. ``but_by_modes``: modes over ops, a tracer's among
+    them, may be active.
 
     ``with torch.device(...)`` is a mode that only looks for functions without tensors.
     """
@@ -43,9 +44,9 @@ def unobserved(but_by_modes: bool = False) -> bool:
 
 
 def seen_by_modes_alone() -> bool:
-    """Whether, of all that ``unobserved`` asks for, there are at most modes over ops that are no tracer's.
+    """Whether nothing observes but modes over ops that are no tracer's.
 
-    These log, count, or choose what a checkpoint saves.
+    Such modes log, count, or choose what a checkpoint saves.
     """
     return unobserved(but_by_modes=True) and not any(torch._C._get_dispatch_mode(key) for key in _TRACERS)
 
@@ -88,7 +89,7 @@ def keeps_graph() -> bool:
 
 
 def saves_for_itself() -> bool:
-    """Whether what is saved for backward comes to nobody else: there are no hooks on it but of a checkpoint."""
+    """Whether autograd alone sees what is saved for backward: there are no hooks on it but a checkpoint's."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is None or hooks[0].__module__ == _CHECKPOINT
 
@@ -126,7 +127,7 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
 def _has_kernels(device: torch.device) -> bool:
     """Whether every kernel can be launched on the device, which may also be only a fake tensor's.
 
-    On AMD's cards they were compiled, but never run: there they have to be asked for, by ``cards.launched_for``.
+    On AMD's cards they were compiled, but never run: there ``cards.launched_for`` has to enable them.
     """
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None or not torch.cuda.is_available():

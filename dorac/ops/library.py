@@ -1,7 +1,7 @@
 """The ``dorac`` operator library, and the one way in which each kind of op is registered.
 
-Registering returns what is to be called in place of the op: in eager, where nobody looks on (no mode that sees ops, no
-transform, no tracer), that is the body itself, since each way through the dispatcher costs as much as a launch.
+Registering returns what is to be called in place of the op: in eager, where nothing observes ops (no mode, no
+transform, no tracer), that is the body itself, since each dispatch costs as much as a launch.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def key_caches() -> None:
     """Keys the compiler's caches on disk by the sources that ops and kernels are compiled from.
 
     They know a graph by its ops' names, which stay the same when what is generated for the ops changes. A tag that
-    somebody sets later takes this one's place.
+    is set later replaces this one.
     """
     digest = hashlib.sha256()
     package = resources.files("dorac")

@@ -12,9 +12,9 @@ With ``norm_grad`` the same value carries its gradient: where the leaf runs, thr
 nothing but its inputs and the norm and goes over the columns of W once more in backward (the leaf
 ``row_norm_backward``); elsewhere through :func:`differentiable_norm`, whose plain aten every transform sees.
 
-A row that is not finite has the norm inf on every way to it: some meet an infinite factor with a zero or with another
-infinity where others do not, and NaN would tell the way. float32 squares overflow from norms of 1.8e19 on: there the
-row is taken again times 2^-64, which is exact.
+A row that is not finite has the norm inf on every route: some multiply an infinite factor by zero or add another
+infinity where others do not, and NaN would depend on the route. float32 squares overflow from norms of 1.8e19 on: there
+the norm is computed again of the row times 2^-64, which is exact.
 
 Legend: O out_features, I in_features, R rank, C columns of one chunk; any of them may follow a dimension of experts.
 """
@@ -60,7 +60,7 @@ def column_chunks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, expanded: bool
 def lengths(rows: Tensor, *, read: bool = False) -> Tensor:
     """The norm over the last dimension, inf where that is not finite. Overwrites ``rows`` that need no gradient.
 
-    ``read``: looks at the values, for which the CPU waits for nothing, and saves a second pass where it can.
+    ``read``: reads the values, which is no wait on the CPU, and skips the second pass where it can.
     """
     norm = torch.linalg.vector_norm(rows, dim=-1)
     if rows.dtype is torch.float32 and not (read and bool(norm.isfinite().all())):
@@ -168,7 +168,7 @@ lib.define(
 def _row_norm_cuda(weight, lora_A, lora_B, scaling, weight_sq, budget):
     from dorac.kernels import norm, stack_norm
 
-    # These read W once at any rate: neither square nor budget help.
+    # These read W once in any case: neither square nor budget helps.
     if stack_norm.takes(weight, lora_A):
         return stack_norm.stack_norm(weight[0], lora_A, lora_B, scaling)
     return norm.row_norm(weight, lora_A, lora_B, scaling)
@@ -236,7 +236,7 @@ class _RowNorm(torch.autograd.Function):
 def row_norms(
     layers: Sequence[tuple[Tensor, Tensor, Tensor] | None], scalings: Sequence[float], budgets: Sequence[int]
 ) -> list[Tensor | None]:
-    """The norms of those of the layers ``(weight, lora_A, lora_B)`` that are taken faster together, without gradient.
+    """The norms of the layers ``(weight, lora_A, lora_B)`` that are computed faster together, without gradient.
 
     They have the bits of ``norm_factored``. Those that differ in nothing but their values take one launch of the
     kernel; on the CPU, where Python is the cost, each takes two ops. None stands for the others, which are to be taken
