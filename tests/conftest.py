@@ -1,6 +1,7 @@
 """Nothing of dorac is imported here: ``test_front.py`` says first what a new torch has moved."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ def brought_in(request, monkeypatch):
             return stock(*args, value=None if value is None else value.clone(), **kwargs)
 
         monkeypatch.setattr(hooks, "set_module_tensor_to_device", copying)
+
+
+@pytest.fixture
+def no_other_caches(monkeypatch):
+    """Models that other tests left alive, whose norms are kept, and their hooks are none of this test's."""
+    from dorac import caching
+    from dorac.nn import norm_cache
+
+    monkeypatch.setattr(caching, "_HOOKS", caching._StepHooks())
+    monkeypatch.setattr(norm_cache, "kept_layers", weakref.WeakSet())
 
 
 def pytest_runtest_setup(item):

@@ -249,7 +249,7 @@ def drop_caches():
 
 
 @pytest.fixture(autouse=True)
-def _hooks_of_this_test():
+def _hooks_of_this_test(no_other_caches):
     yield
     drop_caches()
 

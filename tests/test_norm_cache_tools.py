@@ -630,7 +630,7 @@ def hooks() -> int:
     return len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
 
 
-def test_dropped_models_leave_no_hooks():
+def test_dropped_models_leave_no_hooks(no_other_caches):
     gc.collect()
     model = adapted()
     cache = dorac.cache_norms(model)
