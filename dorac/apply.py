@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dorac import lora_config, notices, pretrained
 from dorac.names import ModuleNames, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.kinds import CONVOLUTIONS
 from dorac.targets import Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 def apply_dora(
     model: nn.Module,
     target_modules: "str | Sequence[str] | peft.LoraConfig | None" = None,
-    r: int = 8,
-    lora_alpha: float = 8,
+    r: int = DEFAULT_R,
+    lora_alpha: float = DEFAULT_ALPHA,
     *,
     lora_dropout: float = 0.0,
     dropout_on: str = "adapter",

@@ -83,12 +83,11 @@ def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> Non
     """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
     paths: dict[DoraLayer, list[str]] = {}
     layers = set(layers)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in layers:
-            paths.setdefault(module, []).append(f"{name}." if name else "")
     names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
     memories: dict[int, tuple[str, int]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if module in layers:
+            paths.setdefault(module, []).append(f"{prefix}." if prefix else "")
         originals = offload.originals(module)
         for key, parameter in module.named_parameters(recurse=False):
             kept = originals.get(key)

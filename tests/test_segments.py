@@ -217,7 +217,9 @@ def test_any_strides(device):
     assert torch.equal(h, segments.segment_product(i.x, i.lora_A, i.offsets))
     found = segments.segment_backward(*map(by_columns, (i.dy, inner)), *vectors[:2], by_columns(i.h), 0.7, i.offsets)
     expected = segments.segment_backward(i.dy, inner, i.magnitude, i.norm, i.h, 0.7, i.offsets)
-    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+    assert torch.equal(found[0], expected[0])
+    for actual, wanted in zip(found[1:3], expected[1:3], strict=True):  # sums, which a thread takes in another order
+        assert max_error(actual, wanted) <= 22 * torch.finfo(torch.float32).eps * wanted.abs().max()
 
 
 @pytest.mark.parametrize("ends", [[5, 3, 9], [-4, 20, 30], [0, 0, 0]])

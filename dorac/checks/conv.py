@@ -34,17 +34,7 @@ def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: i
         raise ValueError(f"lora_B must be {expected} for this weight and lora_A, got {list(lora_B.shape)}")
 
 
-def check_conv(
-    dimensions: int,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-    groups: int,
-) -> None:
+def check_conv(dimensions, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, groups) -> None:
     """All tensors of ``dora_conv1d``, ``2d`` or ``3d``."""
     check_float("weight", weight)
     if weight.ndim != dimensions + 2:

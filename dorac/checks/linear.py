@@ -162,30 +162,14 @@ def check_compose(
         raise ValueError("bias must be None in the delta form: its base excludes the bias, which DoRA leaves as it is")
 
 
-def check_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-) -> None:
+def check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """All tensors of ``dora_linear``."""
     _check_weight(weight)
     _fit_layer(weight, lora_A, lora_B, magnitude=magnitude, weight_norm=weight_norm, x=x, bias=bias)
     check_activation_dtype(x, weight)
 
 
-def check_linear_columns(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-) -> None:
+def check_linear_columns(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """All tensors of ``dora_linear_columns``."""
     check_factors(weight, lora_A, lora_B)
     _check_alone(weight)
@@ -199,15 +183,7 @@ def check_columns(magnitude: Tensor, weight_norm: Tensor | None, weight: Tensor,
     fit(_OF_COLUMNS[name], {name: columns}, weight, magnitude=magnitude, weight_norm=weight_norm)
 
 
-def check_projection(
-    x: Tensor,
-    weight: Tensor | Packed,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    magnitude: Tensor | None,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-) -> None:
+def check_projection(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """The tensors of a layer of a block, whose adapter may be plain LoRA's, or none."""
     if (lora_A is None) != (lora_B is None):
         raise ValueError(f"lora_A and lora_B come together, got {'lora_B' if lora_A is None else 'lora_A'} alone")
@@ -229,15 +205,7 @@ def check_projection(
         check_activation_dtype(x, weight)
 
 
-def check_over(
-    base: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor,
-) -> None:
+def check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """The tensors of ``dora_over``: ``base [*, out]``, ``x [*, in]``, a linear layer's adapter."""
     for name, tensor in (("base", base), ("x", x)):
         check_float(name, tensor)
@@ -266,16 +234,7 @@ def _check_pieces(name: str, weight: Packed) -> None:
     weight.check()
 
 
-def check_grouped(
-    x: Tensor,
-    weight: Tensor | Packed,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-    offsets: Tensor,
-) -> None:
+def check_grouped(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets) -> None:
     """All tensors of ``dora_linear_grouped``."""
     if is_packed(weight):
         weight.check()
@@ -313,17 +272,7 @@ def _fit_stack(weight: Tensor, lora_A: Tensor, lora_B: Tensor, **tensors: Tensor
     return sizes
 
 
-def check_mixed(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    weight_norm: Tensor | None,
-    adapter_index: Tensor,
-    ranks: Tensor | None = None,
-) -> None:
+def check_mixed(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index, ranks=None) -> None:
     """All tensors of ``dora_linear_mixed``."""
     sizes = _fit_stack(weight, lora_A, lora_B, magnitude=magnitude, weight_norm=weight_norm)
     fit(_MIXED, sizes, weight, x=x, bias=bias)

@@ -575,7 +575,7 @@ def mixed_config(
         columns = 256
         while columns < min(out_features, 1024) and count * -(-out_features // columns) > 10 * target.processors:
             columns *= 2
-        down = (64 if not half else 256 if rank <= 32 else 128), up_r, 16, 4, 3
+        down = 128 if half else 64, up_r, 16, 4, 3
         up = 128, up_r, 4 if half else wide_warps
         stages = 3 if columns > 256 or rank > 32 else 1
         config = MixedConfig(form, 16, *down, *up, columns=columns, up_stages=stages)

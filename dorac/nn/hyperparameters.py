@@ -7,6 +7,9 @@ import torch
 from dorac import checks
 from dorac.numerics import FLOAT_DTYPES
 
+DEFAULT_R = 8  # as PEFT has them
+DEFAULT_ALPHA = 8
+
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """s: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` rank-stabilised (arXiv 2312.03732)."""

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional, magnitudes, offload
 from dorac.nn import merging, norm_cache, starts
-from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
 from dorac.nn.initialised import Initialised
 from dorac.nn.keeper import NOTHING_KEPT
 from dorac.nn.reads_base import ReadsBase
@@ -93,8 +93,8 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
     def __init__(
         self,
         base_layer: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 8,
+        r: int = DEFAULT_R,
+        lora_alpha: float = DEFAULT_ALPHA,
         *,
         lora_dropout: float = 0.0,
         dropout_on: str = "adapter",

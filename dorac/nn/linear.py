@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from dorac import functional, packed
 from dorac.magnitudes import HALF, widen
 from dorac.nn import offloaded, shared
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import DoraLayer, parameter
 from dorac.nn.norm_cache import known_norm
 from dorac.nn.stock import not_stock
@@ -54,8 +55,8 @@ class DoraLinear(DoraLayer):
     def __init__(
         self,
         base_layer: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 8,
+        r: int = DEFAULT_R,
+        lora_alpha: float = DEFAULT_ALPHA,
         *,
         fan_in_fan_out: bool | None = None,
         **options,

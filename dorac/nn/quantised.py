@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from dorac import functional, offload, packed
 from dorac.nn import linear4bit, offloaded, shared
 from dorac.nn.base_product import product
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm, packed_weight
@@ -54,7 +55,7 @@ class DoraQuantLinear(DoraLinear):
 
     PEFT_KEYS: ClassVar = DoraLinear.PEFT_KEYS
 
-    def __init__(self, base_layer: nn.Module, r: int = 8, lora_alpha: float = 8, **options) -> None:
+    def __init__(self, base_layer: nn.Module, r: int = DEFAULT_R, lora_alpha: float = DEFAULT_ALPHA, **options) -> None:
         if options.get("norm_grad") is True:
             raise ValueError(f"norm_grad needs a dense weight, that of {type(base_layer).__name__} is quantised")
         super().__init__(base_layer, r, lora_alpha, **options)
