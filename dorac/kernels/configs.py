@@ -530,12 +530,13 @@ def segment_backward_config(
     block_r = _power(rank, 16, 128 if h_dtype.itemsize == 2 else 32)
     wide, processors = h_dtype is torch.float32, target.processors
     block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
-    if wide or (block_r > 64 and target.backend == "hip"):
-        block_o = 64
+    if wide or (block_r > 64 and (target.backend == "hip" or target.generation in (10, 11))):
+        block_o = 64  # or it spills, and AMD's cards need more shared memory than there may be
     strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
     walked = -(-rows // (32 * strips)) * 32
     lean = target.products_from_shared
-    warps, stages = 4 if block_r <= (64 if lean else 32) else 8, 4 if lean else 3  # or it spills
+    few = block_r <= 64 if lean else block_r <= 32 and dtype.itemsize == 2
+    warps, stages = 4 if few else 8, 4 if lean else 3  # or it spills
     config = SegmentConfig(32, block_o, max(32, walked), warps, stages, block_r)
     return _first(_fewer_stages(config, 1), target, dtype, h_dtype)
 
@@ -576,7 +577,7 @@ def mixed_config(
         while columns < min(out_features, 1024) and count * -(-out_features // columns) > 10 * target.processors:
             columns *= 2
         down = 128 if half else 64, up_r, 16, 4, 3
-        up = 128, up_r, 4 if half else wide_warps
+        up = 128, up_r, 4 if half and rank <= 64 else wide_warps
         stages = 3 if columns > 256 or rank > 32 else 1
         config = MixedConfig(form, 16, *down, *up, columns=columns, up_stages=stages)
     else:
