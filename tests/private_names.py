@@ -34,6 +34,10 @@ PRIVATE = {
         "torch._C._autograd._top_saved_tensors_default_hooks",
         "torch._C._current_graph_task_id",
     ),
+    "ops/collectives.py gives a leaf its gradient where nobody else wants it: look in torch/autograd/graph.py for how "
+    "register_multi_grad_hook asks which nodes will run, and in torch/csrc/autograd/functions/accumulate_grad.h": (
+        "torch._C._will_engine_execute_node",
+    ),
     "tensors of the tracers, told by their type: look for what FakeTensorMode and functionalization make": (
         "torch._subclasses.fake_tensor.FakeTensor",
         "torch._subclasses.functional_tensor.FunctionalTensor",

@@ -145,6 +145,58 @@ def test_gradients_reach_the_parameters_by_every_way(mesh):
     assert not seen.saw_dtensors()
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_that_nobody_else_wants(is_compiled, mesh):
+    """The leaf has it by the time that its node of autograd runs, which is then asked for nothing."""
+    reference, model, x = pair(mesh)
+    function = compiled(model)[0] if is_compiled else model
+    loss = function(x).square().sum()
+    ran = []  # of each node what the engine brought it, by a hook that does not hang on the tensor
+    nodes = []
+    for layer in (model.up, model.down):
+        for p in layer._own_parameters():
+            node = torch.autograd.graph.get_gradient_edge(p).node
+            nodes.append(node)
+            node.register_prehook(lambda grads, p=p: ran.append((grads[0] is None, p.grad is not None)))
+    loss.backward()
+    assert ran == [(True, True)] * 6
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(gradients(model), gradients(reference))
+    kept = model.up.lora_A.grad
+    function(x).square().sum().backward()  # adds up where the gradient lies
+    assert model.up.lora_A.grad is kept
+    torch.testing.assert_close(gradients(model), [2 * g for g in gradients(reference)])
+
+
+def test_backward_into_some_inputs(mesh):
+    """What ``inputs`` leaves out gets no gradient, as with one process."""
+    reference, model, x = pair(mesh)
+    for m in (reference, model):
+        own = x.clone().requires_grad_()
+        loss = m(own).square().sum()
+        loss.backward(inputs=[own], retain_graph=True)
+        assert all(p.grad is None for p in trained(m))
+        loss.backward(inputs=[m.down.lora_B, m.up.lora_A])
+        assert [p.grad is not None for p in trained(m)] == [
+            any(p is q for q in (m.down.lora_B, m.up.lora_A)) for p in trained(m)
+        ]
+    for name in ("up.lora_A", "down.lora_B"):
+        actual, expected = (m.get_parameter(name).grad for m in (model, reference))
+        torch.testing.assert_close(actual.full_tensor(), expected)
+
+
+def test_a_second_use_of_a_parameter(mesh):
+    """A gradient that comes by another way, as a penalty's, is added."""
+    from torch.distributed.tensor import DTensor
+
+    reference, model, x = pair(mesh)
+    for m in (reference, model):
+        penalty = sum(p.square().sum() for p in trained(m))
+        penalty = penalty.full_tensor() if isinstance(penalty, DTensor) else penalty
+        (m(x).square().sum() + penalty).backward()
+    torch.testing.assert_close(gradients(model), gradients(reference))
+
+
 def moved(model):
     return model.double().float()
 

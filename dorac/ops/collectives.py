@@ -20,6 +20,8 @@ In eager these are c10d's collectives; in traced code, and where a mode over ops
 ranks hold are summed in one all-reduce. ``ops/eager_parts.py`` has the layer's own for both.
 """
 
+import functools
+import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -180,10 +182,38 @@ def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """
     if len(tensors) < 2:
         return [_sum(tensor, group) for tensor in tensors]
-    total = _sum(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
-    parts = total.split_with_sizes([tensor.numel() for tensor in tensors])
-    # A DTensor of a tensor that begins within its storage cannot be copied (deepcopy), so all but the first leave it.
-    return [part.view(t.shape).to(t.dtype, copy=i > 0) for i, (part, t) in enumerate(zip(parts, tensors, strict=True))]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    # The first stays where it is summed. The others leave: a DTensor of a tensor that begins within its storage cannot
+    # be copied (deepcopy).
+    order = sorted(range(len(tensors)), key=lambda i: (tensors[i].dtype is not dtype, -tensors[i].numel()))
+    parts = [tensors[i] for i in order]
+    sizes = [part.numel() for part in parts]
+    if _functional(parts[0]):
+        summed = _sum(torch.cat([part.reshape(-1) for part in parts]), group).split_with_sizes(sizes)
+        summed = [total.view(part.shape) for total, part in zip(summed, parts, strict=True)]
+        summed[1:] = [total.to(part.dtype, copy=True) for total, part in zip(summed[1:], parts[1:], strict=True)]
+        summed[0] = summed[0].to(parts[0].dtype)
+    else:
+        flat = parts[0].new_empty(sum(sizes), dtype=dtype)
+        summed = [place.view(part.shape) for place, part in zip(flat.split_with_sizes(sizes), parts, strict=True)]
+        _copy(summed, parts)
+        _sum(flat, group)
+        stays = parts[0].dtype is dtype
+        left = [torch.empty_like(part) for part in parts[stays:]]
+        _copy(left, summed[stays:])
+        summed[stays:] = left
+    return [total for _, total in sorted(zip(order, summed, strict=True), key=operator.itemgetter(0))]
+
+
+def _copy(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copies each to its place: on a GPU in one launch those of one dtype."""
+    pairs: dict[tuple, tuple[list, list]] = {}
+    for place, tensor in zip(to, tensors, strict=True):
+        places, own = pairs.setdefault((place.dtype, tensor.dtype), ([], []))
+        places.append(place)
+        own.append(tensor)
+    for places, own in pairs.values():
+        torch._foreach_copy_(places, own)
 
 
 class _Sums(torch.autograd.Function):
@@ -254,6 +284,8 @@ class Entry:
 
     def check(self) -> None:
         """Raises RuntimeError if they have changed."""
+        if None not in self.versions and [*map(_version, self.watched)] == self.versions:
+            return
         for tensor, version in zip(self.watched, self.versions, strict=True):
             if version is not None and tensor._version != version:
                 raise RuntimeError(
@@ -262,16 +294,28 @@ class Entry:
                     f"{version}"
                 )
 
-    def leave(self, gradients: Sequence[Tensor | None]) -> tuple[DTensor | None, ...]:
-        """The gradients of the parts as those of the parameters."""
+    def leave(
+        self, gradients: Sequence[Tensor | None], edges: Sequence[tuple], together: Tensor | None = None
+    ) -> tuple[DTensor | None, ...]:
+        """The gradients of the parts as those of the parameters.
+
+        Args:
+            edges: the ``next_functions`` of who calls this in its backward. The parameters are its last tensors that
+                have any.
+            together: what those that are due lie in, the first of them at its beginning.
+        """
         gradients = [*gradients]
         due = [i for i, is_due in enumerate(self.due) if is_due and gradients[i] is not None]
-        if due:
+        if together is not None:
+            _sum(together, self.group)
+            for i in due:
+                gradients[i] = gradients[i].to(self.parameters[i].dtype, copy=i > due[0])
+        elif due:
             summed = [gradients[i] for i in due]
             summed = _Sums.apply(self.group, *summed) if torch.is_grad_enabled() else sums(summed, self.group)
             for i, total in zip(due, summed, strict=True):
                 gradients[i] = total
-        return tuple([_wrapped(g, p) for g, p in zip(gradients, self.parameters, strict=True)])
+        return _left(gradients, self.parameters, edges)
 
 
 _version = torch._C.TensorBase._version.__get__
@@ -290,7 +334,8 @@ class Enter(torch.autograd.Function):
     def backward(ctx, *gradients):
         ctx.entry.check()
         needed = ctx.needs_input_grad[1:]
-        return None, *ctx.entry.leave([g if needs else None for g, needs in zip(gradients, needed, strict=True)])
+        gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
+        return None, *ctx.entry.leave(gradients, ctx.next_functions)
 
 
 def enter(
@@ -324,7 +369,7 @@ class _Lasting(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return tuple([_wrapped(g, p) for g, p in zip(gradients, ctx.parameters, strict=True)])
+        return _left(gradients, ctx.parameters, ctx.next_functions)
 
 
 def lasting(parameters: Sequence[DTensor]) -> tuple[Tensor, ...]:
@@ -336,17 +381,54 @@ def lasting(parameters: Sequence[DTensor]) -> tuple[Tensor, ...]:
     return _Lasting.apply(*parameters)
 
 
-def _wrapped(gradient: Tensor | None, parameter: DTensor) -> DTensor | None:
-    """The gradient in the parameter's layout and strides."""
-    if gradient is None:
-        return None
-    part = parameter._local_tensor
-    if gradient.stride() != part.stride():
-        gradient = torch.empty_like(part).copy_(gradient)
-    if torch.is_grad_enabled():
-        layout = {"shape": parameter.shape, "stride": parameter.stride()}
-        return DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False, **layout)
-    return _dtensor(gradient, parameter._spec, _Fresh)
+def _left(
+    gradients: Sequence[Tensor | None], parameters: Sequence[DTensor], edges: Sequence[tuple]
+) -> tuple[DTensor | None, ...]:
+    """The gradients in the parameters' layouts and strides, for the engine; None of one that its leaf has already.
+
+    A leaf without a gradient that nobody watches gets it here, as autograd's node of it would set it: that node asks
+    the gradient for a ``detach()``, which costs a DTensor as much as a kernel's launch.
+    """
+    again = torch.is_grad_enabled()
+    nodes = [node for node, _ in edges if node is not None]
+    nodes = [*nodes[len(nodes) - len(parameters) :]] if len(nodes) >= len(parameters) else [None] * len(parameters)
+    left = []
+    for gradient, parameter, node in zip(gradients, parameters, nodes, strict=True):
+        if gradient is not None:
+            part = parameter._local_tensor
+            if gradient.stride() != part.stride():
+                gradient = torch.empty_like(part).copy_(gradient)
+            if again:
+                layout = {"shape": parameter.shape, "stride": parameter.stride()}
+                mesh, placements = parameter.device_mesh, parameter.placements
+                gradient = DTensor.from_local(gradient, mesh, placements, run_check=False, **layout)
+            elif _is_unwatched(parameter, node, gradient):
+                parameter.grad, gradient = _dtensor(gradient, parameter._spec), None
+            else:
+                gradient = _dtensor(gradient, parameter._spec, _Fresh)
+        left.append(gradient)
+    return tuple(left)
+
+
+def _is_unwatched(parameter: DTensor, node: object, gradient: Tensor) -> bool:
+    """Within backward: whether all that would become of the gradient is that of this leaf, which has none.
+
+    Not so with hooks on the leaf, nor where ``torch.autograd.grad`` returns the gradient or ``inputs`` leaves it out;
+    nor on a side stream, which the engine lets others wait for if it has seen the gradient there.
+    """
+    if (
+        not parameter.is_leaf
+        or parameter.grad is not None
+        or parameter._backward_hooks
+        or parameter._post_accumulate_grad_hooks
+        or gradient.dtype is not parameter.dtype
+        or (gradient.is_cuda and torch._C._cuda_getCurrentRawStream(gradient.device.index))
+    ):
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (RuntimeError, TypeError):  # torch.autograd.grad returns it; or this is not the engine's call
+        return False
 
 
 def _dtensor(part: Tensor, spec: object, kind: type[DTensor] = DTensor) -> DTensor:

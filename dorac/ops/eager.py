@@ -53,10 +53,13 @@ def dora_linear(
     dropout_on: str = "adapter",
     save_output: bool = False,
     apply: Callable | None = None,
+    together: bool = False,
 ) -> Tensor | None:
     """The layer for a finite ``scaling``, or None if it is not to be computed here; errors are ``check_linear``'s.
 
-    ``apply``: of whoever trains the adapter under other names (``eager_parts.py``), in the place of ``Linear.apply``.
+    Args:
+        apply: of whoever trains the adapter under other names (``eager_parts.py``), in the place of ``Linear.apply``.
+        together: whether that sums the gradients of lora_B and the magnitude, which backward leaves in ``ctx.summed``.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -74,6 +77,8 @@ def dora_linear(
         )
         dropped = dropout_on if dropout_p else None
         key = training, dropped, save_output, *metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
+        if together:
+            key = "together", *key
         plan = plans.get(key, False)
         bits = weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
         if bias is not None:
@@ -87,7 +92,10 @@ def dora_linear(
         checks.check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = keep_plan(key, make_plan(*tensors, training, dropped, save_output))
+            plan = make_plan(*tensors, training, dropped, save_output)
+            if together and plan is not None:
+                plan = dataclasses.replace(plan, together=True)
+            keep_plan(key, plan)
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:  # plans are for tensors aligned to 16 bytes
@@ -274,7 +282,7 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, a, b, norm, h, kept, bits, *trained)
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.plan, ctx.kept_scale = scaling, plan, 1 / (1 - dropout_p)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.summed = None if bias is None else bias.dtype, None
         return y
 
     @staticmethod
@@ -304,7 +312,11 @@ class Linear(torch.autograd.Function):
         # A hook on saved tensors may give back other strides.
         launches = plan.backward(dy.stride(), (weight.stride(), b.stride()) if of_y else ())
         others = (x, weight, b) if of_y else (None, None, None)
-        d_base, d_m, d_b = scaled_gradients(launches, dy, kept, magnitude, norm, h, scaling, others, lora_B)
+        if plan.together:
+            ctx.summed = dy.new_empty(lora_B.numel() + magnitude.numel(), dtype=torch.float32)
+        d_base, d_m, d_b = scaled_gradients(
+            launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, summed=ctx.summed
+        )
         unread = scalar(d_base.dtype, d_base.device)
         if delta:
             d_h = torch.addmm(unread, dy, scaled_b(plan, b, magnitude, norm), beta=0, alpha=scaling)
@@ -331,16 +343,32 @@ class Linear(torch.autograd.Function):
 
 
 def scaled_gradients(
-    launches, dy, kept, magnitude, norm, h, scaling, others, lora_B, at_the_end=None, overwrites: bool = False
+    launches,
+    dy,
+    kept,
+    magnitude,
+    norm,
+    h,
+    scaling,
+    others,
+    lora_B,
+    at_the_end=None,
+    overwrites: bool = False,
+    summed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``g * dy``, of a change ``(g - 1) * dy``, and the gradients of magnitude and lora_B.
 
     ``others``: x, weight and lora_B of the products, or three None; ``at_the_end`` is what the last launch gets in
-    their place. With ``overwrites`` the first result lies where ``kept`` is.
+    their place. With ``overwrites`` the first result lies where ``kept`` is, and the last and the second in ``summed``.
     """
     strips, launch, add = launches
     d_base = kept if overwrites else dy.new_empty(dy.shape)
-    d_m, d_b = parts_m, parts_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+    if summed is None:
+        d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+    else:
+        d_b, d_m = summed.split_with_sizes((lora_B.numel(), magnitude.numel()))
+        d_b = d_b.view(lora_B.shape)
+    parts_m, parts_b = d_m, d_b
     if strips > 1:
         parts_m = norm.new_empty(strips, lora_B.shape[0], dtype=torch.float32)
         parts_b = norm.new_empty(strips, *lora_B.shape, dtype=torch.float32)

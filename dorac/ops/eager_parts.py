@@ -28,10 +28,12 @@ class _OfParts(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradients are differentiated again, and so depend on the DTensors
             ctx.trained = Enter.apply(ctx.entry, *ctx.entry.parameters)
         dx, _, *of_adapter = eager.Linear.backward(ctx, dy)[:5]
-        return dx, None, *ctx.entry.leave(of_adapter), *(None,) * 9
+        summed, ctx.summed = ctx.summed, None
+        return dx, None, *ctx.entry.leave(of_adapter, ctx.next_functions, summed), *(None,) * 9
 
 
 _apply = super(torch.autograd.Function, _OfParts).apply  # as in eager.py
+ROWS_DUE = (False, True, True)  # of lora_A, lora_B and the magnitude
 
 
 def dora_linear(
@@ -48,7 +50,7 @@ def dora_linear(
     def apply(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *others: object) -> Tensor:
         return _apply(x, weight, *entry.parameters, *others, entry, (lora_A, lora_B, magnitude))
 
-    return eager.dora_linear(x, weight, *parts, *others, apply=apply)
+    return eager.dora_linear(x, weight, *parts, *others, apply=apply, together=entry.due == ROWS_DUE)
 
 
 def _crossing(function: type[torch.autograd.Function], ahead: int) -> Callable:
@@ -74,7 +76,8 @@ def _crossing(function: type[torch.autograd.Function], ahead: int) -> Callable:
                 ctx.trained = Enter.apply(entry, *entry.parameters)
             gradients = [*function.backward(ctx, *gradients)]
             places = [ahead + place for place in _places(gradients[ahead:], entry)]
-            for place, gradient in zip(places, entry.leave([gradients[i] for i in places]), strict=True):
+            left = entry.leave([gradients[i] for i in places], ctx.next_functions)
+            for place, gradient in zip(places, left, strict=True):
                 gradients[place] = gradient
             return *gradients, None, None
 

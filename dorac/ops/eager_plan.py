@@ -33,6 +33,7 @@ class Plan:
     scale_b: Callable  # of lora_B's strides: (g lora_B)^T of compose's arguments, for PEFT's meaning of dropout
     pack: Callable | None  # of dropout's mask, a byte an element, and its bits, which it writes
     drop: Callable | None  # of rows, bits, 1 / (1 - p) and the result, which may be the rows
+    together: bool = False  # the gradients of lora_B and the magnitude lie in one float32 tensor, in this order
     in_ops: bool = False  # which modes see
 
 
