@@ -9,11 +9,11 @@ from torch import Tensor, nn
 GROUP = 128  # columns of a scale of int4, torchao's default
 
 
-def _bnb_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
+def _bnb_4bit(linear: nn.Linear, quant_type: str, storage: torch.dtype = torch.uint8) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight = linear.weight
-    options = {"compress_statistics": True, "quant_type": quant_type}
+    options = {"compress_statistics": True, "quant_type": quant_type, "quant_storage": storage}
     with torch.device("meta"):
         layer = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=weight.dtype, **options)
     layer.bias = linear.bias
@@ -63,9 +63,9 @@ def _torchao_int4(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-_QUANTISE: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "nf4": lambda linear: _bnb_4bit(linear, "nf4"),
-    "fp4": lambda linear: _bnb_4bit(linear, "fp4"),
+_QUANTISE: dict[str, Callable[..., nn.Module]] = {
+    "nf4": lambda linear, **storage: _bnb_4bit(linear, "nf4", **storage),
+    "fp4": lambda linear, **storage: _bnb_4bit(linear, "fp4", **storage),
     "int8": _bnb_8bit,
     "torchao-int8": lambda linear: _torchao(linear, "Int8WeightOnlyConfig"),
     "fp8": lambda linear: _torchao(linear, "Float8WeightOnlyConfig"),
@@ -81,9 +81,12 @@ def has_product(base: str) -> bool:
     return base != "int4" or importlib.util.find_spec("mslk") is not None
 
 
-def quantise(linear: nn.Linear, base: str) -> nn.Module:
-    """A layer with the weight of ``linear``, which may be it, on the same device; its products are in that dtype."""
-    return _QUANTISE[base](linear.requires_grad_(False))
+def quantise(linear: nn.Linear, base: str, **storage: torch.dtype) -> nn.Module:
+    """A layer with the weight of ``linear``, which may be it, on the same device; its products are in that dtype.
+
+    ``storage``: of nf4 and fp4, the dtype that the codes lie in; ``fully_shard`` splits floats alone.
+    """
+    return _QUANTISE[base](linear.requires_grad_(False), **storage)
 
 
 def quantise_model(model: nn.Module, base: str, besides: nn.Module | None = None) -> None:

@@ -689,6 +689,18 @@ def test_scale_in_processes_of_its_own(bench):
     assert not any("failed" in record for record in result["records"])
 
 
+def test_scale_over_nf4(bench):
+    """Its codes lie in floats, as FSDP2 needs them: fewer bytes are gathered than of a dense base."""
+    needs("nf4")
+    variants = ["lora-eager", "dorac-cached-eager", "dorac-peft-eager"]
+    given = (*SCALE, "--fake", "--layouts", "fsdp2", "--dtype", "bfloat16", "--variants", *variants)
+    dense, packed = (bench(*given, *base)["records"] for base in ((), ("--base", "nf4")))
+    assert [r["variant"] for r in packed] == variants
+    for before, after in zip(dense, packed, strict=True):
+        assert after["wall_us"] > 0
+        assert after["sent_mib"] < before["sent_mib"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("stack", ["mlp", "llama"])
 def test_scale_compiled(bench, stack):
@@ -705,6 +717,7 @@ def test_scale_compiled(bench, stack):
         (("--save-outputs", "--variants", "lora-eager"), "--save-outputs is for dorac's layers"),
         (("--stub-kernels",), "--stub-kernels is for --fake on the CPU"),
         (("--stack", "llama", "--layouts", "sp"), "sp is for --stack mlp"),
+        (("--base", "int8", "--layouts", "fsdp2"), "--base int8: fully_shard splits floats alone"),
         (("--tokens", "7"), "--tokens 7 must be a multiple of the number of processes, 2"),
         (("--processes", "3", "--tokens", "6", "--hidden", "6", "--intermediate", "6"), "of an even number"),
     ],

@@ -190,7 +190,7 @@ def _adapted(
     if args.base != "bf16":
         linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
         linear.weight = nn.Parameter(layer.weight, requires_grad=False)
-        layer = dataclasses.replace(layer, base=quantise.quantise(linear, args.base))
+        layer = dataclasses.replace(layer, base=quantise.quantise(linear, args.base, storage=layer.weight.dtype))
     if kind == "lora":
         return LoraOver(layer, peers._base_linear(layer))
     return peers.dorac_peft(layer) if kind == "dorac-peft" else peers.dorac_every(layer)
