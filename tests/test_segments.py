@@ -19,7 +19,7 @@ from dorac.testing import max_error, rms_error
 
 pytest.importorskip("triton")
 
-from dorac.kernels import configs, segments
+from dorac.kernels import configs, segment_tiles, segments
 
 HALF, WIDE = torch.bfloat16, torch.float32
 DTYPES = [(HALF, HALF), (HALF, WIDE), (torch.float16, WIDE), (WIDE, WIDE)]
@@ -235,7 +235,7 @@ def test_wrong_offsets_stay_within_bounds(ends, device):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_more_segments_than_a_step_looks_at(count, device, monkeypatch):
-    monkeypatch.setattr(segments, "BLOCK_E", 2)
+    monkeypatch.setattr(segment_tiles, "BLOCK_E", 2)
     segments.segment_product_launches.cache_clear()
     ends = torch.randint(0, 3, (count,)).cumsum(0).tolist()
     i = Inputs(ends, ends[-1] + 2, (16, 24, 4), WIDE, WIDE, device)
