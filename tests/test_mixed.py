@@ -22,9 +22,10 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import interpreter_builder
 
-from dorac.kernels import configs
+from dorac.kernels import configs, row_configs
 from dorac.kernels.launch import ASSERTS
-from dorac.kernels.mixed import list_tiles, mixed, most_tiles
+from dorac.kernels.mixed import mixed
+from dorac.kernels.mixed_tiles import list_tiles, most_tiles
 from dorac.kernels.stack_norm import stack_norm
 from dorac.kernels.target import CARDS
 
@@ -114,7 +115,7 @@ def small(form):
 
 @pytest.fixture(autouse=True)
 def _counts_fewer(monkeypatch):
-    monkeypatch.setattr(configs, "COUNTED", MOST)
+    monkeypatch.setattr(row_configs, "COUNTED", MOST)
     configs.mixed_config.cache_clear()
     yield
     configs.mixed_config.cache_clear()

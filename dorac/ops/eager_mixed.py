@@ -150,7 +150,7 @@ def _make_plan(x, weight, lora_A, lora_B, magnitude, bias, weight_norm, index, s
 
 
 def _lister(row_tokens: int, adapters: int, block_t: int) -> Callable:
-    from dorac.kernels.mixed import list_tiles
+    from dorac.kernels.mixed_tiles import list_tiles
 
     return lambda index: list_tiles(index, row_tokens, adapters, block_t)
 

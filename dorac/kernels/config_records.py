@@ -1,0 +1,293 @@
+"""How a kernel is launched, as a value: tiles, warps and stages, and the shared memory that they take of a card."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+
+from dorac.kernels.target import Target
+
+SCRATCH = 2048  # bytes, at least, for sums over a program's warps and the barriers of its copies
+DEFAULT_STAGES = {"cuda": 3, "hip": 2}  # of a loop that names none
+
+
+def _buffers(stages: int, target: Target, dtype: torch.dtype, *, product: bool) -> int:
+    """How many tiles of a pipelined loop are in shared memory at once: one for each step ahead.
+
+    What a product reads there while the program goes on needs one more, as Triton 3.6 to 3.9 have it, and on gfx950
+    what is copied there past the registers.
+    """
+    longer = (target.products_from_shared and dtype.itemsize == 2) or target.copies_to_shared
+    return max(1, stages - 1 + (product and longer))
+
+
+def _converted(tile: int, target: Target) -> int:
+    """Bytes of a tile that changes threads beside those that are read ahead: where products take registers."""
+    return 0 if target.products_from_shared else tile
+
+
+def _total(tiles: int, target: Target) -> int:
+    """Bytes of tiles as they lie in shared memory: what AMD's cards copy there is padded, row by row."""
+    return tiles + (tiles // 16 if target.copies_to_shared else 0) + SCRATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """A program's rows, the columns and ranks of a step, and over how many programs the columns are split."""
+
+    block_o: int
+    block_i: int
+    block_r: int
+    splits: int
+    warps: int
+    stages: int
+    registers: bool = False  # lora_B is kept in registers
+
+    def shared_memory(self, target: Target, rank: int, dtype: torch.dtype, halves: int | None = None) -> int:
+        """Bytes at most, for a weight of this dtype; with ``halves`` for a packed one, factors of this dtype."""
+        chunks, size = -(-rank // self.block_r), dtype.itemsize
+        a = self.block_r * self.block_i * size * (halves or 1)
+        b = self.block_o * self.block_r * size
+        w = self.block_o * self.block_i * (size if halves is None else 1)
+        more = 2 * SCRATCH * (halves or 0)  # tiles of bytes change threads, and once more for each half
+        if chunks > 3:  # a loop of its own over tiles of both factors
+            ahead = _buffers(DEFAULT_STAGES[target.backend], target, dtype, product=True)
+            return _total(ahead * (a // (halves or 1) + b) + w, target) + more
+        ahead = _buffers(self.stages, target, dtype, product=True) * chunks * a
+        if target.backend == "hip":
+            return _total(ahead + w, target) + more
+        ahead += _buffers(self.stages, target, dtype, product=False) * w
+        if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
+            return _total(ahead + chunks * b, target) + more
+        before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
+        return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more
+
+
+@dataclasses.dataclass(frozen=True)
+class StackNormConfig:
+    """The same for several adapters ``together`` over one weight, all ranks in one step."""
+
+    block_o: int
+    block_i: int
+    block_r: int
+    together: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        factors = (self.block_o + self.block_i) * self.block_r * self.together
+        w = self.block_o * self.block_i
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        return _total(ahead * (factors + w) * dtype.itemsize, target) + SCRATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """A program's tile of activations, and the ranks of a step of its product.
+
+    With ``rows``, a multiple of ``block_t``, it walks down so many, and all ranks are in one step.
+    """
+
+    block_t: int
+    block_o: int
+    block_r: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # load and store through the tensor memory accelerator
+    rows: int = 0
+
+    def shared_memory(self, target: Target, h_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * 4  # the product, as it changes threads to be written
+        step = (self.block_t + self.block_o) * self.block_r * h_dtype.itemsize
+        if h_dtype is torch.float32 and base_dtype.itemsize == 2:
+            step *= 2  # high and low
+        if self.rows > self.block_t:  # lora_B stays, tiles of h and base come
+            b, of_base = self.block_o * self.block_r * h_dtype.itemsize, tile // 4 * base_dtype.itemsize
+            ahead = _buffers(self.stages, target, base_dtype, product=True) * (step - b + of_base)
+            return _total(b + max(ahead + _converted(of_base, target), tile), target)
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, tile), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnConfig:
+    """A program's columns and rows of activations; it walks its rows in steps of ``block_t``."""
+
+    block_t: int
+    block_o: int
+    rows: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * dtype.itemsize
+        return _total(2 * _buffers(self.stages, target, dtype, product=False) * tile, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraBConfig(ColumnConfig):
+    """The same with all ranks beside them, in ``chunks`` of ``block_r``."""
+
+    block_r: int = 16
+    chunks: int = 1
+
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        behind = 0 if target.backend == "hip" else 2 * max(2, ahead - 1)  # dy once more, and inner: loaded a step later
+        more = target.backend == "cuda" and self.chunks > 1  # Triton 3.8 has one of these once more
+        return _total(max(ahead * (tile + h) + (behind + more) * tile, self.block_o * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig(ColumnConfig):
+    """The same with all ranks beside them; without products where ``block_r`` is 0."""
+
+    block_r: int = 0
+
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        if not self.block_r:
+            return super().shared_memory(target, dtype)
+        factors = 2 * self.block_o * self.block_r * 2
+        step = 2 * self.block_t * (self.block_o + self.block_r) * 2
+        tiles = factors + _buffers(self.stages, target, dtype, product=True) * step
+        return _total(tiles + _converted(self.block_t * self.block_o * 2, target), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpBackwardConfig(MlpConfig):
+    """The same; ``block_r`` is the ranks that are taken along."""
+
+    def shared_memory(self, target: Target, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        tile = self.block_t * self.block_o * 2
+        if not self.block_r:
+            return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
+        h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
+        return _total(max(h + 4 * tile, self.block_o * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig(ColumnConfig):
+    """The same over rows sorted by segment, with ``block_r`` ranks beside them; others are other programs'."""
+
+    block_r: int = 16
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, h_dtype: torch.dtype) -> int:
+        """Bytes at most, for activations and for h of these dtypes."""
+        size = dtype.itemsize
+        tile, h = self.block_t * self.block_o * size, self.block_t * self.block_r * h_dtype.itemsize
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        behind = 0 if target.backend == "hip" else max(2, ahead - (size == 2))  # as of LoraBConfig
+        pieces = 3 * self.block_t * self.block_r * 2 if h_dtype.itemsize > size else 0
+        return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + pieces, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """A program's rows and ranks, the columns of a step, and over how many programs the columns are split."""
+
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, target: Target, dtype: torch.dtype, factor_dtype: torch.dtype) -> int:
+        """Bytes at most, for rows and factors of these dtypes."""
+        x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * factor_dtype.itemsize
+        # Times g, and three bfloat16 numbers for one of float32.
+        pieces = self.block_r * self.block_i * (6 if factor_dtype.itemsize > dtype.itemsize else factor_dtype.itemsize)
+        ahead = _buffers(self.stages, target, dtype, product=True) * (x + a) + pieces
+        return _total(max(ahead, self.block_t * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedConfig:
+    """How tokens become tiles (``kernels/mixed.py``), and the tiles of both launches.
+
+    The first: ``block_t`` tokens, of "counted" one, a step's ``block_i`` inputs, ``block_r`` ranks, the inputs split
+    over ``splits`` programs. The second: ``block_t`` tokens, ``columns`` outputs in steps of ``block_o``, ``up_r``
+    ranks of a step; of long rows ``rows`` tokens, a multiple of ``up_t``, in steps of these, and ``block_o`` outputs.
+    """
+
+    form: str
+    block_t: int
+    block_i: int
+    block_r: int
+    splits: int
+    down_warps: int
+    stages: int
+    block_o: int
+    up_r: int
+    up_warps: int
+    up_t: int = 16
+    rows: int = 16
+    columns: int = 128
+    up_stages: int = 3
+
+    def shared_memory(self, target: Target, factor_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        size = max(factor_dtype.itemsize, base_dtype.itemsize)
+        step = (self.block_t + self.block_r) * self.block_i * size
+        if factor_dtype is torch.float32 and base_dtype.itemsize == 2:
+            step *= 2  # high and low
+        if self.form == "long":
+            up = max((self.up_t + self.block_o) * self.up_r * size, self.up_t * self.block_o * 4)
+        else:
+            ahead = _buffers(self.up_stages, target, base_dtype, product=True)
+            tiles = (self.block_o * self.up_r + self.block_t * self.block_o) * size + 2 * self.block_o * 4
+            up = ahead * tiles + self.block_t * max(self.up_r * size, self.block_o * 4)
+        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
+
+
+Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | ProductConfig | MixedConfig
+_Config = TypeVar("_Config", bound=Config)
+
+
+class DoesNotFitError(ValueError):
+    """A card on which no config of a kernel can be launched."""
+
+
+def fits(config: Config, target: Target, *of: object, programs: int = 1) -> bool:
+    """Whether ``programs`` of this config have room on a processor of the card.
+
+    ``of``: what else the config's ``shared_memory`` asks for: rank and dtypes.
+    """
+    return programs * config.shared_memory(target, *of) <= target.shared_memory
+
+
+def first_fitting(candidates: Iterable[_Config], target: Target, *of: object, programs: int = 1) -> _Config:
+    """The first candidate of which so many programs fit, or one."""
+    candidates = list(candidates)
+    for wanted in dict.fromkeys((programs, 1)):
+        for config in candidates:
+            if fits(config, target, *of, programs=wanted):
+                return config
+    least = min(config.shared_memory(target, *of) for config in candidates)
+    raise DoesNotFitError(
+        f"{candidates[-1]} needs {least} bytes of shared memory, {target.name} has {target.shared_memory}"
+    )
+
+
+def fewer_stages(config: _Config, least: int = 2) -> list[_Config]:
+    return [dataclasses.replace(config, stages=stages) for stages in range(config.stages, least - 1, -1)]
+
+
+def power_of_two(value: int, low: int, high: int) -> int:
+    """The least power of two that holds ``value``, between ``low`` and ``high``."""
+    return max(low, min(high, 1 << max(0, value - 1).bit_length()))
+
+
+def launchable(tokens: int, rows: int) -> int:
+    """More rows to a strip where there would be more strips than a grid's second axis holds."""
+    while -(-tokens // rows) > 65_535:
+        rows *= 2
+    return rows
