@@ -1,6 +1,7 @@
 """The layering rule, read from the imports; and what `import dorac` may touch."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,32 @@ def test_imports_point_downwards(path):
         assert other == topic or FLOORS[other] < FLOORS[topic], f"{topic} imports {other}"
     if topic == "reference":
         assert not imported_topics(path)
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """What is imported when the module is: nothing inside functions, nothing for type checkers alone."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {name for a in node.names for name in (node.module, f"{node.module}.{a.name}")}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        found |= imported_modules(node)
+    return found
+
+
+def test_imports_go_in_no_circle():
+    """Of modules; a package's own file, which imports what it holds, is none."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in paths}
+    graph = {name: imported_modules(ast.parse(path.read_text())) & names.keys() for name, path in names.items()}
+    assert graph["dorac.nn.layer"] >= {"dorac.nn.norm_cache", "dorac.nn.stated"}
+    order = tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert len(order) == len(names)
 
 
 def test_every_module_has_a_floor():
