@@ -1,6 +1,7 @@
 """What README and the pages say beside code: links lead somewhere, records are there, README stays short."""
 
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -57,6 +58,18 @@ def test_records_are_there_and_each_is_named():
     for name in kept:
         record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         assert all(record[key] for key in ("commit", "device", "records")), name
+
+
+def test_names_of_code_are_there():
+    """Files of the package, and what is written as ``dorac.name``, are where the pages say."""
+    text = "\n".join(map(prose, PAGES.values()))
+    files = set(re.findall(r"`(dorac/[\w/]+\.\w+)`", text))
+    assert len(files) > 5
+    assert all((ROOT / file).is_file() for file in files), files
+    names = set(re.findall(r"`(?:with |help\()?(dorac(?:\.[A-Za-z]\w*)+)", text))
+    assert len(names) > 25
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 def commands(module: str) -> list[list[str]]:
