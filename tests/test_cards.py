@@ -306,7 +306,7 @@ USERS = {  # cards that the table has not, or takes otherwise; whether they run 
     "Orin": (NVIDIA | {"major": 8, "minor": 7, "shared_memory_per_multiprocessor": 167_936}, "came with sm_89"),
     "little memory": (NVIDIA | {"major": 8, "minor": 9, "shared_memory_per_multiprocessor": 49_152}, "sm_89 has 48128"),
     "B300": (NVIDIA | {"major": 10, "minor": 3, "shared_memory_per_block_optin": 232_448}, None),
-    "Thor": (NVIDIA | {"major": 11, "minor": 0, "shared_memory_per_block_optin": 232_448}, None),
+    "Thor": (NVIDIA | {"major": 11, "minor": 0, "shared_memory_per_block_optin": 232_448}, "compiled for sm_110"),
     "GB10": (NVIDIA | {"major": 12, "minor": 1, "shared_memory_per_block_optin": 101_376}, None),
     "RX 7900": (AMD | {"gcnArchName": "gfx1100", "hip": "7.0"}, "nothing was compiled for gfx1100"),
     "MI300X": (AMD | {"gcnArchName": "gfx942:xnack-", "hip": "7.0"}, "kernels for gfx942 were never run"),

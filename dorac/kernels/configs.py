@@ -66,7 +66,7 @@ class NormConfig:
         if target.backend == "hip":
             return _total(ahead + w, target) + more
         ahead += _buffers(self.stages, target, dtype, product=False) * w
-        if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
+        if not self.registers or target.generation == 10:  # whose products take no operand from registers
             return _total(ahead + chunks * b, target) + more
         before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
         return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more
@@ -353,7 +353,7 @@ def packed_norm_config(
     else:
         candidates = []
     # Of two numbers a byte, a product that is summed outside the registers spills at 64.
-    block_i = 32 if halves == 2 and target.generation in (10, 11) else 64
+    block_i = 32 if halves == 2 and target.generation == 10 else 64
     candidates.append(NormConfig(64, block_i, min(block_r, 64), 1, 4, 4 - halves))
     config = _first(candidates, target, rank, torch.bfloat16, halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
@@ -607,7 +607,9 @@ def why_not(target: Target | None) -> str | None:
         return "no kernels are wanted"
     if target.backend == "cuda" and target.capability < 80:
         return f"{target.name} has no products of bfloat16, which came with sm_80"
-    if target.backend == "hip" and target.name not in CARDS:
+    # Of another generation Triton may know nothing: 3.6 has no ptxas for sm_110. Others of one are as its first.
+    known = {card.generation for card in CARDS.values()} if target.backend == "cuda" else ()
+    if target.generation not in known and target.name not in CARDS:
         return f"nothing was compiled for {target.name} yet"
     size = 4096, 4096
     try:
