@@ -92,7 +92,23 @@ def test_a_b200_has_no_room_for_the_h100s_norm_of_large_ranks():
 
 @pytest.mark.parametrize("name", RUN_KERNELS)
 def test_what_is_chosen_fits(name):
-    card = CARDS[name]
+    assert_choices_fit(CARDS[name])
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
+def test_the_least_memory_that_is_enough(name):
+    """What why_not asks for at one size is what every size needs."""
+    least, enough = 16 * 1024, CARDS[name].shared_memory
+    while enough - least > 512:
+        middle = (least + enough) // 2
+        if configs.why_not(CARDS[name]._replace(shared_memory=middle)) is None:
+            enough = middle
+        else:
+            least = middle
+    assert_choices_fit(CARDS[name]._replace(shared_memory=enough, processors=46))
+
+
+def assert_choices_fit(card):
     for (first, second), rank in itertools.product(SIZES, RANKS):
         for dtype in (HALF, torch.float16, FULL):
             assert fits(configs.norm_config(2, first, second, rank, dtype, card), card, rank, dtype)
