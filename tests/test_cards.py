@@ -92,7 +92,23 @@ def test_a_b200_has_no_room_for_the_h100s_norm_of_large_ranks():
 
 @pytest.mark.parametrize("name", RUN_KERNELS)
 def test_what_is_chosen_fits(name):
-    card = CARDS[name]
+    assert_choices_fit(CARDS[name])
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
+def test_the_least_memory_that_is_enough(name):
+    """What why_not asks for at one size is what every size needs."""
+    least, enough = 16 * 1024, CARDS[name].shared_memory
+    while enough - least > 512:
+        middle = (least + enough) // 2
+        if configs.why_not(CARDS[name]._replace(shared_memory=middle)) is None:
+            enough = middle
+        else:
+            least = middle
+    assert_choices_fit(CARDS[name]._replace(shared_memory=enough, processors=46))
+
+
+def assert_choices_fit(card):
     for (first, second), rank in itertools.product(SIZES, RANKS):
         for dtype in (HALF, torch.float16, FULL):
             assert fits(configs.norm_config(2, first, second, rank, dtype, card), card, rank, dtype)
@@ -162,7 +178,9 @@ def card_of(monkeypatch, hip=None, **properties):
 
 
 @pytest.fixture
-def device_caches():
+def device_caches(monkeypatch):
+    """The device's own card, even under --card, and nothing kept of it for other tests."""
+    monkeypatch.setattr(target, "_given", [])
     yield
     target._cards.clear()
     front._has_kernels.cache_clear()
@@ -240,6 +258,7 @@ def test_kernels_compute_the_same_for_every_card(name, monkeypatch, device):
     torch.testing.assert_close(y.double(), y_expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.usefixtures("device_caches")
 def test_plans_are_made_for_the_card(monkeypatch):
     """And made anew where another one is given, in eager as in the layer's leaves."""
     seen = []
@@ -294,6 +313,39 @@ def test_bench_card_says_what_runs(name, tmp_path, capsys):
     assert of_norm["variant"] in table
     packed = [record["variant"] for record in records if record["case"].startswith("packed")]
     assert (packed == ["aten"]) == name.startswith("gfx")
+
+
+NVIDIA = {"multi_processor_count": 20, "warp_size": 32}
+AMD = {"multi_processor_count": 96, "shared_memory_per_block": 65_536, "warp_size": 32}
+USERS = {  # cards that the table has not, or takes otherwise; whether they run kernels, and the line that says so
+    "T4": (NVIDIA | {"major": 7, "minor": 5, "shared_memory_per_multiprocessor": 65_536}, "came with sm_80"),
+    "Orin": (NVIDIA | {"major": 8, "minor": 7, "shared_memory_per_multiprocessor": 167_936}, "came with sm_89"),
+    "little memory": (NVIDIA | {"major": 8, "minor": 9, "shared_memory_per_multiprocessor": 49_152}, "sm_89 has 48128"),
+    "B300": (NVIDIA | {"major": 10, "minor": 3, "shared_memory_per_block_optin": 232_448}, None),
+    "Thor": (NVIDIA | {"major": 11, "minor": 0, "shared_memory_per_block_optin": 232_448}, "compiled for sm_110"),
+    "GB10": (NVIDIA | {"major": 12, "minor": 1, "shared_memory_per_block_optin": 101_376}, None),
+    "RX 7900": (AMD | {"gcnArchName": "gfx1100", "hip": "7.0"}, "nothing was compiled for gfx1100"),
+    "MI300X": (AMD | {"gcnArchName": "gfx942:xnack-", "hip": "7.0"}, "kernels for gfx942 were never run"),
+}
+
+
+@pytest.mark.usefixtures("device_caches")
+@pytest.mark.parametrize("name", USERS)
+def test_bench_card_on_a_users_card(name, monkeypatch):
+    """It runs what fits, or aten and says why in one line."""
+    properties, why = USERS[name]
+    card_of(monkeypatch, **properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    args = options.parse(["card", "--device", "cuda", "--ranks", "16", "384"], SUBCOMMANDS)
+    records = [*SUBCOMMANDS["card"].run(args)]
+    whys = [record["why"] for record in records if record["variant"] == "aten"]
+    assert len(whys) == (why is not None)
+    assert all(why in line for line in whys)
+    runs = [record for record in records if record["variant"] != "aten"]
+    assert front._has_kernels(args.device) == bool(runs)
+    assert front._reads_packed(args.device, True) == (bool(runs) and not whys)
+    limit = target.of_device(args.device).shared_memory / 1024
+    assert all((record["bound_kib"] or 0) <= limit == record["limit_kib"] for record in runs)
 
 
 def test_bench_card_without_a_gpu(tmp_path):

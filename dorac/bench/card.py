@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dorac.bench import options
 from dorac.cli import BadInput
 from dorac.kernels import configs, target
+from dorac.ops import front
 
 DEFAULTS = {
     "cpu": {"ranks": [16, 64, 384], "target": None, "processors": None, "compile": False, "times": False},
@@ -60,12 +61,14 @@ def _configs(card: target.Target | None, args: argparse.Namespace) -> Iterator[d
     if card is None:
         yield {"case": str(args.device), "variant": "aten", "why": "there is no GPU (--target names one)"}
         return
-    why = configs.why_not(card)
+    why = front.why_aten(args.device) if args.target is None else configs.why_not(card)
     if why is not None:
         yield {"case": card.name, "variant": "aten", "why": why}
         return
-    if configs.why_no_packed(card) is not None:
-        yield {"case": "packed weights", "variant": "aten", "why": configs.why_no_packed(card)}
+    for case, float8 in (("packed weights", False), ("packed weights in float8", True)):
+        if (why := configs.why_no_packed(card, float8)) is not None:
+            yield {"case": case, "variant": "aten", "why": why}
+            break
     from dorac.bench import offline
 
     for cell in offline.cells(card, ranks=args.ranks, edges=("even",)):

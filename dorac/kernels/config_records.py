@@ -58,7 +58,7 @@ class NormConfig:
         if target.backend == "hip":
             return _total(ahead + w, target) + more
         ahead += _buffers(self.stages, target, dtype, product=False) * w
-        if not self.registers or target.generation in (10, 11):  # whose products take no operand from registers
+        if not self.registers or target.generation == 10:  # whose products take no operand from registers
             return _total(ahead + chunks * b, target) + more
         before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
         return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more

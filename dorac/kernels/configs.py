@@ -128,7 +128,7 @@ def packed_norm_config(
     else:
         candidates = []
     # Of two numbers a byte, a product that is summed outside the registers spills at 64.
-    block_i = 32 if halves == 2 and target.generation in (10, 11) else 64
+    block_i = 32 if halves == 2 and target.generation == 10 else 64
     candidates.append(NormConfig(64, block_i, min(block_r, 64), 1, 4, 4 - halves))
     config = first_fitting(candidates, target, rank, torch.bfloat16, halves)
     row_blocks = max(1, experts * -(-out_features // config.block_o))
@@ -255,7 +255,9 @@ def why_not(target: Target | None) -> str | None:
         return "no kernels are wanted"
     if target.backend == "cuda" and target.capability < 80:
         return f"{target.name} has no products of bfloat16, which came with sm_80"
-    if target.backend == "hip" and target.name not in CARDS:
+    # Of another generation Triton may know nothing: 3.6 has no ptxas for sm_110. Others of one are as its first.
+    known = {card.generation for card in CARDS.values()} if target.backend == "cuda" else ()
+    if target.generation not in known and target.name not in CARDS:
         return f"nothing was compiled for {target.name} yet"
     size = 4096, 4096
     try:

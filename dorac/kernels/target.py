@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
         Data-centre chips from Hopper on; elsewhere warps load their operands into registers first.
         """
-        return self.generation in (9, 10, 11)
+        return self.generation in (9, 10)
 
     @property
     def copies_to_shared(self) -> bool:

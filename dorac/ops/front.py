@@ -125,16 +125,24 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether every kernel can be launched on the device, which may also be only a fake tensor's.
+    return why_aten(device) is None
+
+
+def why_aten(device: torch.device) -> str | None:
+    """Why kernels are not launched on the device, which may also be only a fake tensor's; None where all of them are.
 
     On AMD's cards they were compiled, but never run: there ``cards.launched_for`` has to enable them.
     """
     triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None or not torch.cuda.is_available():
-        return False
-    if torch.version.hip is not None and not target.is_given():
-        return False
-    return configs.why_not(target.of_device(device)) is None
+    if triton is None or triton.origin is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    card = target.of_device(device)
+    why = configs.why_not(card)
+    if why is None and torch.version.hip is not None and not target.is_given():
+        return f"kernels for {card.name} were never run: dorac.ops.cards.launched_for(...) gives them by hand"
+    return why
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
