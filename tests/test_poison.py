@@ -80,7 +80,7 @@ def test_what_must_be_zero_is_written(monkeypatch):
     """Rows past the last offset, entries of no index: allocated as zeros, and a mutation to ``empty`` is seen."""
     x, weight = torch.randn(4, 3), torch.randn(2, 5, 3)
     offsets = torch.tensor([1, 2])
-    assert not grouped._grouped_product(x, weight, offsets)[2:].any()
+    assert not grouped.product_by_group(x, weight, offsets)[2:].any()
     assert not take._sum_by_index(x, torch.tensor([0, 0, 2, 2]), 3)[1].any()
     monkeypatch.setattr(torch.Tensor, "new_zeros", torch.Tensor.new_empty)
-    assert grouped._grouped_product(x, weight, offsets)[2:].isnan().all()
+    assert grouped.product_by_group(x, weight, offsets)[2:].isnan().all()

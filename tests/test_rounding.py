@@ -102,6 +102,23 @@ def test_an_rms_error_above_the_dense_one_fails():
     assert_rms_beside((truth + 0.4 * noise).float(), truth, truth)  # one rounding, beside what has none
 
 
+def test_one_element_is_not_all_of_the_mean():
+    """Errors count in units of their bounds: those of a row that cancels as much as others, and small ones as large."""
+    truth, bound = torch.ones(100, dtype=torch.float64), torch.full((100,), 64 * U, dtype=torch.float64)
+    truth[1:50] = 1e-3
+    bound[1:50] *= 1e-3
+    bound[0] = 1e4 * U
+    errors = torch.randn(100, dtype=torch.float64).sign() * bound / 8
+    dense, unlucky, wrong = (truth + errors for _ in range(3))
+    unlucky[0] += 3 * errors[0]
+    wrong[1:50] += 5 * errors[1:50]
+    assert (unlucky - truth).square().mean() > 9 * (dense - truth).square().mean()
+    Budget(truth, bound, dense.float()).check(unlucky.float())
+    assert (wrong - truth).square().mean() < 2 * (dense - truth).square().mean()
+    with pytest.raises(AssertionError, match="RMS"):
+        Budget(truth, bound, dense.float()).check(wrong.float())
+
+
 def test_shapes_are_not_broadcast():
     with pytest.raises(AssertionError):
         Budget(torch.ones(3).double(), torch.ones(3).double()).check(torch.ones(1))

@@ -34,8 +34,9 @@ from dorac.ops.take import sum_by_index
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slices:
-    """Layers on the CPU, expert by expert."""
+    """Layers on the CPU."""
 
+    even: bool = False  # see by_expert.py
     in_ops: bool = False  # which modes see
 
 
@@ -101,8 +102,12 @@ def dora_linear_grouped(
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
             plan = eager.keep_plan(key, make_plan(*tensors, scaling, training))
-    if plan is None or (in_ops and not training) or (bits & 15 and type(plan) is Plan):
+    if plan is None or (in_ops and not training):
         return None
+    if bits & 15:
+        if type(plan) is Plan:
+            return None
+        plan = Slices()
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
     if not training:
         return _forward_of(plan)(*tensors, scaling, False)[0]
@@ -120,7 +125,7 @@ def make_plan(
     if not all(t.numel() for t in given) or not front.all_eager(*given) or front.autocast_dtype(x) is not None:
         return None
     if by_expert.takes(x, weight, lora_A, lora_B, magnitude, bias, weight_norm):
-        return Slices()
+        return Slices(by_expert.even(x, weight, lora_A, lora_B))
     if not front.has_kernels(*given[:-1]):
         return None
     if weight.dtype is not torch.bfloat16 or lora_A.dtype not in (torch.bfloat16, torch.float32):
@@ -215,7 +220,9 @@ def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, sc
 
 
 def _forward_of(plan: Plan | Slices) -> Callable:
-    return by_expert.forward if type(plan) is Slices else functools.partial(_forward, plan)
+    if type(plan) is Slices:
+        return functools.partial(by_expert.forward, by_torch=plan.even)
+    return functools.partial(_forward, plan)
 
 
 def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling):
@@ -261,7 +268,8 @@ class Grouped(torch.autograd.Function):
             return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
         if type(plan) is Slices:
             tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, scaling
-            dx, d_a, d_b, d_m, d_bias = by_expert.backward(*tensors, needs_x=needs_x, needs_bias=needs_bias)
+            flags = {"by_torch": plan.even, "needs_x": needs_x, "needs_bias": needs_bias}
+            dx, d_a, d_b, d_m, d_bias = by_expert.backward(*tensors, **flags)
             return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
         if dy.data_ptr() % 16 or dy.dtype is not inner.dtype:
             dy = dy.to(inner.dtype, memory_format=torch.contiguous_format, copy=True)

@@ -49,7 +49,7 @@ def groups(offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
     return [(e, slice(*bounds)) for e, bounds in enumerate(zip(starts, ends, strict=True)) if bounds[0] < bounds[1]]
 
 
-def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def product_by_group(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """``[S, I], [E, O, I] -> [S, O]``; zero for rows past the last offset."""
     y = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, rows in groups(offsets, x.shape[0]):
@@ -57,7 +57,7 @@ def _grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return y
 
 
-def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def outer_by_group(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """``[S, O], [S, I] -> [E, O, I]``: the sum of ``left[s] right[s]^T`` over each expert's rows."""
     total = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, rows in groups(offsets, left.shape[0]):
@@ -72,7 +72,7 @@ def _masks(offsets: Tensor, rows: int) -> Tensor:
 
 
 def masked_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """:func:`_grouped_product` without reading the offsets."""
+    """:func:`product_by_group` without reading the offsets."""
     y = x.new_zeros(x.shape[0], weight.shape[1])
     for mask, matrix in zip(_masks(offsets, x.shape[0]), weight, strict=True):
         y = torch.where(mask, x @ matrix.t(), y)
@@ -80,7 +80,7 @@ def masked_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def masked_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """:func:`_grouped_outer` without reading the offsets. Both sides are masked: zero times infinity is not zero."""
+    """:func:`outer_by_group` without reading the offsets. Both sides are masked: zero times infinity is not zero."""
     masks = _masks(offsets, left.shape[0])
     return torch.stack([torch.where(m, left, 0).t() @ torch.where(m, right, 0) for m in masks])
 
@@ -92,14 +92,16 @@ def rows_by_expert(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return index.clamp(max=offsets.shape[0] - 1), index < offsets.shape[0]
 
 
-def _has_grouped_gemm(*matrices: Tensor) -> bool:
-    """Whether torch's grouped GEMM takes these: bfloat16, every row or column at a multiple of 16 bytes."""
+def has_grouped_gemm(dtype: torch.dtype, *matrices: Tensor) -> bool:
+    """Whether torch's grouped GEMM takes these: of the dtype, every row or column at another multiple of 16 bytes."""
+    even = 16 // dtype.itemsize
     return all(
-        t.dtype is torch.bfloat16
+        t.dtype is dtype
         and t.numel() > 0
         and t.data_ptr() % 16 == 0
         and 1 in t.stride()[-2:]
-        and sum(stride % 8 != 0 for stride in t.stride()) == 1
+        and 0 not in t.stride()
+        and sum(stride % even != 0 for stride in t.stride()) == 1
         for t in matrices
     )
 
@@ -112,7 +114,7 @@ def _zero_tail(y: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_product_cuda(x, weight, offsets):
-    if _has_grouped_gemm(x, weight) and weight.shape[1] % 8 == 0:
+    if has_grouped_gemm(torch.bfloat16, x, weight) and weight.shape[1] % 8 == 0:
         return _zero_tail(F.grouped_mm(x, weight.mT, offs=offsets.to(torch.int32)), offsets)
     capturing = front.capturing()
     _, columns, length = weight.shape
@@ -123,11 +125,11 @@ def _grouped_product_cuda(x, weight, offsets):
             return segment_product(x, weight, offsets)
         if length <= THIN:
             return segment_compose(None, x, weight, None, None, 1.0, None, offsets)[0]
-    return (masked_product if capturing else _grouped_product)(x, weight, offsets)
+    return (masked_product if capturing else product_by_group)(x, weight, offsets)
 
 
 def _grouped_outer_cuda(left, right, offsets):
-    if _has_grouped_gemm(left, right):
+    if has_grouped_gemm(torch.bfloat16, left, right):
         return F.grouped_mm(left.t(), right, offs=offsets.to(torch.int32))
     capturing = front.capturing()
     columns, rows = left.shape[1], right.shape[1]
@@ -140,11 +142,11 @@ def _grouped_outer_cuda(left, right, offsets):
             total = left.new_empty(len(offsets), columns, rows)
             segment_backward(right, None, None, None, left, 1.0, offsets, d_lora_B=total.mT)
             return total
-    return (masked_outer if capturing else _grouped_outer)(left, right, offsets)
+    return (masked_outer if capturing else outer_by_group)(left, right, offsets)
 
 
-grouped_product = register_leaf("grouped_product", _grouped_product, _grouped_product_cuda)
-grouped_outer = register_leaf("grouped_outer", _grouped_outer, _grouped_outer_cuda)
+grouped_product = register_leaf("grouped_product", product_by_group, _grouped_product_cuda)
+grouped_outer = register_leaf("grouped_outer", outer_by_group, _grouped_outer_cuda)
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -178,7 +180,7 @@ class GroupedOuter(torch.autograd.Function):
 
 
 def grouped_linear_aten(x, weight, offsets):
-    """:func:`_grouped_product` in plain differentiable aten."""
+    """:func:`product_by_group` in plain differentiable aten."""
     index, taken = rows_by_expert(offsets, x.shape[0])
     return torch.where(taken.unsqueeze(-1), (take_aten(weight, index) @ x.unsqueeze(-1)).squeeze(-1), 0)
 

@@ -316,9 +316,14 @@ def _by_products(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
     if weight_norm is not None:
         g = magnitude_scale(g, of_rows(weight_norm, 1.0))
     s = of_rows(scaling, 0.0).view(-1, 1, 1)
-    holds_bias = front.autocast_dtype(x) is None and takes_bias(x, bias)
-    base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
-    return compose_aten(base.reshape(lora.shape), lora, g.unsqueeze(1), s, bias, False, holds_bias).view(base.shape)
+    g, held = g.unsqueeze(1), None
+    if front.autocast_dtype(x) is None and takes_bias(x, bias):
+        # g = 1 has the frozen layer's bits then. Further off, g times what was rounded with a large bias is lost.
+        near = ((g >= 0.5) & (g <= 2)).all(0)
+        held = torch.where(near, finite_part(bias), 0.0).flatten()
+        bias = torch.where(near, bias - g * held, bias)
+    base = F.linear(x, weight, held)
+    return compose_aten(base.reshape(lora.shape), lora, g, s, bias, False).view(base.shape)
 
 
 def _mixed_linear(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks=None):
