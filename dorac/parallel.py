@@ -19,6 +19,8 @@ summed over the ranks. The rank is never sharded, so a layer has the collectives
                        the norm is kept, of its  (r + 1) * out elements
                        [out] squares, float64
 
+Experts (:class:`dorac.nn.DoraExperts`) are spread by :class:`ExpertParallel`, each of them whole.
+
 A block that :func:`dorac.fuse` has made one (an MLP; q, k and v) sums the gradients of its layers together: two
 collectives in backward, that of dx and that one.
 
@@ -63,7 +65,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from dorac import ranks
-from dorac.nn import DoraEmbedding, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
+from dorac.nn import DoraEmbedding, DoraExperts, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
+from dorac.nn.expert_parallel import ExpertShards
 from dorac.nn.tensor_parallel import Shards, keep_parts
 
 
@@ -103,6 +106,48 @@ class RowwiseParallel(_RowwiseParallel):
         if not isinstance(module, DoraLayer):
             return super()._apply(module, device_mesh)
         return _distribute(self, module, device_mesh, Shard(1))
+
+
+class ExpertParallel(ParallelStyle):
+    """Spreads :class:`dorac.nn.DoraExperts` over the ranks by expert: each rank holds ``E / ranks`` of them, whole.
+
+    All tensors of the experts and of their adapters are ``Shard(0)`` over E. Hidden states, the router's choice and the
+    result are plain tensors that every rank holds (of Llama 4 all experts' rows), so that the block around the experts
+    stays as it is. Forward sums the result, ``tokens * hidden`` elements, once over the ranks, backward the gradients
+    of the hidden states and of the router's weights; no gradient of an adapter. (Of Llama 4 the result is gathered, and
+    the gradient of the hidden states.) These are the collectives of plain LoRA in that layout.
+
+    Raises:
+        ValueError: another layer, one that is merged or whose weights are mxfp4; a number of experts that is no
+            multiple of that of the ranks; a mesh of more dimensions; a layer that is another on another rank.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        kind = type(self).__name__
+        if not isinstance(module, DoraExperts):
+            raise ValueError(f"{kind} spreads dorac.nn.DoraExperts, got {type(module).__name__}")
+        if (packed := module.packed_base()) is not None:
+            raise ValueError(f"{kind}: the weights of {type(packed).__name__} are mxfp4: dequantise them first")
+        _check(kind, module, device_mesh)
+        experts, size = module.weight.shape[0], device_mesh.size()
+        if experts % size:
+            raise ValueError(f"{kind}: {experts} experts cannot be spread evenly over {size} ranks")
+        for owner in (module, module.base_layer):
+            for name, parameter in [*owner.named_parameters(recurse=False)]:
+                parts = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
+                owner.register_parameter(name, nn.Parameter(parts, requires_grad=parameter.requires_grad))
+        module.shards = ExpertShards(device_mesh)
+        keep_parts(module)
+        norm_cache.refresh([module])
+        return module
+
+
+def _check(kind: str, layer: DoraLayer, mesh: DeviceMesh) -> None:
+    if layer.merged:
+        raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
+    if mesh.ndim != 1:
+        raise ValueError(f"{kind} needs a mesh of one dimension, as mesh['tp'] of a larger one, got {mesh}")
+    ranks.refuse_other_adapters({"": layer}, mesh)
 
 
 def check_ranks(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -145,14 +190,10 @@ def _distribute(style: ParallelStyle, layer: DoraLayer, mesh: DeviceMesh, matrix
         raise ValueError(f"{kind} shards linear layers and embeddings, got {type(layer).__name__}")
     if isinstance(layer, DoraQuantLinear):
         raise ValueError(f"{kind}: a quantised base weight ({type(layer.base_layer).__name__}) cannot be sharded")
-    if layer.merged:
-        raise ValueError(f"{kind}: the adapter is merged; unmerge it before sharding, or unload it (dorac.merge)")
-    if mesh.ndim != 1:
-        raise ValueError(f"{kind} needs a mesh of one dimension, as mesh['tp'] of a larger one, got {mesh}")
+    _check(kind, layer, mesh)
     if isinstance(layer, DoraEmbedding):
         _check_embedding(kind, layer, mesh, matrix == Shard(1))
     transposed = isinstance(layer, DoraEmbedding) or layer.fan_in_fan_out  # the weight is stored [in, out]
-    ranks.refuse_other_adapters({"": layer}, mesh)
     in_features, rows = (Replicate(), Shard(0)) if matrix == Shard(0) else (Shard(1), Replicate())
     lora_A, lora_B, magnitude = layer.PEFT_KEYS
     placements = {

@@ -263,12 +263,9 @@ def compiled_whole(mesh, folder):
 
 
 def refused(mesh, _folder):
-    """Parameters that no unit makes whole: another part of the model, tensor parallelism beneath FSDP2."""
+    """Parameters that no unit makes whole: another part of the model, shards of somebody else's beneath FSDP2."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    from dorac.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     message = r"up: its parameters are sharded \(DTensor\) otherwise than by dorac.parallel alone, and no unit"
     model = fully_shard(nn.Sequential(Mlp()), mesh=mesh)
@@ -276,22 +273,87 @@ def refused(mesh, _folder):
         dorac.cache_norms(model[0])
     grid = init_device_mesh(mesh.device_type, (1, WORLD), mesh_dim_names=("dp", "tp"))
     model = Mlp()
-    parallelize_module(model, grid["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for module in (model.up, model.up.base_layer):
+        for name, p in [*module.named_parameters(recurse=False)]:
+            parts = distribute_tensor(p.detach(), grid["tp"], [Shard(0)])
+            module.register_parameter(name, nn.Parameter(parts, requires_grad=p.requires_grad))
     fully_shard(model, mesh=grid["dp"])
     with pytest.raises(ValueError, match=message):
         dorac.cache_norms(model)
 
 
+def kept_norms_of_parallel_layers(mesh, _folder):
+    """FSDP2 over tensor parallelism: taken once a step in the unit's first forward, and summed where columns are."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from dorac.parallel import ColwiseParallel, RowwiseParallel
+
+    world, steps = dist.get_world_size(), 3
+    start, x, target = Mlp(), torch.randn(steps, 4, 24), torch.randn(steps, 4, 24)
+    for shape in ((1, 2), (2, 1)) if world == 2 else ((2, 2), (1, 4), (4, 1)):
+        grid = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("dp", "tp"))
+        mine = slice(grid["dp"].get_local_rank(), None, shape[0])
+        noted = []
+        for keeps in (False, True):
+            reference, model = copy.deepcopy(start), copy.deepcopy(start)
+            parallelize_module(model, grid["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            fully_shard(model, mesh=grid["dp"])
+            cache = dorac.cache_norms(model) if keeps else None
+            steppers = [
+                torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (reference, model)
+            ]
+            with norms_taken() as counts, Collectives() as seen:
+                for i in range(steps):
+                    for _ in range(2):  # accumulates
+                        (model(x[i, mine]) - target[i, mine]).square().mean().backward()
+                    steppers[1].step()
+                    steppers[1].zero_grad()
+            for i in range(steps):
+                (2 * (reference(x[i]) - target[i]).square().mean()).backward()
+                steppers[0].step()
+                steppers[0].zero_grad()
+            for name, p in reference.named_parameters():
+                assert_same(model.get_parameter(name), p)
+            noted.append(seen.calls)
+            if keeps:
+                assert counts == [2] * steps, counts
+                cache.check()
+                with torch.no_grad():
+                    assert_same(model(x[0]), reference(x[0]))
+                    model.reshard()
+                    model.down.lora_B.mul_(2)
+                    reference.down.lora_B.mul_(2)
+                    assert_same(model(x[0]), reference(x[0]))
+                cache.remove()
+        tensor_parallel = shape[1] > 1
+        assert noted[0] - noted[1] == steps * tensor_parallel, (shape, noted)  # the second forward's sum of squares
+
+
 @pytest.mark.parametrize(
     "workers",
     [
-        (kept_norms, stale_norms, graphs_held, other_layers, mixed_precision, refused, compiled_blocks),
+        (
+            kept_norms_of_parallel_layers,
+            stale_norms,
+            graphs_held,
+            other_layers,
+            mixed_precision,
+            refused,
+            compiled_blocks,
+        ),
         pytest.param((compiled_whole,), marks=pytest.mark.full),
     ],
     ids=["units", "compiled whole"],
 )
 def test_two_processes(workers, device, tmp_path):
     run(in_turn, tmp_path, device, workers, tmp_path)
+
+
+@pytest.mark.full
+def test_four_processes(device, tmp_path):
+    run(in_turn, tmp_path, device, (kept_norms_of_parallel_layers,), tmp_path, world=4)
 
 
 def test_an_output_is_no_view():

@@ -208,3 +208,30 @@ def in_turn(*workers):
 
 def test_fsdp1(device, tmp_path):
     run(in_turn, tmp_path, device, whole_layers, peft_policy, merged_while_whole, refused)
+
+
+def test_tensor_parallelism_is_for_layers_of_dorac():
+    """PEFT itself makes no DoRA over parallel weights; layers that are parallel afterwards say what to do."""
+    pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from dorac.bench.mesh import fake_ranks
+
+    with fake_ranks(1):
+        mesh = init_device_mesh("cpu", (1,))
+        style = {"first": ColwiseParallel(), "lora_B.default": ColwiseParallel(), "base_layer": ColwiseParallel()}
+        parallel = parallelize_module(nn.Sequential(), mesh, {})
+        parallel.add_module("first", nn.Linear(16, 24))
+        parallelize_module(parallel, mesh, {"first": style["first"]}, src_data_rank=None)
+        config = peft.LoraConfig(r=4, use_dora=True, target_modules=["first"])
+        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+            peft.get_peft_model(parallel, config)
+        model = adapted(["first"])
+        layer = next(m for m in model.modules() if hasattr(m, "lora_B") and len(m.lora_B))
+        del style["first"]
+        parallelize_module(layer, mesh, style, src_data_rank=None)
+        with pytest.raises(
+            TypeError, match=r"for tensor parallelism dorac\.parallel, .* \(dorac\.apply_dora, dorac\.load_adapter\)"
+        ):
+            model(batch(0))

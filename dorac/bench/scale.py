@@ -188,13 +188,12 @@ def _case(args: argparse.Namespace, layout: str, rank: int) -> dict[str, Record]
     how = spread.LAYOUTS[layout]
     drawn = argparse.Namespace(**vars(args) | ({"adapter_dtype": torch.float32} if how.data else {}))
     variants = [name for name in args.variants if layout in DROP_IN or not name.startswith("dorac-peft")]
-    if how.tensor and how.data:  # such parameters no norm is kept for
-        variants = [name for name in variants if "-cached" not in name]
     autocast = how.data and args.dtype is torch.bfloat16
     mesh = how.mesh(args.device)
     x = torch.randn(args.batch, args.tokens, args.hidden, dtype=args.dtype, device=args.device)
     x = x[:, : args.tokens // mesh.size()].contiguous() if how.sequence else x
-    case = f"{layout} r{rank}{bases.setting(args)}{', save-outputs' * args.save_outputs}{', fake' * args.fake}"
+    stack = "" if args.stack == "mlp" else f"{args.stack} "
+    case = f"{stack}{layout} r{rank}{bases.setting(args)}{', save-outputs' * args.save_outputs}{', fake' * args.fake}"
     size = {"processes": args.processes, "layers": args.layers, "hidden": args.hidden, "rank": rank}
     size |= {"tokens": args.tokens, "batch": args.batch}
     steps: dict[str, Step] = {}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dorac import functional, offload, packed
+from dorac import functional, offload, ops, packed
 from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer
 from dorac.nn.stock import not_stock
@@ -202,6 +202,15 @@ class DoraExperts(DoraLayer):
     def _adapter(self, projection: str) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(getattr(self, f"{projection}_{name}") for name in ADAPTER)
 
+    def base_tensors(self, projection: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """The weight and the bias of a dense projection, as the base layer has them."""
+        return getattr(self.base_layer, projection), getattr(self.base_layer, f"{projection}_bias", None)
+
+    def tensors(self, projection: str) -> tuple[Tensor | packed.Packed | None, ...]:
+        """The weights ``[E, out, in]``, lora_A, lora_B, the magnitude and the bias of a projection."""
+        bias = getattr(self.base_layer, f"{projection}_bias", None)
+        return self._matrices(projection), *self._adapter(projection), bias
+
     def _draw_factors(self) -> None:
         for projection in self.projections:
             lora_A, lora_B, magnitude = self._adapter(projection)
@@ -245,28 +254,35 @@ class DoraExperts(DoraLayer):
         """
         if offload.is_hooked(self.base_layer):
             return offloaded.forward(self, (self,), hidden_states, *routing)
-        if self.merged or self.runs_base:
+        if (self.merged or self.runs_base) and self.shards is None:
             return self.base_layer(hidden_states, *routing)
         if self.training:
             self._widen_magnitudes()
         return self._forward_routed(hidden_states, *routing) if self.routed else self._forward_sorted(hidden_states)
 
-    def _project(self, projection: str, x: Tensor, **offsets: Tensor) -> Tensor:
-        """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without."""
-        matrices, norms = self._matrices(projection), self._known_norm()
-        lora_A, lora_B, magnitude = self._adapter(projection)
+    def _project(self, projection: str, tensors: tuple, x: Tensor, **offsets: Tensor) -> Tensor:
+        """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without.
+
+        ``tensors``: see :meth:`tensors`; of experts that are spread this rank's.
+        """
+        matrices, lora_A, lora_B, magnitude, bias = tensors
+        x = x if packed.is_packed(matrices) else x.to(matrices.dtype)
+        if self.merged or self.runs_base:  # of spread experts, which the base layer itself does not run
+            return _base_product(x, matrices, bias, **offsets)
+        norms = self._known_norm()
         norm = None if norms is None else self.parted_norms(norms)[self.projections.index(projection)]
         if self._strength is not None:
-            norm = self._norm_of(projection) if norm is None else norm
+            if norm is None:
+                norm = functional.norm_factored(matrices, lora_A, lora_B, self.scaling, norm_grad=self.norm_grad)
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         layer = functional.dora_linear_grouped if offsets else functional.dora_linear
         return layer(
-            x if packed.is_packed(matrices) else x.to(matrices.dtype),
+            x,
             matrices,
             lora_A,
             lora_B,
             magnitude,
-            getattr(self.base_layer, f"{projection}_bias", None),
+            bias,
             scaling=self.scaling,
             weight_norm=norm,
             norm_grad=self.norm_grad and norm is None,
@@ -276,26 +292,51 @@ class DoraExperts(DoraLayer):
         )
 
     def _forward_routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        base = self.base_layer
+        base, shards = self.base_layer, self.shards
         tokens, k = top_k_index.shape
-        experts = self.weight.shape[0]
+        experts, device = self.weight.shape[0], top_k_index.device
+        if shards is None:
+            numbers, tensors = torch.arange(experts, device=device), {p: self.tensors(p) for p in self.projections}
+        else:
+            (numbers, experts), tensors = shards.numbers(experts, device), shards.enter(self)
+            hidden_states, top_k_weights = shards.shared(hidden_states, top_k_weights)
         # Looked up, a number that is no expert's raises: rows that no expert takes would get zeros. An expert's rows
         # come by rank, then by token, as in the base layer: some CPUs' products round a row by its place.
-        numbers = torch.arange(experts, device=top_k_index.device)
         chosen, order = numbers.index_select(0, top_k_index.T.flatten()).sort(stable=True)
-        offsets = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+        offsets = torch.searchsorted(chosen, torch.arange(experts, device=device), right=True, out_int32=True)
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
-        h = self._project(self.projections[0], rows, offsets=offsets)
+        first, last = self.projections
+        h = self._project(first, tensors[first], rows, offsets=offsets)
         has_gate = getattr(base, "has_gate", True)  # as all had in transformers 5.0
         h = base._apply_gate(h) if has_gate else base.act_fn(h)
-        y = self._project("down_proj", h, offsets=offsets)
+        y = self._project(last, tensors[last], h, offsets=offsets)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
+            if shards is not None:  # which may make something of the zeros of others' rows
+                y = torch.where((chosen < experts).unsqueeze(-1), y, 0)
         y = y * top_k_weights.T.flatten()[order].unsqueeze(-1)
-        return y[order.argsort()].view(k, tokens, -1).sum(0).to(hidden_states.dtype)
+        y = y[order.argsort()].view(k, tokens, -1).sum(0).to(hidden_states.dtype)
+        return y if shards is None else shards.summed(y)
 
     def _forward_sorted(self, hidden_states: Tensor) -> Tensor:
-        experts, hidden = self.weight.shape[0], hidden_states.shape[-1]
-        gate, up = self._project("gate_up_proj", hidden_states.view(experts, -1, hidden)).chunk(2, dim=-1)
-        return self._project("down_proj", up * self.base_layer.act_fn(gate)).view(-1, hidden)
+        shards, hidden = self.shards, hidden_states.shape[-1]
+        rows = hidden_states.view(self.weight.shape[0], -1, hidden)
+        if shards is None:
+            tensors = {p: self.tensors(p) for p in self.projections}
+        else:
+            tensors, rows = shards.enter(self), shards.own_rows(rows)
+        gate, up = self._project("gate_up_proj", tensors["gate_up_proj"], rows).chunk(2, dim=-1)
+        y = self._project("down_proj", tensors["down_proj"], up * self.base_layer.act_fn(gate))
+        return (y if shards is None else shards.all_rows(y)).view(-1, hidden)
+
+
+def _base_product(x: Tensor, matrices: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    """The projection without an adapter; of rows with offsets zero where these are no expert's."""
+    if offsets is None:
+        return x @ matrices.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), x, matrices.mT)
+    y = ops.grouped.grouped_linear(x, matrices, offsets)
+    if bias is None:
+        return y
+    index, taken = ops.grouped.rows_by_expert(offsets, x.shape[0])
+    return y + torch.where(taken.unsqueeze(-1), bias[index], 0)

@@ -4,7 +4,8 @@ Between forwards such a layer holds parts of its parameters (DTensors). In the f
 FSDP2 puts whole ones in their place, always the same objects, whose memory it frees and fills again. So a kept norm
 (:mod:`dorac.nn.norm_cache`) is taken of the whole ones, without a collective, by a hook of the unit that runs behind
 FSDP2's own and before compiled code, all of a unit's in one launch; and it is kept for as long as nobody has written to
-the parts.
+the parts. Parameters that :mod:`dorac.parallel` has spread before are DTensors of that alone once FSDP2 has gathered
+them; of a weight that is spread over its columns the norm takes its collective then.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class GatheredMoment(Moment):
 def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[Keeper]]:
     """The layers whose parameters FSDP2 has sharded, by the innermost unit that holds them.
 
-    Not those that are sharded by tensor parallelism, too: what FSDP2 gathers of them are shards.
+    Not those that are sharded otherwise, too, but for :mod:`dorac.parallel`: what FSDP2 gathers of them are shards.
     """
     fsdp, units = sys.modules.get("torch.distributed.fsdp"), {}
     if fsdp is None:
@@ -86,8 +87,9 @@ def by_unit(model: nn.Module, layers: Iterable[Keeper]) -> dict[nn.Module, list[
     for layer in layers:
         module = layer if isinstance(layer, nn.Module) else layer.layer
         tensors = [t for t in layer.norm_inputs() if sharded.any_sharded(t)]
+        known = getattr(layer, "shards", None) is not None
         once = all(sum(not p.is_replicate() for p in t.placements) < 2 for t in tensors)
-        if module in unit_of and tensors and once:
+        if module in unit_of and tensors and (known or once) and norm_cache.out_of_reach(layer, tensors):
             units.setdefault(unit_of[module], []).append(layer)
     return units
 
@@ -124,7 +126,7 @@ class _Hook:
         for layer in layers:
             packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
             inputs = layer.norm_inputs()
-            if layer.merged or sharded.any_sharded(*inputs):
+            if layer.merged or norm_cache.out_of_reach(layer, inputs):
                 continue
             if not layer.gathered.taken:
                 changed.append(layer)

@@ -73,12 +73,12 @@ def uncacheable(layer: Keeper, whole_in_forward: bool = False) -> str | None:
         return "its base weight is trained: freeze it, a norm is kept for weights that only the adapter changes"
     if layer.norm_grad:
         return "its norm_grad is set: a norm that carries a gradient belongs to one forward"
-    if not whole_in_forward and _out_of_reach(layer, layer.norm_inputs()):
+    if not whole_in_forward and out_of_reach(layer, layer.norm_inputs()):
         return SHARDED
     return None
 
 
-def _out_of_reach(layer: Keeper, tensors: Sequence[Tensor]) -> bool:
+def out_of_reach(layer: Keeper, tensors: Sequence[Tensor]) -> bool:
     """Whether the layer's forward will not have these tensors: DTensors, but those of tensor parallelism alone."""
     shards = getattr(layer, "shards", None)
     return sharded.any_sharded(*tensors) and (shards is None or not shards.holds(tensors))
@@ -121,7 +121,7 @@ def _taken_by_unit(layer: Keeper) -> bool:
     if layer.gathered is None:
         return False
     inputs = layer.norm_inputs()
-    tensors = inputs if sharded.any_sharded(*inputs) else layer.gathered.tensors
+    tensors = inputs if out_of_reach(layer, inputs) else layer.gathered.tensors
     layer.cached_of, layer.gathered = None, layer.gathered.of(tensors, taken=False)
     return True
 
@@ -135,7 +135,7 @@ def take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | 
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
-            if layer.merged or _out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
+            if layer.merged or out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
                 layer.cached_of = None
             else:
                 taken.append((layer, tensors))

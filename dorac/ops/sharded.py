@@ -78,7 +78,8 @@ def check_sharded(**tensors: Tensor | None) -> None:
             sharded = ", ".join(k for k, t in tensors.items() if isinstance(t, DTensor))
             raise TypeError(
                 f"{name} must be a DTensor like {sharded}, got a plain tensor: shard a layer as a "
-                "whole, after wrapping it (dorac.parallel for tensor parallelism, fully_shard for FSDP2)"
+                "whole, after wrapping it: fully_shard for FSDP2; for tensor parallelism dorac.parallel, which takes "
+                "dorac.nn's layers, not PEFT's (dorac.apply_dora, dorac.load_adapter)"
             )
     mesh = tensors["weight"].device_mesh
     for name, tensor in tensors.items():
