@@ -64,7 +64,8 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     still right.
 
     Under FSDP2 (``fully_shard`` before this call) a norm is taken of the whole parameters in the first forward of its
-    unit after a step, compiled or not, without a collective, and again where this rank's parts were written to.
+    unit after a step, compiled or not, without a collective, and again where this rank's parts were written to. So it
+    is under FSDP2 over :mod:`dorac.parallel`, with that one's collective where a weight is spread over its columns.
 
     Of a base weight that accelerate offloads to the host the norm is taken in the first forward after a step, while the
     weight is there, and again where the host's tensor was written to or replaced.

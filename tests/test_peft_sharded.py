@@ -220,17 +220,14 @@ def test_tensor_parallelism_is_for_layers_of_dorac():
 
     with fake_ranks(1):
         mesh = init_device_mesh("cpu", (1,))
-        style = {"first": ColwiseParallel(), "lora_B.default": ColwiseParallel(), "base_layer": ColwiseParallel()}
-        parallel = parallelize_module(nn.Sequential(), mesh, {})
-        parallel.add_module("first", nn.Linear(16, 24))
-        parallelize_module(parallel, mesh, {"first": style["first"]}, src_data_rank=None)
-        config = peft.LoraConfig(r=4, use_dora=True, target_modules=["first"])
-        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
-            peft.get_peft_model(parallel, config)
+        parallel = Net()
+        parallelize_module(parallel, mesh, {"first": ColwiseParallel()}, src_data_rank=None)
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            peft.get_peft_model(parallel, peft.LoraConfig(r=4, use_dora=True, target_modules=["first"]))
         model = adapted(["first"])
         layer = next(m for m in model.modules() if hasattr(m, "lora_B") and len(m.lora_B))
-        del style["first"]
-        parallelize_module(layer, mesh, style, src_data_rank=None)
+        styles = {name: ColwiseParallel() for name in ("base_layer", "lora_B.default")}
+        parallelize_module(layer, mesh, styles, src_data_rank=None)
         with pytest.raises(
             TypeError, match=r"for tensor parallelism dorac\.parallel, .* \(dorac\.apply_dora, dorac\.load_adapter\)"
         ):
