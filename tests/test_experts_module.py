@@ -1,6 +1,7 @@
 """``dorac.nn.DoraExperts`` on transformers' experts of four families, against the stock module with dense weights."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -433,3 +434,32 @@ def test_experts_that_share_a_parameter_are_not_merged():
     with pytest.raises(ValueError, match=r"base_layer\.down_proj is tied to .*down_proj: merging would change both"):
         dorac.merge(model)
     assert not first.merged
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_thirty_steps_are_those_of_the_textbook(family):
+    """The losses of a model whose experts run, in the place of ours, stock with their dense adapted weights."""
+    model = adapt_model(family)
+    for layer in dorac.apply.dora_layers(model).values():
+        layer.train()
+    twin = copy.deepcopy(model)
+    for layer in dorac.apply.dora_layers(twin).values():
+        if isinstance(layer, DoraExperts):
+            layer.forward = functools.partial(lambda layer, *args: dense_forward(layer, args), layer)
+    ids = torch.randint(1, 32, (4, 12), generator=torch.Generator().manual_seed(1))
+
+    def losses(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+        for _ in range(30):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    expected = [*losses(twin)]
+    with dorac.cache_norms(model):
+        found = [*losses(model)]
+    assert expected[-1] < 0.98 * expected[0], expected
+    assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) <= 1e-6

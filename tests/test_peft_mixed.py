@@ -221,6 +221,127 @@ def test_kept_norms_are_used():
         assert computed_norms(lambda: model(x, adapter_names=ROWS)) == 0
 
 
+@pytest.fixture
+def stacked(monkeypatch):
+    """How many stacks of adapters were made."""
+    made = []
+    stack = dorac.functional.stack_adapters
+    monkeypatch.setattr(
+        dorac.functional, "stack_adapters", lambda adapters: made.append(len(adapters)) or stack(adapters)
+    )
+    return made
+
+
+def kept_stacks(model):
+    return [target(model).lora_magnitude_vector[name].keeper.stack for name in target(model).lora_magnitude_vector]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_stacks_are_kept(mode, stacked):
+    """While nothing is written; batches that name other adapters share one."""
+    model, x = mixed_model("linear"), KINDS["linear"].input(0, torch.float64, 4)
+    dorac.cache_norms(model)
+
+    def check(*names):
+        with mode():
+            y = model(x, adapter_names=names)
+        with torch.no_grad():
+            torch.testing.assert_close(y, by_itself(model, x, names))
+
+    for names in (("a", "b", "__base__", "a"), ("b", "b", "a", "b"), ("c", "b", "b", "b"), ("a", "c", "c", "b")):
+        check(*names)
+    assert stacked == [2, 3]
+    check("a", "lora", "c", "b")  # plain LoRA, whose writes nobody follows
+    check("a", "c", "c", "b")
+    assert stacked == [2, 3, 4]
+
+
+WRITES = {
+    "lora_A": lambda layer: layer.lora_A["b"].weight.mul_(2),
+    "lora_B": lambda layer: layer.lora_B["b"].weight.neg_(),
+    "magnitude": lambda layer: layer.lora_magnitude_vector["b"].weight.mul_(0.5),
+    "weight": lambda layer: layer.base_layer.weight.add_(0.1),
+    "replaced": lambda layer: setattr(layer.lora_B["b"], "weight", nn.Parameter(layer.lora_B["b"].weight * 3)),
+    "data": lambda layer: setattr(layer.lora_A["b"].weight, "data", layer.lora_A["b"].weight * 3),
+    "strength": lambda layer: layer.set_scale("b", 0.5),
+    "no strength": lambda layer: layer.set_scale("b", 0),
+    "dtype": lambda layer: layer.float(),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_writes_reach_the_stack(what):
+    """Also of an adapter that the next batch does not name."""
+    model, x = mixed_model("linear"), KINDS["linear"].input(0, torch.float64, 4)
+    layer = target(model)
+    dorac.cache_norms(model)
+    with torch.no_grad():
+        model(x, adapter_names=["a", "b", "c", "__base__"])
+        before = model(x, adapter_names=["b", "b", "a", "c"])
+        WRITES[what](layer)
+        x = x.to(layer.base_layer.weight.dtype)
+        for names in (["a", "c", "a", "a"], ["b", "b", "a", "c"], ["b", "__base__", "b", "b"]):
+            torch.testing.assert_close(model(x, adapter_names=names), by_itself(model, x, names))
+        if what != "dtype":
+            assert not torch.allclose(model(x, adapter_names=["b", "b", "a", "c"])[:2], before[:2])
+
+
+def test_writes_without_a_trace_reach_the_stack_with_the_norms():
+    model, x = mixed_model("linear"), KINDS["linear"].input(0, torch.float64, 4)
+    layer, names = target(model), ["a", "b", "c", "b"]
+    cache = dorac.cache_norms(model)
+    with torch.no_grad():
+        for announced in (lambda: model.train().eval(), cache.refresh):
+            model(x, adapter_names=names)
+            for tensor in (layer.lora_A["b"].weight, layer.lora_magnitude_vector["a"].weight):
+                tensor.data.mul_(1.5)
+            announced()
+            torch.testing.assert_close(model(x, adapter_names=names), by_itself(model, x, names))
+
+
+def test_adapters_come_and_go_in_a_stack(stacked):
+    model, x = mixed_model("linear"), KINDS["linear"].input(0, torch.float64, 4)
+    cache, names = dorac.cache_norms(model), ["a", "b", "c", "b"]
+    with torch.no_grad():
+        model(x, adapter_names=names)
+        model.delete_adapter("b")
+        kept = kept_stacks(model)[0]
+        torch.testing.assert_close(model(x, adapter_names=["a", "c"] * 2), by_itself(model, x, ["a", "c"] * 2))
+        assert kept_stacks(model) == [kept] * 2
+        config = peft.LoraConfig(target_modules=["target"], use_dora=True, r=6, init_lora_weights=False)
+        model.add_adapter("b", config)
+        dorac.peft.enable(model)
+        model.eval()
+        cache.remove()
+        dorac.cache_norms(model)
+        stacked.clear()
+        for _ in range(2):
+            torch.testing.assert_close(model(x, adapter_names=names), by_itself(model, x, names))
+    assert stacked == [3]
+    assert [*kept_stacks(model)[0].stack.lora_A.shape[:2]] == [3, 6]
+
+
+def test_training_keeps_no_stack(stacked):
+    """Gradients are those without kept norms, and no second copy of the factors stays."""
+    model, x = mixed_model("linear"), KINDS["linear"].input(0, torch.float64, 4)
+    layer, names = target(model), ["a", "b", "c", "b"]
+    leaves = [p.requires_grad_() for n, p in layer.named_parameters() if n.startswith("lora_") and "lora.w" not in n]
+    expected = torch.autograd.grad(model(x, adapter_names=names).square().sum(), leaves)
+    dorac.cache_norms(model)
+    with torch.no_grad():
+        model(x, adapter_names=names)
+    stacked.clear()
+    for _ in range(2):
+        found = torch.autograd.grad(model(x, adapter_names=names).square().sum(), leaves)
+        torch.testing.assert_close(found, expected)
+    assert stacked == [3, 3]
+    twin = copy.deepcopy(model)
+    assert all(vector.keeper is None for vector in target(twin).lora_magnitude_vector.values())
+    assert all(kept_stacks(model))
+    model.train()
+    assert kept_stacks(model) == [None] * 3
+
+
 @pytest.mark.parametrize("scheme", [*SCHEMES, fake_4bit, fake_8bit])
 def test_quantised(scheme):
     torch.manual_seed(0)

@@ -46,6 +46,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             norm_cache.doubt(self._keepers())
         if mode:
             magnitudes.widen(self._parameters.get("weight"))
+            for keeper in self._keepers():
+                keeper.stack = None
         return super().train(mode)
 
     # A LoRA layer registers its magnitudes last: what follows reaches them after its base layer and its factors.

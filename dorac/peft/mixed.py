@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.functional import Adapter
 from dorac.numerics import accumulate_dtype
-from dorac.peft import over
+from dorac.peft import over, stacked
 from dorac.peft.direct import dropout_p, parameter, plain_weight
 from dorac.peft.dora_linear import is_zero
 from dorac.peft.variants import DoraLinearVariant, OnDorac
@@ -80,41 +80,38 @@ def _with_adapter(layer: LoraLayer, adapter: str, x: Tensor, result: Tensor) -> 
 
 def linear(layer: LoraLayer, x: Tensor, names: Sequence[str], base_kind: type[nn.Module]) -> Tensor | None:
     """The output of a linear layer over a dense weight in one call; None where :class:`MixedBatch` has to run."""
-    adapters, norms, places = [], [], {}
+    found: dict[str, stacked.Found] = {}
     base = layer._modules["base_layer"]
     for name in dict.fromkeys(names):
         if name not in layer.lora_A:  # "__base__", and adapters of other layers
             continue
         if name not in layer.lora_variant:
-            found = _plain(layer, name, x, base_kind)
+            one = _plain(layer, name, x, base_kind)
         elif isinstance(layer.lora_variant[name], OnDorac):
-            found = _dora(layer, name, x, base_kind)
+            one = _dora(layer, name, x, base_kind)
         else:
             return None
-        if found is None:
+        if one is None:
             return None
-        if found is not BASE:
-            places[name] = len(adapters)
-            adapters.append(found[0])
-            norms.append(found[1])
-    kinds = {(a.lora_A.dtype, a.lora_B.dtype, norm.dtype) for a, norm in zip(adapters, norms, strict=True)}
-    if len(kinds) != 1:
+        if one is not BASE:
+            found[name] = one
+    if len({one.kind() for one in found.values()}) != 1:
         return None
     weight = parameter(base, "weight")
-    stack = functional.stack_adapters(adapters)
+    stack, norms, places = stacked.of(found)
     return functional.dora_linear_mixed(
         x,
         weight.t() if layer.fan_in_fan_out else weight,
         *stack[:3],
         parameter(base, "bias"),
-        adapter_index=torch.tensor([places.get(name, -1) for name in names], device=x.device),
+        adapter_index=torch.tensor([places[name] if name in found else -1 for name in names], device=x.device),
         scaling=stack.scaling,
-        weight_norm=torch.stack(norms),
+        weight_norm=norms,
         ranks=stack.ranks,
     )
 
 
-def _dora(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module]) -> tuple[Adapter, Tensor] | str | None:
+def _dora(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module]) -> stacked.Found | str | None:
     """A DoRA adapter and its norm; ``BASE`` for one at strength 0; None if something is no plain tensor."""
     parts = layer._parts(x, adapter, base_kind, nn.Linear)
     if parts is None or parts[-1]:
@@ -124,14 +121,15 @@ def _dora(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module])
     if is_zero(strength):
         return BASE
     norm = module.known_norm(base, lora_A, lora_B, scaling)
+    keeper = None if norm is None or strength is not None else module.keeper
     if norm is None:
         norm = module.factored_norm(weight, lora_A, lora_B, scaling, adapter_name=adapter)
     if strength is not None:
         lora_B, magnitude, norm = functional.at_strength(lora_B, magnitude, norm, strength)
-    return Adapter(lora_A, lora_B, magnitude.to(norm.dtype), scaling), norm
+    return stacked.Found(Adapter(lora_A, lora_B, magnitude.to(norm.dtype), scaling), norm, keeper)
 
 
-def _plain(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module]) -> tuple[Adapter, Tensor] | None:
+def _plain(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module]) -> stacked.Found | None:
     """A LoRA adapter as one of DoRA's with g = 1."""
     weight = plain_weight(layer._modules["base_layer"], base_kind)
     lora_A, lora_B = (plain_weight(getattr(layer, name)[adapter], nn.Linear) for name in ("lora_A", "lora_B"))
@@ -142,7 +140,7 @@ def _plain(layer: LoraLayer, adapter: str, x: Tensor, base_kind: type[nn.Module]
     if not (x.device == weight.device == lora_A.device == lora_B.device):
         return None
     ones = torch.ones(lora_B.shape[0], dtype=accumulate_dtype(weight, lora_A), device=x.device)
-    return Adapter(lora_A, lora_B, ones, layer.scaling[adapter]), ones
+    return stacked.Found(Adapter(lora_A, lora_B, ones, layer.scaling[adapter]), ones)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ asks of an adapter. PEFT's scalings are numbers in a dictionary that anybody wri
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,11 +20,15 @@ from dorac.peft.direct import parameter
 from dorac.peft.weights import is_partitioned, is_plain, whole
 from dorac.undo import Undo
 
+if TYPE_CHECKING:
+    from dorac.peft import stacked
+
 
 class AdapterNorm:
     """The norm of one adapter of a layer: a :class:`dorac.nn.keeper.Keeper`, held by the magnitude's module."""
 
     norm_grad = False
+    stack: "stacked.Kept | None" = None  # that holds the adapter beside others of the layer, for adapter_names
 
     def __init__(self, layer: LoraLayer, adapter: str) -> None:
         self.layer, self.adapter = layer, adapter
@@ -33,6 +38,10 @@ class AdapterNorm:
 
     def __repr__(self) -> str:
         return f"{type(self.layer).__name__} (adapter {self.adapter})"
+
+    def is_current(self) -> bool:
+        """Whether the adapter is still the layer's."""
+        return self.layer.lora_magnitude_vector._modules.get(self.adapter) is self.magnitude
 
     def known(self, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
         """The norm if a forward with these ``norm_inputs`` may use it, None where it has to take its own."""
