@@ -196,14 +196,15 @@ def _layer(dimensions: int, doc: str):
         unbatched = x.ndim == dimensions + 1
         x = x.unsqueeze(0) if unbatched else x
         x_adapter = F.dropout(x, dropout_p) if dropout_p else x
-        padding = [before for before, _ in border]
-        if padding_mode != "zeros" or any(before != after for before, after in border):
-            # Here once; a convolution with unequal zeros before and after would copy its input by itself, each of them.
-            amounts = [amount for pair in reversed(border) for amount in pair]
+        # A convolution with unequal zeros before and after would copy its input by itself, each of them: here once.
+        padding = [min(pair) if padding_mode == "zeros" else 0 for pair in border]
+        beyond = [(before - own, after - own) for (before, after), own in zip(border, padding, strict=True)]
+        if any(map(any, beyond)):
+            amounts = [amount for pair in reversed(beyond) for amount in pair]
             mode = "constant" if padding_mode == "zeros" else padding_mode
             padded = F.pad(x, amounts, mode=mode)
             x_adapter = F.pad(x_adapter, amounts, mode=mode) if dropout_p else padded
-            x, padding = padded, 0
+            x = padded
 
         def filtered(input: Tensor, filters: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
             return conv(input, filters, bias, stride, padding, dilation, groups)
