@@ -123,7 +123,8 @@ def no_model(*_, **__):
         ),
         (["--model", "/no/such/model"], "--model /no/such/model is neither a model directory nor a .gguf file"),
         (["--model", "none.gguf"], "--model none.gguf is neither a model directory nor a .gguf file"),
-        (["--model", "{tmp}/empty-dir"], "transformers cannot read the model"),
+        (["--model", "{tmp}/empty-dir"], "empty-dir is neither a model directory nor a .gguf file"),
+        (["--model", "{tmp}/broken-dir"], "transformers cannot read the model"),
         (["--lora-alpha", "3"], "unrecognized arguments: --lora-alpha 3"),
     ],
 )
@@ -133,6 +134,8 @@ def test_bad_input_is_one_sentence_before_any_slow_work(arguments, message, run,
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "short.txt").write_text("fox " * 31)
     (tmp_path / "empty-dir").mkdir()
+    (tmp_path / "broken-dir").mkdir()
+    (tmp_path / "broken-dir" / "config.json").write_text("{")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments)) == 2

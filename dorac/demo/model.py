@@ -38,7 +38,8 @@ def locate(model: str | None) -> dict[str, Any]:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1 and not Path(path, "config.json").exists():
             return {"pretrained_model_name_or_path": str(path), "gguf_file": files[0].name}
-        return {"pretrained_model_name_or_path": str(path)}
+        if Path(path, "config.json").exists():  # else transformers 5.0 makes an empty tokenizer of it
+            return {"pretrained_model_name_or_path": str(path)}
     if path.exists() or path.is_absolute() or path.suffix == ".gguf":
         raise BadInput(f"--model {model} is neither a model directory nor a .gguf file")
     return {"pretrained_model_name_or_path": model}
