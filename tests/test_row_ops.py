@@ -1,10 +1,12 @@
 """The ops behind experts and mixed adapters: opcheck, and what they do to indices and offsets."""
 
 import pytest
+import row_layers
 import torch
 from torch.library import opcheck
 
 from dorac import functional
+from dorac.ops import by_expert
 from dorac.ops.grouped import masked_outer, masked_product
 from dorac.testing import expert_inputs, max_error
 
@@ -210,3 +212,35 @@ def test_an_adapter_out_of_range_raises_as_torch_does(index, backend):
     run = torch.compile(run, fullgraph=True, backend=backend) if backend else run
     with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 3"):
         run(inputs.x[0], inputs.weight[0], *inputs.tensors()[2:5], adapter_index=torch.tensor([0, index]), scaling=0.7)
+
+
+@pytest.mark.parametrize("place", ["aligned", "off by one", "expanded"])
+@pytest.mark.parametrize(("ends", "tail"), [([3, 3, 5, 21], 2), ([0, 0], 3), ([7], 0)])
+@pytest.mark.parametrize("each", [False, True])
+def test_experts_by_torchs_grouped_gemm(place, ends, tail, each, monkeypatch):
+    """On the CPU, where rows are multiples of 16 bytes; rows of a tail may hold anything."""
+    taken, products = [], by_expert._products
+    monkeypatch.setattr(
+        by_expert, "_products", lambda offsets, by_torch: taken.append(by_torch) or products(offsets, by_torch)
+    )
+    layer = row_layers.grouped(torch.tensor(ends), tail)
+    x, *stacks = (t.float() for t in layer.inputs(24, 16, 8).tensors())
+    if place == "off by one":
+        x = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+    if place == "expanded":
+        x = x[:1].expand(x.shape)
+    tensors = [x.requires_grad_(), stacks[0], *(t.requires_grad_() for t in stacks[1:])]
+    scaling = torch.linspace(0.5, 1.5, len(ends)) if each else 0.7
+    norm = row_layers.row_norm(*(t.detach() for t in tensors[1:4]), scaling)
+    y = layer.function(*tensors, scaling=scaling, weight_norm=norm)
+    dy = torch.randn_like(y)
+    given = dy.index_fill(0, torch.arange(ends[-1], len(y)), torch.nan)
+    trained = [t for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad(y, trained, given)
+    assert taken == [place == "aligned"] * 2
+    budgets = row_layers.budgets(layer, tensors, dy=dy, scaling=scaling, weight_norm=norm)
+    budgets.pop("weight", None)
+    for (name, budget), found in zip(budgets.items(), (y, *grads), strict=True):
+        budget.check(found, name)
+    assert not y[ends[-1] :].any()
+    assert not grads[0][ends[-1] :].any()
