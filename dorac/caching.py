@@ -40,7 +40,7 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
 
     - an eager forward takes the norm anew where its tensors were written to in place or replaced; after ``train()`` or
       ``eval()`` of the model, after a change of the grad mode and after an optimizer has stepped tensors that are no
-      parameters (copies of some) it does so at any rate, since writes through ``.data`` leave no trace;
+      parameters (copies of some) it does so in any case, since writes through ``.data`` leave no trace;
     - compiled code compares when it is compiled. After ``train()``, ``eval()`` and an optimizer of copies it takes its
       own norm, in a graph of its own, until the next step, eager forward or ``refresh()``. Writes between the steps of
       an optimizer that leave a trace are found at its next step: a warning, and compiled code takes its own norm.
@@ -189,7 +189,7 @@ class _StepHooks:
 
     def register(self) -> None:
         if not self.handles:
-            # They read ids, which does not trace; the graph of a compiled step breaks around the update at any rate.
+            # They read ids, which does not trace; the graph of a compiled step breaks around the update in any case.
             before, after = torch.compiler.disable(_before_step), torch.compiler.disable(_after_step)
             self.handles.append(register_optimizer_step_pre_hook(before))  # one by one: an exception leaves none behind
             self.handles.append(register_optimizer_step_post_hook(after))

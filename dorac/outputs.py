@@ -1,4 +1,4 @@
-"""``save_outputs``: less memory for the eager training of layers whose outputs are saved at any rate."""
+"""``save_outputs``: less memory for the eager training of layers whose outputs are saved in any case."""
 
 import sys
 

@@ -2,7 +2,7 @@
 
 ``d_m = colsum(dy * y) / m`` (``kernels/lora_b.py``) says nothing of a row with m = 0, or of another whose g is too
 small for y to tell it. For such rows ``inner = x W^T + s h lora_B^T`` is computed again, from the packed storage:
-slowly, and hardly ever. The kernel that adds up the strips does that too; where there is one strip it is all it does,
+slowly, and rarely. The kernel that adds up the strips does that too; where there is one strip it is all it does,
 and a program without such a row ends at once.
 
 Legend: T tokens, O out_features, C stored columns, R rank.

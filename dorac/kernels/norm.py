@@ -167,7 +167,7 @@ def row_norm_kernel(
         square_O += tl.sum(v_OI * v_OI, axis=1)
 
     shrunk_O = square_O
-    if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # hardly ever: the squares are too large
+    if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # rare: the squares are too large
         shrunk_O = shrunk_squares(
             w_ptr,
             a_ptr,

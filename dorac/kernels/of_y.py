@@ -42,7 +42,7 @@ def of_y(
     """The magnitude's gradient from ``dot = colsum(dy * y)``, ``y = g * inner``: ``dot / m``.
 
     Rows whose g is too small for that, zero as a rule, have it from inner, which is computed again for them: slowly,
-    hardly ever, and in small tiles that leave the rest of the kernel its registers. Over a packed weight ``faint.py``
+    rarely, and in small tiles that leave the rest of the kernel its registers. Over a packed weight ``faint.py``
     does that.
     """
     cols_O = start_o + tl.arange(0, BLOCK_O)

@@ -245,7 +245,7 @@ def packed_norm_kernel(
         1.0,
     )
     shrunk_O = square_O
-    if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # hardly ever: the squares are too large
+    if tl.max((square_O == float("inf")).to(tl.int32), axis=0) > 0:  # rare: the squares are too large
         shrunk_O = _squares(
             codes_ptr,
             table_ptr,

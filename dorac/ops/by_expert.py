@@ -5,7 +5,7 @@ slice, with no Python between them. Others' go slice by slice in ``ops/grouped.p
 
 What a layer costs beside plain LoRA's is g of each row and one product with it, and in backward the same of dy and the
 sum of ``dy * inner``; they lie where LoRA's second product lay. For float32 and float64 tensors of one dtype; the
-others' sums are wider than they are, which ``ops/grouped_compose.py`` sees to.
+others' sums are wider than they are, which ``ops/grouped_compose.py`` handles.
 
 Legend: S rows, E experts, I in_features, O out_features, R rank.
 """

@@ -15,7 +15,7 @@ due is held:
 ``spread`` is for who computes parts from what was gathered, ``gather`` for who computes all of it. Of one rank alone
 nothing moves.
 
-In eager these are c10d's collectives; in traced code, and where a mode over ops looks on, the functional ones.
+In eager these are c10d's collectives; in traced code, and where a mode over ops is active, the functional ones.
 :func:`enter` unwraps a layer's parameters in one ``autograd.Function``: in backward the gradients of those that the
 ranks hold are summed in one all-reduce. ``ops/eager_parts.py`` has the layer's own for both.
 """
@@ -44,7 +44,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _functional(tensor: Tensor) -> bool:
-    """Whether somebody traces this, or a mode looks on (a checkpoint that chooses what it saves): nothing in place."""
+    """Whether somebody traces this, or a mode is active (a checkpoint that chooses what it saves): nothing in place."""
     return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -166,7 +166,7 @@ def move_once(tensor: Tensor, way: str, dim: int, group: Group) -> Tensor:
 
 
 def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
-    """``reduce`` of a tensor that nobody else uses and nobody saved: its gradient is the sum's, untold to autograd."""
+    """``reduce`` of a tensor that nothing else uses or has saved: its gradient is the sum's, untold to autograd."""
     if group.size() == 1:
         return tensor
     if _functional(tensor) or not tensor.is_contiguous():

@@ -2,19 +2,19 @@
 
 ``functional.dora_linear`` asks here first. Where tensors are plain, activations and factors (under autocast what it
 makes of them) half precision, adapters trained whole or not at all, and nobody looks on, the layer is computed here, in
-the form "fused" of ``ops/linear.py``, which has the formulas; anything else is left to that.
+the form "fused" of ``ops/linear.py``, which has the formulas; anything else goes there.
 
-Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors: such a
+Where a mode over ops is active in training, the same Function goes through the ops, and saves the same tensors: such a
 mode may be over a checkpoint's forward alone, or over its recomputation.
 
 - What the tensors' metadata settle is settled once for each combination, in a :class:`Plan`: the checks, the launches.
   A plan holds no tensors.
 - ``x W^T`` turns into ``inner = x W^T + s h lora_B^T`` where it lies, which is kept for backward.
 - With ``save_output`` and no bias, which might cancel, y is kept in its place, at no cost where the layer's consumer
-  keeps it: ``d_m = colsum(dy * y) / m``; the kernel sees to rows whose m is too small for that. Autograd refuses a
+  keeps it: ``d_m = colsum(dy * y) / m``; the kernel handles rows whose m is too small for that. Autograd refuses a
   tensor that was kept and then written to in place, as ``relu(y, inplace=True)`` does, which is fine after a linear
   layer. So y is kept through an alias with a version of its own, and a probe without memory tells whether y's has
-  changed; inner is then computed again. What a kernel writes behind autograd's back nothing tells: the caller has to.
+  changed; inner is then computed again. Nothing tells of a kernel's write behind autograd's back: the caller has to.
 - With dropout, x itself is kept, which several layers may share, and the mask at one bit an element: backward makes x'
   of these again. In PEFT's meaning ``x' W^T`` turns into inner where it lies, and ``x W^T`` is accumulated onto the
   change in y. The gradient of x is that of x', dropped where it lies, onto which the undropped part is accumulated.
@@ -134,7 +134,7 @@ def keep_plan(key: tuple, plan: object) -> object:
 
 
 def forget_plans() -> None:
-    """For whoever changes what plans are made by: :func:`dorac.ops.linear.route`, the configs of kernels."""
+    """For code that changes what plans are made from: :func:`dorac.ops.linear.route`, the configs of kernels."""
     plans.clear()
 
 
@@ -276,7 +276,7 @@ class Linear(torch.autograd.Function):
             ctx.probe, ctx.version = probe, probe._version
         trained = lora_A, lora_B, magnitude
         ctx.trained = None
-        if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
+        if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them in any case
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
         ctx.save_for_backward(x, weight, a, b, norm, h, kept, bits, *trained)

@@ -2,7 +2,7 @@
 
 ``functional.dora_linear_grouped`` asks here first. Where tensors are plain, the layer bfloat16 and dense with sizes
 that torch's grouped GEMM takes, the factors of that dtype or float32, the norm given, nothing dropped, adapters trained
-whole or not at all and nobody looks on, the layer is computed here; anything else is left to the ops, whose formulas
+whole or not at all and nothing observes, the layer is computed here; anything else is left to the ops, whose formulas
 these are (``ops/grouped_compose.py``). The host reads no offsets, and there is no copy of any tensor for a row.
 
 - ``x W^T`` turns into ``inner`` where it lies, which is kept for backward; without a gradient into y.
@@ -11,7 +11,7 @@ these are (``ops/grouped_compose.py``). The host reads no offsets, and there is 
 - Plans are kept as there: they settle what metadata settle, and hold no tensors.
 - On the CPU, in single and double precision, it is ``ops/by_expert.py``.
 
-Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors.
+Where a mode over ops is active in training, the same Function goes through the ops, and saves the same tensors.
 
 Legend: S rows, E experts, I in_features, O out_features, R rank.
 """

@@ -8,7 +8,7 @@ and without factors a frozen layer. What the layers have in common is done once:
 - x is kept once, with dropout beside one mask at a bit an element: the layers of one x share the probability.
 - The gradient of x is accumulated inside the products with the weights.
 
-Taken are adapters that are trained whole over frozen weights, all of them, or no training at all. Where a mode over ops
+It takes adapters that are trained whole over frozen weights, all of them, or no training at all. Where a mode over ops
 looks on in training, the same Function goes through the ops, and saves the same tensors.
 
 Packed weights are made dense for each product; backward has the same copy for rows with a faint g where y is kept.
@@ -233,7 +233,7 @@ class Linears(torch.autograd.Function):
             t for i in range(0, len(tensors), TENSORS) for t in tensors[i + LORA_A : i + MAGNITUDE + 1] if t is not None
         ]
         ctx.trained = None
-        if all(t.is_leaf for t in trained):  # the graph holds them at any rate
+        if all(t.is_leaf for t in trained):  # the graph holds them in any case
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
         ctx.save_for_backward(x, cast, h, mask, *kept, *trained)

@@ -1,4 +1,4 @@
-"""Gradients of several layers of one x in eager where they are differentiated again, or a mode looks on."""
+"""Gradients of several layers of one x in eager where they are differentiated again, or a mode is active."""
 
 import contextlib
 
@@ -24,7 +24,7 @@ def saved_of(ctx) -> tuple:
 
 
 def seen_gradients(ctx, given, d_ys) -> tuple[Tensor | None, ...]:
-    """The gradients where they are differentiated again, or a mode looks on; see ops/eager.py."""
+    """The gradients where they are differentiated again, or a mode is active; see ops/eager.py."""
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):
             return seen_gradients(ctx, given, d_ys)

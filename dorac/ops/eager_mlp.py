@@ -11,8 +11,8 @@ joins the layers is one kernel in either direction (``kernels/mlp.py``, ``mlp_ba
 - Unless backward is asked to keep the graph, gradients are written over what was kept, and take no memory of their own.
 - The gradient of x is accumulated inside the products with the weights.
 
-Taken are adapters that are trained whole over frozen weights, all of them, or no training at all, without dropout.
-Where a mode over ops looks on in training, the same Function goes through the ops, and saves the same tensors. Second
+It takes adapters that are trained whole over frozen weights, all of them, or no training at all, without dropout.
+Where a mode over ops is active in training, the same Function goes through the ops, and saves the same tensors. Second
 derivatives are those of the layers one by one, computed again. Packed weights are made dense for each product.
 
 Legend: T tokens, I in_features, F features between the layers, O out_features, R rank. A layer's tensors are in the
@@ -202,7 +202,7 @@ class MLP(torch.autograd.Function):
         layers = layers_of(tensors)
         trained = [t for layer in layers for t in layer[LORA_A : MAGNITUDE + 1] if t is not None]
         ctx.trained = None
-        if all(t.is_leaf for t in trained):  # the graph holds them at any rate
+        if all(t.is_leaf for t in trained):  # the graph holds them in any case
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
         weights = [layer[WEIGHT] for layer in layers]

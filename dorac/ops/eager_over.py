@@ -1,6 +1,6 @@
 """``functional.dora_over`` in eager on a GPU with kernels, as ``ops/eager.py`` computes the whole layer.
 
-The product is an argument, and so is its gradient. It stays as it is: inner has memory of its own. Taken are bases of
+The product is an argument, and so is its gradient. It stays as it is: inner has memory of its own. It takes bases of
 the dtype that the low-rank branch runs in; anything else is left to ``ops/over.py``, which has the formula.
 
 With a ``weight``, packed or dense, and no bias, y is kept in place of inner, as there; of the weight inner is computed
@@ -231,7 +231,7 @@ class _Over(torch.autograd.Function):
             ctx.probe, ctx.version = probe, probe._version
         trained = lora_A, lora_B, magnitude
         ctx.trained = None
-        if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them at any rate
+        if lora_A.is_leaf and lora_B.is_leaf and magnitude.is_leaf:  # the graph holds them in any case
             ctx.trained, ctx.versions = trained, [t._version for t in trained]
             trained = ()
         ctx.held, weight = (weight, None) if type(weight) is Held else (None, weight)
@@ -259,7 +259,7 @@ class _Over(torch.autograd.Function):
             a, b = lora_A, lora_B
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
-        if dy.is_contiguous():  # for the kernel, which is given strides, it is a matrix at any rate
+        if dy.is_contiguous():  # for the kernel, which is given strides, it is a matrix in any case
             strides = dy.shape[-1], 1
         else:
             dy = _rows(dy)
@@ -310,7 +310,7 @@ _apply = super(torch.autograd.Function, _Over).apply  # see ops/eager.py
 
 
 def _seen_gradients(ctx, dy, d_inner):
-    """The gradients where they are differentiated again, or a mode looks on."""
+    """The gradients where they are differentiated again, or a mode is active."""
     given = d_inner if dy is None else dy
     if front.autocast_dtype(given) is not None:
         with front.autocast_off(given):

@@ -67,7 +67,7 @@ def make_plan(
     """The plan for tensors that passed the checks; None if they are not computed here.
 
     Args:
-        of_h, of_b: strides of h and of lora_B in the dtype of the products, where whoever asks makes these.
+        of_h, of_b: strides of h and of lora_B in the dtype of the products, where the caller makes these.
     """
     given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm) if t is not None]
     if weight.ndim != 2 or not x.numel() or not weight.numel():

@@ -1,4 +1,4 @@
-"""Gradients of the eager linear layer where they are differentiated again, or a mode looks on: in ops of their own."""
+"""Gradients of the eager linear layer where they are differentiated again, or a mode is active: in ops of their own."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ def dropout_mask(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 def seen_gradients(ctx, dy):
-    """The gradients where they are differentiated again, or a mode looks on.
+    """The gradients where they are differentiated again, or a mode is active.
 
     Where they are differentiated, h and inner are computed again, in aten: then every tensor is connected to what it
     was computed of.

@@ -142,7 +142,7 @@ class DoraLinear(torch.autograd.Function):
 def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False, delta=False, over=False):
     """The gradients of x (its rows), weight, lora_A, lora_B, magnitude, bias and x_adapter's rows, as ``needs`` says.
 
-    Then that of the product ``x W^T``, for whoever did not make it here: see ``ops/over.py``, which has no weight.
+    Then that of the product ``x W^T``, for callers that did not make it here: see ``ops/over.py``, which has no weight.
 
     Args:
         saved: x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner and x_adapter, each None where no

@@ -1,4 +1,4 @@
-"""``dorac::dora_over``: the layer over a product that somebody else computed, ``base = x W^T``.
+"""``dorac::dora_over``: the layer over a product that another layer computed, ``base = x W^T``.
 
 ``y = g * (base + s (x lora_A^T) lora_B^T) + b``, ``g = m / n``, n given: what a quantised, offloaded or hooked layer is
 adapted by, whose weight is not there as a tensor. It is ``dorac::dora_linear`` without that product, registered in the

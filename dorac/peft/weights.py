@@ -45,7 +45,7 @@ def whole(tensor: Tensor, numel: int | None = None) -> Tensor:
         RuntimeError: FSDP1 holds it in parts now.
     """
     # A parameter in parts is what this process has of it, flattened. With use_orig_params=False, which does not compile
-    # at any rate, it keeps its shape, but is a view of a storage that is empty, and reading it crashes.
+    # in any case, it keeps its shape, but is a view of a storage that is empty, and reading it crashes.
     flattened = tensor.ndim < 2 if numel is None else tensor.numel() != numel
     if not flattened and (torch.compiler.is_compiling() or tensor._base is None):
         return tensor
