@@ -34,7 +34,7 @@ PRIVATE = {
         "torch._C._autograd._top_saved_tensors_default_hooks",
         "torch._C._current_graph_task_id",
     ),
-    "ops/collectives.py gives a leaf its gradient where nobody else wants it: look in torch/autograd/graph.py for how "
+    "ops/crossing.py gives a leaf its gradient where nobody else wants it: look in torch/autograd/graph.py for how "
     "register_multi_grad_hook asks which nodes will run, and in torch/csrc/autograd/functions/accumulate_grad.h": (
         "torch._C._will_engine_execute_node",
     ),
@@ -49,7 +49,7 @@ PRIVATE = {
         "torch._C._DisableTorchDispatch",
         "torch.utils._python_dispatch.TorchDispatchMode",
     ),
-    "nn/moments.py and ops/collectives.py read a tensor's place and how often it was written, past what "
+    "nn/moments.py and ops/crossing.py read a tensor's place and how often it was written, past what "
     "subclasses say: look for the class that torch.Tensor inherits from": (
         "torch._C.TensorBase._version.__get__",
         "torch._C.TensorBase.data_ptr",
@@ -69,7 +69,7 @@ PRIVATE = {
         "torch._library.utils.get_layout_constraint_tag",
         "torch._ops.OpOverload",
     ),
-    "ops/collectives.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what makes a DTensor, "
+    "ops/crossing.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what makes a DTensor, "
     "and in torch/utils for how nested arguments are mapped": ("torch.utils._pytree.tree_map_only",),
     "nn/norm_cache.py says that a norm stays where it is: look for how CUDA graphs learn of buffers": (
         "torch._dynamo.mark_static_address",

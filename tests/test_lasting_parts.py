@@ -11,7 +11,7 @@ from torch import nn
 
 import dorac
 from dorac.bench import mesh as meshes
-from dorac.ops import collectives
+from dorac.ops import crossing
 
 pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 
@@ -273,8 +273,8 @@ def test_gradients_on_their_way_are_dtensors(mesh):
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     like = distribute_tensor(torch.arange(6.0).view(2, 3), mesh, [Shard(0)], src_data_rank=None)
-    fresh = collectives._dtensor(like.to_local(), like._spec, collectives._Fresh)
-    assert type(fresh) is collectives._Fresh, "DTensor.__new__ makes no subclasses any more"
+    fresh = crossing._dtensor(like.to_local(), like._spec, crossing._Fresh)
+    assert type(fresh) is crossing._Fresh, "DTensor.__new__ makes no subclasses any more"
     assert type(fresh.detach()) is DTensor
     if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
         is_asked = fresh.detach()._local_tensor is fresh._local_tensor

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dorac import functional
-from dorac.ops import collectives
+from dorac.ops import collectives, crossing
 from dorac.ops.collectives import Group, local
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ExpertShards:
                 parts = iter(lasting.parts)
             else:
                 frozen = [t for t in tensors if t is not None and not t.requires_grad]
-                parts = iter(collectives.enter(self.group, [False] * len(trained), frozen, trained))
+                parts = iter(crossing.enter(self.group, [False] * len(trained), frozen, trained))
         own = [None if t is None else next(parts) if crosses and t.requires_grad else local(t) for t in tensors]
         entered, adapter = {}, own[count * len(layer.projections) :]
         for i, projection in enumerate(layer.projections):

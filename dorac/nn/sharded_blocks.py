@@ -19,7 +19,7 @@ from dorac.functional import blocks as of_parts
 from dorac.nn import norm_cache, shared
 from dorac.nn.layer import parameter
 from dorac.nn.linear import DoraLinear
-from dorac.ops import collectives, eager_parts
+from dorac.ops import crossing, eager_parts
 from dorac.ops.collectives import local
 
 
@@ -35,7 +35,7 @@ def mlp(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activ
     def three(projections: Iterable) -> list[functional.Projection | None]:
         return [*([None] if gate is None else []), *projections]
 
-    def in_kernels(entry: collectives.Entry, x: Tensor, projections: list[functional.Projection]) -> Tensor | None:
+    def in_kernels(entry: crossing.Entry, x: Tensor, projections: list[functional.Projection]) -> Tensor | None:
         own = three(projections)
         return eager_parts.dora_mlp(entry, x, own, activation, lambda: of_parts.checked_mlp(x, *own))
 
@@ -53,7 +53,7 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
         return None
 
     def in_kernels(
-        entry: collectives.Entry, x: Tensor, projections: list[functional.Projection]
+        entry: crossing.Entry, x: Tensor, projections: list[functional.Projection]
     ) -> tuple[Tensor, ...] | None:
         return eager_parts.dora_linears(entry, x, projections, lambda: of_parts.checked_linears(x, projections))
 
@@ -69,7 +69,7 @@ def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, any
         norms.append(norm_cache.known_norm(layer, (weight, *own[:2])) if layer.caches_norm else None)
         adapter += own
         due += layer.shards._adapter_due
-    entry = collectives.Entry(group, due, [layer.base_layer.weight for layer in layers], adapter)
+    entry = crossing.Entry(group, due, [layer.base_layer.weight for layer in layers], adapter)
     x = layers[0].shards._moved_in(x, group)
 
     def projections(parts: tuple[Tensor, ...]) -> list[functional.Projection]:
@@ -89,7 +89,7 @@ def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, any
     trained = [p.requires_grad for p in adapter] if torch.is_grad_enabled() else [False]
     y = in_kernels(entry, x, projections(entry.parts())) if all(trained) else None
     if y is None:
-        parts = collectives.Enter.apply(entry, *adapter) if any(trained) else entry.parts()
+        parts = crossing.Enter.apply(entry, *adapter) if any(trained) else entry.parts()
         y = anyhow(x, projections(parts))
     return y
 

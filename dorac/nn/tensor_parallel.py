@@ -30,7 +30,7 @@ from dorac import checks, functional
 from dorac.magnitudes import HALF, widen
 from dorac.nn import norm_cache
 from dorac.nn.layer import parameter
-from dorac.ops import collectives, eager_parts, front, sharded
+from dorac.ops import collectives, crossing, eager_parts, front, sharded
 from dorac.ops.collectives import Group, local
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Shards:
         norm: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """This rank's y where the eager layer takes it (on a GPU with kernels), else None; the norm if it is known."""
-        entry = collectives.Entry(group, self._adapter_due, (weight,), adapter)
+        entry = crossing.Entry(group, self._adapter_due, (weight,), adapter)
         parts, matrix = entry.parts(), local(weight)
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         if norm is None and self.columns:
@@ -240,9 +240,9 @@ class Shards:
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in entering):
             parts = [local(p) for p in entering]
         elif lasting is not None and len(entering) == len(lasting.parts) and lasting.are_of(entering):
-            parts = [*collectives.summed_in_backward(group, due, lasting.parts)]
+            parts = [*crossing.summed_in_backward(group, due, lasting.parts)]
         else:
-            parts = [*collectives.enter(group, due, (weight,), entering)]
+            parts = [*crossing.enter(group, due, (weight,), entering)]
         own_bias = None if bias is None else parts.pop() if bias.requires_grad else local(bias)
         own_weight = parts.pop() if weight.requires_grad else local(weight)
         return *parts, own_weight, own_bias
@@ -301,7 +301,7 @@ class Lasting:
         self.parameters = tuple(parameters)
         self.sources = tuple([p._local_tensor for p in parameters])
         with torch.enable_grad():
-            self.parts = collectives.lasting(parameters)
+            self.parts = crossing.lasting(parameters)
 
     def are_of(self, parameters: Sequence[DTensor]) -> bool:
         """Whether these are the parameters, and hold what they held: ``to()`` gives them other tensors."""

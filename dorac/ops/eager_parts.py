@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dorac.ops import eager, eager_linears, eager_mlp
-from dorac.ops.collectives import Enter, Entry
+from dorac.ops.crossing import Enter, Entry
 from dorac.ops.eager_linears_plan import LORA_A, MAGNITUDE, TENSORS
 
 
