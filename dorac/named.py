@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dorac import checks, offload
 from dorac.names import Pattern, plain_name
 from dorac.nn import DoraLayer, norm_cache, shelf, starts
-from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
 from dorac.nn.shelf import Shelved
 from dorac.undo import Undo
 from dorac.wrapped import bare, refuse_offloaded_as_parts, require_layers, reshard, saved_modules
@@ -69,8 +69,8 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 def add_adapter(
     model: nn.Module,
     adapter_name: str,
-    r: int = 8,
-    lora_alpha: float = 8,
+    r: int = DEFAULT_R,
+    lora_alpha: float = DEFAULT_ALPHA,
     *,
     lora_dropout: float = 0.0,
     dropout_on: str = "adapter",

@@ -126,6 +126,8 @@ def find_targets(
     if not targets:
         kinds = sorted({n.rpartition(".")[2] for n, m in places if n not in refused and not unwrappable(m)})
         hint = "this model holds none that could be adapted"
+        if adapted:
+            hint = f"its layers are adapted already ({', '.join(sorted(adapted)[:5])}): dorac.add_adapter adds another"
         if kinds:
             hint = f"modules of this model that could be: {', '.join(kinds[:20])}"
         elif not unwrappable(model):

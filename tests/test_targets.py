@@ -220,6 +220,13 @@ def test_names_may_be_any_collection(names):
     assert [t.name for t in find_targets(small(), names, r=2, lora_alpha=2)] == ["0", "2.0"]
 
 
+def test_a_model_that_is_adapted_already_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    dorac.apply_dora(model, "all-linear", r=2)
+    with pytest.raises(ValueError, match=r"adapted already \(0, 2\): dorac.add_adapter adds another"):
+        dorac.apply_dora(model, "all-linear", r=2)
+
+
 def test_nothing_matched_says_what_could_be():
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "act": nn.ReLU(), "attention": nn.MultiheadAttention(4, 2)})
     expected = r"target_modules \['fist'\] matched no module; modules of this model that could be: first$"

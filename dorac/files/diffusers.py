@@ -11,7 +11,6 @@ from dorac.files.storage import Raw
 from dorac.names import Pattern
 
 NAME = "diffusers"
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 METADATA_KEY = "lora_adapter_metadata"
 _ROLES = {
     "lora_A.weight": "lora_A",

@@ -27,7 +27,7 @@ def segment_tile_config(
     base_dtype: torch.dtype,
     target: Target,
 ) -> TileConfig:
-    """:func:`tile_config` for rows sorted by segment: a tile holds rows of one alone."""
+    """:func:`dorac.kernels.configs.tile_config` for rows sorted by segment: a tile holds rows of one alone."""
     each = max(1, -(-rows // max(1, segments)))  # rows of a segment, if they were as many in all
     block_t = power_of_two(each, 16, 32)
     if base_dtype is torch.float32:
@@ -69,7 +69,7 @@ def segment_product_config(
 def segment_backward_config(
     rows: int, out_features: int, rank: int, dtype: torch.dtype, h_dtype: torch.dtype, target: Target
 ) -> SegmentConfig:
-    """:func:`lora_b_config` for rows sorted by segment: enough strips even where one segment has all rows."""
+    """``configs.lora_b_config`` for rows sorted by segment: enough strips even where one segment has all rows."""
     block_r = power_of_two(rank, 16, 128 if h_dtype.itemsize == 2 else 32)
     wide, processors = h_dtype is torch.float32, target.processors
     block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
@@ -101,7 +101,7 @@ def mixed_config(
     base_dtype: torch.dtype,
     target: Target,
 ) -> MixedConfig:
-    """Few tokens: as many programs as are resident, or bytes come too slowly. Many: as :func:`tile_config`."""
+    """Few tokens: as many programs as are resident, or bytes come too slowly. Many: as ``configs.tile_config``."""
     tokens = batch * row_tokens
     half = factor_dtype.itemsize == base_dtype.itemsize == 2
     up_r = power_of_two(rank, 16, 64 if half else 32)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional, offload, ops, packed
 from dorac.nn import offloaded
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import DoraLayer
 from dorac.nn.stock import not_stock
 
@@ -98,7 +99,7 @@ class DoraExperts(DoraLayer):
 
     PEFT_KEYS: ClassVar = {f"{p}_{name}": f"{p}.{name}" for p in PROJECTIONS for name in ADAPTER}
 
-    def __init__(self, base_layer: nn.Module, r: int = 8, lora_alpha: float = 8, **options) -> None:
+    def __init__(self, base_layer: nn.Module, r: int = DEFAULT_R, lora_alpha: float = DEFAULT_ALPHA, **options) -> None:
         packed_names = [name for name in PROJECTIONS if _packed(base_layer, name) is not None]
         if options.get("norm_grad") is True and packed_names:
             raise ValueError(

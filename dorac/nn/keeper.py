@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Keeper(Protocol):
     """Whose norm is kept: a :class:`dorac.nn.DoraLayer`, or one adapter of a layer of PEFT's.
 
-    It has the attributes of :data:`NOTHING_KEPT`, and they are all that is written here.
+    It has the attributes of :data:`NOTHING_KEPT`, and they are all that :mod:`dorac.nn.norm_cache` writes.
     """
 
     norm_grad: bool
@@ -39,11 +39,11 @@ NOTHING_KEPT = {
     "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
     "cached_scaling": None,  # the scaling that it was taken with
     "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
-    "gathered": None,  # the gathered.Parts of what FSDP2 makes whole, see there; None: it doesn't
+    "gathered": None,  # the gathered.Parts of what FSDP2 makes whole, see gathered.py; None: it doesn't
     "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
     "norm_in_doubt": False,  # whether compiled code takes its own
     "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
     "norm_traced": False,  # whether there is compiled code that uses it
     "check_cached_norm": False,  # whether forward compares it
-    "shelved_norms": None,  # what of this adapters that are not active have, by name: see shelve()
+    "shelved_norms": None,  # what of this adapters that are not active have, by name: see norm_cache.shelve()
 }

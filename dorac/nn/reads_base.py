@@ -9,7 +9,7 @@ from dorac.nn.stock import MIXED
 class ReadsBase(nn.Module):
     """The part of :class:`dorac.nn.DoraLayer` that stands for its base layer where others read it."""
 
-    # Until then, and while copies are made, what is read and set is the wrapper's own.
+    # Until ``__init__`` has ended, and while copies are made, what is read and set is the wrapper's own.
     _is_built = False
 
     def __getattr__(self, name: str) -> object:

@@ -52,7 +52,7 @@ class Stated(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
         """As any module, all or nothing."""
-        from dorac.nn.loading import keep_all  # which imports this module
+        from dorac.nn.loading import keep_all  # which imports dorac.nn.layer, and that this module
 
         with Undo() as log:
             keep_all(self, state_dict, assign, log)
