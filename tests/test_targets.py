@@ -222,9 +222,9 @@ def test_names_may_be_any_collection(names):
 
 def test_a_model_that_is_adapted_already_says_so():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    dorac.apply_dora(model, "all-linear", r=2)
+    apply_dora(model, "all-linear", r=2)
     with pytest.raises(ValueError, match=r"adapted already \(0, 2\): dorac.add_adapter adds another"):
-        dorac.apply_dora(model, "all-linear", r=2)
+        apply_dora(model, "all-linear", r=2)
 
 
 def test_nothing_matched_says_what_could_be():
