@@ -94,9 +94,9 @@ def check(args: argparse.Namespace) -> None:
     model.check_save_outputs(args)
     tensor = [name for name in args.layouts if name not in DROP_IN]
     if args.base != bases.DENSE:
-        bases.check_base(args, args.variants, args.variants)
         if args.base not in model.FOUR_BIT:
             raise BadInput(f"--base {args.base}: fully_shard splits floats alone, in which only nf4 and fp4 can lie")
+        bases.check_base(args, args.variants, args.variants)
         if "layouts" in args.left_out:
             args.layouts = [name for name in args.layouts if name in DROP_IN]
         elif tensor:
