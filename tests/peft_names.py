@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import peft
+from private_names import is_there
 
 PACKAGE = Path(__file__).parents[1] / "dorac"
 TOOLS = "bench", "demo", "testing"  # these only measure, show and test
@@ -79,16 +80,7 @@ def moved() -> list[str]:
 def _is_there(name: str) -> bool:
     if name in NEEDS_ANOTHER:
         return importlib.util.find_spec(name) is not None
-    parts = name.split(".")
-    found = peft
-    for i, part in enumerate(parts[1:], 2):
-        try:
-            if not hasattr(found, part):  # a module that nobody has imported yet
-                importlib.import_module(".".join(parts[:i]))
-            found = getattr(found, part)
-        except (AttributeError, ImportError):
-            return False
-    return True
+    return is_there(name, peft)
 
 
 def read() -> set[str]:

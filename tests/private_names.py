@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import types
 from pathlib import Path
 
 import torch
@@ -101,13 +102,14 @@ def moved() -> list[str]:
         f"torch {torch.__version__} has no {name}; {where}"
         for where, names in PRIVATE.items()
         for name in names
-        if not _is_there(name) and (torch.backends.cuda.is_built() or "._cuda_" not in name)
+        if not is_there(name, torch) and (torch.backends.cuda.is_built() or "._cuda_" not in name)
     ]
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str, package: types.ModuleType) -> bool:
+    """Whether the package has what its attribute or module of this whole name is."""
     parts = name.split(".")
-    found = torch
+    found = package
     for i, part in enumerate(parts[1:], 2):
         try:
             if not hasattr(found, part):  # a module that nobody has imported yet

@@ -239,7 +239,7 @@ def test_non_contiguous(device):
     args = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in strided]
     actual = functional.compose(*args, 0.7, bias=bias)
     # With gradients it is another kernel, whose compiler may round a product and its sum in one step or in two.
-    eps = 0 if device == "cpu" else 2 * torch.finfo(torch.float32).eps
+    eps = 0 if device == "cpu" else 3 * torch.finfo(torch.float32).eps  # of two and of four roundings
     assert ((actual - expected).abs() <= eps * (g.abs() * (base.abs() + 0.7 * lora.abs()) + bias.abs())).all()
     actual.sum().backward()  # an expanded gradient
     torch.testing.assert_close(args[0].grad, g.expand(33, 64))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from dorac import functional
 from dorac.ops import collectives, crossing
@@ -42,7 +41,7 @@ class ExpertShards:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """See :meth:`dorac.nn.tensor_parallel.Shards.holds`."""
-        return all(isinstance(t, DTensor) and t.device_mesh == self.mesh for t in tensors)
+        return crossing.are_on(self.mesh, tensors)
 
     def local_operands(self, layer: "DoraExperts") -> None:
         """The norms are not those of one matrix."""

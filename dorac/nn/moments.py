@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import packed
+from dorac.dense import PLAIN
 from dorac.ops import front
 from dorac.ops.packed_product import Held
 
@@ -110,15 +111,12 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _part(tensor: Tensor) -> Tensor:
     """What has the tensor's memory: of a DTensor this rank's part, which counts its writes in a version of its own."""
-    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
+    return tensor if type(tensor) in PLAIN else getattr(tensor, "_local_tensor", tensor)
 
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether the tensor is one of its own; what others hold is their affair."""
     kind = type(_part(tensor))
-    return kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__

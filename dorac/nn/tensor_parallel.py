@@ -158,7 +158,7 @@ class Shards:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are DTensors on the layer's mesh and no other one (as FSDP2's): the forward has them."""
-        return all(isinstance(t, DTensor) and t.device_mesh == self.mesh for t in tensors)
+        return crossing.are_on(self.mesh, tensors)
 
     def local_operands(self, layer: "DoraLayer") -> tuple[Tensor, Tensor, Tensor]:
         """``layer.norm_operands()`` of this rank, for :func:`total_norms`."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -93,6 +94,11 @@ class Enter(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         gradients = [g if needs else None for g, needs in zip(gradients, needed, strict=True)]
         return None, *ctx.entry.leave(gradients, ctx.next_functions)
+
+
+def are_on(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> bool:
+    """Whether these are DTensors on this mesh and no other one (as FSDP2's)."""
+    return all(isinstance(t, DTensor) and t.device_mesh == mesh for t in tensors)
 
 
 def enter(

@@ -30,6 +30,7 @@ from dorac.ops.compose import (
 from dorac.ops.grouped import GroupedLinear, GroupedOuter, grouped_linear_aten, grouped_product, groups, rows_by_expert
 from dorac.ops.grouped import grouped_outer as outer
 from dorac.ops.library import lib, register_composite, register_leaf
+from dorac.ops.linear_function import added
 from dorac.ops.take import SumByIndex, take, take_aten
 
 _TENSORS = "Tensor lora_B, Tensor magnitude, Tensor weight_norm, Tensor scaling"
@@ -225,7 +226,7 @@ class _GroupedCompose(torch.autograd.Function):
                 d_base, d_h, d_b, d_m = grouped_compose_backward(dy, *tensors, ctx.delta)
                 if d_inner is not None:  # of another first derivative that used it
                     again = _differentiable(ctx, None, d_inner, needs_b, False)
-                    d_base, d_h, d_b, _ = (_sum(a, b) for a, b in zip((d_base, d_h, d_b, None), again, strict=True))
+                    d_base, d_h, d_b, _ = (added(a, b) for a, b in zip((d_base, d_h, d_b, None), again, strict=True))
             d_bias = None
             if needs_bias and dy is not None:
                 shape, dtype = ctx.bias
@@ -233,12 +234,6 @@ class _GroupedCompose(torch.autograd.Function):
                 rows = torch.where(taken.unsqueeze(-1), dy, 0).to(accumulate_dtype(dy))
                 d_bias = SumByIndex.apply(rows, index, shape[0]).to(dtype)
         return d_base, d_h, d_b, d_m, None, None, d_bias, None, None
-
-
-def _sum(left, right):
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
 
 
 def _differentiable(ctx, dy, d_inner, needs_b, needs_m):
@@ -259,7 +254,7 @@ def _differentiable(ctx, dy, d_inner, needs_b, needs_m):
             d_m = _of_magnitude(d_g, weight_norm).to(magnitude.dtype)
     if d_inner is not None:
         wide = torch.where(taken, d_inner, 0).to(acc)
-        d_base, d_lora = _sum(d_base, wide), _sum(d_lora, s * wide)
+        d_base, d_lora = added(d_base, wide), added(d_lora, s * wide)
     d_lora = d_lora.to(h.dtype)
     d_h = GroupedLinear.apply(d_lora, lora_B.mT, offsets)
     d_b = GroupedOuter.apply(d_lora, h, offsets) if needs_b else None

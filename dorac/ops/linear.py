@@ -49,7 +49,7 @@ from dorac.ops.compose import (
     takes_bias,
 )
 from dorac.ops.library import register_composite
-from dorac.ops.linear_function import DoraLinear, forward
+from dorac.ops.linear_function import DoraLinear, forward, rows_of_each
 
 
 def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None, low_rank=False):
@@ -65,15 +65,10 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
     return compose_aten(base, lora, g, scaling, bias, False, holds_bias)
 
 
-def _per_expert(x):
-    """``[E, *, I] -> [E, T, I]``."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-
-
 def experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None, low_rank=False):
     """The formula with a leading dimension of experts on every tensor."""
-    rows = _per_expert(x)
-    adapter_rows = rows if x_adapter is None else _per_expert(x_adapter)
+    rows = rows_of_each(x)
+    adapter_rows = rows if x_adapter is None else rows_of_each(x_adapter)
     g = magnitude_scale(magnitude, weight_norm).unsqueeze(1)
     bias = None if bias is None else bias.unsqueeze(1)
     lora = adapter_rows.to(lora_A.dtype) @ lora_A.mT @ lora_B.mT

@@ -36,6 +36,11 @@ def rows_of(x):
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def rows_of_each(x):
+    """``[N, *, I] -> [N, T, I]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
 def scaled_product(left, right, scaling, number, eager):
     """``s * (left @ right)``; where s is known as a number, it is the GEMM's alpha."""
     if number is None:
@@ -224,6 +229,7 @@ def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False
 
 
 def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
     if left is None or right is None:
         return right if left is None else left
     return left + right

@@ -26,6 +26,7 @@ from dorac.numerics import ZERO_ROW_NORM
 from dorac.ops import front, grouped
 from dorac.ops.compose import compose_aten, finite_part, magnitude_scale, takes_bias
 from dorac.ops.library import lib, register_composite, register_leaf
+from dorac.ops.linear_function import rows_of, rows_of_each
 from dorac.ops.take import sum_by_index, take, take_aten
 
 LONG = 16  # tokens of a row, from which on the CPU has a product for each
@@ -191,7 +192,7 @@ class _MixedOuter(torch.autograd.Function):
 def _value_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks, rounds):
     from dorac.kernels.mixed import mixed
 
-    rows = _tokens(x)
+    rows = rows_of(x)
     base = F.linear(rows, weight)
     others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
     return mixed(base, rows, *others, rounds=rounds)[0].view(*x.shape[:-1], weight.shape[0])
@@ -206,25 +207,25 @@ def _value(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, ind
 def _forward_cuda(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
     from dorac.kernels.mixed import mixed
 
-    rows = _tokens(x)
+    rows = rows_of(x)
     others = lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks
     y, h, inner = mixed(F.linear(rows, weight), rows, *others, want_inner=True)
     return y.view(*x.shape[:-1], weight.shape[0]), h, inner
 
 
 def _forward(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, index, ranks):
-    rows, (g, s) = _batched(x), _of_rows_scales(magnitude, weight_norm, scaling, index)
+    rows, (g, s) = rows_of_each(x), _of_rows_scales(magnitude, weight_norm, scaling, index)
     h = mixed_product(rows.to(lora_A.dtype), lora_A, index)
     inner = F.linear(rows, weight) + s * mixed_product(h, lora_B, index)
     y = g.unsqueeze(1) * inner if bias is None else g.unsqueeze(1) * inner + bias
     y, inner = y.to(x.dtype), inner.to(x.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0]), _tokens(h), _tokens(inner)
+    return y.view(*x.shape[:-1], weight.shape[0]), rows_of(h), rows_of(inner)
 
 
 def _backward_cuda(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
     from dorac.kernels.segments import segment_backward, segment_compose, segment_product
 
-    rows, dy, scaling = _tokens(x), _tokens(dy), scaling.contiguous()
+    rows, dy, scaling = rows_of(x), rows_of(dy), scaling.contiguous()
     order, offsets, _ = _sorted(index, rows.shape[0] // max(1, len(index)), len(lora_A))
     of_rows = offsets, order
     d_base, d_m, d_b, _ = segment_backward(dy, inner, magnitude, weight_norm, h, scaling, *of_rows, plain_tail=True)
@@ -238,7 +239,7 @@ def _backward_cuda(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scalin
 
 
 def _backward(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h, inner, index, needs_x):
-    rows, (g, s), length = _batched(x), _of_rows_scales(magnitude, weight_norm, scaling, index), len(lora_A)
+    rows, (g, s), length = rows_of_each(x), _of_rows_scales(magnitude, weight_norm, scaling, index), len(lora_A)
     dy, h, inner = (t.reshape(*rows.shape[:2], t.shape[-1]) for t in (dy, h, inner))
     d_base = g.unsqueeze(1) * dy
     d_lora = (s * d_base).to(lora_B.dtype)
@@ -252,16 +253,6 @@ def _backward(dy, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, h,
     if needs_x:
         dx = (d_base.to(x.dtype) @ weight + mixed_product(d_h, lora_A.mT, index)).to(x.dtype).view(x.shape)
     return dx, d_a, d_b, d_m.to(magnitude.dtype)
-
-
-def _batched(x: Tensor) -> Tensor:
-    """``[N, L, I]``."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """``[T, I]``."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _of_rows_scales(magnitude, weight_norm, scaling, index):
@@ -310,7 +301,7 @@ def _by_products(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bia
         entries = take(stack, chosen)
         return torch.where(plain.view(-1, *[1] * (entries.ndim - 1)), plain_value, entries)
 
-    rows = _batched(x)
+    rows = rows_of_each(x)
     lora = product(product(rows.to(lora_A.dtype), lora_A, index), lora_B, index)
     g = of_rows(magnitude, 1.0)
     if weight_norm is not None:
