@@ -62,8 +62,14 @@ def no_other_caches(monkeypatch):
     from dorac import caching
     from dorac.nn import norm_cache
 
-    monkeypatch.setattr(caching, "_HOOKS", caching._StepHooks())
+    others = norm_cache.kept_layers
     monkeypatch.setattr(norm_cache, "kept_layers", weakref.WeakSet())
+    caching._HOOKS.leave()
+    yield
+    norm_cache.kept_layers.clear()
+    caching._HOOKS.leave()  # a second pair of hooks would take every norm twice
+    if others:
+        caching._HOOKS.register()
 
 
 def pytest_runtest_setup(item):
