@@ -165,7 +165,7 @@ def flips(row: Row, device: str) -> None:
         if not releases.SEES_FLIPPED_FLAGS:  # dorac/docs/compiling.md says so
             torch._dynamo.reset()
 
-    graphs = 2 if getattr(module, "caches_norm", False) else 1
+    graphs = 2 if getattr(module, "kept", None) is not None else 1
     with torch._dynamo.config.patch(recompile_limit=8 * graphs):
         for flag in (False, True) * graphs:
             frozen(flag)

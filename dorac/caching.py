@@ -138,8 +138,7 @@ class NormCache:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""
         layers = list(self._layers.values())
         for layer in layers:
-            if layer.norm_distrusted:
-                layer.norm_distrusted = False
+            layer.kept.distrusted = False
         norm_cache.refresh(layers)
 
     def check(self) -> None:
@@ -212,12 +211,13 @@ def _stepped(optimizer: Optimizer) -> list[Keeper]:
 
 def _depends_on(layer: Keeper) -> tuple[Tensor, ...]:
     """The parameters of the layer's norm, of which FSDP2 may have put others in their place."""
-    return layer.norm_inputs() if layer.gathered is None else (*layer.norm_inputs(), *layer.gathered.tensors)
+    gathered = layer.kept.gathered
+    return layer.norm_inputs() if gathered is None else (*layer.norm_inputs(), *gathered.tensors)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    traced = {layer for layer in norm_cache.kept_layers if layer.norm_traced and not layer.norm_in_doubt}
+    traced = {layer for layer in norm_cache.kept_layers if layer.kept.traced and not layer.kept.in_doubt}
     if closure is None and not traced:
         return
     layers = _stepped(optimizer)
@@ -225,7 +225,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if written:
         warnings.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), stacklevel=2)
         for layer in written:
-            layer.norm_distrusted = True
+            layer.kept.distrusted = True
     if closure is not None:  # it may run the model between two changes of the parameters
         norm_cache.suspend(layers)
 

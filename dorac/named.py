@@ -156,8 +156,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         for layer in layers.values():
             log.keep_module(layer)
             layer.adapters.pop(adapter_name, None)
-            if layer.shelved_norms is not None:
-                layer.shelved_norms = {n: kept for n, kept in layer.shelved_norms.items() if n != adapter_name}
+            norm_cache.forget_shelved(layer, adapter_name)
 
 
 def _first(layers: Mapping[str, DoraLayer]) -> DoraLayer:

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from dorac.ops import sharded
 
 
+class State:
+    """An object that a module has, whose attributes :meth:`Undo.keep_module` restores as those of the module."""
+
+
 class Undo:
     """A log of what a block changes: whatever leaves the block by an exception, what the log was told of is restored.
 
@@ -60,7 +64,8 @@ class Undo:
         """Which attributes, parameters, buffers, children and hooks these have; not what is in the tensors."""
         for module in modules:
             attributes = dict(vars(module))
-            registries = [(v, v.copy()) for v in attributes.values() if type(v) in (dict, OrderedDict, set, list)]
+            values = [vars(v) if isinstance(v, State) else v for v in attributes.values()]
+            registries = [(v, v.copy()) for v in values if type(v) in (dict, OrderedDict, set, list)]
             self._steps.append(partial(_restore_module, module, attributes, registries))
 
     def keep_attribute(self, owner: object, name: str) -> None:

@@ -196,7 +196,7 @@ def other_layers(mesh, _folder):
                 net(x).square().mean().backward()
                 torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1).step()
         assert_same(layer(x), reference(x))
-        assert layer.cached_of is not None
+        assert layer.kept.of is not None
 
     model = Mlp()
     reference = copy.deepcopy(model)
@@ -211,7 +211,7 @@ def other_layers(mesh, _folder):
             optimizer(net).step()
     assert_same(model(x), reference(x))
     assert isinstance(model.up.lora_A, nn.Parameter)
-    assert all(layer.cached_of is not None for layer in (model.up, model.down))
+    assert all(layer.kept.of is not None for layer in (model.up, model.down))
 
 
 def mixed_precision(mesh, _folder):

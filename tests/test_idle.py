@@ -393,7 +393,7 @@ def test_cached_norms_are_kept():
     with dorac.cache_norms(model) as cache:
         dorac.find_idle(model, X)
         cache.check()
-        kept = model.called.cached_norm
+        kept = model.called.kept.norm
         assert model.called._known_norm() is kept
 
 

@@ -120,13 +120,13 @@ def test_norms_are_kept_for_each(tmp_path):
     for name in NAMES:
         dorac.set_adapter(model, name)
         model(x)
-        norms[name] = [(layer.cached_norm, layer.cached_norm._version) for layer in (model[0], model[2])]
+        norms[name] = [(layer.kept.norm, layer.kept.norm._version) for layer in (model[0], model[2])]
     for name in ORDER:
         dorac.set_adapter(model, name)
         cache.check()
         model(x)
         for layer, (norm, version) in zip((model[0], model[2]), norms[name], strict=True):
-            assert layer.cached_norm is norm
+            assert layer.kept.norm is norm
             assert norm._version == version
     dorac.set_adapter(model, "a")
     held = model[0].lora_B
@@ -151,7 +151,7 @@ def test_norms_are_kept_for_each(tmp_path):
     cache.check()
     cache.remove()
     dorac.set_adapter(model, "b")
-    assert model[0].cached_norm is model[0].shelved_norms is None
+    assert model[0].kept is None
 
 
 def test_a_write_through_data_while_on_the_shelf(tmp_path):
@@ -457,7 +457,7 @@ def test_deleted_is_freed(tmp_path):
     model, x = gathered(base, tmp_path), torch.randn(3, 10)
     dorac.cache_norms(model)
     dorac.set_adapter(model, "b")
-    tensors = [weakref.ref(t) for t in (model[0].lora_A, model[2].cached_norm)]
+    tensors = [weakref.ref(t) for t in (model[0].lora_A, model[2].kept.norm)]
     dorac.set_adapter(model, "c")
     dorac.delete_adapter(model, "b")
     gc.collect()

@@ -47,10 +47,10 @@ def trained(model) -> list[nn.Parameter]:
 def assert_fresh(model) -> None:
     """Every layer's forward would use a cached norm, and it is the present one to the bit."""
     for layer in layers(model):
-        assert layer._known_norm() is layer.cached_norm
+        assert layer._known_norm() is layer.kept.norm
         present = layer._norm()
-        assert torch.equal(layer.cached_norm, present)
-        assert (layer.cached_norm.dtype, layer.cached_norm.device) == (present.dtype, present.device)
+        assert torch.equal(layer.kept.norm, present)
+        assert (layer.kept.norm.dtype, layer.kept.norm.device) == (present.dtype, present.device)
 
 
 def computed_norms(run) -> int:
@@ -197,7 +197,7 @@ def test_forward_computes_no_norm():
             assert computed_norms(lambda: model(x)) == 2  # another grad mode: they are taken anew, once
             assert computed_norms(lambda: model(x)) == 0
     assert computed_norms(lambda: model(x)) == 2
-    assert all(layer.cached_norm is None for layer in layers(model))
+    assert all(layer.kept is None for layer in layers(model))
 
 
 def test_checkpointing_computes_no_norm_twice():
@@ -309,13 +309,13 @@ CHANGES = [
 def test_every_documented_change_refreshes(change, tmp_path):
     model = adapted()
     cache = dorac.cache_norms(model)
-    before = [layer.cached_norm.clone() for layer in layers(model)]
+    before = [layer.kept.norm.clone() for layer in layers(model)]
     change(model, tmp_path)
     assert_fresh(model)
     cache.check()
     if change not in (CASTS["cpu"], CASTS["double"], merge_and_unmerge):
         assert any(
-            not torch.equal(layer.cached_norm.double(), b.double())
+            not torch.equal(layer.kept.norm.double(), b.double())
             for layer, b in zip(layers(model), before, strict=True)
         )
 
@@ -334,15 +334,15 @@ def test_layers_of_one_layout_take_one_launch(monkeypatch, device):
     cache = dorac.cache_norms(model)
     assert sorted(launched) == [2, 5]
     for layer in layers(model):
-        torch.testing.assert_close(layer.cached_norm, layer._norm(), rtol=1e-6, atol=0)
-    before = [layer.cached_norm for layer in layers(model)]
+        torch.testing.assert_close(layer.kept.norm, layer._norm(), rtol=1e-6, atol=0)
+    before = [layer.kept.norm for layer in layers(model)]
     optimizer = torch.optim.SGD([*model[0].parameters(), *model[1].parameters()], lr=0.1)
     for p in trained(model):
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert sorted(launched) == [2, 2, 5]
     cache.check()
-    assert all(layer.cached_norm is norm for layer, norm in zip(layers(model), before, strict=True))
+    assert all(layer.kept.norm is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
 def test_refreshed_outside_of_eager(monkeypatch):
@@ -352,7 +352,7 @@ def test_refreshed_outside_of_eager(monkeypatch):
     model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
     dorac.apply_dora(model, "all-linear", r=3, lora_alpha=6, init_lora_weights=False)
     cache = dorac.cache_norms(model)
-    before = model[0].cached_norm.clone()
+    before = model[0].kept.norm.clone()
 
     @torch.compile(fullgraph=True, backend="eager")
     def rescale(x):
@@ -360,7 +360,7 @@ def test_refreshed_outside_of_eager(monkeypatch):
         return x
 
     rescale(torch.ones(1))
-    assert not torch.equal(model[0].cached_norm, before)
+    assert not torch.equal(model[0].kept.norm, before)
     cache.check()
     with torch.device("meta"):
         cache.refresh()
@@ -406,12 +406,12 @@ def test_refresh_is_in_place():
     """The memory that a captured CUDA graph reads stays the same, and the tensors that no recompile guards on."""
     model = adapted()
     cache = dorac.cache_norms(model)
-    before = [(layer.cached_norm, layer.cached_norm.data_ptr()) for layer in layers(model)]
+    before = [(layer.kept.norm, layer.kept.norm.data_ptr()) for layer in layers(model)]
     fresh_optimizer(model, None)
     write(model)
     cache.refresh()
     for layer, (tensor, pointer) in zip(layers(model), before, strict=True):
-        assert layer.cached_norm is tensor
+        assert layer.kept.norm is tensor
         assert tensor.data_ptr() == pointer
 
 
@@ -419,7 +419,7 @@ def test_a_cast_keeps_float32():
     model = adapted()
     dorac.cache_norms(model)
     model.bfloat16()
-    assert {layer.cached_norm.dtype for layer in layers(model)} == {torch.float32}
+    assert {layer.kept.norm.dtype for layer in layers(model)} == {torch.float32}
     assert_fresh(model)
 
 
@@ -665,7 +665,7 @@ def test_removed():
     assert torch.equal(model(x), copy.deepcopy(model)(x))
     with dorac.cache_norms(model) as cache:
         assert_fresh(model)
-    assert {layer.cached_norm for layer in layers(model)} == {None}
+    assert {layer.kept for layer in layers(model)} == {None}
 
 
 def test_a_cache_that_is_dropped_goes_on_and_keeps_no_model_alive():
@@ -703,10 +703,10 @@ def cached(model):
 def test_refused(change, message):
     model = adapted()
     change(model)
-    before = [layer.cached_norm for layer in layers(model)]
+    before = [layer.kept.norm for layer in layers(model)]
     with pytest.raises(ValueError, match=message):
         dorac.cache_norms(model)
-    assert all(layer.cached_norm is norm for layer, norm in zip(layers(model), before, strict=True))
+    assert all(layer.kept.norm is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
 @pytest.fixture
@@ -733,7 +733,7 @@ def test_sharded_models_take_their_own_norm(mesh):
     expected = plain(x)
     dorac.cache_norms(fully_shard(plain, mesh=mesh))  # sharded first: see test_fsdp2.py
     torch.testing.assert_close(plain(x), expected)
-    assert all(layer.cached_of is not None for layer in layers(plain))
+    assert all(layer.kept.of is not None for layer in layers(plain))
 
 
 def test_refused_without_a_layer():

@@ -392,10 +392,10 @@ def test_a_write_is_seen_by_the_next_forward(write, name):
     model, x = adapted(), torch.randn(5, IN)
     dorac.cache_norms(model)
     model(x)
-    before = model.up.cached_norm.clone()
+    before = model.up.kept.norm.clone()
     write(model.up.get_parameter(name))
     torch.testing.assert_close(model(x), copy.deepcopy(model)(x))  # which has other strides
-    assert not torch.equal(model.up.cached_norm, before)
+    assert not torch.equal(model.up.kept.norm, before)
     assert computed_norms(lambda: model(x)) == 0  # taken once
 
 
@@ -465,12 +465,12 @@ def test_in_doubt_under_a_transform_or_a_capture(monkeypatch):
     for p in trained(model):
         p.data.mul_(1.1)
     expected = copy.deepcopy(model)(x)
-    before = [layer.cached_norm.clone() for layer in layers(model)]
+    before = [layer.kept.norm.clone() for layer in layers(model)]
     torch.testing.assert_close(torch.func.vmap(model)(x), expected)
     with monkeypatch.context() as capture:
         capture.setattr(front, "capturing", lambda: True)
         assert torch.equal(model(x), expected)
-    assert all(torch.equal(layer.cached_norm, norm) for layer, norm in zip(layers(model), before, strict=True))
+    assert all(torch.equal(layer.kept.norm, norm) for layer, norm in zip(layers(model), before, strict=True))
     assert torch.equal(model(x), expected)
     assert_fresh(model)
 
@@ -508,8 +508,8 @@ def test_checkpointed_blocks_compiled_beside_an_eager_layer():
     both.eval()
     both.train()
     head(checkpoint(model, x, use_reentrant=False)).sum().backward()
-    assert layers(model)[0].norm_in_doubt
-    assert not layers(head)[0].norm_in_doubt
+    assert layers(model)[0].kept.in_doubt
+    assert not layers(head)[0].kept.in_doubt
 
 
 def test_compiled_inference_uses_the_norms():
@@ -588,7 +588,7 @@ def test_a_refresh_that_is_interrupted(place, error, monkeypatch):
         with pytest.raises(error):
             dorac.cache_norms(model)
     assert not norm_cache.kept_layers.intersection(layers(model))
-    assert {(layer.caches_norm, layer.cached_norm) for layer in layers(model)} == {(False, None)}
+    assert {layer.kept for layer in layers(model)} == {None}
     dorac.cache_norms(model)
     assert_fresh(model)
 
@@ -660,7 +660,7 @@ def test_two_caches_of_one_optimizer():
     caches[0].remove()
     caches[0].remove()
     step()
-    assert layers(models[0])[0].cached_norm is None
+    assert layers(models[0])[0].kept is None
     assert_fresh(models[1])
 
 

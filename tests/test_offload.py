@@ -334,8 +334,8 @@ def test_kept_norms(first, brought_in):
         m(TOKENS)
     assert computed_norms(lambda: model(TOKENS)) == 0
     assert torch.equal(model(TOKENS), reference(TOKENS))
-    assert all(t is None or not t.is_meta for t in model.up.cached_of)
-    assert model.up.cached_of[0] is None  # no weight that was brought in is held
+    assert all(t is None or not t.is_meta for t in model.up.kept.of)
+    assert model.up.kept.of[0] is None  # no weight that was brought in is held
 
 
 def test_kept_norms_follow_the_optimizer(brought_in):

@@ -95,7 +95,7 @@ def test_a_packed_weight_is_looked_at_once(kernels):
     for change in (lambda: None, lambda: None, step, lambda: base.quant_state.absmax.mul_(2)):
         change()
         actual = gradient()
-        seen.append(model[0].cached_at.pieces.held)
+        seen.append(model[0].kept.at.pieces.held)
     assert seen[0] is seen[1] is seen[2]
     assert type(seen[3]) is packed_product.Held
     assert seen[3] is not seen[2]
@@ -105,7 +105,7 @@ def test_a_packed_weight_is_looked_at_once(kernels):
     base.quant_state.absmax = base.quant_state.absmax / 2
     dorac.save_outputs(model)
     gradient()
-    assert model[0].cached_at.pieces.held.reading().pieces[2] is base.quant_state.absmax
+    assert model[0].kept.at.pieces.held.reading().pieces[2] is base.quant_state.absmax
 
 
 def test_a_part_of_a_model_and_a_layer():

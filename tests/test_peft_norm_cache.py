@@ -223,12 +223,12 @@ def test_merged_and_unmerged(use_compile, round_trip):
         target(model).lora_magnitude_vector["default"].weight.mul_(1.7)
     forward = torch.compile(model, backend="aot_eager", fullgraph=True) if use_compile else model
     assert_fresh(model, forward)
-    before = keepers(model)[0].cached_norm.clone()
+    before = keepers(model)[0].kept.norm.clone()
     round_trip(model)
     assert_fresh(model, forward)
-    assert not torch.equal(keepers(model)[0].cached_norm, before)
+    assert not torch.equal(keepers(model)[0].kept.norm, before)
     model.merge_adapter()
-    assert keepers(model)[0].cached_of is None  # a quantised weight of before would stay in memory
+    assert keepers(model)[0].kept.of is None  # a quantised weight of before would stay in memory
     trained(model)[0].grad = torch.ones_like(trained(model)[0])
     torch.optim.SGD(trained(model), lr=0.1).step()  # of merged layers none is taken
     model.unmerge_adapter()
@@ -246,7 +246,7 @@ def test_a_refused_merge_leaves_the_norms():
     with pytest.raises(ValueError, match="NaNs"):
         model.merge_adapter(["default", "other"], safe_merge=True)
     cache.check()
-    assert keepers(model)[0].cached_of is not None
+    assert keepers(model)[0].kept.of is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing was written to between two steps
         torch.optim.SGD(trained(model), lr=0.1).step()
@@ -328,7 +328,7 @@ def test_compiled_losses_are_the_same_bits(adapters):
     with torch.compiler.set_stance("fail_on_recompile"):
         assert train(model, compiled) == expected
     cache.check()
-    assert all(keeper.norm_traced for keeper in keepers(model) if keeper.adapter == "default")
+    assert all(keeper.kept.traced for keeper in keepers(model) if keeper.adapter == "default")
 
 
 def evaluated_average(model, optimizer):
@@ -397,12 +397,12 @@ def test_adapters_have_norms_of_their_own():
     assert computed_norms(lambda: model(x)) == 0
     train(model)  # both
     assert_fresh(model, x=x)
-    before = [keeper.cached_norm.clone() for keeper in keepers(model)]
+    before = [keeper.kept.norm.clone() for keeper in keepers(model)]
     model.set_adapter("other")
     train(model)
     assert_fresh(model, x=x)
     for keeper, norm in zip(keepers(model), before, strict=True):
-        assert torch.equal(keeper.cached_norm, norm) == (keeper.adapter == "default")
+        assert torch.equal(keeper.kept.norm, norm) == (keeper.adapter == "default")
 
 
 def test_switching_compiled():
@@ -500,7 +500,7 @@ def test_an_adapter_that_is_added_takes_its_own_norm():
     assert train(model, features=10) == expected
     cache.remove()
     with dorac.cache_norms(model):
-        assert len([keeper for keeper in keepers(model) if keeper.caches_norm]) == 2
+        assert len([keeper for keeper in keepers(model) if keeper.kept is not None]) == 2
 
 
 def test_debug_mode():
@@ -637,7 +637,7 @@ SCHEMES = [s for s in SCHEMES if "hqq" not in s.id]
 
 
 def pieces_of(model):
-    return [type(keeper.cached_at).__name__ for keeper in keepers(model)]
+    return [type(keeper.kept.at).__name__ for keeper in keepers(model)]
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.2])
@@ -657,13 +657,13 @@ def test_training_over_a_quantised_base(scheme, use_compile, lora_dropout):
     counter = CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, backend=counter, fullgraph=True) if use_compile else model
     model(torch.randn(6, 64))  # in which an int8 layer takes over the scales from its parameter
-    moments, losses = [keeper.cached_at for keeper in keepers(model)], []
+    moments, losses = [keeper.kept.at for keeper in keepers(model)], []
     torch.manual_seed(5)
     assert computed_norms(lambda: losses.extend(train(model, forward, features=64, steps=2))) == 4
     assert losses == expected
     cache.check()
     assert counter.frame_count == int(use_compile)
-    assert all(keeper.cached_at is not moment for keeper, moment in zip(keepers(model), moments, strict=True))
+    assert all(keeper.kept.at is not moment for keeper, moment in zip(keepers(model), moments, strict=True))
 
 
 @quiet
@@ -674,9 +674,9 @@ def test_a_write_to_a_quantised_layer_is_followed(scheme, write):
     cache = dorac.cache_norms(model)
     x = torch.randn(6, 64)
     before = model(x)
-    kept = [keeper.cached_at for keeper in keepers(model)]
+    kept = [keeper.kept.at for keeper in keepers(model)]
     assert torch.equal(model(x), before)
-    assert [keeper.cached_at for keeper in keepers(model)] == kept  # nothing was taken anew
+    assert [keeper.kept.at for keeper in keepers(model)] == kept  # nothing was taken anew
     torch.manual_seed(0)
     write(model)
     y = model(x)

@@ -203,14 +203,14 @@ def test_over_a_hooked_layer_and_cached_norms(cached):
         dorac.cache_norms(model)
         keeper = layer.lora_magnitude_vector["default"].keeper
         model(x)
-        version = keeper.cached_norm._version
+        version = keeper.kept.norm._version
     for strength in STRENGTHS:
         layer.set_scale("default", strength)
         torch.testing.assert_close(model(x), low + strength * (high - low), rtol=1e-4, atol=1e-5)
         if strength == 0:
             assert torch.equal(model(x), low)
     if cached:
-        assert keeper.cached_norm._version == version
+        assert keeper.kept.norm._version == version
 
 
 def test_norms_of_dora_caching_stay():

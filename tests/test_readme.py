@@ -206,5 +206,5 @@ def test_norms_once():
         exec(source, names | {"model": net, "optimizer": optimizer})
         results.append(list(trained(net).values()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert model[0].cached_norm is not None
-    assert plain[0].cached_norm is None
+    assert model[0].kept.norm is not None
+    assert plain[0].kept is None

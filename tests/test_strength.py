@@ -380,8 +380,8 @@ def test_strength_keeps_the_cached_norm():
     _, model, x = wrapped("linear")
     y = between(model[0].base_layer, model, x, 0.3)
     dorac.cache_norms(model)
-    norm, version = model[0].cached_norm, model[0].cached_norm._version
+    norm, version = model[0].kept.norm, model[0].kept.norm._version
     dorac.set_strength(model, 0.3)
     torch.testing.assert_close(model(x).double(), y, rtol=1e-4, atol=1e-5)
-    assert model[0].cached_norm is norm
+    assert model[0].kept.norm is norm
     assert norm._version == version

@@ -177,12 +177,12 @@ def test_compiled_once_for_each_mode(kind):
 def test_cached_norms_stay():
     base, model, x = wrapped("linear")
     dorac.cache_norms(model)
-    y, norm = model(x), model[0].cached_norm
+    y, norm = model(x), model[0].kept.norm
     version = norm._version
     with dorac.disabled(model):
         assert torch.equal(model(x), base(x))
     assert torch.equal(model(x), y)
-    assert model[0].cached_norm is norm
+    assert model[0].kept.norm is norm
     assert norm._version == version
 
 

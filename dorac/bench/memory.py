@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dorac.bench import against_lora, measure, model, options, report
 from dorac.bench.measure import MIB
-from dorac.nn import DoraLayer, blocks, shared
+from dorac.nn import DoraLayer, blocks, norm_cache, shared
 
 _VARIANTS = (
     *("lora-sum-compiled", "lora-addmm-compiled", "dorac-every-compiled", "dorac-cached-compiled"),
@@ -79,8 +79,8 @@ def measure_memory(
 
     for _ in range(measure.WARM_UP):
         step()
-    norms = (m.cached_norm for m in module.modules() if isinstance(m, DoraLayer) and m.cached_norm is not None)
-    held = [*parameters, *module.buffers(), *norms]
+    norms = [norm_cache.kept_norm(m) for m in module.modules() if isinstance(m, DoraLayer)]
+    held = [*parameters, *module.buffers(), *(norm for norm in norms if norm is not None)]
     saved = saved_for_backward(lambda: forward(leaf), [leaf, *held])
     of_blocks = {} if compile_args is not None else saved_by_blocks(module, leaf, held)
     peak, total = peak_mib(step, x.device)

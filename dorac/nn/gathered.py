@@ -99,7 +99,7 @@ def follow(units: Mapping[nn.Module, Sequence[Keeper]]) -> list[RemovableHandle]
     handles = []
     for unit, layers in units.items():
         for layer in layers:
-            layer.gathered = Parts(layer.norm_inputs(), taken=False)
+            layer.kept.gathered = Parts(layer.norm_inputs(), taken=False)
         handles.append(unit.register_forward_pre_hook(torch.compiler.disable(_Hook(layers))))
     return handles
 
@@ -121,20 +121,20 @@ class _Hook:
     def __call__(self, unit: nn.Module, args: tuple) -> None:
         if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
             return
-        layers = [layer for layer in (ref() for ref in self.layers) if layer is not None and layer.gathered is not None]
+        layers = [layer for layer in (ref() for ref in self.layers) if layer is not None and layer.kept is not None]
         changed, doubted = [], []
         for layer in layers:
             packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
-            inputs = layer.norm_inputs()
+            kept, inputs = layer.kept, layer.norm_inputs()
             if layer.merged or norm_cache.out_of_reach(layer, inputs):
                 continue
-            if not layer.gathered.taken:
+            if not kept.gathered.taken:
                 changed.append(layer)
-            elif layer.cached_of is None:  # by norm_cache.suspend
+            elif kept.of is None:  # by norm_cache.suspend
                 continue
-            elif layer.gathered.passed() or not all(map(operator.is_, inputs, layer.cached_of)):
+            elif kept.gathered.passed() or not all(map(operator.is_, inputs, kept.of)):
                 changed.append(layer)
-            elif layer.cached_at is None or layer.cached_at.in_other_grad_mode():
+            elif kept.at is None or kept.at.in_other_grad_mode():
                 doubted.append(layer)
         _take(changed, seen_by_autograd=True)
         _take(doubted, seen_by_autograd=False)
@@ -148,4 +148,4 @@ def _take(layers: list[Keeper], *, seen_by_autograd: bool) -> None:
     with torch.no_grad():
         norm_cache.take(layers, seen_by_autograd=seen_by_autograd, grad_mode=grad_mode)
     for layer in layers:
-        layer.gathered = Parts(layer.gathered.tensors, taken=True)
+        layer.kept.gathered = Parts(layer.kept.gathered.tensors, taken=True)

@@ -1,17 +1,56 @@
-"""``Keeper``: whose norm is kept, and what it has of it."""
+"""``Keeper``: whose norm is kept, and ``KeptNorm``: what it has of it."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
+
+from dorac.undo import State
+
+if TYPE_CHECKING:
+    from dorac.nn.gathered import Parts
+    from dorac.nn.moments import Moment
+
+
+@dataclasses.dataclass(eq=False)
+class KeptNorm(State):
+    """A norm between the steps that change it, and of what it is: all that :mod:`dorac.nn.norm_cache` writes.
+
+    Attributes:
+        debug: whether every forward takes the norm, too, and compares.
+        norm: the norm; None: not taken yet.
+        of: the tensors it was taken of, and itself; None: forward takes its own.
+        scaling: the one that it was taken with.
+        at: the state of ``of``; None: an eager forward takes the norm anew.
+        source: the state of what lasts of ``of`` where some of it is offloaded, see :mod:`dorac.nn.offloaded`.
+        gathered: of what FSDP2 makes whole, see :mod:`dorac.nn.gathered`; None: it doesn't.
+        in_doubt: whether compiled code takes its own.
+        distrusted: whether it is in doubt after every step, not only until the next one.
+        traced: whether there is compiled code that uses it.
+        shelved: what of this adapters that are not active have, by name, see :func:`dorac.nn.norm_cache.shelve`.
+    """
+
+    debug: bool
+    norm: Tensor | None = None
+    of: tuple[Tensor | None, ...] | None = None
+    scaling: float | None = None
+    at: "Moment | None" = None
+    source: "Moment | None" = None
+    gathered: "Parts | None" = None
+    in_doubt: bool = False
+    distrusted: bool = False
+    traced: bool = False
+    shelved: dict[str, dict] | None = None
 
 
 class Keeper(Protocol):
     """Whose norm is kept: a :class:`dorac.nn.DoraLayer`, or one adapter of a layer of PEFT's.
 
-    It has the attributes of :data:`NOTHING_KEPT`, and they are all that :mod:`dorac.nn.norm_cache` writes.
+    Copies and pickles of a layer keep none. They take their own norm, since no optimizer of theirs is known.
     """
 
+    kept: KeptNorm | None
     norm_grad: bool
     norm_budget: int
     scaling: float | Tensor  # and _scaling, the same
@@ -30,20 +69,3 @@ class Keeper(Protocol):
         """The module of which :func:`dorac.packed.stored` has the pieces of the base weight; None for a dense one."""
 
     def _norm(self) -> Tensor: ...
-
-
-# What copies and pickles of a layer hold. They take their own norm, since no optimizer of theirs is known.
-NOTHING_KEPT = {
-    "caches_norm": False,  # whether the norm is cached
-    "cached_norm": None,
-    "cached_of": None,  # the tensors it was taken of, and itself; None: forward takes its own
-    "cached_scaling": None,  # the scaling that it was taken with
-    "cached_source": None,  # the Moment of what lasts of them where some are offloaded, see offloaded.py
-    "gathered": None,  # the gathered.Parts of what FSDP2 makes whole, see gathered.py; None: it doesn't
-    "cached_at": None,  # their Moment; None: an eager forward takes the norm anew
-    "norm_in_doubt": False,  # whether compiled code takes its own
-    "norm_distrusted": False,  # whether it is in doubt after every step, not only until the next one
-    "norm_traced": False,  # whether there is compiled code that uses it
-    "check_cached_norm": False,  # whether forward compares it
-    "shelved_norms": None,  # what of this adapters that are not active have, by name: see norm_cache.shelve()
-}

@@ -12,7 +12,7 @@ from dorac import checks, functional, magnitudes, offload
 from dorac.nn import merging, norm_cache, starts
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
 from dorac.nn.initialised import Initialised
-from dorac.nn.keeper import NOTHING_KEPT
+from dorac.nn.keeper import KeptNorm
 from dorac.nn.reads_base import ReadsBase
 from dorac.nn.shelf import Shelved
 from dorac.nn.stated import Stated, after_load
@@ -148,7 +148,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         # The norm before the merge while the base weight holds the merged one: what unmerging needs. Neither norm is a
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
-        vars(self).update(NOTHING_KEPT)
+        self.kept: KeptNorm | None = None
         self.shards: Shards | None = None  # how dorac.parallel has spread it
         self.lasting: Lasting | None = None  # see tensor_parallel.py
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
@@ -310,7 +310,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
     def keep_norm(self, log: Undo) -> None:
         """Tells the log of all that refreshing a cached norm changes, and of the layer's attributes."""
         log.keep_module(self)
-        log.keep(self.cached_norm)
+        log.keep(norm_cache.kept_norm(self))
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but never casts the magnitude (or the norm before a merge) below float32.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac.dense import PLAIN
+from dorac.nn import norm_cache
 from dorac.nn.layer import DoraLayer
 from dorac.undo import Undo
 
@@ -96,7 +97,7 @@ def keep_all(root: nn.Module, state_dict: Mapping[str, Any], assign: bool, log: 
             continue
         tensors = {**module._parameters, **module._buffers}
         if isinstance(module, DoraLayer):  # a magnitude may follow its weight, and a norm both
-            tensors["cached_norm"] = module.cached_norm
+            tensors["kept norm"] = norm_cache.kept_norm(module)
         for key, tensor in tensors.items():
             value = state_dict.get(f"{name}.{key}" if name else key, tensor) if as_named else None
             if tensor is not None and id(tensor) not in kept and value is not tensor and not _same(tensor, value):

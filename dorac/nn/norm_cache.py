@@ -1,6 +1,6 @@
 """The norm of a layer, kept between the steps that change it.
 
-Switched on by :func:`dorac.cache_norms`, a layer has its norm in ``cached_norm``. What is known to change what the norm
+Switched on by :func:`dorac.cache_norms`, a layer has its norm in ``kept``. What is known to change what the norm
 depends on ends in :func:`refresh`, which takes it anew and writes it in place: a captured CUDA graph reads the same
 memory, and nothing recompiles. :func:`known_norm` gives a forward the norm only where it is that of the tensors the
 forward uses; everywhere else the forward takes its own, as without a cache.
@@ -11,7 +11,7 @@ those that the norm was taken of (:mod:`~dorac.nn.moments`), and takes it anew a
 optimizer that steps copies. An eager forward in doubt takes it anew; compiled code may not write to the layer (a region
 of activation checkpointing would refuse) and has a second graph, which takes its own norm until a refresh.
 
-``cached_norm`` is no buffer: DDP would broadcast it in every forward, FSDP cast it, an average of weights average it.
+The norm is no buffer: DDP would broadcast it in every forward, FSDP cast it, an average of weights average it.
 """
 
 import operator
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import checks, packed
-from dorac.nn.keeper import NOTHING_KEPT, Keeper
+from dorac.nn.keeper import Keeper, KeptNorm
 from dorac.nn.moments import Moment, PackedMoment, plainly
 from dorac.ops import front, sharded
 from dorac.ops.norm import row_norms
@@ -43,7 +43,8 @@ def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) ->
 
     Where that is the norm that the layer keeps, the weight is that of the last forward, and not looked at again.
     """
-    moment = None if norm is None or layer is None or norm is not layer.cached_norm else layer.cached_at
+    kept = None if norm is None or layer is None else layer.kept
+    moment = None if kept is None or norm is not kept.norm else kept.at
     if type(moment) is not PackedMoment or torch.compiler.is_compiling():
         return packed.of(base)
     pieces = moment.pieces
@@ -64,7 +65,7 @@ def uncacheable(layer: Keeper, whole_in_forward: bool = False) -> str | None:
     Args:
         whole_in_forward: whether parameters that are sharded are whole in the forward of a unit of FSDP2's.
     """
-    if layer.caches_norm:
+    if layer.kept is not None:
         return "it is cached already; remove() that cache first"
     reason = layer.cannot_cache
     if reason and not (whole_in_forward and reason == SHARDED):
@@ -90,7 +91,7 @@ def start(layers: Iterable[Keeper], *, debug: bool) -> None:
     torch.compiler.assume_constant_result(_verify_while_tracing)  # here: it imports the compiler
     try:
         for layer in layers:
-            vars(layer).update(NOTHING_KEPT, caches_norm=True, check_cached_norm=debug)
+            layer.kept = KeptNorm(debug)
             kept_layers.add(layer)
         refresh(layers)
     except BaseException:
@@ -101,8 +102,13 @@ def start(layers: Iterable[Keeper], *, debug: bool) -> None:
 def stop(layers: Iterable[Keeper]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
-        vars(layer).update(NOTHING_KEPT)
+        layer.kept = None
         kept_layers.discard(layer)
+
+
+def kept_norm(layer: Keeper) -> Tensor | None:
+    """The norm that is kept, whether a forward may use it or not."""
+    return None if layer.kept is None else layer.kept.norm
 
 
 @torch.no_grad()
@@ -113,30 +119,34 @@ def refresh(layers: Iterable[Keeper]) -> None:
     does not come to its end. That of an offloaded layer is taken in its next forward, that of one in FSDP2 in its
     unit's.
     """
-    take([layer for layer in layers if not _taken_by_unit(layer)], seen_by_autograd=True)
+    take([layer for layer in layers if layer.kept is not None and not _taken_by_unit(layer)], seen_by_autograd=True)
 
 
 def _taken_by_unit(layer: Keeper) -> bool:
     """Whether the next forward of a unit of FSDP2's is to take the norm, which ends here."""
-    if layer.gathered is None:
+    kept = layer.kept
+    if kept.gathered is None:
         return False
     inputs = layer.norm_inputs()
-    tensors = inputs if out_of_reach(layer, inputs) else layer.gathered.tensors
-    layer.cached_of, layer.gathered = None, layer.gathered.of(tensors, taken=False)
+    tensors = inputs if out_of_reach(layer, inputs) else kept.gathered.tensors
+    kept.of, kept.gathered = None, kept.gathered.of(tensors, taken=False)
     return True
 
 
-def take(layers: Iterable[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
-    """As :func:`refresh`; a norm that is the same as ever may be written while a graph holds it, unseen by autograd."""
+def take(layers: Sequence[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
+    """As :func:`refresh`, of layers that keep one.
+
+    Args:
+        seen_by_autograd: False for a norm that is the same as ever: it may be written while a graph holds it.
+    """
     taken = []
-    layers = [layer for layer in layers if layer.caches_norm]
     if not layers:
         return
     try:
         for layer in layers:
             tensors = layer.norm_inputs()
             if layer.merged or out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
-                layer.cached_of = None
+                layer.kept.of = None
             else:
                 taken.append((layer, tensors))
         _write(taken, _norms([layer for layer, _ in taken]), seen_by_autograd)
@@ -151,37 +161,33 @@ def _write(taken: list[tuple[Keeper, tuple]], norms: list[Tensor], seen_by_autog
     """In place, in one launch for all layers; where it does not fit, into memory of its own."""
     old, new = [], []
     for (layer, _), norm in zip(taken, norms, strict=True):
-        cached = layer.cached_norm
+        cached = layer.kept.norm
         if cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device):
             old.append(cached if seen_by_autograd else cached.data)
             new.append(norm)
             continue
         with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
-            layer.cached_norm = norm.clone()
+            layer.kept.norm = norm.clone()
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(layer.cached_norm)  # CUDA graphs need not copy it
-            _layer_of_norm[layer.cached_norm] = weakref.ref(layer)
+            torch._dynamo.mark_static_address(layer.kept.norm)  # CUDA graphs need not copy it
+            _layer_of_norm[layer.kept.norm] = weakref.ref(layer)
     if old:
         torch._foreach_copy_(old, new)
 
 
 def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
-    of = *tensors, layer.cached_norm
+    kept, earlier = layer.kept, layer.kept.at
+    if grad_mode is None and earlier is not None:
+        grad_mode = earlier.grad_mode
     if torch.compiler.is_compiling():  # the host sees no tensors: the first eager forward takes the norm anew
-        layer.cached_of, layer.cached_at, layer.norm_in_doubt = of, None, layer.norm_distrusted
-        layer.cached_scaling = layer.scaling
-        return
-    if grad_mode is None and layer.cached_at is not None:
-        grad_mode = layer.cached_at.grad_mode
-    if layer.gathered is not None:
-        moment = layer.gathered.moment(tensors, grad_mode)
+        moment = None
+    elif kept.gathered is not None:
+        moment = kept.gathered.moment(tensors, grad_mode)
     elif (base := layer.packed_base()) is None:
         moment = Moment(tensors, grad_mode)
     else:
-        moment = PackedMoment(tensors, grad_mode, base, layer.cached_at)
-    vars(layer).update(  # setattr is slow
-        cached_of=of, cached_scaling=layer.scaling, cached_at=moment, norm_in_doubt=layer.norm_distrusted
-    )
+        moment = PackedMoment(tensors, grad_mode, base, earlier)
+    kept.of, kept.scaling, kept.at, kept.in_doubt = (*tensors, kept.norm), layer.scaling, moment, kept.distrusted
 
 
 def _norms(layers: list[Keeper]) -> list[Tensor]:
@@ -219,42 +225,50 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
 def suspend(layers: Iterable[Keeper]) -> None:
     """Lets every forward take its own norm until the next :func:`refresh`."""
     for layer in layers:
-        layer.cached_of = layer.shelved_norms = None
+        if layer.kept is not None:
+            layer.kept.of = layer.kept.shelved = None
 
 
 def doubt(layers: Iterable[Keeper]) -> None:
     """An eager forward takes these norms anew, and compiled code its own until the next :func:`refresh`."""
     for layer in layers:
-        if layer.caches_norm:
-            layer.cached_at = layer.shelved_norms = None
-            layer.norm_in_doubt = True
+        if layer.kept is not None:
+            layer.kept.at = layer.kept.shelved = None
+            layer.kept.in_doubt = True
 
 
-_OF_ADAPTER = ("cached_norm", "cached_of", "cached_scaling", "cached_source", "cached_at")
+_OF_ADAPTER = ("norm", "of", "scaling", "at", "source")
 
 
 def shelve(layer: Keeper, adapter: str) -> None:
     """Puts the norm of the active adapter away, under its name, for :func:`unshelve`; the layer has none then."""
-    if not layer.caches_norm:
+    kept = layer.kept
+    if kept is None:
         return
-    kept = {name: getattr(layer, name) for name in _OF_ADAPTER}
-    if kept["cached_of"] is not None and kept["cached_at"] is not None and not layer.norm_in_doubt:
-        layer.shelved_norms = (layer.shelved_norms or {}) | {adapter: kept}
-    vars(layer).update({name: NOTHING_KEPT[name] for name in _OF_ADAPTER})
+    if kept.of is not None and kept.at is not None and not kept.in_doubt:
+        kept.shelved = (kept.shelved or {}) | {adapter: {name: getattr(kept, name) for name in _OF_ADAPTER}}
+    vars(kept).update(dict.fromkeys(_OF_ADAPTER))
 
 
 def unshelve(layer: Keeper, adapter: str) -> bool:
     """Brings back the norm of an adapter that has become active; whether it still is that of its tensors."""
-    kept = (layer.shelved_norms or {}).get(adapter)
-    if kept is None:
+    kept = layer.kept
+    shelved = (kept.shelved or {}).get(adapter)
+    if shelved is None:
         return False
-    layer.shelved_norms = {name: other for name, other in layer.shelved_norms.items() if name != adapter}
-    vars(layer).update(kept)  # a norm that has passed is written anew in the same memory
-    *of, _ = layer.cached_of
+    forget_shelved(layer, adapter)
+    vars(kept).update(shelved)  # a norm that has passed is written anew in the same memory
+    *of, _ = kept.of
     inputs = layer.norm_inputs()
-    same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and layer.cached_scaling == layer.scaling
+    same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and kept.scaling == layer.scaling
     with plainly():
-        return same and not layer.cached_at.passed(layer.cached_of)
+        return same and not kept.at.passed(kept.of)
+
+
+def forget_shelved(layer: Keeper, adapter: str) -> None:
+    """Forgets the norm of an adapter that is not active, if one was put away."""
+    if layer.kept is not None and layer.kept.shelved is not None:
+        layer.kept.shelved = {name: kept for name, kept in layer.kept.shelved.items() if name != adapter}
 
 
 def known_norm(
@@ -264,34 +278,36 @@ def known_norm(
 
     ``inputs``, ``scaling``: the layer's ``norm_inputs()`` and its scaling, for who has them at hand.
     """
-    if not layer.caches_norm:
+    kept = layer.kept
+    if kept is None:
         return None
     if scaling is None:
         scaling = layer._scaling
     if torch.compiler.is_compiling():
-        if not _usable(layer, scaling, inputs) or layer.norm_in_doubt:
+        if not _usable(layer, scaling, inputs) or kept.in_doubt:
             return None
-        _verify_while_tracing(layer.cached_norm)
+        _verify_while_tracing(kept.norm)
     else:
         with plainly():
             if not _usable(layer, scaling, inputs):
                 return None
-        if not layer.check_cached_norm:
+        if not kept.debug:
             if not _verified(layer):
                 return None
         elif not torch.compiler.disable(_verified)(layer):  # after a break of the graph it would be compiled by itself
             return None
-    if layer.check_cached_norm:
+    if kept.debug:
         _check(layer)
-    return layer.cached_norm
+    return kept.norm
 
 
 def _verified(layer: Keeper) -> bool:
     """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
-    moment = layer.cached_at
+    kept = layer.kept
+    moment = kept.at
     if moment is not None:
         with plainly():
-            lasts = not moment.passed(layer.cached_of)
+            lasts = not moment.passed(kept.of)
         if lasts and not moment.in_other_grad_mode():
             return True
     if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
@@ -310,7 +326,7 @@ def _verify_while_tracing(norm: Tensor) -> None:
     if norm not in _layer_of_norm:  # a norm that was taken in traced code
         return
     layer = _layer_of_norm[norm]()
-    layer.norm_traced = True
+    layer.kept.traced = True
     if written_since(layer):
         with torch.no_grad():
             take([layer], seen_by_autograd=False)
@@ -318,23 +334,24 @@ def _verify_while_tracing(norm: Tensor) -> None:
 
 def written_since(layer: Keeper) -> bool:
     """Whether the host sees that the tensors were written to after the norm was taken of them."""
-    moment, of = layer.cached_at, layer.cached_of
+    kept = layer.kept
     with plainly():
-        return of is not None and moment is not None and moment.passed(of)
+        return kept.of is not None and kept.at is not None and kept.at.passed(kept.of)
 
 
 def is_stale(layer: Keeper) -> bool:
     """Whether a forward would use a norm that is not the present one. Waits for the device."""
-    if layer.merged or not layer.caches_norm or not _usable(layer, layer._scaling):
+    kept = layer.kept
+    if layer.merged or kept is None or not _usable(layer, layer._scaling):
         return False
-    if (layer.cached_at is None and layer.norm_in_doubt) or layer.cached_scaling != layer.scaling:
+    if (kept.at is None and kept.in_doubt) or kept.scaling != layer.scaling:
         return False  # no forward would use it
-    if layer.gathered is not None and layer.gathered.passed():
+    if kept.gathered is not None and kept.gathered.passed():
         return False  # its unit will take it anew
     (norm,) = _norms([layer])
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
-    return not torch.allclose(layer.cached_norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
+    return not torch.allclose(kept.norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
 
 
 def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] | None = None) -> bool:
@@ -344,7 +361,7 @@ def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] |
     nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
     its own norm, since nobody would refresh it there.
     """
-    of = layer.cached_of
+    of = layer.kept.of
     if of is None or layer.norm_grad or isinstance(scaling, Tensor) or front.exporting_module():
         return False
     if inputs is None:
@@ -352,7 +369,7 @@ def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] |
     for weight in inputs[: len(inputs) // 3]:  # the factors follow
         if weight.requires_grad:
             return False
-    return all(map(operator.is_, inputs, of)) and layer.cached_norm is of[-1]
+    return all(map(operator.is_, inputs, of)) and layer.kept.norm is of[-1]
 
 
 def _check(layer: Keeper) -> None:

@@ -78,7 +78,7 @@ def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> I
     Args:
         take: whether a norm may be taken that is not there.
     """
-    keepers = [keeper for keeper in keepers if keeper.caches_norm]
+    keepers = [keeper for keeper in keepers if keeper.kept is not None]
     by_id = {id(m.get_parameter(name)): t for m, of in originals.items() for name, t in of.items()} if keepers else {}
     for keeper in keepers:
         _follow(keeper, by_id, take)
@@ -86,29 +86,29 @@ def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> I
         yield
     finally:
         for keeper in keepers:
-            if keeper.cached_of is not None:
-                keeper.cached_of = tuple(None if id(t) in by_id else t for t in keeper.cached_of)
+            if keeper.kept.of is not None:
+                keeper.kept.of = tuple(None if id(t) in by_id else t for t in keeper.kept.of)
 
 
 def _follow(keeper: Keeper, by_id: Mapping[int, Tensor | None], take: bool) -> None:
-    inputs = keeper.norm_inputs()
+    kept, inputs = keeper.kept, keeper.norm_inputs()
     lasting = [by_id.get(id(t), t) for t in inputs]  # what outlives the block
     if all(map(operator.is_, inputs, lasting)):
         return
     if any(t is None for t in lasting) or keeper.packed_base() is not None:
         norm_cache.suspend([keeper])
     elif _is_of(keeper, inputs, lasting):
-        keeper.cached_of = *inputs, keeper.cached_of[-1]
-        if keeper.cached_at is not None:
-            keeper.cached_at = Moment(inputs, keeper.cached_at.grad_mode)
+        kept.of = *inputs, kept.of[-1]
+        if kept.at is not None:
+            kept.at = Moment(inputs, kept.at.grad_mode)
     elif take:  # the forward takes it
         norm_cache.doubt([keeper])
-        keeper.cached_of, keeper.cached_source = (*inputs, keeper.cached_norm), Moment(lasting)
+        kept.of, kept.source = (*inputs, kept.norm), Moment(lasting)
 
 
 def _is_of(keeper: Keeper, inputs: tuple[Tensor, ...], lasting: list[Tensor]) -> bool:
     """Whether the kept norm was taken of these tensors, as they are, or of copies of them."""
-    of, source = keeper.cached_of, keeper.cached_source
+    of, source = keeper.kept.of, keeper.kept.source
     if of is None or source is None or source.passed(lasting):
         return False
     pairs = zip(inputs, lasting, of, strict=False)  # the norm comes last

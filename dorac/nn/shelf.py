@@ -152,7 +152,7 @@ def exchange(layer: "DoraLayer", name: str, log: Undo, *, norms: bool = True) ->
         log.keep(*layer._magnitudes())
         with torch.no_grad(), offload.onloaded(layer.base_layer):
             layer._reset_magnitudes()
-    return norms and layer.caches_norm and not norm_cache.unshelve(layer, name)
+    return norms and layer.kept is not None and not norm_cache.unshelve(layer, name)
 
 
 def unswitchable(layer: "DoraLayer") -> str | None:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import norm_cache, starts
-from dorac.nn.keeper import NOTHING_KEPT
 from dorac.ops import sharded
 from dorac.undo import Undo
 
@@ -81,7 +80,7 @@ class Stated(nn.Module):
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | NOTHING_KEPT | {"lasting": None}
+        return super().__getstate__() | {"kept": None, "lasting": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

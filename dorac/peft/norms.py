@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dorac import offload, packed
 from dorac.nn import norm_cache
-from dorac.nn.keeper import NOTHING_KEPT
+from dorac.nn.keeper import KeptNorm
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
 from dorac.peft.weights import is_partitioned, is_plain, whole
@@ -34,7 +34,7 @@ class AdapterNorm:
         self.layer, self.adapter = layer, adapter
         self.magnitude = layer.lora_magnitude_vector[adapter]
         self.norm_budget = self.magnitude.norm_budget
-        vars(self).update(NOTHING_KEPT)
+        self.kept: KeptNorm | None = None
 
     def __repr__(self) -> str:
         return f"{type(self.layer).__name__} (adapter {self.adapter})"
@@ -45,12 +45,12 @@ class AdapterNorm:
 
     def known(self, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
         """The norm if a forward with these ``norm_inputs`` may use it, None where it has to take its own."""
-        if not self.caches_norm or isinstance(scaling, Tensor):
+        if self.kept is None or isinstance(scaling, Tensor):
             return None
-        if scaling != self.cached_scaling:
+        if scaling != self.kept.scaling:
             if torch.compiler.is_compiling():
                 return None
-            self.cached_at = None  # it is taken anew, once
+            self.kept.at = None  # it is taken anew, once
         return norm_cache.known_norm(self, inputs, scaling)
 
     @property
@@ -170,7 +170,7 @@ def forget(magnitude: nn.Module, log: Undo) -> None:
     keeper = vars(magnitude).pop("keeper", None)
     if keeper is not None:
         log.add(partial(setattr, magnitude, "keeper", keeper))
-        if keeper.caches_norm:
+        if keeper.kept is not None:
             log.add(partial(vars(keeper).update, dict(vars(keeper))))
             log.add(partial(norm_cache.kept_layers.add, keeper))
         norm_cache.stop([keeper])

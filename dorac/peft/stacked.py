@@ -44,13 +44,17 @@ class Copied(NamedTuple):
     norm_at: Moment | None  # another one once the norm, which is written where it lies, was taken anew
 
     def lasts(self, one: Found) -> bool:
-        norm_lasts = self.norm_at is not None and self.norm_at is self.keeper.cached_at
+        norm_lasts = self.norm_at is not None and self.norm_at is _norm_at(self.keeper)
         return norm_lasts and self.scaling == one.adapter.scaling and not self.moment.passed(one.tensors())
+
+
+def _norm_at(keeper: AdapterNorm) -> Moment | None:
+    return None if keeper.kept is None else keeper.kept.at
 
 
 def _copied(one: Found) -> Copied:
     rank, scaling = one.adapter.lora_A.shape[0], one.adapter.scaling
-    return Copied(one.keeper, rank, scaling, Moment(one.tensors()), one.keeper.cached_at)
+    return Copied(one.keeper, rank, scaling, Moment(one.tensors()), _norm_at(one.keeper))
 
 
 class Kept:
