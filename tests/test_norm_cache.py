@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import dorac
 from dorac.nn import DoraConv2d, DoraEmbedding, DoraExperts, DoraLayer, DoraLinear
+from dorac.nn.norm_cache import kept_norm
 from dorac.ops import front
 
 IN, OUT = 24, 17
@@ -703,10 +704,10 @@ def cached(model):
 def test_refused(change, message):
     model = adapted()
     change(model)
-    before = [layer.kept.norm for layer in layers(model)]
+    before = [kept_norm(layer) for layer in layers(model)]
     with pytest.raises(ValueError, match=message):
         dorac.cache_norms(model)
-    assert all(layer.kept.norm is norm for layer, norm in zip(layers(model), before, strict=True))
+    assert all(kept_norm(layer) is norm for layer, norm in zip(layers(model), before, strict=True))
 
 
 @pytest.fixture
