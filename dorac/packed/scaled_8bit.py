@@ -80,8 +80,8 @@ class Scaled8bit(NamedTuple):
         whole = block >= self.shape[-1]
         if (block & (block - 1) and not whole) or not self.codes.is_contiguous() or not alike(self.zero, scale):
             return None
-        dtype, strides = str(self.dtype).removeprefix("torch."), scale.stride()[-2:]
-        strides = scale.stride(0) if len(self.shape) == 3 else 0, *strides, 0
+        dtype = str(self.dtype).removeprefix("torch.")
+        strides = scale.stride(0) if len(self.shape) == 3 else 0, *scale.stride()[-2:], 0
         form = Form("number", dtype, 1, 1 << 30 if whole else block, rows=self.block_rows, strides=strides)
         return form, (self.codes, None, scale, self.zero, None, None, None)
 
