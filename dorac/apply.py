@@ -11,7 +11,6 @@ from dorac import lora_config, notices, pretrained
 from dorac.names import ModuleNames, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
-from dorac.nn.kinds import CONVOLUTIONS
 from dorac.targets import Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
 from dorac.wrapped import (
@@ -125,7 +124,7 @@ def apply_dora(
     if grouped_lora_A:
         targets = [
             dataclasses.replace(target, layout={"grouped_lora_A": True})
-            if layer_class(target.module) in CONVOLUTIONS
+            if layer_class(target.module).takes_option("grouped_lora_A")
             else target
             for target in targets
         ]

@@ -9,10 +9,9 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
-from dorac import offload, packed
+from dorac import offload
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
-from dorac.nn import DoraLayer, layer_class, unwrappable
-from dorac.nn.linear import is_conv1d
+from dorac.nn import DoraLayer, is_linear, layer_class, unwrappable
 
 ALL_LINEAR = "all-linear"
 
@@ -85,8 +84,7 @@ def find_targets(
         if excluded.match(name) or not whole.isdisjoint(parents(name)):
             return False
         if all_linear:
-            linear = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
-            found = module is not head and (linear or packed.holder(module) is not None)
+            found = module is not head and (is_linear(module) or isinstance(module, nn.MultiheadAttention))
             return found and (not layers or layer_index(name) in layers)
         if not targeted.match(name):
             return False

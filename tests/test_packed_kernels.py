@@ -14,20 +14,19 @@ pytest.importorskip("triton")
 
 from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
-from dorac.kernels.packed_forms import has_kernel
 from dorac.kernels.packed_norm import packed_row_norm
 from dorac.kernels.target import CARDS
 
 S = 0.7
 full = pytest.mark.full
 HALF = (torch.bfloat16, torch.float16)
-READ = [(name, dtype) for name, dtype in CASES if has_kernel(FORMATS[name]((64, 128), dtype)[0])]
+READ = [(name, dtype) for name, dtype in CASES if FORMATS[name]((64, 128), dtype)[0].form() is not None]
 NAMES = list(dict(READ))
 MATRICES = [name for name in NAMES if len(FORMATS[name]((64, 128))[0].shape) == 2]  # the others have experts
 
 
 def check_norm(value, dense, rank, factor_dtype, device, config=None):
-    assert has_kernel(value)
+    assert value.form() is not None
     lora_A, lora_B = factors(value.shape, rank, factor_dtype, device)
     norm = packed_row_norm(on(value, device), lora_A, lora_B, torch.tensor(S, device=device), config)
     exact = truth(dense.to(device), lora_A, lora_B, S)
@@ -101,7 +100,7 @@ def test_the_eager_way(name, factor_dtype, device, taken):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_that_ends_within_a_block(name, shape, device):
     value, dense = FORMATS[name](shape)
-    if not has_kernel(value):
+    if value.form() is None:
         pytest.skip("its blocks go on in the next row")
     check_norm(value, dense, 4, torch.bfloat16, device)
 
@@ -165,12 +164,12 @@ def test_strided_factors(device):
 
 def test_what_is_not_read():
     """Blocks over the end of a row or no power of two, codes with strides: the norm takes dense rows of these."""
-    assert not has_kernel(FORMATS["bnb_nf4"]((64, 96))[0])
-    assert has_kernel(FORMATS["bnb_nf4"]((64, 96), blocksize=32)[0])
-    assert not has_kernel(FORMATS["int8_group"]((64, 96), block=(1, 48))[0])
+    assert FORMATS["bnb_nf4"]((64, 96))[0].form() is None
+    assert FORMATS["bnb_nf4"]((64, 96), blocksize=32)[0].form() is not None
+    assert FORMATS["int8_group"]((64, 96), block=(1, 48))[0].form() is None
     value, _ = FORMATS["int8_row"]((64, 96))
-    assert not has_kernel(value._replace(codes=value.codes.T.contiguous().T))
-    assert not has_kernel(FORMATS["bnb_4bit_cpu"]((64, 128))[0])
+    assert value._replace(codes=value.codes.T.contiguous().T).form() is None
+    assert FORMATS["bnb_4bit_cpu"]((64, 128))[0].form() is None
 
 
 def test_strided_scales(device):

@@ -30,8 +30,8 @@ from dorac.kernels import (
     stack_norm,
 )
 from dorac.kernels.launch import ASSERTS, Launch
-from dorac.kernels.packed_forms import Form
 from dorac.kernels.target import Target
+from dorac.packed import Form
 
 # A tensor's dtype, a descriptor's dtype and block, a number, or None.
 Argument = torch.dtype | tuple[torch.dtype, tuple[int, int]] | float | None

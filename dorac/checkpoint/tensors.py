@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from dorac.names import plain_name
-from dorac.nn import DoraLayer, residual
-from dorac.nn.kinds import KINDS
+from dorac.nn import KINDS, DoraLayer, residual
 from dorac.wrapped import saved_modules
 
 PREFIX = "base_model.model."

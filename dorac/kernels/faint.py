@@ -15,9 +15,9 @@ import triton.language as tl
 
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.of_y import FAINT
-from dorac.kernels.packed_forms import Form
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, number, product, strip_sum
+from dorac.packed import Form
 
 BLOCK_O, BLOCK_C, BLOCK_B = 16, 64, 512
 

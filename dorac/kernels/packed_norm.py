@@ -20,7 +20,6 @@ from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.norm import SHRINK, finish_kernel, in_registers, row_length, split_factors
-from dorac.kernels.packed_forms import Form, described
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, number, product
 
@@ -300,7 +299,7 @@ def packed_row_norm(
     """``||W + s * lora_B @ lora_A||`` per row.
 
     Args:
-        weight: a packed weight that :func:`dorac.kernels.packed_forms.has_kernel` takes.
+        weight: a packed weight whose ``form()`` is not None.
         lora_A: ``[(E,) r, in]``. lora_B: ``[(E,) out, r]``. float32 ones are split (``kernels/norm.py``).
         scaling: a number, or one element on the device.
         config: how to launch; None takes :func:`packed_norm_config`'s.
@@ -314,7 +313,7 @@ def packed_row_norm(
         return norm
     if not in_features:
         return norm.zero_()
-    form, pieces = described(weight)
+    form, pieces = weight.form()
     if lora_A.dtype is torch.float32:
         lora_A, lora_B = split_factors(lora_A, lora_B, form.halves)
     elif form.halves == 2:
@@ -339,7 +338,7 @@ def packed_norm_launches(
     columns: int,
     rank: int,
     strides: tuple[int, ...],
-    form: Form,
+    form: packed.Form,
     config: NormConfig,
 ) -> tuple[int, Launch, Launch | None]:
     """Over how many programs the columns are split, the launch, and the one that puts them together."""

@@ -27,8 +27,12 @@ class _DoraConvNd(DoraLayer):
     FUNCTION: ClassVar[Callable[..., Tensor]]
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, cls.STOCK)
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
-        if not isinstance(module, cls.STOCK):
+        if not cls.adapts(module):
             return f"{type(module).__name__} is not supported, only nn.{cls.STOCK.__name__} is"
         if type(module)._conv_forward is not cls.STOCK._conv_forward or "_conv_forward" in vars(module):
             return f"{type(module).__name__} has a _conv_forward of its own, which the adapted layer would not run"

@@ -70,9 +70,13 @@ class DoraEmbedding(DoraLayer):
     norm_budget = EMBEDDING_BUDGET
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         kind = type(module).__name__
-        if not isinstance(module, nn.Embedding):
+        if not cls.adapts(module):
             return f"{kind} is not supported, only nn.Embedding is"
         if module.max_norm is not None:
             return (

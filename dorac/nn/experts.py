@@ -37,11 +37,6 @@ def _is_swizzled(module: nn.Module) -> bool:
     return type(module).__name__ == "Mxfp4GptOssExperts"
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds the experts of a mixture-of-experts block of transformers as 3-D parameters."""
-    return _is_routed(module) or _is_sorted(module) or _is_swizzled(module)
-
-
 def _projections(module: nn.Module) -> list[str]:
     return [
         name
@@ -108,9 +103,13 @@ class DoraExperts(DoraLayer):
         super().__init__(base_layer, r, lora_alpha, **options)
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return _is_routed(module) or _is_sorted(module) or _is_swizzled(module)
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         kind = type(module).__name__
-        if not is_experts(module):
+        if not cls.adapts(module):
             return f"{kind} is not supported, only transformers' experts with 3-D parameters are"
         if _is_swizzled(module):
             return (

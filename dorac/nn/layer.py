@@ -71,6 +71,11 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
     replaced_base: nn.Module | None = None
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Whether modules like this one are what the class adapts; :meth:`unwrappable` may still refuse this one."""
+        raise NotImplementedError
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         """Why this class cannot wrap ``module``, or None if it can."""
         raise NotImplementedError
@@ -89,6 +94,11 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
     def adapter_shapes(cls, base_layer: nn.Module, r: int) -> dict[str, torch.Size]:
         """The shapes that the adapter's parameters would have around ``base_layer``, in the order of ``PEFT_KEYS``."""
         raise NotImplementedError
+
+    @classmethod
+    def takes_option(cls, name: str) -> bool:
+        """Whether :meth:`adapter_shapes` takes an option of this name."""
+        return name in inspect.signature(cls.adapter_shapes).parameters
 
     def __init__(
         self,
@@ -114,8 +124,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         checks.check_norm_grad(norm_grad)
         if reason := self.unfit_rank(base_layer, r):
             raise ValueError(reason)
-        unknown = layout.keys() - inspect.signature(self.adapter_shapes).parameters.keys()
-        if unknown:
+        if unknown := [name for name in layout if not self.takes_option(name)]:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)

@@ -70,6 +70,10 @@ class DoraLinear(DoraLayer):
         super().__init__(base_layer, r, lora_alpha, **options)
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or is_conv1d(module)
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
         if packed.holder(module) is not None:
             return f"{type(module).__name__} is quantised: dorac.nn.DoraQuantLinear adapts it, as dorac.apply_dora does"

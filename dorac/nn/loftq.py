@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dorac import packed
 from dorac.names import plain_name
-from dorac.nn.kinds import layer_class
+from dorac.nn import layer_class
 from dorac.nn.layer import DoraLayer
 from dorac.nn.quantised import DoraQuantLinear
 from dorac.ops.norm import DEFAULT_BUDGET

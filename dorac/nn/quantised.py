@@ -61,8 +61,12 @@ class DoraQuantLinear(DoraLinear):
         super().__init__(base_layer, r, lora_alpha, **options)
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return packed.holder(module) is not None
+
+    @classmethod
     def unwrappable(cls, module: nn.Module) -> str | None:
-        if packed.holder(module) is None:
+        if not cls.adapts(module):
             return f"{type(module).__name__} is no quantised linear layer that is known here"
         if offload.is_offloaded(module):
             return (

@@ -76,11 +76,10 @@ def _packed_row_norm(lora_A, *args):
 
 
 def _packed_row_norm_cuda(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget):
-    from dorac.kernels.packed_forms import has_kernel
     from dorac.kernels.packed_norm import packed_row_norm
 
     weight = packed.unflatten(kind, pieces, shape, dtype, sizes)
-    if front.has_packed_kernels(*weight[: weight.PIECES]) and has_kernel(weight):
+    if front.has_packed_kernels(*weight[: weight.PIECES]) and weight.form() is not None:
         return packed_row_norm(weight, lora_A, lora_B, scaling)
     return packed_row_norm_aten(lora_A, lora_B, scaling, weight_sq, kind, pieces, shape, dtype, sizes, budget)
 

@@ -149,9 +149,7 @@ def _reading(held: Held) -> Reading | None:
     weight = held.weight
     if len(weight.shape) != 2 or not front.has_packed_kernels(*weight[: weight.PIECES]):
         return None
-    from dorac.kernels.packed_forms import described
-
-    found = described(weight)
+    found = weight.form()
     if found is None:
         return None
     form, pieces = found

@@ -1,9 +1,9 @@
 """Packed weights: what quantised layers of other libraries keep, as pure values of tensors.
 
 A value is a ``NamedTuple`` of the pieces as they lie in memory, a pytree that the compiler traces, with ``shape``,
-``dtype``, ``device``, ``rows(start, stop)``, the dense rows that the layer multiplies with, and ``check()``.
-:func:`of` recognises what a module or a weight holds, :func:`holder` the layers that hold one, both without importing
-the library that made it.
+``dtype``, ``device``, ``rows(start, stop)``, the dense rows that the layer multiplies with, ``check()`` and ``form()``,
+how kernels read it. :func:`of` recognises what a module or a weight holds, :func:`holder` the layers that hold one,
+both without importing the library that made it. A format is a file of its own and its lines in ``formats.py``.
 """
 
 import torch
@@ -11,13 +11,12 @@ import torch
 from dorac.packed.bnb_4bit import Bnb4bit, Bnb4bitCpu
 from dorac.packed.bnb_int8 import BnbInt8
 from dorac.packed.float4 import Mxfp4, Nvfp4
-from dorac.packed.holders import IN_PARTS, Holder, holder, restore, unreadable, weight_of
-from dorac.packed.recognise import of, stored
+from dorac.packed.form import Form
+from dorac.packed.formats import FORMATS, HOLDERS, Packed
+from dorac.packed.holder import Holder
+from dorac.packed.recognise import IN_PARTS, holder, of, restore, stored, unreadable, weight_of
 from dorac.packed.scaled_8bit import Scaled8bit
 from dorac.packed.torchao_int4 import TorchaoInt4
-
-Packed = Bnb4bit | Bnb4bitCpu | BnbInt8 | Scaled8bit | TorchaoInt4 | Mxfp4 | Nvfp4
-FORMATS = {kind.__name__: kind for kind in (Bnb4bit, Bnb4bitCpu, BnbInt8, Scaled8bit, TorchaoInt4, Mxfp4, Nvfp4)}
 
 
 def is_packed(weight: object) -> bool:
@@ -38,10 +37,12 @@ def unflatten(kind: str, pieces: list, shape: list[int], dtype: torch.dtype, siz
 
 __all__ = [
     "FORMATS",
+    "HOLDERS",
     "IN_PARTS",
     "Bnb4bit",
     "Bnb4bitCpu",
     "BnbInt8",
+    "Form",
     "Holder",
     "Mxfp4",
     "Nvfp4",

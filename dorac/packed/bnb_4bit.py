@@ -7,8 +7,10 @@ layer on a CPU with bf16 instructions packs its weight again, for these.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dorac.packed.form import Form, Pieces
+from dorac.packed.holder import Holder, class_beside, finite, unquantised
 from dorac.packed.pieces import check_piece, check_size, looked_up, repeated, scaled
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -107,6 +109,16 @@ class Bnb4bit(NamedTuple):
             values = scaled(values, scales, size)
         return values.to(self.dtype).view(stop - start, in_features)
 
+    def form(self) -> tuple[Form, Pieces] | None:
+        """How the kernel reads it; None: it does not."""
+        in_features, block, nested = self.shape[1], self.blocksize, self.nested_blocksize
+        if in_features % block or nested & (nested - 1) or not self.codes.is_contiguous():
+            return None  # blocks reach over the end of a row
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = Form("bnb_4bit", dtype, 2, block // 2, nested, strides=(0, in_features // block, 1, 0))
+        nested_pieces = self.nested_code, self.nested_absmax, self.nested_offset
+        return form, (self.codes.view(torch.uint8), self.code, self.absmax, None, *nested_pieces)
+
 
 class Bnb4bitCpu(NamedTuple):
     """The 4-bit weight as a layer in eval mode packs it for the CPU's bf16 instructions: 32 rows beside one another.
@@ -164,3 +176,48 @@ class Bnb4bitCpu(NamedTuple):
         numbers = numbers.transpose(1, 2).reshape((last - first) * 32, 2 * half)[start % 32 :][: stop - start]
         values = self.code.to(torch.bfloat16).float().index_select(0, numbers.int().flatten()).view(numbers.shape)
         return scaled(values, self.absmax.mT[start:stop].float(), self.blocksize)
+
+    def form(self) -> None:
+        """No kernel reads it."""
+
+
+def _read(weight: Tensor, source: nn.Module | Tensor) -> Bnb4bit | Bnb4bitCpu:
+    state = getattr(weight, "quant_state", None)
+    if state is None:  # the parameter was converted, by FSDP for one; the layer keeps the state too
+        state = getattr(source, "quant_state", None)
+    if state is None:
+        raise ValueError(unquantised("4-bit", source))
+    with torch._C.DisableTorchFunctionSubclass():  # through which it answers slowly
+        codes = weight.data
+    shape = tuple(state.shape)
+    if getattr(state, "packing_format_for_cpu", False):
+        return Bnb4bitCpu(codes, state.absmax, state.code, shape, torch.float32, state.blocksize)
+    nested = state.state2 if state.nested else None
+    if nested is None:
+        return Bnb4bit(codes, state.absmax, state.code, None, None, None, shape, state.dtype, state.blocksize, 0)
+    return Bnb4bit(
+        codes,
+        state.absmax,
+        state.code,
+        nested.code,
+        nested.absmax,
+        state.offset,
+        shape,
+        state.dtype,
+        state.blocksize,
+        nested.blocksize,
+    )
+
+
+def _requantised(module: nn.Module, dense: Tensor) -> dict[str, object]:
+    old = module.weight
+    state = getattr(old, "quant_state", None) or module.quant_state
+    options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    new = class_beside(module, "Linear4bit", "Params4bit")(
+        finite(dense, state.dtype), requires_grad=False, **options
+    ).to(old.device)
+    new.module = module  # which has the state too
+    return {"weight": new, "quant_state": new.quant_state}
+
+
+HOLDER = Holder("bitsandbytes 4-bit weight", read=_read, requantised=_requantised)

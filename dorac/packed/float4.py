@@ -3,11 +3,14 @@
 The numbers of a row follow one another, two in a byte, the first in its low half.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dorac.packed.form import Form, Pieces
+from dorac.packed.holder import LEAST, Holder, finite, frozen
 from dorac.packed.pieces import check_piece, looked_up, scaled
 
 
@@ -74,6 +77,21 @@ class Mxfp4(NamedTuple):
             self.dtype
         )
 
+    def form(self) -> tuple[Form, Pieces] | None:
+        """See :meth:`dorac.packed.Bnb4bit.form`."""
+        scale = self.scale
+        if not self.codes.is_contiguous():
+            return None
+        strides = scale.stride(0) if len(self.shape) == 3 else 0, *scale.stride()[-2:], 0
+        form = Form("mxfp4", str(self.dtype).removeprefix("torch."), 2, 16, strides=strides)
+        return form, (self.codes, None, scale, None, None, None, None)
+
+    @staticmethod
+    def of_blocks(blocks: Tensor, scales: Tensor) -> "Mxfp4":
+        """GPT-OSS's, as they lie in its checkpoint."""
+        codes = blocks.detach().flatten(-2)  # [.., in / 32, 16]
+        return Mxfp4(codes, scales.detach(), (*codes.shape[:-1], 2 * codes.shape[-1]), torch.bfloat16)
+
 
 class Nvfp4(NamedTuple):
     """``w = q * (tensor_scale * scale)``, rounded to ``dtype``.
@@ -137,6 +155,20 @@ class Nvfp4(NamedTuple):
             scale = self.tensor_scale * scale
         return scaled(_floats(self.codes[..., start:stop, :]), scale, 16).to(self.dtype)
 
+    def form(self) -> tuple[Form, Pieces] | None:
+        """See :meth:`dorac.packed.Bnb4bit.form`."""
+        scale, whole = self.scale, self.tensor_scale
+        if not self.codes.is_contiguous():
+            return None
+        of_whole = 1 if whole is not None and whole.ndim else 0
+        if self.swizzled:
+            strides = 0, -(-self.shape[-1] // 64), 1, of_whole
+        else:
+            strides = scale.stride(0) if len(self.shape) == 3 else 0, *scale.stride()[-2:], of_whole
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = Form("nvfp4", dtype, 2, 8, swizzled=bool(self.swizzled), strides=strides)
+        return form, (self.codes.view(torch.uint8), None, scale, None, None, whole, None)
+
     def _plain_scale(self) -> Tensor:
         """The scales as they are not swizzled: of each block, row ``32 i + j`` lies at ``[j, i]``."""
         *experts, out_features, in_features = self.shape
@@ -144,3 +176,26 @@ class Nvfp4(NamedTuple):
         across = -(-columns // 4)
         blocks = self.scale.view(-1, across, 32, 4, 4).permute(0, 3, 2, 1, 4)
         return blocks.reshape(-1, 4 * across)[:rows, :columns].view(*experts, out_features, columns)
+
+
+def _read(weight: Tensor, _: object) -> Nvfp4 | None:
+    codes = weight.qdata
+    if codes.stride(-2) < codes.stride(-1):  # transposed
+        return None
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    return Nvfp4(
+        codes, weight.scale, weight.per_tensor_scale, shape, weight.orig_dtype, int(bool(weight.is_swizzled_scales))
+    )
+
+
+def _requantised(module: nn.Module, dense: Tensor) -> dict[str, object]:
+    old = module.weight
+    dense, scale = finite(dense, old.orig_dtype), old.per_tensor_scale
+    if scale is not None:
+        largest = dense.abs().amax().clamp_min(LEAST)
+        scale = sys.modules[type(old).__module__].per_tensor_amax_to_scale(largest)
+    options = {name: getattr(old, name) for name in ("act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel")}
+    return frozen(type(old).to_nvfp4(dense, per_tensor_scale=scale, **options))
+
+
+NVFP4 = Holder("torchao NVFP4 weight", read=_read, requantised=_requantised)

@@ -1,13 +1,20 @@
-"""The one place that knows formats by the modules and tensors that hold them, without importing a library."""
+"""The one place that knows packed weights by the modules and tensors that hold them, without importing a library."""
 
 import torch
 from torch import Tensor, nn
 
-from dorac.packed.bnb_4bit import Bnb4bit, Bnb4bitCpu
-from dorac.packed.bnb_int8 import BnbInt8
-from dorac.packed.float4 import Mxfp4, Nvfp4
-from dorac.packed.scaled_8bit import Scaled8bit
-from dorac.packed.torchao_int4 import TorchaoInt4
+from dorac.packed.float4 import Mxfp4
+from dorac.packed.formats import HOLDERS
+from dorac.packed.holder import Holder
+from dorac.packed.hqq import HOLDER as HQQ
+from dorac.packed.scaled_8bit import FP8_LINEAR
+
+IN_PARTS = (
+    "its quantised weight is in parts (a DTensor), and a merge would gather it on every rank and quantise it anew: "
+    "save the adapter, load it into the model in one process, and merge there"
+)
+TORCHAO = Holder("torchao weight", differentiable=False)  # of any other class: its norm takes a dense copy
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
@@ -29,14 +36,14 @@ def of(source: nn.Module | Tensor, name: str = "weight") -> tuple | None:
         weight = source
     elif (weight := source._parameters.get(name)) is None:  # __getattr__ takes ten times as long
         weight = getattr(source, name, None)
-    read = _READERS.get(kind_of(weight, source))
-    if read is not None:
-        return read(weight, source)
+    known = HOLDERS.get(kind_of(weight, source))
+    if known is not None:
+        return known.read(weight, source)
     if weight is None:
         blocks, scales = getattr(source, f"{name}_blocks", None), getattr(source, f"{name}_scales", None)
-        return None if blocks is None or scales is None else _mxfp4(blocks, scales)
+        return None if blocks is None or scales is None else Mxfp4.of_blocks(blocks, scales)
     if type(source).__name__ == "FP8Linear" and getattr(source, f"{name}_scale_inv", None) is not None:
-        return _fp8_linear(weight, source)
+        return FP8_LINEAR.read(weight, source)
     return None
 
 
@@ -84,113 +91,60 @@ def kind_of(weight: Tensor | None, source: nn.Module | Tensor) -> str:
     return kind.__name__
 
 
-def _bnb_4bit(weight: Tensor, source: nn.Module | Tensor) -> Bnb4bit | Bnb4bitCpu:
-    state = getattr(weight, "quant_state", None)
-    if state is None:  # the parameter was converted, by FSDP for one; the layer keeps the state too
-        state = getattr(source, "quant_state", None)
-    if state is None:
-        raise ValueError(_unquantised("4-bit", source))
-    with torch._C.DisableTorchFunctionSubclass():  # through which it answers slowly
-        codes = weight.data
-    shape = tuple(state.shape)
-    if getattr(state, "packing_format_for_cpu", False):
-        return Bnb4bitCpu(codes, state.absmax, state.code, shape, torch.float32, state.blocksize)
-    nested = state.state2 if state.nested else None
-    if nested is None:
-        return Bnb4bit(codes, state.absmax, state.code, None, None, None, shape, state.dtype, state.blocksize, 0)
-    return Bnb4bit(
-        codes,
-        state.absmax,
-        state.code,
-        nested.code,
-        nested.absmax,
-        state.offset,
-        shape,
-        state.dtype,
-        state.blocksize,
-        nested.blocksize,
-    )
-
-
-def _bnb_int8(weight: Tensor, source: nn.Module | Tensor) -> BnbInt8 | None:
-    if weight.dtype is not torch.int8:
-        if getattr(weight, "has_fp16_weights", False):
-            return None  # a dense weight, which the layer quantises anew in every forward
-        raise ValueError(_unquantised("8-bit", source))
-    scale = getattr(weight, "SCB", None)
-    if scale is None:  # the layer took it over in its first forward
-        scale = getattr(getattr(source, "state", None), "SCB", None)
-    if scale is None:
-        raise ValueError(
-            f"{BnbInt8.NAME}: its scales (SCB) are neither with the parameter nor with the layer's state: give the "
-            "layer, not its weight"
-        )
-    codes = weight.data
-    return BnbInt8(codes, scale, tuple(codes.shape), torch.float32)
-
-
-def _unquantised(kind: str, source: nn.Module | Tensor) -> str:
-    return (
-        f"the {kind} weight of this {type(source).__name__} (bitsandbytes) is not quantised yet: move the layer to "
-        "its device first, .to('cuda') or .to('cpu')"
-    )
-
-
-def _torchao_int4(weight: Tensor, _: object) -> TorchaoInt4 | None:
-    if weight.act_pre_scale is not None:
+def holder(module: nn.Module) -> Holder | None:
+    """How ``module`` holds its packed weight, quantised already or not; None if it is no linear layer with one."""
+    if type(module).__name__ == "HQQLinear" and hasattr(module, "W_q"):
+        return HQQ
+    if not isinstance(module, nn.Linear):
         return None
-    return TorchaoInt4(
-        weight.qdata, weight.scale, weight.zero_point, tuple(weight.shape), weight.dtype, weight.block_size[-1]
-    )
-
-
-def _torchao_8bit(weight: Tensor, _: object) -> Scaled8bit | None:
-    if getattr(weight, "act_pre_scale", None) is not None:
-        return None
-    shape, scale = tuple(weight.qdata.shape), weight.scale
-    if weight.block_size:
-        block_rows, block_columns = weight.block_size[-2:]
-    else:
-        block_rows, block_columns = shape[-2:]
-    if scale.dtype is not torch.float32:
-        scale = scale.float()
-    scale = scale.reshape(*shape[:-2], -(-shape[-2] // block_rows), -(-shape[-1] // block_columns))
-    grouped = weight.qdata.dtype is torch.int8 and block_columns < shape[-1]
-    zero = weight.zero_point.reshape(scale.shape) if grouped and weight.zero_point is not None else None
-    dtype = weight.dtype if grouped else torch.float32
-    return Scaled8bit(weight.qdata, scale, zero, shape, dtype, block_rows, block_columns)
-
-
-def _torchao_nvfp4(weight: Tensor, _: object) -> Nvfp4 | None:
-    codes = weight.qdata
-    if codes.stride(-2) < codes.stride(-1):  # transposed
-        return None
-    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-    return Nvfp4(
-        codes, weight.scale, weight.per_tensor_scale, shape, weight.orig_dtype, int(bool(weight.is_swizzled_scales))
-    )
-
-
-def _fp8_linear(weight: Tensor, source: nn.Module) -> Scaled8bit | None:
-    if weight.element_size() > 1:
+    weight = module._parameters.get("weight")
+    if getattr(weight, "has_fp16_weights", False):
         return None  # dense
-    shape = tuple(weight.shape)
-    block_rows, block_columns = source.block_size or shape
-    scale = source.weight_scale_inv.detach().float()
-    scale = scale.reshape(-(-shape[0] // block_rows), -(-shape[1] // block_columns))
-    return Scaled8bit(weight.detach(), scale, None, shape, torch.float32, block_rows, block_columns)
+    if type(module).__name__ == "FP8Linear" and weight.dtype in FLOAT8:  # int8 are pairs of 4-bit numbers
+        return FP8_LINEAR
+    kind = type(weight)
+    if kind.__module__.partition(".")[0] == "torchao" and kind.dequantize is not Tensor.dequantize:
+        return HOLDERS.get(kind.__name__, TORCHAO)
+    return HOLDERS.get(kind_of(weight, module))
 
 
-def _mxfp4(blocks: Tensor, scales: Tensor) -> Mxfp4:
-    codes = blocks.detach().flatten(-2)  # [.., in / 32, 16]
-    return Mxfp4(codes, scales.detach(), (*codes.shape[:-1], 2 * codes.shape[-1]), torch.bfloat16)
+def weight_of(module: nn.Module) -> tuple | Tensor:
+    """The weight that a holder multiplies with: a packed value, or a dense copy where its format has none here.
+
+    Raises:
+        ValueError: see :func:`dorac.packed.of`.
+    """
+    value = of(module)
+    if value is not None:
+        return value
+    return (module if holder(module) is HQQ else module.weight).dequantize()
 
 
-_READERS = {
-    "Params4bit": _bnb_4bit,
-    "Int8Params": _bnb_int8,
-    "Int4Tensor": _torchao_int4,
-    "Int8Tensor": _torchao_8bit,
-    "Float8Tensor": _torchao_8bit,
-    "NVFP4Tensor": _torchao_nvfp4,
-}
+def restore(module: nn.Module) -> None:
+    """Gives the parameter that FSDP has put in the place of bitsandbytes' the statistics that the layer keeps.
+
+    The layer's forward does so, too, but by another parameter each time.
+    """
+    weight, state = module._parameters.get("weight"), getattr(module, "quant_state", None)
+    if type(weight) is nn.Parameter and state is not None and getattr(weight, "quant_state", None) is None:
+        weight.quant_state = state
+
+
+def unreadable(module: nn.Module) -> str | None:
+    """Why the weight of a holder cannot be read or its product not be differentiated now, or None if both can."""
+    kind, name = type(module).__name__, holder(module).attribute
+    weight = getattr(module, name)
+    if weight.is_meta:
+        return f"the {name} of {kind} is on the meta device and has no values: load the weights first"
+    quantises_input = getattr(weight, "act_quant_kwargs", None) is not None
+    if quantises_input or getattr(weight, "activation_dtype", torch.bfloat16) is not torch.bfloat16:
+        return f"the weight of {kind} quantises its input too, which then gets no gradient: quantise the weight alone"
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return f"the weight of {kind} scales its input (act_pre_scale), as no norm of a row can"
+    try:
+        value = of(module)
+        if value is not None:
+            value.check()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dorac.packed.form import Form, Pieces, alike
+from dorac.packed.holder import Holder, finite, frozen
 from dorac.packed.pieces import check_piece, looked_up, repeated, scaled
 
 
@@ -61,3 +63,32 @@ class TorchaoInt4(NamedTuple):
         values = looked_up(self.codes[..., start:stop, :].view(torch.uint8), table, high_first=False)
         scale, zero = (t[..., start:stop].mT.float() for t in (self.scale, self.zero))
         return (scaled(values, scale, self.block) + repeated(zero, self.block, self.shape[-1])).to(self.dtype)
+
+    def form(self) -> tuple[Form, Pieces] | None:
+        """See :meth:`dorac.packed.Bnb4bit.form`."""
+        block, scale = self.block, self.scale
+        if block & (block - 1) or not self.codes.is_contiguous() or not alike(self.zero, scale):
+            return None
+        strides = scale.stride(0) if len(self.shape) == 3 else 0, scale.stride(-1), scale.stride(-2), 0
+        form = Form("int4", str(self.dtype).removeprefix("torch."), 2, block // 2, strides=strides)
+        return form, (self.codes.view(torch.uint8), None, scale, self.zero, None, None, None)
+
+
+def _read(weight: Tensor, _: object) -> TorchaoInt4 | None:
+    if weight.act_pre_scale is not None:
+        return None
+    return TorchaoInt4(
+        weight.qdata, weight.scale, weight.zero_point, tuple(weight.shape), weight.dtype, weight.block_size[-1]
+    )
+
+
+def _requantised(module: nn.Module, dense: Tensor) -> dict[str, object]:
+    old = module.weight
+    try:
+        new = type(old).from_hp(finite(dense, old.dtype), list(old.block_size), activation_dtype=old.activation_dtype)
+    except ImportError as error:  # of the package that has the kernels
+        raise ValueError(f"torchao cannot quantise to int4 here: {error}") from None
+    return frozen(new)
+
+
+HOLDER = Holder("torchao int4 weight", read=_read, requantised=_requantised, differentiable=False)
