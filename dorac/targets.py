@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
 
-from dorac import offload, packed
+from dorac import offload, packed, stock_peft
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
@@ -143,10 +142,10 @@ def find_targets(
 
 def peft_layers(model: nn.Module) -> list[str]:
     """The names of the modules that PEFT has adapted."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # whoever adapted one has imported it
-    if tuners is None:
+    if not stock_peft.is_imported("BaseTunerLayer"):  # whoever adapted one has done it
         return []
-    return [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
+    adapted = stock_peft.BaseTunerLayer
+    return [name for name, module in model.named_modules() if isinstance(module, adapted)]
 
 
 def refuse_peft(model: nn.Module) -> None:

@@ -15,10 +15,11 @@ PACKAGE = Path(dorac.__file__).parent
 FLOORS = {
     "bounded": 0,
     "dense": 0,
-    "lora_config": 0,
+    "lora_config": 0.5,
     "names": 0,
     "numerics": 0,
     "reference": 0,
+    "stock_peft": 0,
     "weight_reads": 0,
     "kernels": 1,
     "ops": 2,

@@ -2,11 +2,9 @@
 
 import inspect
 
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer, model
 from torch import Tensor, nn
 
-from dorac import offload
+from dorac import offload, stock_peft
 from dorac.nn import DoraLayer
 from dorac.nn.stock import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
@@ -17,14 +15,15 @@ from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
 from dorac.peft.variants import OnDorac, factors
 from dorac.peft.weighted import add_weighted_adapter
+from dorac.stock_peft import AdaLoraLayer, LoraLayer
 from dorac.undo import Undo
 
 __all__ = ["LoraModel"]
 
-_create_and_replace_stock = model.LoraModel._create_and_replace
-_cast_adapter_dtype_stock = model.LoraModel._cast_adapter_dtype
-_inject_adapter_stock = model.LoraModel.inject_adapter
-_subtract_mutated_init_stock = model.LoraModel.subtract_mutated_init
+_create_and_replace_stock = stock_peft.create_and_replace
+_cast_adapter_dtype_stock = stock_peft.cast_adapter_dtype
+_inject_adapter_stock = stock_peft.LoraModel.inject_adapter
+_subtract_mutated_init_stock = stock_peft.LoraModel.subtract_mutated_init
 
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
@@ -72,7 +71,7 @@ def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_n
     return magnitudes | _subtract_mutated_init_stock(self, output_state_dict, adapter_name, kwargs)
 
 
-class LoraModel(model.LoraModel):
+class LoraModel(stock_peft.LoraModel):
     """That of one enabled model."""
 
     _cast_adapter_dtype = _cast_adapter_dtype

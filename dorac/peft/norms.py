@@ -8,8 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import offload, packed
@@ -18,6 +16,7 @@ from dorac.nn.keeper import NOTHING_KEPT
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
 from dorac.peft.weights import is_partitioned, is_plain, whole
+from dorac.stock_peft import BaseTunerLayer, LoraLayer
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
