@@ -31,6 +31,7 @@ FLOORS = {
     "hooks": 3.6,
     "nn": 4,
     "ranks": 4.5,
+    "places": 4.5,
     "notices": 5,
     "parallel": 5,
     "peft": 5,

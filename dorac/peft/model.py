@@ -5,7 +5,6 @@ import inspect
 from torch import Tensor, nn
 
 from dorac import offload, stock_peft
-from dorac.nn import DoraLayer
 from dorac.nn.stock import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
@@ -15,6 +14,7 @@ from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
 from dorac.peft.variants import OnDorac, factors
 from dorac.peft.weighted import add_weighted_adapter
+from dorac.places import dora_layers
 from dorac.stock_peft import AdaLoraLayer, LoraLayer
 from dorac.undo import Undo
 
@@ -44,7 +44,7 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    if name := next((name for name, module in model.named_modules() if isinstance(module, DoraLayer)), None):
+    if name := next(iter(dora_layers(model)), None):
         raise ValueError(MIXED.format(name))
     _inject_adapter_stock(self, model, adapter_name, *args, **kwargs)
     with state.lock:
