@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dorac import stock_peft
 from dorac.nn.hyperparameters import scaling_factor
 from dorac.peft import norms
-from dorac.peft.variants import OnDorac
+from dorac.peft.variants import adapters_on_dorac
 from dorac.peft.weighted import adapter_norm
 from dorac.stock_peft import LoraLayer, get_pattern_key, update_scaling
 from dorac.undo import Undo
@@ -25,12 +25,8 @@ _convert_scalings_stock = stock_peft.convert_scalings_to_tensor
 
 
 def _layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
-    """The layers whose adapter, or with None each of whose adapters, runs on dorac."""
-    for name, layer in getattr(model, "_orig_mod", model).named_modules():
-        if isinstance(layer, LoraLayer):
-            for other, variant in layer.lora_variant.items():
-                if isinstance(variant, OnDorac) and adapter in (None, other):
-                    yield name, layer, other
+    """Of a model that may be compiled."""
+    return adapters_on_dorac(getattr(model, "_orig_mod", model), adapter)
 
 
 def hotswap_adapter_from_state_dict(

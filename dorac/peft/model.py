@@ -12,7 +12,7 @@ from dorac.peft.mixed import enable_peft_forward_hooks
 from dorac.peft.state import state
 from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
-from dorac.peft.variants import OnDorac, factors
+from dorac.peft.variants import adapters_on_dorac, factors
 from dorac.peft.weighted import add_weighted_adapter
 from dorac.places import dora_layers
 from dorac.stock_peft import AdaLoraLayer, LoraLayer
@@ -59,10 +59,9 @@ def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = 
     _cast_adapter_dtype_stock(self, adapter_name, autocast_adapter_dtype)
     if autocast_adapter_dtype:
         return
-    for layer in self.model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), OnDorac):
-            magnitude = layer.lora_magnitude_vector[adapter_name].weight
-            magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
+    for _, layer, _ in adapters_on_dorac(self.model, adapter_name):
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight
+        magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
 
 
 def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs=None):

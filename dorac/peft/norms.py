@@ -145,16 +145,13 @@ class AdapterNorm:
 
 def adapter_norms(model: nn.Module) -> dict[str, AdapterNorm]:
     """Those of all adapters of the layers of ``model`` that run on dorac, by name; one that is there stays."""
-    from dorac.peft.variants import OnDorac
+    from dorac.peft.variants import adapters_on_dorac
 
     found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter, variant in layer.lora_variant.items():
-                if isinstance(variant, OnDorac):
-                    magnitude = layer.lora_magnitude_vector[adapter]
-                    magnitude.keeper = magnitude.keeper or AdapterNorm(layer, adapter)
-                    found[f"{name} (adapter {adapter})" if name else repr(magnitude.keeper)] = magnitude.keeper
+    for name, layer, adapter in adapters_on_dorac(model):
+        magnitude = layer.lora_magnitude_vector[adapter]
+        magnitude.keeper = magnitude.keeper or AdapterNorm(layer, adapter)
+        found[f"{name} (adapter {adapter})" if name else repr(magnitude.keeper)] = magnitude.keeper
     return found
 
 

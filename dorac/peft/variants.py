@@ -4,6 +4,7 @@ Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.
 linear layer is alone (:mod:`dorac.peft.over`) or dropout is on the low-rank branch alone, of which PEFT knows nothing.
 """
 
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +16,7 @@ from dorac.nn import merging
 from dorac.peft import dora, over
 from dorac.peft.dora_linear import is_zero
 from dorac.peft.weights import dense_weight, gathered, is_plain, whole
+from dorac.stock_peft import LoraLayer
 
 __all__ = [
     "DoraConv1dVariant",
@@ -160,6 +162,15 @@ class OnDorac:
     @staticmethod
     def unmerge(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return unmerged(module, active_adapter, orig_weight.detach())
+
+
+def adapters_on_dorac(root: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
+    """The layers below ``root`` whose adapter, or with None each of whose adapters, runs on dorac; by name, with it."""
+    for name, layer in root.named_modules():
+        if isinstance(layer, LoraLayer):
+            for other, variant in layer.lora_variant.items():
+                if isinstance(variant, OnDorac) and adapter in (None, other):
+                    yield name, layer, other
 
 
 def lone_adapter(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
