@@ -17,7 +17,7 @@ from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer, residual
 from dorac.nn.hyperparameters import check_hyperparameters, scaling_factor
 from dorac.notices import listed
-from dorac.targets import named_places
+from dorac.places import named_places
 from dorac.wrapped import config_record, saved_modules
 
 CONFIG_NAME = "adapter_config.json"

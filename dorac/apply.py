@@ -11,13 +11,13 @@ from dorac import lora_config, notices, pretrained
 from dorac.names import ModuleNames, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
+from dorac.places import dora_layers
 from dorac.targets import Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
 from dorac.wrapped import (
     SAVED_ATTRIBUTE,
     bare,
     config_record,
-    dora_layers,
     find_saved,
     refuse_ddp,
     refuse_tied,

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from dorac import ranks
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.keeper import Keeper
-from dorac.wrapped import bare, dora_layers, reshard
+from dorac.places import dora_layers
+from dorac.wrapped import bare, reshard
 
 _WRITTEN = (
     "the parameters of {} were written to between two steps of an optimizer by something else (an optimizer around the "

@@ -183,9 +183,9 @@ class _WeightUses(TorchDispatchMode):
 def _weights(layer: DoraLayer) -> Iterator[Tensor]:
     """The base weights; of offloaded ones the tensors on the host that they come from, none where there is none."""
     originals = offload.originals(layer.base_layer)
-    for name, parameter in layer.base_layer.named_parameters():
+    for name, parameter in layer.named_base_weights().items():
         weight = originals.get(name, parameter)
-        if weight is not None and any(parameter is own for own in layer.base_weights()):
+        if weight is not None:
             yield weight
 
 

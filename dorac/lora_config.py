@@ -142,7 +142,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
     remedy = "give target_modules: a list of names, a regex for whole names, or 'all-linear'"
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"target_modules is not given, and PEFT, which has defaults, is not installed; {remedy}")
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+    from dorac.stock_peft import default_targets as TABLE
 
     if model_type not in TABLE:
         what = f"models of type {model_type!r}" if model_type else f"a {type(model).__name__}, which has no model_type"

@@ -68,6 +68,7 @@ from dorac import ranks
 from dorac.nn import DoraEmbedding, DoraExperts, DoraLayer, DoraLinear, DoraQuantLinear, norm_cache
 from dorac.nn.expert_parallel import ExpertShards
 from dorac.nn.tensor_parallel import Shards, keep_parts
+from dorac.places import dora_layers
 
 
 class ColwiseParallel(_ColwiseParallel):
@@ -163,7 +164,7 @@ def check_ranks(model: nn.Module, mesh: DeviceMesh) -> None:
         ValueError: no DoRA layer in the model; a layer with another class, rank, scaling, dropout, dtype or size on
             another rank, by name with both. The sentence is the same on every rank.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DoraLayer)}
+    layers = dora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first")
     ranks.refuse_other_adapters(layers, mesh)

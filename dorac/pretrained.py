@@ -19,6 +19,7 @@ from dorac.names import plain_name
 from dorac.nn import DoraLayer
 from dorac.nn.loading import trained_names
 from dorac.ops import sharded
+from dorac.places import dora_layers
 from dorac.undo import Undo
 
 _LIBRARIES = ("transformers", "diffusers", "huggingface_hub")
@@ -128,7 +129,7 @@ def _refuse(module: nn.Module, checkpoint: Path | None, options: Mapping[str, An
             f"save_pretrained of {kind}, which holds DoRA layers, writes adapter files and takes no "
             f"{', '.join(refused)}; push_to_hub(repo_id) of the model uploads them"
         )
-    merged = [name for name, layer in module.named_modules() if isinstance(layer, DoraLayer) and layer.merged]
+    merged = [name for name, layer in dora_layers(module).items() if layer.merged]
     if merged:
         raise ValueError(
             f"the adapter of {kind} is merged ({merged[0]}, ...): dorac.merge(model, unload=True) leaves the plain "

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dorac import checks
 from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
 from dorac.nn.shelf import SHELF_ATTRIBUTE
+from dorac.places import dora_layers
 from dorac.undo import Undo
-from dorac.wrapped import SAVED_ATTRIBUTE, bare, dora_layers, require_layers, reshard, saved_modules
+from dorac.wrapped import SAVED_ATTRIBUTE, bare, require_layers, reshard, saved_modules
 
 
 @contextlib.contextmanager

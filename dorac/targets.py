@@ -2,16 +2,16 @@
 
 import dataclasses
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
 
-from dorac import offload
+from dorac import offload, stock_peft
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, is_linear, layer_class, unwrappable
+from dorac.places import named_places
 
 ALL_LINEAR = "all-linear"
 
@@ -25,21 +25,6 @@ class Target:
     r: int
     lora_alpha: float
     layout: Mapping[str, object] = dataclasses.field(default_factory=dict)
-
-
-def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` where a module held in several places has the name of each, but a place has one name only."""
-    yield "", model
-    seen = {model}
-    waiting = [(name, child) for name, child in reversed(model._modules.items())]
-    while waiting:
-        name, module = waiting.pop()
-        if module is None:
-            continue
-        yield name, module
-        if module not in seen:
-            seen.add(module)
-            waiting += [(f"{name}.{key}", child) for key, child in reversed(module._modules.items())]
 
 
 def find_targets(
@@ -93,8 +78,8 @@ def find_targets(
     refuse_peft(model)
     whole = set(saved)
     head = _output_embedding(model)
-    refused = _bypassed(model)
     places = list(named_places(model))
+    refused = offload.inside_others(model) | _bypassed(places)
     adapted = {name for name, module in places if name and isinstance(module, DoraLayer)}
     places = [
         (name, module)
@@ -141,10 +126,10 @@ def find_targets(
 
 def peft_layers(model: nn.Module) -> list[str]:
     """The names of the modules that PEFT has adapted."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # whoever adapted one has imported it
-    if tuners is None:
+    if not stock_peft.is_imported("BaseTunerLayer"):  # whoever adapted one has done it
         return []
-    return [name for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)]
+    adapted = stock_peft.BaseTunerLayer
+    return [name for name, module in model.named_modules() if isinstance(module, adapted)]
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -203,10 +188,10 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _bypassed(model: nn.Module) -> dict[str, str]:
+def _bypassed(places: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     """Modules whose weight is read past their forward, or that have no DoRA, with the reason to refuse them."""
-    bypassed = offload.inside_others(model)
-    for name, module in model.named_modules(remove_duplicate=False):
+    bypassed = {}
+    for name, module in places:
         if isinstance(module, nn.MultiheadAttention):
             bypassed[name] = "MultiheadAttention is not supported: it reads its projections past their forward"
             bypassed[f"{name}.out_proj".lstrip(".")] = (

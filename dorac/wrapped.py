@@ -1,16 +1,16 @@
-"""What of a model is adapted, trained whole or shared: its places by name, its parameters by identity and by memory."""
+"""What of a model is adapted, trained whole or tied, and what surgery refuses for it."""
 
 import bisect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from dorac import lora_config, offload
 from dorac.names import Names, parents
 from dorac.nn import DoraLayer
-from dorac.ops import sharded
-from dorac.targets import named_places, peft_layers
+from dorac.places import Index, dora_layers
+from dorac.targets import peft_layers
 from dorac.undo import Undo
 
 # Where a wrapped model remembers which modules are trained and saved whole.
@@ -45,11 +45,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
-    """The DoRA layers of a model by name; one that is held in several places has several names."""
-    return {name: module for name, module in named_places(model) if isinstance(module, DoraLayer)}
-
-
 def refuse_offloaded_as_parts(model: nn.Module, layers: Mapping[str, DoraLayer]) -> None:
     """The values of such layers are there only while an outer module runs."""
     reasons = offload.inside_others(model)
@@ -71,32 +66,15 @@ def require_layers(model: nn.Module) -> dict[str, DoraLayer]:
     return layers
 
 
-def _memory(parameter: Tensor) -> tuple[str, int]:
-    """Where the parameter's memory begins (of a DTensor, this rank's shard), or which it is if it has none."""
-    local = parameter.to_local() if sharded.any_sharded(parameter) else parameter
-    if local.numel() and not local.is_meta and (address := local.data_ptr()):  # 0: it consists of other tensors
-        return "address", address
-    return "id", id(parameter)
-
-
 def refuse_tied(model: nn.Module, layers: Iterable[DoraLayer], deed: str) -> None:
     """A base weight of ``layers`` that something outside its wrapper reads too must not be written to."""
-    paths: dict[DoraLayer, list[str]] = {}
-    layers = set(layers)
-    names: dict[tuple[str, int], list[str]] = {}  # of the parameters in one piece of memory
-    memories: dict[int, tuple[str, int]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if module in layers:
-            paths.setdefault(module, []).append(f"{prefix}." if prefix else "")
-        originals = offload.originals(module)
-        for key, parameter in module.named_parameters(recurse=False):
-            kept = originals.get(key)
-            memories[id(parameter)] = memory = _memory(parameter if kept is None else kept)
-            names.setdefault(memory, []).append(f"{prefix}.{key}".lstrip("."))
-    for layer, prefixes in paths.items():
-        for weight in layer.base_weights():
-            attribute = next(key for key, parameter in layer.base_layer.named_parameters() if parameter is weight)
-            tied = next((n for n in names[memories[id(weight)]] if not n.startswith(tuple(prefixes))), None)
+    index, layers = Index(model), set(layers)
+    for layer, names in index.modules.items():
+        if layer not in layers:
+            continue
+        prefixes = tuple(f"{name}." if name else "" for name in names)
+        for attribute, weight in layer.named_base_weights().items():
+            tied = next((n for n in index.names_in_memory(weight) if not n.startswith(prefixes)), None)
             if tied is not None:
                 own = f"layer.base_layer.{attribute}"
                 raise ValueError(
@@ -138,7 +116,8 @@ def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: 
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
     Names("modules_to_save", modules_to_save)
-    names = [name for name, _ in model.named_modules() if name]
+    index = Index(model)
+    names = [own[0] for own in index.modules.values() if own[0]]
     backwards = sorted((name[::-1], place) for place, name in enumerate(names))
     found = []
     for ending in modules_to_save:
@@ -149,11 +128,11 @@ def find_saved(model: nn.Module, modules_to_save: Sequence[str], *, all_needed: 
         if all_needed and place == first:
             raise ValueError(f"modules_to_save: {ending!r} matches no module")
         found += [names[index] for index in sorted(index for _, index in backwards[first:place])]
-    _refuse_unsavable(model, found)
+    _refuse_unsavable(model, index, found)
     return found
 
 
-def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
+def _refuse_unsavable(model: nn.Module, index: Index, found: list[str]) -> None:
     """What is trained whole must hold no adapter, lie in none and share no parameter with the rest."""
     if not found:
         return
@@ -163,16 +142,13 @@ def _refuse_unsavable(model: nn.Module, found: list[str]) -> None:
     for place, layer in enumerate(layers):
         for name in parents(layer):
             within.setdefault(name, place)
-    keys: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        keys.setdefault(id(parameter), []).append(key)
     for name in found:
         around = [order[parent] for parent in parents(name) if parent in order]
         if around or name in within:
             adapted = layers[min([*around, *([within[name]] if name in within else [])])]
             raise ValueError(f"modules_to_save: {name} cannot be trained whole, {adapted} is adapted already")
         own = model.get_submodule(name).parameters()
-        outside = (key for p in own for key in keys[id(p)] if not key.startswith(f"{name}."))
+        outside = (key for p in own for key in index.names(p) if not key.startswith(f"{name}."))
         if shared := next(outside, None):
             raise ValueError(
                 f"modules_to_save: {name} shares its weight with {shared}; untie them, or both would be trained"

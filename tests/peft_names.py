@@ -1,123 +1,118 @@
-"""What dorac reads of PEFT that is not in ``peft.__all__``, and what to look for where a release has moved it."""
+"""Where dorac reads what is not in ``peft.__all__``, and what to look for where a release has moved it."""
 
 import ast
-import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import peft
 from private_names import is_there
 
-PACKAGE = Path(__file__).parents[1] / "dorac"
-TOOLS = "bench", "demo", "testing"  # these only measure, show and test
+from dorac import stock_peft
 
-PRIVATE = {
+PACKAGE = Path(stock_peft.__file__).parent
+TOOLS = "bench", "demo", "testing"  # these only measure, show and test
+ROOM = "dorac.stock_peft"
+
+WHERE = {
     "the magnitudes and what they compute: look in peft/tuners/lora/dora.py for the layers that are subclassed": (
         "peft.tuners.lora.dora",
-        "peft.tuners.lora.dora._DoraConvNdLayer",
-        "peft.tuners.lora.dora._DoraConvNdLayer.get_lora_weight.__wrapped__",
-        "peft.tuners.lora.dora.DoraEmbeddingLayer.get_lora_weight.__wrapped__",
-        "peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight.__wrapped__",
-        "peft.tuners.lora.dora.ENABLE_DORA_CACHING",
     ),
     "the variants over them: look in peft/tuners/lora/variants.py for what calls a magnitude": (
         "peft.tuners.lora.variants",
     ),
     "layers with adapters: look in peft/tuners/lora/layer.py, bnb.py and torchao.py for their forward and merge": (
-        "peft.tuners.lora.LoraLayer",
+        "peft.tuners.lora",
         "peft.tuners.lora.bnb",
         "peft.tuners.lora.layer",
-        "peft.tuners.lora.layer.Linear",
         "peft.tuners.lora.torchao",
-        "peft.tuners.tuners_utils.BaseTunerLayer",
-        "peft.tuners.tuners_utils.check_adapters_to_merge",
-        "peft.utils.other.AuxiliaryTrainingWrapper",
+        "peft.tuners.tuners_utils",
     ),
     "models with adapters: look in peft/tuners/lora/model.py and tuners_utils.py for what adds, merges and mixes": (
-        "peft.tuners.adalora.AdaLoraLayer",
+        "peft.tuners.adalora",
         "peft.tuners.lora.model",
-        "peft.tuners.lora.model.LoraModel",
-        "peft.tuners.lora.model.LoraModel._cast_adapter_dtype",
-        "peft.tuners.lora.model.LoraModel._create_and_replace",
-        "peft.tuners.lora.model.LoraModel._create_new_module",
-        "peft.tuners.lora.model.LoraModel._enable_peft_forward_hooks",
-        "peft.tuners.lora.model.LoraModel._unload_and_optionally_merge",
-        "peft.utils._freeze_adapter",
     ),
     "configs: look in peft/tuners/lora/config.py, and in peft/utils/constants.py for default targets": (
-        "peft.tuners.lora.LoraConfig",
-        "peft.tuners.lora.config.CordaConfig",
-        "peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-        "peft.utils.other.get_pattern_key",
+        "peft.tuners.lora.config",
+        "peft.utils",
+        "peft.utils.other",
     ),
-    "adapters swapped in place: look in peft/utils/hotswap.py": (
-        "peft.utils.hotswap",
-        "peft.utils.hotswap._convert_scalings_to_tensor",
-        "peft.utils.hotswap._update_scaling",
-    ),
+    "adapters swapped in place: look in peft/utils/hotswap.py": ("peft.utils.hotswap",),
     "other libraries: look in peft/import_utils.py, peft/utils/integrations.py and transformers_weight_conversion.py": (
-        "peft.import_utils.is_bnb_4bit_available",
-        "peft.import_utils.is_bnb_available",
-        "peft.import_utils.is_transformers_ge_v5",
-        "peft.utils.integrations.dequantize_bnb_weight",
-        "peft.utils.integrations.dequantize_module_weight",
+        "peft.import_utils",
+        "peft.utils.integrations",
         "peft.utils.transformers_weight_conversion",
     ),
 }
 NEEDS_ANOTHER = ("peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion")  # library, to be imported
 
 
+def modules() -> set[str]:
+    """PEFT's, that the names in dorac's room are in."""
+    return {place.partition(":")[0] for place in stock_peft.PLACES.values()}
+
+
 def moved() -> list[str]:
     """A sentence for each name that this PEFT does not have."""
+    sentences = {module: where for where, modules in WHERE.items() for module in modules}
     return [
-        f"peft {peft.__version__} has no {name}; {where}"
-        for where, names in PRIVATE.items()
-        for name in names
-        if not _is_there(name)
+        f"peft {peft.__version__} has no {place.replace(':', '.')}; {sentences[place.partition(':')[0]]}"
+        for place in stock_peft.PLACES.values()
+        if not _is_there(*place.split(":"))
     ]
 
 
-def _is_there(name: str) -> bool:
-    if name in NEEDS_ANOTHER:
-        return importlib.util.find_spec(name) is not None
-    return is_there(name, peft)
+def _is_there(module: str, name: str) -> bool:
+    if module not in NEEDS_ANOTHER:
+        return is_there(f"{module}.{name}", peft)
+    spec = importlib.util.find_spec(module)
+    return spec is not None and bool(re.search(rf"^\s*(def|class) {name}\b", Path(spec.origin).read_text(), re.M))
 
 
-def read() -> set[str]:
-    """The names in dorac's code, each as far as it goes."""
-    names = set()
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).parts[0] not in TOOLS:
-            names |= _names(ast.parse(path.read_text(encoding="utf-8")), {})
-    return names
+def read(folder: Path = PACKAGE) -> tuple[set[str], dict[str, set[str]]]:
+    """What the files take of the room, and what is private of PEFT in the others, by file."""
+    taken, elsewhere = set(), {}
+    for path in folder.rglob("*.py"):
+        if path.relative_to(folder).parts[0] not in TOOLS and path.relative_to(folder) != Path("stock_peft.py"):
+            names = _names(ast.parse(path.read_text(encoding="utf-8")))
+            taken |= {name.removeprefix(f"{ROOM}.") for name in names if name.startswith(f"{ROOM}.")}
+            if private := {name for name in names if _is_private(name)}:
+                elsewhere[str(path.relative_to(folder))] = private
+    return taken, elsewhere
 
 
-def _names(scope: ast.AST, outer: dict[str, str]) -> set[str]:
-    """What a scope imports of PEFT, and private attributes of that."""
-    inside, scopes = [], []
-    pending = list(ast.iter_child_nodes(scope))
-    while pending:
-        node = pending.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            scopes.append(node)
-        else:
-            inside.append(node)
-            pending += ast.iter_child_nodes(node)
-    imports = [n for n in inside if isinstance(n, ast.ImportFrom) and n.module and n.module.split(".")[0] == "peft"]
-    own = {a.asname or a.name: f"{node.module}.{a.name}" for node in imports for a in node.names}
-    names = {name for name in own.values() if name.removeprefix("peft.") not in peft.__all__}
-    imported = outer | own
-    if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        for argument in (*scope.args.args, *scope.args.kwonlyargs):
-            imported.pop(argument.arg, None)
-    attributes = [node for node in inside if isinstance(node, ast.Attribute)]
-    parts = [node.value for node in attributes]
-    for node in attributes:
-        if node not in parts:
+def _is_private(name: str) -> bool:
+    """Whether a name is PEFT's and not in ``peft.__all__``, or leads past what is: of the room's too."""
+    if name.startswith(f"{ROOM}."):
+        rest = name.removeprefix(f"{ROOM}.").split(".")[1:]
+    else:
+        first, *rest = name.removeprefix("peft.").split(".")
+        if first not in peft.__all__:
+            return True
+    return any(part.startswith("_") or part.isupper() for part in rest)
+
+
+def _names(tree: ast.Module) -> set[str]:
+    """What a file imports of PEFT and of the room, as far as it goes in it, and names of PEFT's in strings."""
+    roots = "peft", ROOM
+    imported, names = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in roots or node.module in roots or node.module.startswith("peft."):
+                    imported[alias.asname or alias.name] = full
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "peft" or alias.name == ROOM:
+                    imported[alias.asname or "peft"] = alias.name if alias.asname else "peft"
+                    names.add(alias.name)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"peft(\.\w+)+(:[\w.]*)?", str(node.value)):
+            names.add(node.value.replace(":", "."))
+    names.update(imported.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
             head, _, rest = ast.unparse(node).partition(".")
-            private = [part for part in rest.split(".") if part.startswith("_") or part.isupper()]
-            if head in imported and rest.replace(".", "").isidentifier() and private:
+            if head in imported and rest.replace(".", "").isidentifier():
                 names.add(f"{imported[head]}.{rest}")
-    for inner in scopes:
-        names |= _names(inner, imported)
-    return names
+    return names - set(roots)

@@ -29,9 +29,10 @@ from dorac.names import ModuleNames, Pattern, plain_name
 from dorac.nn import DoraLayer, layer_class, norm_cache, residual, starts
 from dorac.nn.shelf import Shelved
 from dorac.ops import sharded
+from dorac.places import dora_layers
 from dorac.targets import Target, find_targets
 from dorac.undo import Undo
-from dorac.wrapped import bare, dora_layers, find_saved, refuse_ddp, refuse_offloaded_as_parts, reshard, saved_modules
+from dorac.wrapped import bare, find_saved, refuse_ddp, refuse_offloaded_as_parts, reshard, saved_modules
 
 
 def load_adapter(

@@ -15,7 +15,7 @@ from dorac.names import plain_name
 from dorac.nn import DoraLayer, layer_class
 from dorac.nn.linear import is_conv1d
 from dorac.ops import sharded
-from dorac.targets import named_places
+from dorac.places import named_places
 
 _CONFIGS = ("config.json", "model_index.json")
 # transformers' models whose linear layers of these names are Conv1D, with weights [in, out].

@@ -12,8 +12,8 @@ from dorac.files.layers import Layer, merged
 from dorac.files.parts import Given
 from dorac.files.places import place
 from dorac.names import ModuleNames
-from dorac.nn import DoraLayer
 from dorac.ops import sharded
+from dorac.places import Index, dora_layers
 from dorac.undo import Undo
 
 
@@ -45,7 +45,7 @@ def merge_into(
     """
     given = Given(lora_alpha, scaling, norm_axis, eps)
     given.check()
-    adapted = next((name for name, module in model.named_modules() if isinstance(module, DoraLayer)), None)
+    adapted = next(iter(dora_layers(model)), None)
     if adapted is not None:
         raise ValueError(f"the model has adapted layers ({adapted}, ...): merge the file into a plain model")
     raw = storage.read(hub.local(path, (storage.CONFIG_NAME, *storage.WEIGHTS_NAMES)))
@@ -75,13 +75,11 @@ def _merge(layer: Layer, base: Model, parameter: nn.Parameter, log: Undo) -> Non
 
 
 def _refuse_what_is_not_written(model: nn.Module, base: Model, layers: tuple[Layer, ...]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    index = Index(model)
     for layer in layers:
         module = base.module(layer.name)
         if packed.holder(module) is not None or not module.weight.is_floating_point():
             raise ValueError(f"{layer.name} is quantised, and its merged weight would be another format's")
-        sharing = names.get(id(module.weight), [])
+        sharing = index.names(module.weight)
         if len(sharing) > 1:
             raise ValueError(f"{' and '.join(sharing)} are one weight: merging would change both; untie them first")

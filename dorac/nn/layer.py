@@ -214,6 +214,11 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         """The parameters of the base layer that merging changes."""
         return [parameter(self._modules["base_layer"], "weight")]
 
+    def named_base_weights(self) -> dict[str, nn.Parameter]:
+        """Those of :meth:`base_weights` that are parameters of the base layer now, by their names in it."""
+        names = {id(parameter): name for name, parameter in self.base_layer.named_parameters()}
+        return {names[id(weight)]: weight for weight in self.base_weights() if id(weight) in names}
+
     def _magnitudes(self) -> list[nn.Parameter]:
         return [self.lora_magnitude_vector]
 

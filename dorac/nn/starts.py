@@ -192,8 +192,7 @@ def before_load(layer: "DoraLayer", state_dict: Mapping[str, Tensor], prefix: st
     weights = layer.base_weights()
     own = [name for name, _ in layer.named_parameters(recurse=False)]
     loaded = {name for name in own if f"{prefix}{name}" in state_dict}
-    base = [name for name, p in layer.base_layer.named_parameters() if any(p is weight for weight in weights)]
-    arrives = any(f"{prefix}base_layer.{name}" in state_dict for name in base)
+    arrives = any(f"{prefix}base_layer.{name}" in state_dict for name in layer.named_base_weights())
     magnitude = layer.magnitude_loaded or any(name.endswith("lora_magnitude_vector") for name in loaded)
     norm = None
     if arrives and not magnitude and layer.waiting is None and not any(weight.is_meta for weight in weights):

@@ -6,17 +6,16 @@ which needs the library.
 """
 
 import torch
-from peft.tuners.lora import bnb
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from dorac import functional
+from dorac import functional, stock_peft
 from dorac.nn import linear4bit, shared
 from dorac.peft import over
 from dorac.peft.mixed import MixedBatch
 from dorac.peft.variants import DoraLinearVariant, lone_adapter
 
-__all__ = [name for name in ("Linear4bit", "Linear8bitLt") if hasattr(bnb, name)]
+__all__ = [name for name in ("Linear4bit", "Linear8bitLt") if hasattr(stock_peft, name)]
 
 
 class _Straight(MixedBatch):
@@ -38,7 +37,7 @@ class _Straight(MixedBatch):
 if "Linear4bit" in __all__:
 
     @shared.fusable
-    class Linear4bit(_Straight, bnb.Linear4bit):
+    class Linear4bit(_Straight, stock_peft.Linear4bit):
         """Over nf4 and fp4."""
 
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -62,5 +61,5 @@ if "Linear4bit" in __all__:
 
 if "Linear8bitLt" in __all__:
 
-    class Linear8bitLt(_Straight, bnb.Linear8bitLt):
+    class Linear8bitLt(_Straight, stock_peft.Linear8bitLt):
         """Over int8."""

@@ -9,16 +9,13 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from peft.tuners.lora import LoraLayer, model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dorac import stock_peft
 from dorac.peft import layer, variants
+from dorac.stock_peft import BaseTunerLayer, LoraLayer
 
-_ORDER = ("eetq", "aqlm", "awq", "gptq", "hqq", "inc", "torchao", "megatron", "transformer_engine", "default")
-
-_create_new_module_stock = model.LoraModel._create_new_module
+_create_new_module_stock = stock_peft.create_new_module
 
 
 class _OnDorac(variants.TakesVariants):
@@ -31,7 +28,7 @@ def building_class(cls: type) -> type:
     """The class to build a LoRA layer of ``cls`` with: dorac's subclass of it, or one for the time of building."""
     if issubclass(cls, variants.TakesVariants):
         return cls
-    if cls.__name__ in layer.__all__ and getattr(layer.layer, cls.__name__) is cls:
+    if cls.__name__ in layer.__all__ and getattr(stock_peft, cls.__name__) is cls:
         return getattr(layer, cls.__name__)
     return type(cls.__name__, (_OnDorac, cls), {"stock": cls, "__module__": cls.__module__})
 
@@ -64,13 +61,10 @@ def _dispatch_custom(target: nn.Module, adapter_name: str, config, **kwargs: Any
 @functools.cache
 def _dispatchers() -> tuple[Callable, ...]:
     """PEFT's functions that build a layer over a target of one kind, in its order."""
-    found = []
-    if is_bnb_available():
-        from peft.tuners.lora import bnb
-
-        found += [bnb.dispatch_bnb_8bit] + ([bnb.dispatch_bnb_4bit] if is_bnb_4bit_available() else [])
-    found += [getattr(model, f"dispatch_{name}") for name in _ORDER]
-    return tuple(map(_building, found))
+    found = [*stock_peft.DISPATCHERS]
+    if stock_peft.is_bnb_available():
+        found = ["dispatch_bnb_8bit", *(["dispatch_bnb_4bit"] if stock_peft.is_bnb_4bit_available() else []), *found]
+    return tuple(_building(getattr(stock_peft, name)) for name in found)
 
 
 def _building(dispatch: FunctionType) -> FunctionType:

@@ -6,9 +6,9 @@ the constructor.
 """
 
 import torch.nn.functional as F
-from peft.tuners.lora import dora
 from torch import Tensor, nn
 
+from dorac import stock_peft
 from dorac.functional.embedding import EMBEDDING_BUDGET
 from dorac.peft.dora_linear import DoraLinearLayer, without_bias
 from dorac.peft.weights import (
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 
-class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
+class DoraEmbeddingLayer(DoraLinearLayer, stock_peft.DoraEmbeddingLayer):
     """The magnitude of an embedding, ``weight [dim]``, whose norm is taken over the vocabulary."""
 
-    get_lora_weight = dora.DoraEmbeddingLayer.get_lora_weight.__wrapped__
+    get_lora_weight = stock_peft.embedding_lora_weight
 
     norm_budget = EMBEDDING_BUDGET
 
@@ -78,10 +78,10 @@ class DoraEmbeddingLayer(DoraLinearLayer, dora.DoraEmbeddingLayer):
 _PLACEMENT = ("stride", "padding", "dilation", "padding_mode")  # of a convolution's windows
 
 
-class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
+class _DoraConvNdLayer(DoraLinearLayer, stock_peft._DoraConvNdLayer):
     """The magnitude of a convolution, ``weight [1, out, 1, ...]``, and what DoRA adds to the layer's output."""
 
-    get_lora_weight = dora._DoraConvNdLayer.get_lora_weight.__wrapped__
+    get_lora_weight = stock_peft.conv_lora_weight
 
     def forward(
         self,
@@ -137,13 +137,13 @@ class _DoraConvNdLayer(DoraLinearLayer, dora._DoraConvNdLayer):
         return self.conv_fn(x, weight, None, base_layer.stride, padding, base_layer.dilation, groups)
 
 
-class DoraConv1dLayer(_DoraConvNdLayer, dora.DoraConv1dLayer):
+class DoraConv1dLayer(_DoraConvNdLayer, stock_peft.DoraConv1dLayer):
     """As :class:`DoraConv2dLayer`, with one kernel dimension."""
 
 
-class DoraConv2dLayer(_DoraConvNdLayer, dora.DoraConv2dLayer):
+class DoraConv2dLayer(_DoraConvNdLayer, stock_peft.DoraConv2dLayer):
     """The magnitude of an ``nn.Conv2d``, ``weight [1, out, 1, 1]``."""
 
 
-class DoraConv3dLayer(_DoraConvNdLayer, dora.DoraConv3dLayer):
+class DoraConv3dLayer(_DoraConvNdLayer, stock_peft.DoraConv3dLayer):
     """As :class:`DoraConv2dLayer`, with three kernel dimensions."""

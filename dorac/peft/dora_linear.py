@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from peft.tuners.lora import dora
 from torch import Tensor, nn
 
-from dorac import functional, magnitudes, offload, packed
+from dorac import functional, magnitudes, offload, packed, stock_peft
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
@@ -23,8 +22,11 @@ from dorac.peft.weights import (
     whole,
 )
 
+_settings, _CACHING = stock_peft.place("dora_caching")
+_SETTINGS = vars(_settings)  # where every forward looks
 
-class DoraLinearLayer(dora.DoraLinearLayer):
+
+class DoraLinearLayer(stock_peft.DoraLinearLayer):
     """The magnitude of a linear layer, ``weight [out]``, and what DoRA adds to the layer's output.
 
     Args:
@@ -111,7 +113,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         """Whether norms are kept now; forgets those there are if not. Compiled code neither keeps nor forgets."""
         if torch.compiler.is_compiling():
             return False
-        if dora.ENABLE_DORA_CACHING and not self.training:
+        if _SETTINGS[_CACHING] and not self.training:
             return True
         if self._dora_cache:
             self._cache_clear()
@@ -132,7 +134,7 @@ class DoraLinearLayer(dora.DoraLinearLayer):
             self._dora_cache[f"weight-norm-{adapter_name}"] = now, kept
         return kept
 
-    get_lora_weight = dora.DoraLinearLayer.get_lora_weight.__wrapped__  # uncached: a dense product
+    get_lora_weight = stock_peft.linear_lora_weight  # uncached: a dense product
 
     def get_weight_norm(
         self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None

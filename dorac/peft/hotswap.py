@@ -9,28 +9,24 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from peft.tuners.lora import LoraConfig, LoraLayer
-from peft.utils import hotswap
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from dorac import stock_peft
 from dorac.nn.hyperparameters import scaling_factor
 from dorac.peft import norms
-from dorac.peft.variants import OnDorac
+from dorac.peft.variants import adapters_on_dorac
 from dorac.peft.weighted import adapter_norm
+from dorac.stock_peft import LoraLayer, get_pattern_key, update_scaling
 from dorac.undo import Undo
 
-_swap_stock = hotswap.hotswap_adapter_from_state_dict
-_convert_scalings_stock = hotswap._convert_scalings_to_tensor
+_swap_stock = stock_peft.hotswap_adapter_from_state_dict
+_convert_scalings_stock = stock_peft.convert_scalings_to_tensor
 
 
 def _layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
-    """The layers whose adapter, or with None each of whose adapters, runs on dorac."""
-    for name, layer in getattr(model, "_orig_mod", model).named_modules():
-        if isinstance(layer, LoraLayer):
-            for other, variant in layer.lora_variant.items():
-                if isinstance(variant, OnDorac) and adapter in (None, other):
-                    yield name, layer, other
+    """Of a model that may be compiled."""
+    return adapters_on_dorac(getattr(model, "_orig_mod", model), adapter)
 
 
 def hotswap_adapter_from_state_dict(
@@ -94,7 +90,7 @@ def _set_scaling(layer: LoraLayer, adapter: str, name: str, config: LoraConfig) 
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
     layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
     magnitude, scaling = layer.lora_magnitude_vector[adapter], scaling_factor(rank, alpha, config.use_rslora)
-    hotswap._update_scaling(layer, adapter, scaling)
+    update_scaling(layer, adapter, scaling)
     if isinstance(magnitude.own_scaling, Tensor):
         magnitude.own_scaling.fill_(scaling)
     else:
@@ -114,9 +110,9 @@ def convert_scalings_to_tensor(model: nn.Module) -> bool:
         return _convert_scalings_stock(model)
 
 
-# What PEFT's module gets while anything is enabled.
+# What PEFT's module gets while anything is enabled, by the names in dorac.stock_peft.
 FUNCTIONS = {
     "hotswap_adapter_from_state_dict": hotswap_adapter_from_state_dict,
-    "_convert_scalings_to_tensor": convert_scalings_to_tensor,
+    "convert_scalings_to_tensor": convert_scalings_to_tensor,
 }
-STOCK = {"hotswap_adapter_from_state_dict": _swap_stock, "_convert_scalings_to_tensor": _convert_scalings_stock}
+STOCK = {"hotswap_adapter_from_state_dict": _swap_stock, "convert_scalings_to_tensor": _convert_scalings_stock}

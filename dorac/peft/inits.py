@@ -164,8 +164,8 @@ def _drop_prepared(init: str, layers: Iterable[DoraLayer], log: Undo) -> None:
 def _factors(name: str, init: str, layer: DoraLinear, config: object) -> dict[str, Tensor]:
     """What PEFT's layer over a stand-in for the base layer starts with."""
     from peft import LoraConfig
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.layer import Linear
+
+    from dorac.stock_peft import CordaConfig, Linear
 
     settings = LoraConfig(
         r=layer.r,

@@ -6,13 +6,12 @@ quantised or sharded weights, hooks) they do what PEFT does, with the layers of 
 """
 
 import torch
-from peft.tuners.lora import layer
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from dorac import functional, offload
+from dorac import functional, offload, stock_peft
 from dorac.nn import offloaded, shared
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.front import autocast_dtype
@@ -74,7 +73,7 @@ class _Layer(Merging, mixed.MixedBatch, variants.TakesVariants):
 
 
 @shared.fusable
-class Linear(_Layer, layer.Linear):
+class Linear(_Layer, stock_peft.Linear):
     """``y = g * (x W^T + s (x lora_A^T) lora_B^T) + b`` over an ``nn.Linear`` or GPT-2 ``Conv1D``."""
 
     MAGNITUDE = dora.DoraLinearLayer
@@ -147,7 +146,7 @@ class Linear(_Layer, layer.Linear):
         return functional.Projection(*tensors, *settings), options["dropout_on"]
 
 
-class Embedding(_Layer, layer.Embedding):
+class Embedding(_Layer, stock_peft.Embedding):
     """``y = g * (weight[x] + s * lora_A^T[x] lora_B^T)`` over an ``nn.Embedding``."""
 
     MAGNITUDE = dora.DoraEmbeddingLayer
@@ -246,13 +245,13 @@ class _ConvNd(_Layer):
         )
 
 
-class Conv1d(_ConvNd, layer.Conv1d):
+class Conv1d(_ConvNd, stock_peft.Conv1d):
     STOCK, MAGNITUDE, FUNCTION = nn.Conv1d, dora.DoraConv1dLayer, "dora_conv1d"
 
 
-class Conv2d(_ConvNd, layer.Conv2d):
+class Conv2d(_ConvNd, stock_peft.Conv2d):
     STOCK, MAGNITUDE, FUNCTION = nn.Conv2d, dora.DoraConv2dLayer, "dora_conv2d"
 
 
-class Conv3d(_ConvNd, layer.Conv3d):
+class Conv3d(_ConvNd, stock_peft.Conv3d):
     STOCK, MAGNITUDE, FUNCTION = nn.Conv3d, dora.DoraConv3dLayer, "dora_conv3d"

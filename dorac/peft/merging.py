@@ -8,22 +8,21 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 
-from peft.tuners.lora import LoraLayer, model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dorac import offload, packed
+from dorac import offload, packed, stock_peft
 from dorac.nn import blocks
 from dorac.ops import sharded
 from dorac.peft import norms
 from dorac.peft.state import state
 from dorac.peft.uncovered import report_shared
 from dorac.peft.weights import dense_weight, is_partitioned, is_plain, own_weight, whole, written_in_place
+from dorac.stock_peft import BaseTunerLayer, LoraLayer
 from dorac.undo import Undo
 
-_merge_adapter_stock = model.LoraModel.merge_adapter
-_unmerge_adapter_stock = model.LoraModel.unmerge_adapter
-_unload_stock = model.LoraModel._unload_and_optionally_merge
+_merge_adapter_stock = stock_peft.LoraModel.merge_adapter
+_unmerge_adapter_stock = stock_peft.LoraModel.unmerge_adapter
+_unload_stock = stock_peft.unload_and_optionally_merge
 
 
 def keep_layer(log: Undo, layer: BaseTunerLayer) -> None:

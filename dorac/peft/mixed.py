@@ -10,20 +10,20 @@ import operator
 from collections.abc import Iterator, Sequence
 
 import torch
-from peft.tuners.lora import LoraLayer, model
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, stock_peft
 from dorac.functional import Adapter
 from dorac.numerics import accumulate_dtype
 from dorac.peft import over, stacked
 from dorac.peft.direct import dropout_p, parameter, plain_weight
 from dorac.peft.dora_linear import is_zero
 from dorac.peft.variants import DoraLinearVariant, OnDorac
+from dorac.stock_peft import LoraLayer
 
 BASE = "__base__"  # PEFT's word for a row that runs no adapter
 
-_enable_hooks_stock = model.LoraModel._enable_peft_forward_hooks
+_enable_hooks_stock = stock_peft.enable_forward_hooks
 
 
 class MixedBatch:

@@ -2,12 +2,9 @@
 
 import inspect
 
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer, model
 from torch import Tensor, nn
 
-from dorac import offload
-from dorac.nn import DoraLayer
+from dorac import offload, stock_peft
 from dorac.nn.stock import MIXED
 from dorac.peft.build import building_class, built_class, create_new_module
 from dorac.peft.merging import merge_adapter, unload_and_optionally_merge, unmerge_adapter
@@ -15,16 +12,18 @@ from dorac.peft.mixed import enable_peft_forward_hooks
 from dorac.peft.state import state
 from dorac.peft.switch import DROPOUT_ON, set_dropout_on, switch
 from dorac.peft.uncovered import report
-from dorac.peft.variants import OnDorac, factors
+from dorac.peft.variants import adapters_on_dorac, factors
 from dorac.peft.weighted import add_weighted_adapter
+from dorac.places import dora_layers
+from dorac.stock_peft import AdaLoraLayer, LoraLayer
 from dorac.undo import Undo
 
 __all__ = ["LoraModel"]
 
-_create_and_replace_stock = model.LoraModel._create_and_replace
-_cast_adapter_dtype_stock = model.LoraModel._cast_adapter_dtype
-_inject_adapter_stock = model.LoraModel.inject_adapter
-_subtract_mutated_init_stock = model.LoraModel.subtract_mutated_init
+_create_and_replace_stock = stock_peft.create_and_replace
+_cast_adapter_dtype_stock = stock_peft.cast_adapter_dtype
+_inject_adapter_stock = stock_peft.LoraModel.inject_adapter
+_subtract_mutated_init_stock = stock_peft.LoraModel.subtract_mutated_init
 
 
 def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
@@ -45,7 +44,7 @@ def _create_and_replace(self, lora_config, adapter_name, target, target_name, pa
 
 
 def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    if name := next((name for name, module in model.named_modules() if isinstance(module, DoraLayer)), None):
+    if name := next(iter(dora_layers(model)), None):
         raise ValueError(MIXED.format(name))
     _inject_adapter_stock(self, model, adapter_name, *args, **kwargs)
     with state.lock:
@@ -60,10 +59,9 @@ def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = 
     _cast_adapter_dtype_stock(self, adapter_name, autocast_adapter_dtype)
     if autocast_adapter_dtype:
         return
-    for layer in self.model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), OnDorac):
-            magnitude = layer.lora_magnitude_vector[adapter_name].weight
-            magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
+    for _, layer, _ in adapters_on_dorac(self.model, adapter_name):
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight
+        magnitude.data = magnitude.data.to(factors(layer, adapter_name)[0].dtype)
 
 
 def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs=None):
@@ -72,7 +70,7 @@ def _subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_n
     return magnitudes | _subtract_mutated_init_stock(self, output_state_dict, adapter_name, kwargs)
 
 
-class LoraModel(model.LoraModel):
+class LoraModel(stock_peft.LoraModel):
     """That of one enabled model."""
 
     _cast_adapter_dtype = _cast_adapter_dtype

@@ -8,8 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import offload, packed
@@ -18,6 +16,7 @@ from dorac.nn.keeper import KeptNorm
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
 from dorac.peft.weights import is_partitioned, is_plain, whole
+from dorac.stock_peft import BaseTunerLayer, LoraLayer
 from dorac.undo import Undo
 
 if TYPE_CHECKING:
@@ -146,16 +145,13 @@ class AdapterNorm:
 
 def adapter_norms(model: nn.Module) -> dict[str, AdapterNorm]:
     """Those of all adapters of the layers of ``model`` that run on dorac, by name; one that is there stays."""
-    from dorac.peft.variants import OnDorac
+    from dorac.peft.variants import adapters_on_dorac
 
     found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter, variant in layer.lora_variant.items():
-                if isinstance(variant, OnDorac):
-                    magnitude = layer.lora_magnitude_vector[adapter]
-                    magnitude.keeper = magnitude.keeper or AdapterNorm(layer, adapter)
-                    found[f"{name} (adapter {adapter})" if name else repr(magnitude.keeper)] = magnitude.keeper
+    for name, layer, adapter in adapters_on_dorac(model):
+        magnitude = layer.lora_magnitude_vector[adapter]
+        magnitude.keeper = magnitude.keeper or AdapterNorm(layer, adapter)
+        found[f"{name} (adapter {adapter})" if name else repr(magnitude.keeper)] = magnitude.keeper
     return found
 
 

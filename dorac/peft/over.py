@@ -6,7 +6,6 @@ to it instead (:mod:`dorac.peft.dora`).
 """
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dorac import functional
@@ -16,6 +15,7 @@ from dorac.peft import dora
 from dorac.peft.direct import dropout_p, plain_weight, unhooked
 from dorac.peft.dora_linear import is_zero
 from dorac.peft.weights import dense_weight, is_partitioned
+from dorac.stock_peft import BaseTunerLayer
 
 
 def adapted(module: nn.Module, adapter: str, x: Tensor, result: Tensor) -> Tensor | None:

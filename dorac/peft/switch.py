@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dorac import checks
+from dorac import checks, stock_peft
 from dorac.peft.state import state
 from dorac.undo import Undo
 
@@ -115,18 +114,17 @@ def _stop_building(log: Undo) -> None:
 
 def _set_hotswap(log: Undo) -> None:
     """Gives PEFT dorac's functions that swap adapters while anything is enabled, else its own."""
-    from peft.utils import hotswap as module
-
     from dorac.peft import hotswap
 
     for name, function in (hotswap.FUNCTIONS if state.stock or state.models else hotswap.STOCK).items():
-        log.keep_attribute(module, name)
-        setattr(module, name, function)
+        place = stock_peft.place(name)
+        log.keep_attribute(*place)
+        setattr(*place, function)
 
 
 def _set_method(name: str, function: Callable | None, log: Undo) -> None:
     """Gives PEFT's ``LoraModel`` a method of its own, or with None the one that it inherits."""
-    from peft.tuners.lora.model import LoraModel
+    from dorac.stock_peft import LoraModel
 
     def write(function: Callable | None) -> None:
         if function is not None:
@@ -140,9 +138,7 @@ def _set_method(name: str, function: Callable | None, log: Undo) -> None:
 
 def _transformers_keys() -> ModuleType | None:
     """The module that mends the names under which transformers looks for magnitudes, where it asks PEFT for them."""
-    from peft.import_utils import is_transformers_ge_v5
-
-    if not is_transformers_ge_v5:
+    if not stock_peft.is_transformers_ge_v5:
         return None
     from dorac.peft import transformers_keys
 
@@ -162,9 +158,8 @@ def _forget(modules: "weakref.WeakSet[nn.Module]", module: nn.Module, log: Undo)
 
 
 def _enable_everywhere(dropout_on: str) -> Enabled:
-    from peft.tuners.lora.model import LoraModel
-
     from dorac.peft import model as ours
+    from dorac.stock_peft import LoraModel
 
     with state.lock, Undo() as log:
         log.keep_attribute(state, "dropout_on")
@@ -217,7 +212,7 @@ def _on_dorac(roots: Iterable[nn.Module]) -> "weakref.WeakSet[nn.Module]":
 
 
 def _check_model(model: nn.Module) -> None:
-    from peft.tuners.lora import LoraLayer
+    from dorac.stock_peft import LoraLayer
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
@@ -227,22 +222,14 @@ def _check_model(model: nn.Module) -> None:
 
 def ours_by_stock() -> dict[type, type]:
     """dorac's subclass of each class of PEFT's: they have one name."""
-    from peft.tuners.lora import dora as stock_dora
-    from peft.tuners.lora import layer as stock_layer
-    from peft.tuners.lora import model as stock_model
-    from peft.tuners.lora import torchao as stock_torchao
-    from peft.tuners.lora import variants as stock_variants
-
     from dorac.peft import dora, layer, model, torchao, variants
 
-    pairs = [(stock_dora, dora), (stock_layer, layer), (stock_model, model), (stock_variants, variants)]
-    pairs.append((stock_torchao, torchao))  # which does not import the library
-    stock_bnb = sys.modules.get("peft.tuners.lora.bnb")  # whoever has a layer over bitsandbytes' has imported it
-    if stock_bnb is not None:
+    modules = [dora, layer, model, variants, torchao]  # the last one does not import the library
+    if stock_peft.is_imported("Linear4bit"):  # whoever has a layer over bitsandbytes' has done it
         from dorac.peft import bnb
 
-        pairs.append((stock_bnb, bnb))
-    return {getattr(stock, name): getattr(ours, name) for stock, ours in pairs for name in ours.__all__}
+        modules.append(bnb)
+    return {getattr(stock_peft, name): getattr(ours, name) for ours in modules for name in ours.__all__}
 
 
 def switch(root: nn.Module, log: Undo) -> None:
@@ -264,10 +251,8 @@ def switch(root: nn.Module, log: Undo) -> None:
 
 def tuners(model: nn.Module) -> list[nn.Module]:
     """What PEFT itself switches off to have the base model, where one of the adapters runs on dorac; else nothing."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     from dorac.peft.variants import OnDorac
+    from dorac.stock_peft import AuxiliaryTrainingWrapper, BaseTunerLayer
 
     found = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     variants = (variant for module in found for variant in getattr(module, "lora_variant", {}).values())
@@ -315,7 +300,7 @@ def _restore(roots: Iterable[nn.Module], log: Undo, keep: Iterable[nn.Module] = 
 
     A layer is kept with all its adapters, and so is a model that was enabled.
     """
-    from peft.tuners.lora import LoraLayer
+    from dorac.stock_peft import LoraLayer
 
     classes = {ours: stock for stock, ours in ours_by_stock().items()}
     kept: set[nn.Module] = set()

@@ -3,20 +3,19 @@
 Stock PEFT adds the low-rank product to the dequantised weight and quantises that, without the magnitude.
 """
 
-from peft.tuners.lora import torchao
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from dorac import packed
+from dorac import packed, stock_peft
 from dorac.peft import norms
 from dorac.peft.merging import UnmergedWeight, keep_layer
 from dorac.peft.mixed import MixedBatch
+from dorac.stock_peft import check_adapters_to_merge
 from dorac.undo import Undo
 
 __all__ = ["TorchaoLoraLinear"]
 
 
-class TorchaoLoraLinear(UnmergedWeight, MixedBatch, torchao.TorchaoLoraLinear):
+class TorchaoLoraLinear(UnmergedWeight, MixedBatch, stock_peft.TorchaoLoraLinear):
     """Merging quantises ``g * (W + s * lora_B lora_A)`` anew, as W was; unmerging puts W back, bit for bit.
 
     Until then W takes memory beside it.

@@ -11,13 +11,13 @@ import functools
 import re
 from collections.abc import Callable
 
-from peft.utils import transformers_weight_conversion as rules
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import peft as integration
 
+from dorac import stock_peft
 from dorac.undo import Undo
 
-PLACES = [(rules, "build_peft_weight_mapping")]
+PLACES = [stock_peft.place("build_peft_weight_mapping")]
 if hasattr(integration, "_build_peft_weight_mapping"):
     PLACES.append((integration, "_build_peft_weight_mapping"))
 

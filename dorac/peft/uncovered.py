@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dorac.peft.variants import COVERED, OnDorac
+from dorac.stock_peft import LoraLayer
 from dorac.weight_reads import read_past_forward
 
 Named = tuple[str, LoraLayer]

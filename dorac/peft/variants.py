@@ -4,18 +4,19 @@ Their ``init`` and ``forward`` are PEFT's, which call the layers of :mod:`dorac.
 linear layer is alone (:mod:`dorac.peft.over`) or dropout is on the low-rank branch alone, of which PEFT knows nothing.
 """
 
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
 import torch
-from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, stock_peft
 from dorac.nn import merging
 from dorac.peft import dora, over
 from dorac.peft.dora_linear import is_zero
 from dorac.peft.weights import dense_weight, gathered, is_plain, whole
+from dorac.stock_peft import LoraLayer
 
 __all__ = [
     "DoraConv1dVariant",
@@ -163,6 +164,15 @@ class OnDorac:
         return unmerged(module, active_adapter, orig_weight.detach())
 
 
+def adapters_on_dorac(root: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
+    """The layers below ``root`` whose adapter, or with None each of whose adapters, runs on dorac; by name, with it."""
+    for name, layer in root.named_modules():
+        if isinstance(layer, LoraLayer):
+            for other, variant in layer.lora_variant.items():
+                if isinstance(variant, OnDorac) and adapter in (None, other):
+                    yield name, layer, other
+
+
 def lone_adapter(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
     """The active adapter, if there is one alone, it is DoRA's, and it is not merged or switched off."""
     if args or kwargs or module._disable_adapters or module.merged_adapters:
@@ -203,11 +213,11 @@ def _of_dropped(variant: type) -> staticmethod:
     return staticmethod(forward)
 
 
-class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
+class DoraLinearVariant(OnDorac, stock_peft.DoraLinearVariant):
     """Linear layers."""
 
-    init = _init(variants.DoraLinearVariant)
-    added = _of_dropped(variants.DoraLinearVariant)
+    init = _init(stock_peft.DoraLinearVariant)
+    added = _of_dropped(stock_peft.DoraLinearVariant)
 
     @staticmethod
     def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
@@ -220,10 +230,13 @@ class DoraLinearVariant(OnDorac, variants.DoraLinearVariant):
         return DoraLinearVariant.added(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
 
 
-class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
+_embedding_stock = stock_peft.DoraEmbeddingVariant.forward
+
+
+class DoraEmbeddingVariant(OnDorac, stock_peft.DoraEmbeddingVariant):
     """Embeddings."""
 
-    init = _init(variants.DoraEmbeddingVariant)
+    init = _init(stock_peft.DoraEmbeddingVariant)
 
     @staticmethod
     def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
@@ -231,39 +244,37 @@ class DoraEmbeddingVariant(OnDorac, variants.DoraEmbeddingVariant):
             return result
         # Stock PEFT's forward transposes the factors; of a parted one autograd would remember that it has no elements.
         with gathered(factors(module, active_adapter)):
-            return variants.DoraEmbeddingVariant.forward(
-                module, active_adapter=active_adapter, x=x, result=result, **kwargs
-            )
+            return _embedding_stock(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
 
 
-class DoraConv1dVariant(OnDorac, variants.DoraConv1dVariant):
+class DoraConv1dVariant(OnDorac, stock_peft.DoraConv1dVariant):
     """Convolutions of one dimension."""
 
-    init = _init(variants.DoraConv1dVariant)
-    forward = _of_dropped(variants.DoraConv1dVariant)
+    init = _init(stock_peft.DoraConv1dVariant)
+    forward = _of_dropped(stock_peft.DoraConv1dVariant)
 
 
-class DoraConv2dVariant(OnDorac, variants.DoraConv2dVariant):
+class DoraConv2dVariant(OnDorac, stock_peft.DoraConv2dVariant):
     """Convolutions of two dimensions."""
 
-    init = _init(variants.DoraConv2dVariant)
-    forward = _of_dropped(variants.DoraConv2dVariant)
+    init = _init(stock_peft.DoraConv2dVariant)
+    forward = _of_dropped(stock_peft.DoraConv2dVariant)
 
 
-class DoraConv3dVariant(OnDorac, variants.DoraConv3dVariant):
+class DoraConv3dVariant(OnDorac, stock_peft.DoraConv3dVariant):
     """Convolutions of three dimensions."""
 
-    init = _init(variants.DoraConv3dVariant)
-    forward = _of_dropped(variants.DoraConv3dVariant)
+    init = _init(stock_peft.DoraConv3dVariant)
+    forward = _of_dropped(stock_peft.DoraConv3dVariant)
 
 
-_BY_STOCK = {getattr(variants, name): globals()[name] for name in __all__}
+_BY_STOCK = {getattr(stock_peft, name): globals()[name] for name in __all__}
 COVERED = tuple(_BY_STOCK)  # PEFT's own
 
 
 class TakesVariants:
     """A LoRA layer that takes dorac's variants where PEFT's class has PEFT's."""
 
-    def resolve_lora_variant(self, **kwargs: Any) -> variants.LoraVariant | None:
+    def resolve_lora_variant(self, **kwargs: Any) -> stock_peft.LoraVariant | None:
         variant = super().resolve_lora_variant(**kwargs)
         return _BY_STOCK[type(variant)]() if type(variant) in _BY_STOCK else variant

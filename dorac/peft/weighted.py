@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer, model
-from peft.utils import _freeze_adapter
 from torch import Tensor
 
+from dorac import stock_peft
 from dorac.nn.hyperparameters import scaling_factor
 from dorac.numerics import accumulate_dtype
 from dorac.peft.variants import OnDorac, factors
+from dorac.stock_peft import LoraLayer, freeze_adapter
 
 COMBINATIONS = ("linear", "cat", "svd")
 
-_add_weighted_adapter_stock = model.LoraModel.add_weighted_adapter
+_add_weighted_adapter_stock = stock_peft.LoraModel.add_weighted_adapter
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def add_weighted_adapter(
 
     self.peft_config[adapter_name] = config
     self.inject_adapter(self.model, adapter_name)
-    _freeze_adapter(self.model, adapter_name)
+    freeze_adapter(self.model, adapter_name)
     for layer, (lora_A, lora_B, base_scale) in combined.items():
         new_A, new_B = factors(layer, adapter_name)
         new_A.copy_(lora_A.reshape(new_A.shape))

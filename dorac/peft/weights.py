@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 
 from dorac import packed
 from dorac.numerics import FLOAT_DTYPES
 from dorac.ops.norm import DEFAULT_BUDGET
+from dorac.stock_peft import dequantize_bnb_weight, dequantize_module_weight
 
 
 def is_partitioned(tensor: Tensor | None) -> bool:
