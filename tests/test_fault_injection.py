@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 import dorac
 from dorac.apply import dora_layers
 from dorac.nn import DoraExperts, DoraLayer
+from dorac.nn.keeper import KeptNorm
 from dorac.testing import quantised_layers
 
 ERRORS = (ValueError, MemoryError, KeyboardInterrupt)
@@ -31,6 +32,7 @@ TOKENS = torch.arange(12).reshape(2, 6) % 7
 METHODS = (
     (nn.Module, "__setattr__"),
     (nn.Module, "__delattr__"),
+    (KeptNorm, "__setattr__"),
     (nn.Module, "register_parameter"),
     (nn.Module, "register_buffer"),
     (nn.Module, "register_load_state_dict_pre_hook"),
@@ -174,8 +176,9 @@ def registries(module):
     """What a module holds, in its order: every attribute, and what is in the dictionaries that torch keeps."""
     for name, value in vars(module).items():
         yield name, value
-        if type(value) in (dict, OrderedDict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        if type(value) in (dict, OrderedDict, KeptNorm):
+            items = vars(value) if type(value) is KeptNorm else value
+            yield from ((f"{name}.{key}", item) for key, item in items.items())
         elif isinstance(value, set):
             yield from ((f"{name}.{key}", None) for key in sorted(value))
 
