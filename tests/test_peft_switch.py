@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from peft_models import KINDS, Holder, stock_model, target, twins  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 
 import dorac.peft  # noqa: E402
+
+if peft.import_utils.is_transformers_ge_v5:  # enable() imports it, which changes nothing of PEFT's
+    importlib.import_module("peft.utils.transformers_weight_conversion")
 
 
 @pytest.fixture(autouse=True)
