@@ -120,7 +120,6 @@ def apply_dora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
-        stacklevel=4,
     )
     if grouped_lora_A:
         targets = [
@@ -156,7 +155,6 @@ def apply_dora(
             init_lora_weights=True if by_loftq or inits is not None else init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
-            stacklevel=4,
         )
         layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
         if by_loftq:
@@ -164,7 +162,7 @@ def apply_dora(
         if inits is not None:
             if inits.takes_out(init_lora_weights):
                 refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
-            inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
+            inits.begin(init_lora_weights, layers, config, eva_state_dict, log)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
     return ModuleNames(target.name for target in targets)
@@ -177,7 +175,6 @@ def wrap(
     log: Undo,
     *,
     adapter_name: str = "default",
-    stacklevel: int = 3,
     **options,
 ) -> None:
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back.
@@ -192,8 +189,8 @@ def wrap(
             )
         adapter_name = layer.adapter_name
     modules = {target.name: target.module for target in targets}
-    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
-    notices.warn_dense_copies(modules, stacklevel=stacklevel)
+    notices.warn_read_past_forward(model, modules, merging=False)
+    notices.warn_dense_copies(modules)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:

@@ -2,7 +2,6 @@
 
 import functools
 import sys
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from dorac import ranks
+from dorac import callers, ranks
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.keeper import Keeper
 from dorac.wrapped import bare, dora_layers, reshard
@@ -223,7 +222,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     layers = _stepped(optimizer)
     written = [layer for layer in layers if layer in traced and norm_cache.written_since(layer)]
     if written:
-        warnings.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), stacklevel=2)
+        callers.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), UserWarning)
         for layer in written:
             layer.norm_distrusted = True
     if closure is not None:  # it may run the model between two changes of the parameters

@@ -3,13 +3,12 @@
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
 
-from dorac import offload, packed
+from dorac import callers, offload, packed
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
@@ -56,7 +55,6 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
     compile: Compile = re.compile,
-    stacklevel: int = 3,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
@@ -137,7 +135,7 @@ def find_targets(
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if unused := pattern.unused():
-            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel)
+            callers.warn(f"{argument} has keys that match no adapted module: {unused}")
     return targets
 
 

@@ -241,7 +241,6 @@ def _load(
                 dropout_on=dropout_on,
                 use_rslora=bool(config.get("use_rslora")),
                 adapter_name=adapter_name,
-                stacklevel=4,
             )
             layers = dora_layers(model)
         for layer in layers.values():
