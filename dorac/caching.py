@@ -1,5 +1,6 @@
 """``cache_norms``: norms computed once per optimizer step instead of in every forward."""
 
+import collections
 import functools
 import sys
 import weakref
@@ -159,6 +160,11 @@ class NormCache:
         for hook in self._hooks:
             hook.remove()
         _HOOKS.leave()
+
+    def __repr__(self) -> str:
+        kinds = collections.Counter(type(getattr(keeper, "layer", keeper)).__name__ for keeper in self._layers.values())
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{type(self).__name__}({listed or 'removed, or its model is gone'})"
 
     def __enter__(self) -> Self:
         return self
