@@ -12,7 +12,7 @@ from dorac.names import ModuleNames, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.kinds import CONVOLUTIONS
-from dorac.targets import Target, find_targets, with_eva_ranks
+from dorac.targets import SELECTING, Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
 from dorac.wrapped import (
     SAVED_ATTRIBUTE,
@@ -75,7 +75,8 @@ def apply_dora(
             rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
             and :func:`dorac.save_adapter`. "loftq" is for quantised linear layers, with ``original_weights``: the
             output at the start is nearer to that of the model before it was quantised (:mod:`dorac.nn.loftq`).
-        exclude_modules: a list of names or endings, or a regex; never adapted.
+        exclude_modules: a list of names or endings, or a regex; never adapted. A name here or in target_modules that
+            matches no module is warned about.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
         rank_pattern, alpha_pattern: from a regex for the end of a name (anchored by a leading ``^``) to another r or
@@ -106,8 +107,9 @@ def apply_dora(
         )
     refuse_ddp(model)
     model = bare(model)
-    if target_modules is None:
-        target_modules = lora_config.default_targets(model)
+    warned_of = SELECTING
+    if target_modules is None:  # PEFT's table is for all models of a type
+        target_modules, warned_of = lora_config.default_targets(model), SELECTING[1:]
     saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
@@ -120,6 +122,7 @@ def apply_dora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
+        warned_of=warned_of,
     )
     if grouped_lora_A:
         targets = [

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dorac.nn import DoraLayer, layer_class, unwrappable
 from dorac.nn.linear import is_conv1d
 
 ALL_LINEAR = "all-linear"
+SELECTING = "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +56,25 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
     compile: Compile = re.compile,
+    warned_of: Collection[str] = SELECTING,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
     Nothing inside the modules ``saved``, given by their full names, is taken. ``compile`` makes the regexes of
-    ``target_modules``, ``exclude_modules`` and the patterns.
+    ``target_modules``, ``exclude_modules`` and the patterns. ``warned_of``: the arguments of which a ``RuntimeWarning``
+    names what matches nothing.
 
     Raises:
         TypeError: an argument that is not names, a regex or numbers.
         ValueError: nothing matched, or a matched module cannot be adapted; all such modules are listed with the reason.
     """
-    targeted = Names("target_modules", target_modules, compile)
+    all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+    targeted = Names("target_modules", [] if all_linear else target_modules, compile)
     excluded = Names("exclude_modules", exclude_modules or [], compile)
     ranks = Pattern("rank_pattern", rank_pattern, compile)
     alphas = Pattern("alpha_pattern", alpha_pattern, compile)
     layer_index = _layer_index(layers_pattern)
     layers = _layer_numbers(layers_to_transform)
-    all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if layers and isinstance(target_modules, str) and not all_linear:
         raise ValueError(
             "layers_to_transform needs target_modules as a list of names; write the layers into the regex instead"
@@ -80,15 +83,14 @@ def find_targets(
         raise ValueError("layers_pattern needs layers_to_transform, the numbers of the layers")
 
     def wanted(name: str, module: nn.Module) -> bool:
+        named = targeted.match(name)
         if excluded.match(name) or not whole.isdisjoint(parents(name)):
             return False
         if all_linear:
             linear = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
             found = module is not head and (linear or packed.holder(module) is not None)
             return found and (not layers or layer_index(name) in layers)
-        if not targeted.match(name):
-            return False
-        return targeted.is_listed(name) or not layers or layer_index(name) in layers
+        return named and (targeted.is_listed(name) or not layers or layer_index(name) in layers)
 
     refuse_peft(model)
     whole = set(saved)
@@ -133,9 +135,14 @@ def find_targets(
         if isinstance(target_modules, str) and not all_linear:
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
-    for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if unused := pattern.unused():
-            callers.warn(f"{argument} has keys that match no adapted module: {unused}")
+    for argument, given, what in (
+        ("target_modules", targeted, "names that match no module"),
+        ("exclude_modules", excluded, "names that match no module"),
+        ("rank_pattern", ranks, "keys that match no adapted module"),
+        ("alpha_pattern", alphas, "keys that match no adapted module"),
+    ):
+        if argument in warned_of and (unused := given.unused()):
+            callers.warn(f"{argument} has {what}: {unused}")
     return targets
 
 
