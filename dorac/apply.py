@@ -94,7 +94,7 @@ def apply_dora(
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
         of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`. Another one names
-        quantised layers of a format whose norm takes a dense copy of the weight.
+        quantised layers of a format whose norm takes a dense copy of the weight, and one those whose lora_alpha is 0.
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
@@ -146,6 +146,7 @@ def apply_dora(
         eva_state_dict = {key.removeprefix("base_model.model."): t for key, t in eva_state_dict.items()}
         adjust_alpha = getattr(getattr(config, "eva_config", None), "adjust_scaling_factors", True)
         targets = with_eva_ranks(targets, eva_state_dict, adjust_alpha=adjust_alpha)
+    notices.warn_zero_scaling({target.name: target.lora_alpha for target in targets})
     with Undo() as log:
         wrap(
             model,

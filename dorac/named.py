@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dorac import callers, checks, offload
+from dorac import callers, checks, notices, offload
 from dorac.names import Pattern, plain_name
 from dorac.nn import DoraLayer, norm_cache, shelf, starts
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
@@ -129,6 +129,9 @@ def add_adapter(
         for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             if unused := pattern.unused():
                 callers.warn(f"{argument} has keys that match no adapted module: {unused}")
+        notices.warn_zero_scaling(
+            {n: layer.adapters[adapter_name].settings["lora_alpha"] for n, layer in layers.items()}
+        )
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -61,6 +61,15 @@ def warn_untrained(layers: Mapping[str, DoraLayer]) -> None:
         )
 
 
+def warn_zero_scaling(alphas: Mapping[str, float]) -> None:
+    """Names new adapters whose lora_alpha is 0: no gradient reaches their factors."""
+    if names := [name for name, lora_alpha in alphas.items() if lora_alpha == 0]:
+        callers.warn(
+            f"lora_alpha is 0 for {listed(names)}: with a scaling of 0 their lora_A and lora_B do nothing and get no "
+            "gradient, the magnitude alone is trained"
+        )
+
+
 def listed(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     names = list(names)
