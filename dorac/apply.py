@@ -12,7 +12,7 @@ from dorac.names import ModuleNames, plain_name
 from dorac.nn import DoraLayer, layer_class, loading, loftq
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.places import dora_layers
-from dorac.targets import Target, find_targets, with_eva_ranks
+from dorac.targets import SELECTING, Target, find_targets, with_eva_ranks
 from dorac.undo import Undo
 from dorac.wrapped import (
     SAVED_ATTRIBUTE,
@@ -74,7 +74,8 @@ def apply_dora(
             rounding. All but "orthogonal" and "eva" take a part out of the base weight: see :mod:`dorac.nn.residual`
             and :func:`dorac.save_adapter`. "loftq" is for quantised linear layers, with ``original_weights``: the
             output at the start is nearer to that of the model before it was quantised (:mod:`dorac.nn.loftq`).
-        exclude_modules: a list of names or endings, or a regex; never adapted.
+        exclude_modules: a list of names or endings, or a regex; never adapted. A name here or in target_modules that
+            matches no module is warned about.
         layers_to_transform: layer numbers; only layers inside these are adapted. layers_pattern: the name before the
             number.
         rank_pattern, alpha_pattern: from a regex for the end of a name (anchored by a leading ``^``) to another r or
@@ -92,7 +93,7 @@ def apply_dora(
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
         of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`. Another one names
-        quantised layers of a format whose norm takes a dense copy of the weight.
+        quantised layers of a format whose norm takes a dense copy of the weight, and one those whose lora_alpha is 0.
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
@@ -105,8 +106,9 @@ def apply_dora(
         )
     refuse_ddp(model)
     model = bare(model)
-    if target_modules is None:
-        target_modules = lora_config.default_targets(model)
+    warned_of = SELECTING
+    if target_modules is None:  # PEFT's table is for all models of a type
+        target_modules, warned_of = lora_config.default_targets(model), SELECTING[1:]
     saved = find_saved(model, modules_to_save or [])
     targets = find_targets(
         model,
@@ -119,7 +121,7 @@ def apply_dora(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         saved=[*saved, *saved_modules(model)],
-        stacklevel=4,
+        warned_of=warned_of,
     )
     if grouped_lora_A:
         targets = [
@@ -143,6 +145,7 @@ def apply_dora(
         eva_state_dict = {key.removeprefix("base_model.model."): t for key, t in eva_state_dict.items()}
         adjust_alpha = getattr(getattr(config, "eva_config", None), "adjust_scaling_factors", True)
         targets = with_eva_ranks(targets, eva_state_dict, adjust_alpha=adjust_alpha)
+    notices.warn_zero_scaling({target.name: target.lora_alpha for target in targets})
     with Undo() as log:
         wrap(
             model,
@@ -155,7 +158,6 @@ def apply_dora(
             init_lora_weights=True if by_loftq or inits is not None else init_lora_weights,
             adapter_dtype=adapter_dtype,
             norm_grad=norm_grad,
-            stacklevel=4,
         )
         layers = {plain_name(target.name): model.get_submodule(target.name) for target in targets}
         if by_loftq:
@@ -163,7 +165,7 @@ def apply_dora(
         if inits is not None:
             if inits.takes_out(init_lora_weights):
                 refuse_tied(model, layers.values(), f"init_lora_weights={init_lora_weights!r}")
-            inits.begin(init_lora_weights, layers, config, eva_state_dict, log, stacklevel=4)
+            inits.begin(init_lora_weights, layers, config, eva_state_dict, log)
         if config is not None:
             setattr(model, lora_config.RECORD_ATTRIBUTE, config_record(model) | lora_config.recorded(config))
     return ModuleNames(target.name for target in targets)
@@ -176,7 +178,6 @@ def wrap(
     log: Undo,
     *,
     adapter_name: str = "default",
-    stacklevel: int = 3,
     **options,
 ) -> None:
     """Builds all wrappers; then freezes the rest and puts them in place. The log can take all of it back.
@@ -191,8 +192,8 @@ def wrap(
             )
         adapter_name = layer.adapter_name
     modules = {target.name: target.module for target in targets}
-    notices.warn_read_past_forward(model, modules, merging=False, stacklevel=stacklevel)
-    notices.warn_dense_copies(modules, stacklevel=stacklevel)
+    notices.warn_read_past_forward(model, modules, merging=False)
+    notices.warn_dense_copies(modules)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names
     for target in targets:

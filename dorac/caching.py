@@ -1,8 +1,8 @@
 """``cache_norms``: norms computed once per optimizer step instead of in every forward."""
 
+import collections
 import functools
 import sys
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from dorac import ranks
+from dorac import callers, ranks
 from dorac.nn import DoraLayer, gathered, norm_cache, offloaded, starts
 from dorac.nn.keeper import Keeper
 from dorac.places import dora_layers
@@ -161,6 +161,11 @@ class NormCache:
             hook.remove()
         _HOOKS.leave()
 
+    def __repr__(self) -> str:
+        kinds = collections.Counter(type(getattr(keeper, "layer", keeper)).__name__ for keeper in self._layers.values())
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{type(self).__name__}({listed or 'removed, or its model is gone'})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -224,7 +229,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     layers = _stepped(optimizer)
     written = [layer for layer in layers if layer in traced and norm_cache.written_since(layer)]
     if written:
-        warnings.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), stacklevel=2)
+        callers.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), UserWarning)
         for layer in written:
             layer.kept.distrusted = True
     if closure is not None:  # it may run the model between two changes of the parameters

@@ -12,12 +12,12 @@ The law, for ``dorac.nn`` and the drop-in:
 - frozen magnitudes, inference, compiled code and transforms change nothing.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from dorac import callers
 from dorac.ops import front
 
 HALF = (torch.bfloat16, torch.float16)
@@ -45,13 +45,11 @@ def widen(magnitude: Tensor | None) -> None:
     if type(magnitude) is not nn.Parameter or _is_managed(magnitude) or torch.is_inference_mode_enabled():
         return
     if _is_accumulated(magnitude):
-        warnings.warn(
+        callers.warn(
             f"a DoRA magnitude is trained in {magnitude.dtype}, which rounds an optimizer's steps away, and cannot be "
             "made float32 here, since DistributedDataParallel or a graph that is still alive holds it. Call "
             "model.train() (trainer.model.train()) between the cast and the wrapping, or cast no magnitude: leave out "
             "parameters with 'lora_magnitude_vector' in their names",
-            RuntimeWarning,
-            stacklevel=2,
         )
         return
     grad, magnitude.grad = magnitude.grad, None

@@ -63,7 +63,7 @@ def merge(model: nn.Module, *, unload: bool = False) -> nn.Module | None:
             raise ValueError(
                 f"{name or type(layer).__name__}: the adapter is not finite, merging would destroy the weight"
             )
-    notices.warn_read_past_forward(model, layers, merging=True, stacklevel=2)
+    notices.warn_read_past_forward(model, layers, merging=True)
     norms = {}
     for name, layer in layers.items():
         if not layer.merged:

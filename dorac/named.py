@@ -1,13 +1,12 @@
 """Several named adapters of one model, one of them active: ``add_adapter``, ``set_adapter``, ``delete_adapter``."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from dorac import checks, offload
+from dorac import callers, checks, notices, offload
 from dorac.names import Pattern, plain_name
 from dorac.nn import DoraLayer, norm_cache, shelf, starts
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
@@ -129,9 +128,10 @@ def add_adapter(
             layer.adapters[adapter_name].fresh = True
         for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             if unused := pattern.unused():
-                warnings.warn(
-                    f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel=2
-                )
+                callers.warn(f"{argument} has keys that match no adapted module: {unused}")
+        notices.warn_zero_scaling(
+            {n: layer.adapters[adapter_name].settings["lora_alpha"] for n, layer in layers.items()}
+        )
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -81,11 +81,21 @@ class Names:
             self._ends = set(names)
         else:
             raise TypeError(f"{argument} must be a string or a list of strings, got {names!r}")
+        self._unused = {names} if isinstance(names, str) else self._ends
 
     def match(self, name: str) -> bool:
-        if self._regex is not None:
-            return bool(self._regex.fullmatch(name))
-        return name in self._whole or not self._ends.isdisjoint(endings(name))
+        if self._ends:
+            found = self._ends.intersection(endings(name))
+            self._unused = self._unused - found
+            return bool(found)
+        found = name in self._whole if self._regex is None else self._regex.fullmatch(name)
+        if found:
+            self._unused = set()
+        return bool(found)
+
+    def unused(self) -> list[str]:
+        """The names, or the regex, that matched nothing that :meth:`match` was asked for."""
+        return sorted(self._unused)
 
     def is_listed(self, name: str) -> bool:
         """Whether a list holds the full name."""

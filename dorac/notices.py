@@ -1,19 +1,16 @@
 """Warnings about adapters that may not take part in what their model computes."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from dorac import packed, weight_reads
+from dorac import callers, packed, weight_reads
 from dorac.nn import DoraLayer, starts
 
 _SHOWN = 8  # names of one kind in a warning
 
 
-def warn_read_past_forward(
-    model: nn.Module, modules: Mapping[str, nn.Module], *, merging: bool, stacklevel: int
-) -> None:
+def warn_read_past_forward(model: nn.Module, modules: Mapping[str, nn.Module], *, merging: bool) -> None:
     """Names those of ``modules`` whose weight code of the model reads past their forward: at wrapping, and at merging.
 
     That is what the source says, whichever path the forward takes; see :mod:`dorac.weight_reads`.
@@ -33,28 +30,22 @@ def warn_read_past_forward(
             "whether it does, exclude_modules leaves modules out"
         )
     places = (f"{listed(names)} (in {place})" for place, names in by_place.items())
-    warnings.warn(
-        f"the weight of these modules can be read past their forward; {meaning}:\n  " + "\n  ".join(places),
-        RuntimeWarning,
-        stacklevel=stacklevel + 1,
-    )
+    callers.warn(f"the weight of these modules can be read past their forward; {meaning}:\n  " + "\n  ".join(places))
 
 
-def warn_dense_copies(modules: Mapping[str, nn.Module], *, stacklevel: int) -> None:
+def warn_dense_copies(modules: Mapping[str, nn.Module]) -> None:
     """Names those quantised ones of ``modules`` whose norm takes a dense copy of the weight."""
     found = [
         name for name, module in modules.items() if packed.holder(module) is not None and packed.of(module) is None
     ]
     if found:
-        warnings.warn(
+        callers.warn(
             "the format of these quantised weights is read through their own dequantisation: each norm takes a dense "
-            f"copy of the weight (dorac.cache_norms: one in an optimizer's step): {listed(found)}",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
+            f"copy of the weight (dorac.cache_norms: one in an optimizer's step): {listed(found)}"
         )
 
 
-def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
+def warn_untrained(layers: Mapping[str, DoraLayer]) -> None:
     """Names the layers whose delta is still zero, as at their start, if that of others is not.
 
     A layer whose adapter is frozen is left out, and so is every layer of a model that nobody has trained.
@@ -64,11 +55,18 @@ def warn_untrained(layers: Mapping[str, DoraLayer], *, stacklevel: int) -> None:
         return
     names = [n for n, layer in untrained.items() if any(p.requires_grad for p in layer.parameters(recurse=False))]
     if names:
-        warnings.warn(
+        callers.warn(
             f"the adapters of {listed(names)} have a factor of zeros, as at their start, unlike others of this model. "
-            "If they were to be trained, dorac.find_idle(model, *inputs) tells why they were not",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
+            "If they were to be trained, dorac.find_idle(model, *inputs) tells why they were not"
+        )
+
+
+def warn_zero_scaling(alphas: Mapping[str, float]) -> None:
+    """Names new adapters whose lora_alpha is 0: no gradient reaches their factors."""
+    if names := [name for name, lora_alpha in alphas.items() if lora_alpha == 0]:
+        callers.warn(
+            f"lora_alpha is 0 for {listed(names)}: with a scaling of 0 their lora_A and lora_B do nothing and get no "
+            "gradient, the magnitude alone is trained"
         )
 
 

@@ -6,7 +6,6 @@ know: the model would come back with random weights.
 
 import os
 import re
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dorac import callers
 from dorac.names import plain_name
 from dorac.nn import DoraLayer
 from dorac.nn.loading import trained_names
@@ -102,11 +102,9 @@ class SavePretrained:
         resumable = bool(_CHECKPOINT.fullmatch(directory.name))
         _refuse(module, directory if resumable else None, options)
         if state_dict is not None and not state_dict:
-            warnings.warn(
+            callers.warn(
                 f"nothing was saved in {directory}: the state dict is empty. DeepSpeed's ZeRO-3 gathers one with "
                 "stage3_gather_16bit_weights_on_model_save",
-                RuntimeWarning,
-                stacklevel=2,
             )
             return
         gathers = state_dict is None and sharded.any_sharded(*module.parameters())

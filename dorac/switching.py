@@ -3,13 +3,12 @@
 import contextlib
 import copy
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import partial
 
 from torch import Tensor, nn
 
-from dorac import checks
+from dorac import callers, checks
 from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
 from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.places import dora_layers
@@ -47,7 +46,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} holds no DoRA layer; wrap it with dorac.apply_dora first, or give a model of "
             "PEFT's to dorac.peft.enable"
         )
-    _warn_trained_whole(model, stacklevel=4)
+    _warn_trained_whole(model)
     log = Undo()
     try:
         _unmerge(model, list(layers), tuners, log)
@@ -100,13 +99,11 @@ def _unmerge(model: nn.Module, layers: list[DoraLayer], tuners: list[nn.Module],
             layer.unmerge()
 
 
-def _warn_trained_whole(model: nn.Module, stacklevel: int) -> None:
+def _warn_trained_whole(model: nn.Module) -> None:
     if saved := saved_modules(model):
-        warnings.warn(
+        callers.warn(
             f"{', '.join(saved)}: trained whole (modules_to_save), with no base to go back to: without the adapters "
             "the model still has what was trained there",
-            RuntimeWarning,
-            stacklevel=stacklevel,
         )
 
 
@@ -136,7 +133,7 @@ def base_model(model: nn.Module) -> nn.Module:
                 f"{name or type(layer).__name__} began as a part of its base weight, which is not there: use "
                 "dorac.disabled, or load the adapter over the original weight"
             )
-    _warn_trained_whole(model, stacklevel=3)
+    _warn_trained_whole(model)
     shelves = [vars(module).get(SHELF_ATTRIBUTE, {}) for module in model.modules()]
     shelved = [adapter for shelf in shelves for adapter in shelf.values() if adapter is not None]
     others = [t for adapter in shelved for t in (*adapter.parameters(), *adapter.buffers())]

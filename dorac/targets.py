@@ -2,18 +2,18 @@
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
 
-from dorac import offload, stock_peft
+from dorac import callers, offload, stock_peft
 from dorac.names import Compile, Names, Pattern, compile_regex, parents, plain_name
 from dorac.nn import DoraLayer, is_linear, layer_class, unwrappable
 from dorac.places import named_places
 
 ALL_LINEAR = "all-linear"
+SELECTING = "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +40,25 @@ def find_targets(
     alpha_pattern: Mapping[str, float] | None = None,
     saved: Sequence[str] = (),
     compile: Compile = re.compile,
-    stacklevel: int = 3,
+    warned_of: Collection[str] = SELECTING,
 ) -> list[Target]:
     """The modules that the arguments name, in the model's order (see :func:`dorac.apply_dora` for their meaning).
 
     Nothing inside the modules ``saved``, given by their full names, is taken. ``compile`` makes the regexes of
-    ``target_modules``, ``exclude_modules`` and the patterns.
+    ``target_modules``, ``exclude_modules`` and the patterns. ``warned_of``: the arguments of which a ``RuntimeWarning``
+    names what matches nothing.
 
     Raises:
         TypeError: an argument that is not names, a regex or numbers.
         ValueError: nothing matched, or a matched module cannot be adapted; all such modules are listed with the reason.
     """
-    targeted = Names("target_modules", target_modules, compile)
+    all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+    targeted = Names("target_modules", [] if all_linear else target_modules, compile)
     excluded = Names("exclude_modules", exclude_modules or [], compile)
     ranks = Pattern("rank_pattern", rank_pattern, compile)
     alphas = Pattern("alpha_pattern", alpha_pattern, compile)
     layer_index = _layer_index(layers_pattern)
     layers = _layer_numbers(layers_to_transform)
-    all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if layers and isinstance(target_modules, str) and not all_linear:
         raise ValueError(
             "layers_to_transform needs target_modules as a list of names; write the layers into the regex instead"
@@ -66,14 +67,13 @@ def find_targets(
         raise ValueError("layers_pattern needs layers_to_transform, the numbers of the layers")
 
     def wanted(name: str, module: nn.Module) -> bool:
+        named = targeted.match(name)
         if excluded.match(name) or not whole.isdisjoint(parents(name)):
             return False
         if all_linear:
             found = module is not head and (is_linear(module) or isinstance(module, nn.MultiheadAttention))
             return found and (not layers or layer_index(name) in layers)
-        if not targeted.match(name):
-            return False
-        return targeted.is_listed(name) or not layers or layer_index(name) in layers
+        return named and (targeted.is_listed(name) or not layers or layer_index(name) in layers)
 
     refuse_peft(model)
     whole = set(saved)
@@ -118,9 +118,14 @@ def find_targets(
         if isinstance(target_modules, str) and not all_linear:
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
-    for argument, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if unused := pattern.unused():
-            warnings.warn(f"{argument} has keys that match no adapted module: {unused}", RuntimeWarning, stacklevel)
+    for argument, given, what in (
+        ("target_modules", targeted, "names that match no module"),
+        ("exclude_modules", excluded, "names that match no module"),
+        ("rank_pattern", ranks, "keys that match no adapted module"),
+        ("alpha_pattern", alphas, "keys that match no adapted module"),
+    ):
+        if argument in warned_of and (unused := given.unused()):
+            callers.warn(f"{argument} has {what}: {unused}")
     return targets
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -656,3 +657,36 @@ def test_what_a_notebook_shows_fits_a_page(tmp_path):
     ]
     assert all(len(repr(value)) < 300 for value in shown)
     assert len(repr(model[0]).splitlines()) == 4
+
+
+def test_a_scaling_of_zero_is_said():
+    """PEFT is silent; a file that it wrote so is loaded."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.warns(RuntimeWarning, match="^lora_alpha is 0 for 1: .* the magnitude alone is trained$"):
+        dorac.apply_dora(model, ["0", "1"], r=2, alpha_pattern={"1": 0}, init_lora_weights=False)
+    model(torch.randn(3, 4)).square().sum().backward()
+    layer = model[1]
+    assert [bool(p.grad.any()) for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)] == [
+        False,
+        False,
+        True,
+    ]
+    with pytest.warns(RuntimeWarning, match="^lora_alpha is 0 for 0, 1: "):
+        dorac.add_adapter(model, "b", lora_alpha=0)
+
+
+def test_a_scaling_of_zero_in_a_file(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(use_dora=True, r=2, lora_alpha=0, target_modules=["0"])
+    stock = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    layer = stock.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.lora_magnitude_vector["default"].weight.data.mul_(1.5)
+    stock.save_pretrained(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.load_state_dict({f"0.{key}": t for key, t in layer.base_layer.state_dict().items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dorac.load_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), stock(x))

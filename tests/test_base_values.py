@@ -104,8 +104,44 @@ def test_the_wrappers_own_come_first():
     base.r, base.scaling, base.lora_A, base.merged = 99, 99, 99, 99
     layer = wrap(base)
     assert (layer.r, layer.merged, type(layer.lora_A)) == (2, False, nn.Parameter)
-    layer.r = 3
-    assert (layer.r, base.r) == (3, 99)
+    layer.norm_grad = True
+    assert (layer.norm_grad, hasattr(base, "norm_grad")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("r", "another rank with dorac.add_adapter"), ("lora_alpha", "set layer.scaling"), ("use_rslora", "set layer.sc")],
+)
+def test_what_an_adapter_was_made_with_cannot_be_set(name, instead):
+    """It would change nothing that runs, and an r what is saved."""
+    layer = wrap(Tagged())
+    before = dict(vars(layer))
+    with pytest.raises(AttributeError, match=f"^{name} of a DoraLinear cannot be set, .*: .*{instead}"):
+        setattr(layer, name, 3)
+    assert dict(vars(layer)) == before
+    assert getattr(copy.deepcopy(layer), name) == getattr(layer, name) == before[name]
+
+
+def test_each_adapter_has_its_own_rank():
+    model = nn.Sequential(nn.Linear(4, 3))
+    dorac.apply_dora(model, ["0"], r=2)
+    dorac.add_adapter(model, "b", r=3, lora_alpha=6, use_rslora=True)
+    for name, made_with in (("b", (3, 6, True)), ("default", (2, 8, False))):
+        dorac.set_adapter(model, name)
+        assert (model[0].r, model[0].lora_alpha, model[0].use_rslora) == made_with
+
+
+def test_the_rank_is_read_in_one_graph():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = DoraLinear(nn.Linear(4, 3), r=2, init_lora_weights=False)
+
+        def forward(self, x):
+            return self.layer(x) * self.layer.r + self.layer.lora_alpha
+
+    model, x = Model(), torch.randn(5, 4)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
 def test_setting_a_value_changes_what_runs():

@@ -323,3 +323,14 @@ def test_scalings_made_one_in_half_precision(tmp_path):
     for back, scaling in zip(files.read(tmp_path).layers, (2.0, 3.7), strict=True):
         expected = files.merged(layer._replace(scaling=scaling), weight)
         torch.testing.assert_close(files.merged(back, weight), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_shown_without_its_values():
+    weight = drawn(4, 3)
+    lora_A, lora_B = factors(weight)
+    layers = [
+        files.Layer(f"l{i}", kind, lora_A, lora_B, None, S) for i, kind in enumerate(("linear", "linear", "conv"))
+    ]
+    contents = files.Contents("PEFT", tuple(layers), others={"bias": weight})
+    assert repr(contents) == f"Contents('PEFT', 2 linear, 1 conv, r={len(lora_A)}, 1 other tensors)"
+    assert repr(files.Contents("PEFT", ())) == "Contents('PEFT', no layers)"

@@ -14,6 +14,7 @@ PACKAGE = Path(dorac.__file__).parent
 # floor of each module, from below; a module imports only from floors beneath it or from its own topic
 FLOORS = {
     "bounded": 0,
+    "callers": 0,
     "dense": 0,
     "lora_config": 0.5,
     "names": 0,

@@ -1,14 +1,16 @@
 """The Triton kernels against float64: on the GPU as they are, on the CPU through Triton's interpreter."""
 
+import ast
 import contextlib
 import dataclasses
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from dorac import functional, reference
+from dorac import functional, numerics, reference
 from dorac.testing import LinearInputs, linear_inputs, max_error
 
 pytest.importorskip("triton")
@@ -17,7 +19,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dorac.kernels import configs
+from dorac.kernels import configs, tiles
 from dorac.kernels.backward import compose_backward
 from dorac.kernels.cast import cast_launch
 from dorac.kernels.compose import compose
@@ -28,6 +30,16 @@ from dorac.kernels.norm import row_norm, row_norms
 from dorac.kernels.target import CARDS
 
 H100 = CARDS["sm_90"]
+
+
+def test_kernels_hold_rows_above_the_hosts_bound():
+    """No number of their own decides what is a zero row."""
+    assert tiles.ZERO_ROW_NORM.value == numerics.ZERO_ROW_NORM
+    for path in Path(tiles.__file__).parent.glob("*.py"):
+        numbers = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        assert not any(isinstance(number, float) and 0 < number <= numerics.ZERO_ROW_NORM for number in numbers), path
+
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 full = pytest.mark.full

@@ -740,3 +740,12 @@ def test_sharded_models_take_their_own_norm(mesh):
 def test_refused_without_a_layer():
     with pytest.raises(ValueError, match="Net holds no DoRA layer"):
         dorac.cache_norms(Net())
+
+
+def test_shown():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 4), nn.Linear(4, 4))
+    dorac.apply_dora(model, ["0", "1", "2"], r=2, init_lora_weights=False)
+    cache = dorac.cache_norms(model)
+    assert repr(cache) == "NormCache(2 DoraLinear, 1 DoraEmbedding)"
+    cache.remove()
+    assert repr(cache) == "NormCache(removed, or its model is gone)"

@@ -180,8 +180,9 @@ def test_a_write_that_compiled_code_does_not_hear_of(write, tmp_path):
     writes.base_in_place(model)
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     compiled(input_of("linear", model)).sum().backward()
-    with pytest.warns(UserWarning, match="were written to between two steps"):
+    with pytest.warns(UserWarning, match="were written to between two steps") as caught:
         optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
     assert_fresh(model, compiled)
 
 

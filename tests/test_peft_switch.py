@@ -360,3 +360,17 @@ class PreTrainedConfigured(PreTrainedModel):
 
     def forward(self, x):
         return self.last(self.inner(x).relu())
+
+
+def test_shown():
+    """What is so now, whoever has made it so."""
+    stock = stock_model("linear")
+    everywhere = dorac.peft.enable()
+    model = dorac.peft.enable(stock)
+    assert repr(everywhere) == "Enabled(what PEFT builds: on dorac)"
+    assert repr(model) == f"Enabled({type(stock).__name__}: 1 DoRA layers on dorac)"
+    with model:
+        pass
+    dorac.peft.disable()
+    assert repr(everywhere) == "Enabled(what PEFT builds: stock)"
+    assert repr(model) == f"Enabled({type(stock).__name__}: 0 DoRA layers on dorac)"

@@ -180,8 +180,9 @@ def test_what_somebody_accumulates_is_named(side):
     model, magnitude = model_of(side)
     cast_all(model)
     node = magnitude.view_as(magnitude).grad_fn.next_functions[0][0]
-    with pytest.warns(RuntimeWarning, match="a DoRA magnitude is trained in torch.bfloat16.*model.train()"):
+    with pytest.warns(RuntimeWarning, match="a DoRA magnitude is trained in torch.bfloat16.*model.train()") as caught:
         model.train()
+    assert [warning.filename for warning in caught] == [__file__]
     with pytest.warns(RuntimeWarning, match="a DoRA magnitude is trained in torch.bfloat16"):
         model(KINDS["linear"].input(3, torch.bfloat16))
     assert magnitude.dtype == torch.bfloat16

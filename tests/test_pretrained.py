@@ -115,8 +115,9 @@ def test_refused(base, tmp_path):
         model.save_pretrained(tmp_path / "out", state_dict={k: v for k, v in state.items() if k != name})
     with pytest.raises(ValueError, match="lora_A is not finite"):
         model.save_pretrained(tmp_path / "out", state_dict=state | {name: state[name] / 0})
-    with pytest.warns(RuntimeWarning, match="state dict is empty"):
+    with pytest.warns(RuntimeWarning, match="state dict is empty") as caught:
         model.save_pretrained(tmp_path / "out", state_dict={})
+    assert [warning.filename for warning in caught] == [__file__]
     tiny.load(base).save_pretrained(tmp_path / "checkpoint-5")
     before = (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds a whole model"):

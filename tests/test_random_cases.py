@@ -322,7 +322,7 @@ def unassigned(draw) -> Case:
 
 
 def check_unassigned(case: Case) -> None:
-    """As torch refuses an index: the message knows no argument."""
+    """As torch refuses an index: where torch looks it up, the message knows no argument."""
     with pytest.raises(IndexError, match="out of bounds"):
         case.run()
 

@@ -206,11 +206,11 @@ def test_plain_rows_see_no_adapter():
 
 @pytest.mark.parametrize("index", [3, -2, 17])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_an_adapter_out_of_range_raises_as_torch_does(index, backend):
+def test_an_adapter_out_of_range_is_named(index, backend):
     inputs = expert_inputs(3, (2, 5, 6, 3))
     run = functional.dora_linear_mixed
     run = torch.compile(run, fullgraph=True, backend=backend) if backend else run
-    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 3"):
+    with pytest.raises(IndexError, match=f"adapter_index holds {index}, out of bounds for dimension 0 with size 3"):
         run(inputs.x[0], inputs.weight[0], *inputs.tensors()[2:5], adapter_index=torch.tensor([0, index]), scaling=0.7)
 
 

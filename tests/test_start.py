@@ -286,3 +286,44 @@ def test_gradients_beside_a_large_bias(dtype, kind, transform):
     torch.testing.assert_close([g.double() for g in grads[:4]], list(truth[:4]), rtol=1e-4, atol=1e-4)
     # The bias's gradient is the sum of dy, whatever g is.
     assert ((grads[5].double() - dy.double().sum(0)).abs() <= tokens * u * dy.double().abs().sum(0)).all()
+
+
+@pytest.mark.parametrize("use_compile", [False, True])
+@pytest.mark.parametrize("g", [1e3, -1e3, 3.0, 1e-3])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_bias_far_from_the_start(dtype, layer, g, use_compile):
+    """The textbook's digits: roundings of what g multiplies, and of the bias once, not of ``g * b``."""
+    size, r, tokens = 6, 2, 5
+    x, weight, lora_A, lora_B = (torch.randn(*s, dtype=dtype) for s in ((tokens, size), (4, size), (r, size), (4, r)))
+    norm = functional.norm_factored(weight, lora_A, lora_B, 0.5)
+    magnitude = (g * norm).requires_grad_()
+    bias = 1e5 * (1 + torch.rand(4, dtype=dtype))
+
+    def run(x, *tensors):
+        options = {"scaling": 0.5, "weight_norm": norm}
+        if layer == "linear":
+            return functional.dora_linear(x, *tensors, **options)
+        weight, lora_A, lora_B, *rest = tensors
+        filters = (t.unsqueeze(-1) for t in (weight, lora_A, lora_B))
+        return functional.dora_conv1d(x.t()[None], *filters, *rest, **options)[0].t()
+
+    torch._dynamo.reset()
+    y = (torch.compile(run, backend="aot_eager") if use_compile else run)(x, weight, lora_A, lora_B, magnitude, bias)
+    dy = torch.randn(tokens, 4, dtype=dtype)
+    (d_m,) = torch.autograd.grad(y, magnitude, dy)
+
+    def inner(x, weight, lora_A, lora_B):
+        return x @ weight.T + 0.5 * (x @ lora_A.T) @ lora_B.T
+
+    wide = [t.detach().to(torch.float64) for t in (x, weight, lora_A, lora_B)]
+    terms, scale = inner(*(t.abs() for t in wide)), magnitude.detach().double() / norm.double()
+    # Products of size and r terms, s, their sum, g (a quotient) and its product, the bias; of d_m a sum over tokens.
+    # The exact values have the same number of roundings, of float64.
+    unit = (size + r + 6) * torch.finfo(dtype).eps
+    error = (y.detach().double() - (scale * inner(*wide) + bias.double())).abs()
+    assert (error <= unit * (scale.abs() * terms + bias.double().abs() / (size + r + 6))).all()
+    error = (d_m.double() - (dy.double() * inner(*wide)).sum(0) / norm.double()).abs()
+    assert (
+        error <= (unit + tokens * torch.finfo(dtype).eps) * (dy.double().abs() * terms).sum(0) / norm.double()
+    ).all()

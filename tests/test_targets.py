@@ -1,5 +1,6 @@
 """Which modules are adapted: PEFT's rules, checked against PEFT itself, and what is refused."""
 
+import json
 import re
 import time
 import warnings
@@ -8,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dorac
 from dorac import apply_dora
 from dorac.apply import dora_layers
 from dorac.bounded import Bounded
@@ -355,6 +358,48 @@ def test_pattern_keys_that_match_nothing_are_warned_about(pattern):
     """PEFT warns too; the rest of the call is honoured."""
     with pytest.warns(RuntimeWarning, match=rf"{pattern} has keys that match no adapted module: \['q_prj'\]"):
         assert apply_dora(small(), ["0"], **{pattern: {"q_prj": 2, "2.0": 3}}) == ["0", "2.0"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"target_modules": ["0", "q_prj", "2.0", "no"]},
+        {"target_modules": ["0", "2.0"], "exclude_modules": ["lm_head"]},
+        {"target_modules": "all-linear", "exclude_modules": ["2.0", "lm_head"]},
+        {"target_modules": ["0"], "exclude_modules": "lm_.*"},
+    ],
+    ids=lambda names: "-".join(map(str, names.values())),
+)
+def test_names_that_match_nothing_are_warned_about(names):
+    """PEFT warns where nothing is excluded, and is silent where other targets are found."""
+    argument = list(names)[-1]
+    given = [names[argument]] if isinstance(names[argument], str) else names[argument]
+    unmatched = sorted({"q_prj", "no", "lm_head", "lm_.*"}.intersection(given))
+    with pytest.warns(RuntimeWarning) as caught:
+        apply_dora(small(), **names)
+    assert [str(warning.message) for warning in caught] == [f"{argument} has names that match no module: {unmatched}"]
+
+
+def test_names_that_match_what_is_not_adapted_are_no_mistake():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert apply_dora(small(), ["0", "2.0"], exclude_modules=["2.0"]) == ["0"]
+        assert apply_dora(small(), "0|3", exclude_modules="2.*") == ["0"]
+
+
+def test_a_files_names_that_match_nothing_are_no_ones_mistake(tmp_path):
+    model = small()
+    apply_dora(model, ["0"], r=2, init_lora_weights=False)
+    dorac.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    nothing = {"target_modules": ["0", "no"], "exclude_modules": ["no"], "rank_pattern": {"no": 3}}
+    path.write_text(json.dumps(config | nothing | {"alpha_pattern": {"no": 3}}))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as PEFT writes it, without a digest of the config
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dorac.load_adapter(small(), tmp_path) == ["0", "2.0"]
 
 
 # --- names and patterns ----------------------------------------------------------------------------------------------

@@ -242,7 +242,6 @@ def _load(
                 dropout_on=dropout_on,
                 use_rslora=bool(config.get("use_rslora")),
                 adapter_name=adapter_name,
-                stacklevel=4,
             )
             layers = dora_layers(model)
         for layer in layers.values():
@@ -282,7 +281,8 @@ def _find_places(model: nn.Module, config: dict) -> tuple[list[str], list[Target
     saved = find_saved(model, config.get("modules_to_save") or [], all_needed=False)
     names = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
     options = {name: config.get(name) for name in ("r", "lora_alpha", *names)}
-    return saved, find_targets(model, config["target_modules"], saved=saved, compile=Bounded().compile, **options)
+    options |= {"saved": saved, "compile": Bounded().compile, "warned_of": ()}  # the tensors tell what is missing
+    return saved, find_targets(model, config["target_modules"], **options)
 
 
 def _embeddings(model: nn.Module, bases: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

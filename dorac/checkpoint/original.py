@@ -1,12 +1,11 @@
 """Adapters over a part of the base weights, as a start of PEFT's has left them: what is taken out when they load."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from dorac import offload
+from dorac import callers, offload
 from dorac.nn import DoraLayer, DoraLinear, residual
 from dorac.undo import Undo
 from dorac.wrapped import refuse_tied
@@ -39,9 +38,7 @@ def take_out(start: str, model: nn.Module, layers: Mapping[str, DoraLayer], log:
     with offload.written(log, *linear.values(), *(layer.base_layer for layer in linear.values())):
         inits.begin_again(start, linear, log)
     if "niter" in start:
-        warnings.warn(
+        callers.warn(
             f"the adapter is over what init_lora_weights={start!r} left of the base weights, a decomposition with "
             "random numbers: what is left now is that as far as the decomposition converges",
-            RuntimeWarning,
-            stacklevel=4,
         )

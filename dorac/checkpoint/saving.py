@@ -86,7 +86,7 @@ def save_adapter(
         reshard(model)
         with offload.onloaded(*saved_parts(model, layers)):
             _refuse_without_values(layers)
-            notices.warn_untrained(layers, stacklevel=2)
+            notices.warn_untrained(layers)
             parameters = adapter_tensors(model, layers)
     else:
         parameters = _gathered_tensors(model, layers, state_dict)

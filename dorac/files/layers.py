@@ -1,5 +1,6 @@
 """What every format is read into: a list of :class:`Layer`, and what a layer makes of a base weight."""
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -64,6 +65,15 @@ class Contents(NamedTuple):
     others: Mapping[str, Tensor] = {}
     names_of: str = "model"
     meta_rows: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        """How much of what, instead of every value."""
+        kinds = collections.Counter(layer.kind for layer in self.layers)
+        ranks = sorted({layer.rank for layer in self.layers})
+        said = [f"{self.format!r}", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no layers"]
+        said += [f"r={', '.join(map(str, ranks))}"] if ranks else []
+        said += [f"{len(self.others)} other tensors"] if self.others else []
+        return f"{type(self).__name__}({', '.join(said)})"
 
 
 def matrices(layer: Layer, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

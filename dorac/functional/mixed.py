@@ -54,8 +54,8 @@ def dora_linear_mixed(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; adapters that are not in one stack, as those
-            of different rank are not unless they are padded. IndexError: an index out of range, as torch raises it
-            (RuntimeError where Inductor indexes, an assertion on the device on CUDA).
+            of different rank are not unless they are padded. IndexError: an index out of range, by name on the
+            CPU, elsewhere as torch raises it (RuntimeError where Inductor indexes, an assertion on the device on CUDA).
     """
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, adapter_index
     if norm_grad is False and budget == DEFAULT_BUDGET:

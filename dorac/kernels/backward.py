@@ -19,7 +19,7 @@ from torch import Tensor
 from dorac.kernels import target
 from dorac.kernels.configs import ColumnConfig, column_config
 from dorac.kernels.launch import Launch, cdiv, contiguous
-from dorac.kernels.tiles import load_tile, magnitude_scale, number, store_tile, strip_sum
+from dorac.kernels.tiles import ZERO_ROW_NORM, load_tile, magnitude_scale, number, store_tile, strip_sum
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def compose_backward_kernel(
 def per_norm(d_g, norm_ptr, index, mask):
     """dm of dg: divided by the norm, 0 on zero rows."""
     norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
-    return tl.where(norm <= 1e-12, 0.0, d_g / norm)
+    return tl.where(norm <= ZERO_ROW_NORM, 0.0, d_g / norm)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.of_y import FAINT
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
-from dorac.kernels.tiles import load_tile, number, product, strip_sum
+from dorac.kernels.tiles import ZERO_ROW_NORM, load_tile, number, product, strip_sum
 from dorac.packed import Form
 
 BLOCK_O, BLOCK_C, BLOCK_B = 16, 64, 512
@@ -80,10 +80,10 @@ def finish_kernel(
     mask_O = cols_O < O
     m_O = tl.load(magnitude_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
     norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=0.0).to(tl.float32)
-    faint_O = (tl.abs(m_O) < norm_O * FAINT) & (norm_O > 1e-12)
+    faint_O = (tl.abs(m_O) < norm_O * FAINT) & (norm_O > ZERO_ROW_NORM)
     if SUMS:
         dot_O = strip_sum(partial_m_ptr, cols_O, mask_O, O, strips)
-        d_m_O = tl.where(norm_O <= 1e-12, 0.0, dot_O / tl.where(faint_O, 1.0, m_O))
+        d_m_O = tl.where(norm_O <= ZERO_ROW_NORM, 0.0, dot_O / tl.where(faint_O, 1.0, m_O))
         tl.store(d_m_ptr + cols_O, d_m_O.to(d_m_ptr.dtype.element_ty), mask=mask_O & ~faint_O)
     if tl.max(faint_O.to(tl.int32), axis=0) > 0:
         scales = (scale_ptr, zero_ptr, scale_table_ptr, scale_scale_ptr, scale_offset_ptr)

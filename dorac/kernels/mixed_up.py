@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from dorac.kernels.mixed_tiles import known_tile, rank_of, small_product
-from dorac.kernels.tiles import INTERPRETED, number
+from dorac.kernels.tiles import INTERPRETED, ZERO_ROW_NORM, number
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _scale_of(magnitude_ptr, norm_ptr, key, adapter, cols_O, is_col_O, stride_mk
         g_O = tl.load(magnitude_ptr + adapter * stride_mk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
     if norm_ptr is not None:
         norm_O = tl.load(norm_ptr + adapter * stride_nk + cols_O, mask=is_col_O, other=1.0).to(tl.float32)
-        g_O = tl.where(norm_O <= 1e-12, 1.0, tl.div_rn(g_O, norm_O))
+        g_O = tl.where(norm_O <= ZERO_ROW_NORM, 1.0, tl.div_rn(g_O, norm_O))
     return tl.where(key >= 0, g_O, 1.0)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from dorac.kernels.configs import MlpBackwardConfig
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.mlp import activated, bias_of, rounded, scale_of
-from dorac.kernels.tiles import load_tile, number, product, store_tile, strip_sum
+from dorac.kernels.tiles import ZERO_ROW_NORM, load_tile, number, product, store_tile, strip_sum
 
 HEAD = 4  # rows of partial sums: of the magnitudes of gate and up, and of their biases
 _HEAD = tl.constexpr(HEAD)
@@ -181,7 +181,7 @@ def _store_ranks(parts_ptr, tile_OR, cols_O, mask_O, O, R, BLOCK_R: tl.constexpr
 def _of_magnitude(parts_ptr, norm_ptr, d_m_ptr, cols_O, mask_O, size, strips):
     total_O = strip_sum(parts_ptr, cols_O, mask_O, size, strips)
     norm_O = tl.load(norm_ptr + cols_O, mask=mask_O, other=1.0).to(tl.float32)
-    d_m_O = tl.where(norm_O <= 1e-12, 0.0, total_O / norm_O)
+    d_m_O = tl.where(norm_O <= ZERO_ROW_NORM, 0.0, total_O / norm_O)
     tl.store(d_m_ptr + cols_O, rounded(d_m_O, d_m_ptr), mask=mask_O)
 
 

@@ -6,7 +6,7 @@ Legend: T tokens, I in_features, O out_features, R rank.
 import triton
 import triton.language as tl
 
-from dorac.kernels.tiles import load_tile, number, product
+from dorac.kernels.tiles import ZERO_ROW_NORM, load_tile, number, product
 
 FAINT = tl.constexpr(2.0**-6)  # below such a g, y = g * inner may have fewer digits than inner: float16's smallest
 
@@ -69,4 +69,4 @@ def of_y(
                 dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, 16, BLOCK_O, False, False)
                 total_O += tl.sum(dy_TO.to(tl.float32) * inner_TO, axis=0)
             d_m_O = tl.where(faint_O, total_O / norm_O, d_m_O)
-    return tl.where(norm_O <= 1e-12, 0.0, d_m_O)
+    return tl.where(norm_O <= ZERO_ROW_NORM, 0.0, d_m_O)

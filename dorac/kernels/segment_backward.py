@@ -25,6 +25,7 @@ from dorac.kernels.segment_tiles import (
     scaling_of,
     store_rows,
 )
+from dorac.kernels.tiles import ZERO_ROW_NORM
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def segment_backward_kernel(
     if magnitude_ptr is not None:
         of_norm = segment.to(tl.int64) * stride_norm
         norm_O = tl.load(norm_ptr + of_norm + cols_O, mask=mask_O, other=1.0).to(tl.float32)
-        d_m_O = tl.where(norm_O <= 1e-12, 0.0, tl.sum(acc_TO, axis=0) / norm_O)
+        d_m_O = tl.where(norm_O <= ZERO_ROW_NORM, 0.0, tl.sum(acc_TO, axis=0) / norm_O)
         if start_r == 0:
             of_strip = strip.to(tl.int64) * O
             if alone:

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from dorac import numerics
+
+ZERO_ROW_NORM = tl.constexpr(numerics.ZERO_ROW_NORM)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -113,7 +116,7 @@ def magnitude_scale(magnitude_ptr, norm_ptr, index, mask, HAS_NORM: tl.constexpr
     g = tl.load(magnitude_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
         norm = tl.load(norm_ptr + index, mask=mask, other=1.0).to(tl.float32)
-        g = tl.where(norm <= 1e-12, 1.0, tl.div_rn(g, norm))
+        g = tl.where(norm <= ZERO_ROW_NORM, 1.0, tl.div_rn(g, norm))
     return g
 
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import nn
 
 from dorac import checks
 from dorac.numerics import FLOAT_DTYPES
@@ -14,6 +15,22 @@ DEFAULT_ALPHA = 8
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """s: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` rank-stabilised (arXiv 2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def settled(name: str, instead: str) -> property:
+    """An attribute that lies in ``vars(layer)`` and belongs to the adapter that is there: setting it is refused."""
+
+    def get(layer: nn.Module) -> object:
+        if name in layer.__dict__:
+            return layer.__dict__[name]
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+
+    def refuse(layer: nn.Module, value: object) -> None:
+        raise AttributeError(
+            f"{name} of a {type(layer).__name__} cannot be set, the adapter was made with it: {instead}"
+        )
+
+    return property(get, refuse)
 
 
 def check_hyperparameters(

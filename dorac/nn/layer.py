@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional, magnitudes, offload
 from dorac.nn import merging, norm_cache, starts
-from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor
+from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor, settled
 from dorac.nn.initialised import Initialised
 from dorac.nn.keeper import KeptNorm
 from dorac.nn.reads_base import ReadsBase
@@ -65,6 +65,10 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
 
     # The adapter's parameters (lora_A, lora_B, the magnitude, in this order) and the endings of PEFT's keys for them.
     PEFT_KEYS: ClassVar[dict[str, str]]
+    # Of the adapter that is active; another rank is another adapter.
+    r = settled("r", "add one of another rank with dorac.add_adapter, or wrap the base layer anew")
+    lora_alpha = settled("lora_alpha", "set layer.scaling")
+    use_rslora = settled("use_rslora", "set layer.scaling")
     # Bytes for the norm's buffers, the same wherever it is taken, so that g = 1 exactly at init.
     norm_budget: ClassVar[int] = DEFAULT_BUDGET
     # What merging has taken out of the base layer, where it is not written in place: see DoraQuantLinear.
@@ -128,9 +132,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.use_rslora = use_rslora
+        vars(self).update(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora)
         self.lora_dropout = float(lora_dropout)
         self.dropout_on = dropout_on
         self.init_lora_weights = init_lora_weights

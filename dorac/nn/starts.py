@@ -6,13 +6,13 @@ first forward or when it is saved. A layer made over weights that are loaded lat
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from dorac import callers
 from dorac.ops import sharded
 
 if TYPE_CHECKING:
@@ -218,9 +218,9 @@ def after_load(layer: "DoraLayer") -> None:
     if loading.follows:
         layer._reset_magnitudes()
     elif not _same(_norm(layer), norm):
-        warnings.warn(
+        callers.warn(
             f"{loading.name or type(layer).__name__}: another base weight was loaded without a magnitude, which is "
             "kept and not the norm of this weight: load an adapter for it, or call reset_parameters() of the layer to "
             "begin a new one",
-            stacklevel=2,
+            UserWarning,
         )

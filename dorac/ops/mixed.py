@@ -95,7 +95,7 @@ def _pieces(index: Tensor, length: int, tokens: int) -> list[tuple[int, slice | 
         rows.setdefault(adapter, []).append(row)
     for wrong in rows:
         if not -1 <= wrong < length:
-            raise IndexError(f"index {wrong} is out of bounds for dimension 0 with size {length}")
+            raise IndexError(f"adapter_index holds {wrong}, out of bounds for dimension 0 with size {length}")
     rows.pop(-1, None)
     pieces: list[tuple[int, slice | Tensor]] = []
     for adapter, own in rows.items():

@@ -6,12 +6,12 @@ the layer holds them, so that the start is the frozen layer's function whatever 
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from dorac import callers
 from dorac.nn import DoraLayer, DoraLinear, layer_class, residual
 from dorac.nn.linear import is_conv1d
 from dorac.nn.quantised import DoraQuantLinear
@@ -119,7 +119,6 @@ def begin(
     config: object,
     eva_state_dict: Mapping[str, Tensor] | None,
     log: Undo,
-    stacklevel: int,
 ) -> None:
     """Gives new layers their start. The log can take all of it back.
 
@@ -145,11 +144,9 @@ def begin(
             layer._reset_magnitudes()
     _drop_prepared(init, begun, log)
     if without:
-        warnings.warn(
+        callers.warn(
             f"eva_state_dict has nothing for {', '.join(without[:8])}{', ...' if len(without) > 8 else ''}: these "
             "layers start as with init_lora_weights=True",
-            RuntimeWarning,
-            stacklevel,
         )
 
 

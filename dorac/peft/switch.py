@@ -37,8 +37,11 @@ def require_peft() -> None:
 class Enabled(contextlib.AbstractContextManager):
     """What :func:`enable` returns: a context that undoes on exit what the call changed."""
 
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo = undo
+    def __init__(self, undo: Callable[[], None], of: Callable[[], str]) -> None:
+        self._undo, self._of = undo, of
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._of()})"
 
     def __exit__(self, *exception) -> None:
         self._undo()
@@ -165,7 +168,7 @@ def _enable_everywhere(dropout_on: str) -> Enabled:
         log.keep_attribute(state, "dropout_on")
         before_on, state.dropout_on = state.dropout_on, dropout_on
         if state.stock:
-            return Enabled(partial(setattr, state, "dropout_on", before_on))
+            return Enabled(partial(setattr, state, "dropout_on", before_on), _everywhere)
         log.add(state.stock.clear)
         state.stock.update({name: vars(LoraModel).get(name) for name in ours.METHODS})
         for name, function in ours.METHODS.items():
@@ -181,7 +184,11 @@ def _enable_everywhere(dropout_on: str) -> Enabled:
                 _restore(list(state.roots), log, keep=[*before, *state.models])
                 _set_hotswap(log)
 
-        return Enabled(undo)
+        return Enabled(undo, _everywhere)
+
+
+def _everywhere() -> str:
+    return f"what PEFT builds: {'on dorac' if state.stock else 'stock'}"
 
 
 def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
@@ -202,7 +209,15 @@ def _enable_model(model: nn.Module, dropout_on: str) -> Enabled:
                     _forget(state.models, model, log)
                 _set_hotswap(log)
 
-        return Enabled(undo)
+        return Enabled(undo, partial(_layers_on_dorac, model))
+
+
+def _layers_on_dorac(model: nn.Module) -> str:
+    from dorac.peft.variants import OnDorac
+
+    variants = [getattr(module, "lora_variant", {}).values() for module in model.modules()]
+    count = sum(any(isinstance(variant, OnDorac) for variant in of) for of in variants)
+    return f"{type(model).__name__}: {count} DoRA layers on dorac"
 
 
 def _on_dorac(roots: Iterable[nn.Module]) -> "weakref.WeakSet[nn.Module]":

@@ -1,6 +1,5 @@
 """What PEFT takes, and neither PEFT nor dorac adapts as it was meant: named in a warning, once for each kind."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -8,6 +7,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dorac import callers
 from dorac.peft.variants import COVERED, OnDorac
 from dorac.stock_peft import LoraLayer
 from dorac.weight_reads import read_past_forward
@@ -39,7 +39,7 @@ def _warn(kinds: Iterable[tuple[str, str]], reported: set[str]) -> None:
     for sentence, names in named.items():
         if sentence not in reported:
             more = ", ..." if len(names) > 8 else ""
-            warnings.warn(f"{sentence}: {', '.join(names[:8])}{more}", stacklevel=5)
+            callers.warn(f"{sentence}: {', '.join(names[:8])}{more}", UserWarning)
             reported.add(sentence)
 
 
