@@ -32,6 +32,7 @@ from dorac.bench import (
     tune,
 )
 from dorac.bench.__main__ import SUBCOMMANDS, main
+from dorac.nn import norm_cache
 from dorac.ops import front, linear
 
 pytest.importorskip("peft")
@@ -49,14 +50,17 @@ def _one_thread():
 
 
 @pytest.fixture
-def bench(tmp_path, device, monkeypatch):
-    """Runs a subcommand that must succeed; returns what it wrote as JSON.
+def without_inductor(monkeypatch):
+    """What Inductor generates is not looked at here, and takes minutes."""
+    compile_with = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda *args, mode=None, **kwargs: compile_with(*args, **kwargs))
 
-    On the CPU what is compiled is not compiled by Inductor: what it generates is not looked at here, and takes minutes.
-    """
+
+@pytest.fixture
+def bench(request, tmp_path, device):
+    """Runs a subcommand that must succeed; returns what it wrote as JSON."""
     if device == "cpu":
-        compile_with = functools.partial(torch.compile, backend="aot_eager")
-        monkeypatch.setattr(torch, "compile", lambda *args, mode=None, **kwargs: compile_with(*args, **kwargs))
+        request.getfixturevalue("without_inductor")
 
     def call(*arguments: str) -> dict:
         path = tmp_path / "out.json"
@@ -533,7 +537,29 @@ def test_model_with_norms_once_per_step(bench, device):
     assert {record["micro_batches"] for record in result["records"]} == {3}
 
 
-def test_forms_in_a_stack_are_each_compiled(monkeypatch):
+def test_variants_write_to_no_other_ones(monkeypatch):
+    """A norm that another variant's optimizer has put in doubt would be taken in the next forward."""
+    args = arguments(layers=1, hidden=32, intermediate=48, heads=4, kv_heads=2, tokens=6)
+    stack = model.build_stack(args)
+    layers = model.draw_layers(model.linear_weights(stack), 2, args)
+    x, taken, take = torch.randn(1, 6, 32), [], norm_cache.take
+    variants = "dorac-cached-eager", "lora-sum-eager", "dorac-peft-cached-eager"
+    builds = [functools.partial(model.build_variant, stack, layers, name) for name in variants]
+    steps = [against_lora._step(build, None, x, torch.randn_like(x), 1, False) for build in builds]
+
+    def counted(kept, **how):
+        taken.append((len(kept), how["seen_by_autograd"]))
+        take(kept, **how)
+
+    for step in steps:
+        step()
+    monkeypatch.setattr(norm_cache, "take", counted)
+    for step in steps:
+        step()
+    assert taken == [(7, True), (0, True), (7, True)]  # after the steps
+
+
+def test_forms_in_a_stack_are_each_compiled(monkeypatch, without_inductor):
     """The forms share their code, so that the compiler would run the first for all of them."""
     stack = {"layers": 1, "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2}
     paths, forward = [], linear.forward

@@ -244,11 +244,14 @@ def draw_layers(weights: dict[str, Tensor | nn.Module], rank: int, args: argpars
 
 
 def adapt(stack: Stack, layers: dict[str, peers.Layer], build: Callable[[peers.Layer], nn.Module]) -> Stack:
-    """A copy of the stack, which shares its tensors, with ``build(layer)`` in the place of each linear layer."""
+    """A copy of the stack, which shares its tensors, with ``build(layer)`` in the place of each linear layer.
+
+    Its adapters are its own.
+    """
     shared = itertools.chain(stack.parameters(), stack.buffers(), map(stack.get_submodule, layers))
     stack = copy.deepcopy(stack, {id(one): one for one in shared})
     for name, layer in layers.items():
-        stack.set_submodule(name, build(layer))
+        stack.set_submodule(name, build(layer.with_own_adapter()))
     return stack
 
 

@@ -35,6 +35,11 @@ class Layer:
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    def with_own_adapter(self) -> "Layer":
+        """The same with an adapter that no other one holds: a kept norm sees what others write to it."""
+        adapter = {name: getattr(self, name).clone() for name in ("lora_A", "lora_B", "magnitude")}
+        return dataclasses.replace(self, **adapter)
+
 
 def draw_weight(out_features: int, in_features: int, args: argparse.Namespace) -> Tensor:
     """A random base weight that keeps the variance of its input."""
