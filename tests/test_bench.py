@@ -49,6 +49,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _few_repeats(monkeypatch):
+    """No time is looked at here."""
+    monkeypatch.setattr(measure, "WALL_REPEATS", (2, 2))
+    monkeypatch.setattr(measure, "TURN_SECONDS", 1e-6)
+    monkeypatch.setitem(model.DEFAULTS["cpu"], "turns", 2)
+
+
 @pytest.fixture
 def without_inductor(monkeypatch):
     """What Inductor generates is not looked at here, and takes minutes."""
