@@ -8,7 +8,9 @@ so on, once before that write and once after it. Writes are ops in place on any 
 import contextlib
 import copy
 import functools
+import itertools
 import os
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -27,6 +29,7 @@ from dorac.nn.keeper import KeptNorm
 from dorac.testing import quantised_layers
 
 ERRORS = (ValueError, MemoryError, KeyboardInterrupt)
+EACH_ERROR = False  # see _each_error
 CACHES = []  # of the models of a test
 TOKENS = torch.arange(12).reshape(2, 6) % 7
 METHODS = (
@@ -227,15 +230,15 @@ class State:
 
 
 def every_fault(make, call, *, floor, check=State.assert_kept, errors=ERRORS):
-    """Makes the model, injects and checks: at every write, every error, before it and after."""
+    """Makes the model, injects and checks: at every write, before it and after, errors in turn, or each (full)."""
     counted = Faults()
     model = make()
     with counted:
         call(model)
     assert counted.writes >= floor
-    cases = [(error, after) for error in errors for after in (False, True)]
     for at in range(counted.writes):
-        for error, after in cases:
+        in_turn = [(errors[(at + after) % len(errors)], bool(after)) for after in range(2)]
+        for error, after in itertools.product(errors, (False, True)) if EACH_ERROR else in_turn:
             drop_caches()
             model = make()
             state = State(model)
@@ -249,6 +252,11 @@ def drop_caches():
     for cache in CACHES:
         cache.remove()
     CACHES.clear()
+
+
+@pytest.fixture(autouse=True, params=[False, pytest.param(True, marks=pytest.mark.full)], ids=["in turn", "each"])
+def _each_error(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "EACH_ERROR", request.param)
 
 
 @pytest.fixture(autouse=True)
