@@ -14,7 +14,7 @@ from dorac.functional.linear import compose
 from dorac.functional.norm import magnitude_scale, norm_factored, scaling_tensor
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
 from dorac.ops import front
-from dorac.ops.compose import held_part, takes_bias
+from dorac.ops.compose import finite_part, takes_bias
 from dorac.ops.norm import DEFAULT_BUDGET
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -212,15 +212,14 @@ def _layer(dimensions: int, doc: str):
         # Not for the compiler: torch 2.11's convolution takes no bias whose tangent is an expanded zero.
         delta = dropout_p and dropout_on == "adapter"
         holds_bias = not (delta or torch.compiler.is_compiling()) and takes_bias(x, bias)
-        held = held_part(bias, g) if holds_bias else None
-        base = filtered(x_adapter if delta else x, weight, groups, held)
+        base = filtered(x_adapter if delta else x, weight, groups, finite_part(bias) if holds_bias else None)
         h = filtered(x_adapter.to(lora_A.dtype), lora_A, 1 if spans_groups(weight, lora_A) else groups)
         lora = conv(h, lora_B, groups=groups)
         if delta:
             y = filtered(x, weight, groups, bias) + compose(base, lora, g, s, delta=True, dim=1)
         else:
             s = s.to(accumulate_dtype(base, lora, g))
-            y = ops.compose.compose(base, lora, g, s, bias, False, 1, holds_bias, held)
+            y = ops.compose.compose(base, lora, g, s, bias, False, 1, holds_bias)
         return y.squeeze(0) if unbatched else y
 
     dora_conv.__name__ = dora_conv.__qualname__ = f"dora_conv{dimensions}d"

@@ -99,9 +99,9 @@ def dora_linear(
 
         Where ``lora_B = 0`` and ``m = n`` it is ``F.linear(x, weight, bias)``, bit for bit, in eager float32 and
         float64 on the CPU (a zero may lose its sign; with experts the bias follows the product, as in their modules).
-        For that, rows with g from 1/2 to 2 have in these dtypes the bias inside the product, on every device but CUDA:
-        ``g * (x W^T + b + s ...) + (1 - g) * b``, of b two roundings of ``g * b`` more. Of these the magnitude's
-        gradient is ``sum dy * (x W^T + b + s ... - b) / n``, every term of it exact to roundings of ``|x W^T| + |b|``.
+        For that, these dtypes have the bias inside the product on every device but CUDA, and compute
+        ``g * (x W^T + b + s ...) + (1 - g) * b``: of b, two roundings of ``g * b`` more. The magnitude's gradient is
+        ``sum dy * (x W^T + b + s ... - b) / n``, every term of it exact to roundings of ``|x W^T| + |b|``.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, a scaling that is not finite, a dropout

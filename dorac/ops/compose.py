@@ -16,8 +16,7 @@ ones are rows of outputs: the same view, the same kernels. Others are computed a
 
 ``holds_bias`` says that base has the bias b in it already, as the frozen layer's own product adds it; then
 ``y = g * (base + s * lora) + (1 - g) * b``. Where g = 1 and lora = 0 that is base, bit for bit, which a bias added to
-the finished product is not. What is saved is inner without b. Only the finite part of b is handled so, or, where
-it is given, the part ``held``: see :func:`held_part`.
+the finished product is not. What is saved is inner without b. Only the finite part of b is handled so.
 
 Legend: T tokens, O out_features, N samples. Activations are [T, O] here, those of channels [N, O, *] (the outputs are
 dimension 1 either way, g and bias [O]); the functional layer accepts any leading shape.
@@ -68,16 +67,7 @@ def finite_part(bias: Tensor) -> Tensor:
     return torch.where(bias.isfinite(), bias, 0.0)
 
 
-def held_part(bias: Tensor, mag_scale: Tensor) -> Tensor:
-    """What a base product of our own is to add of the bias: nothing where g is far from 1.
-
-    g times what was rounded together with a large bias would be lost there.
-    """
-    near = (mag_scale >= 0.5) & (mag_scale <= 2)
-    return torch.where(near, finite_part(bias), 0.0)
-
-
-def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, holds_bias, held_O, acc):
+def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, holds_bias, acc):
     """The result in the accumulate dtype, before its one rounding."""
     g_O = g_O.to(acc)
     if delta:
@@ -95,7 +85,7 @@ def _output(base_TO, lora_TO, inner_TO, g_O, scaling, bias_O, delta, holds_bias,
         return y_TO
     bias_O = bias_O.to(acc)
     if holds_bias:
-        held_O = finite_part(bias_O) if held_O is None else held_O.to(acc)
+        held_O = finite_part(bias_O)
         bias_O = (1 - g_O) * held_O + (bias_O - held_O)
     return y_TO + bias_O
 
@@ -123,18 +113,16 @@ def buffer_of(mag_scale: Tensor) -> Tensor:
     return mag_scale.as_strided(mag_scale.shape, mag_scale.stride())
 
 
-def _without(inner_TO, bias_O, holds_bias, held_O):
+def _without(inner_TO, bias_O, holds_bias):
     """inner as it is saved: what g multiplies. Where base holds the bias, the bias is taken off."""
-    if not holds_bias:
-        return inner_TO
-    return inner_TO - (finite_part(bias_O) if held_O is None else held_O).to(inner_TO.dtype)
+    return inner_TO - finite_part(bias_O.to(inner_TO.dtype)) if holds_bias else inner_TO
 
 
-def compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias=False, held=None):
+def compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias=False):
     """The formula in plain differentiable aten."""
     acc = accumulate_dtype(base, lora, mag_scale)
     inner_TO = None if delta else _inner(base, lora, scaling, acc)
-    return _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, held, acc).to(base.dtype)
+    return _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc).to(base.dtype)
 
 
 def _blocks(activation_TO: Tensor) -> list[slice]:
@@ -146,11 +134,11 @@ def _blocks(activation_TO: Tensor) -> list[slice]:
 
 lib.define(
     "compose_value(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta, "
-    "bool holds_bias, Tensor? held=None) -> Tensor"
+    "bool holds_bias) -> Tensor"
 )
 lib.define(
     "compose_forward(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias, bool delta, "
-    "bool holds_bias, Tensor? held=None) -> (Tensor, Tensor)"
+    "bool holds_bias) -> (Tensor, Tensor)"
 )
 lib.define(
     "compose_backward(Tensor dy, Tensor inner, Tensor mag_scale, Tensor scaling, ScalarType lora_dtype, bool delta) "
@@ -159,12 +147,12 @@ lib.define(
 
 
 @torch.library.register_fake("dorac::compose_value", lib=lib)
-def _compose_value_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_value_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     return base.new_empty(base.shape)
 
 
 @torch.library.register_fake("dorac::compose_forward", lib=lib)
-def _compose_forward_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_forward_fake(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     return base.new_empty(base.shape), base.new_empty(base.shape)
 
 
@@ -177,22 +165,22 @@ def _compose_backward_fake(dy, inner, mag_scale, scaling, lora_dtype, delta):
     )
 
 
-def _compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     y = base.new_empty(base.shape)
-    mag_scale, bias, held = (_along_outputs(t, base) for t in (mag_scale, bias, held))
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
-        y[rows] = compose_aten(base[rows], lora[rows], mag_scale, scaling, bias, delta, holds_bias, held)
+        y[rows] = compose_aten(base[rows], lora[rows], mag_scale, scaling, bias, delta, holds_bias)
     return y
 
 
-def _compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     acc = accumulate_dtype(base, lora, mag_scale)
     y, inner = base.new_empty(base.shape), base.new_empty(base.shape)
-    mag_scale, bias, held = (_along_outputs(t, base) for t in (mag_scale, bias, held))
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     for rows in _blocks(base):
         inner_TO = _inner(base[rows], lora[rows], scaling, acc)
-        inner[rows] = _without(inner_TO, bias, holds_bias, held)
-        y[rows] = _output(base[rows], lora[rows], inner_TO, mag_scale, scaling, bias, delta, holds_bias, held, acc)
+        inner[rows] = _without(inner_TO, bias, holds_bias)
+        y[rows] = _output(base[rows], lora[rows], inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc)
     return y, inner
 
 
@@ -212,13 +200,13 @@ def _rows_alone(cuda, in_aten):
     return lambda activation, *args: (cuda if activation.ndim == 2 else in_aten)(activation, *args)
 
 
-def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_value_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
     return compose(base, lora, None, mag_scale, None, scaling, bias, delta=delta, holds_bias=holds_bias)[0]
 
 
-def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias, held=None):
+def _compose_forward_cuda(base, lora, mag_scale, scaling, bias, delta, holds_bias):
     from dorac.kernels.compose import compose
 
     tensors = (base, lora, None, mag_scale, None, scaling, bias)
@@ -241,29 +229,29 @@ compose_value, compose_forward, compose_backward = (
 )
 
 
-def compose_parts(base, lora, mag_scale, scaling, bias, delta, holds_bias=False, held=None, *, eager, needs_inner):
+def compose_parts(base, lora, mag_scale, scaling, bias, delta, holds_bias=False, *, eager, needs_inner):
     """``(y, inner)``, the second None unless needed: over the leaves in eager, in aten under the compiler."""
     if eager:
         if needs_inner:
-            return compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias, held)
-        return compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias, held), None
+            return compose_forward(base, lora, mag_scale, scaling, bias, delta, holds_bias)
+        return compose_value(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
     if base.is_cuda and not front.at_most(base.numel(), DECODE * mag_scale.numel()):
         mag_scale = buffer_of(mag_scale)
-    mag_scale, bias, held = (_along_outputs(t, base) for t in (mag_scale, bias, held))
+    mag_scale, bias = _along_outputs(mag_scale, base), _along_outputs(bias, base)
     if not needs_inner:
-        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias, held), None
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias), None
     acc = accumulate_dtype(base, lora, mag_scale)
     inner_TO = _inner(base, lora, scaling, acc)
-    y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, held, acc).to(base.dtype)
-    return y, _without(inner_TO, bias, holds_bias, held).to(base.dtype)
+    y = _output(base, lora, inner_TO, mag_scale, scaling, bias, delta, holds_bias, acc).to(base.dtype)
+    return y, _without(inner_TO, bias, holds_bias).to(base.dtype)
 
 
 class _Compose(torch.autograd.Function):
     """Returns (y, inner): with inner an output, a second derivative stays connected through what backward saved."""
 
     @staticmethod
-    def forward(ctx, base, lora, mag_scale, scaling, bias, delta, holds_bias, held, eager):
-        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias, held)
+    def forward(ctx, base, lora, mag_scale, scaling, bias, delta, holds_bias, eager):
+        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias)
         y, inner = compose_parts(*arguments, eager=eager, needs_inner=ctx.needs_input_grad[2])
         ctx.save_for_backward(inner, mag_scale, scaling)
         ctx.set_materialize_grads(False)
@@ -292,7 +280,7 @@ class _Compose(torch.autograd.Function):
             d_base = d_inner if d_base is None else d_base + d_inner
             scaled = (scaling.to(acc) * d_inner.to(acc)).to(lora_dtype)
             d_lora = scaled if d_lora is None else d_lora + scaled
-        return d_base, d_lora, d_mag, None, d_bias, None, None, None, None
+        return d_base, d_lora, d_mag, None, d_bias, None, None, None
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
@@ -309,34 +297,33 @@ def _channels_last(activation: Tensor, dim: int) -> bool:
     return rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1] and rows.is_contiguous()
 
 
-def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, holds_bias=False, held=None):
+def _compose(base, lora, mag_scale, scaling, bias=None, delta=False, dim=-1, holds_bias=False):
     tensors = (base, lora, mag_scale, scaling, bias)
     dim %= base.ndim
     trailing = base.ndim - 1 - dim
     if front.under_transform() or front.exporting() or not front.all_plain(*tensors) or scaling.requires_grad:
         if trailing:
-            vectors = (mag_scale, bias, held)
-            mag_scale, bias, held = (t if t is None else t.reshape(-1, *[1] * trailing) for t in vectors)
-        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias, held)
+            mag_scale, bias = (t if t is None else t.reshape(-1, *[1] * trailing) for t in (mag_scale, bias))
+        return compose_aten(base, lora, mag_scale, scaling, bias, delta, holds_bias)
     eager = front.all_eager(*tensors)
     if trailing and eager and _channels_last(base, dim):
         base, lora = base.movedim(dim, -1), lora.movedim(dim, -1)
-        return _compose(base, lora, mag_scale, scaling, bias, delta, -1, holds_bias, held).movedim(-1, dim)
+        return _compose(base, lora, mag_scale, scaling, bias, delta, holds_bias=holds_bias).movedim(-1, dim)
     shape = base.shape
     if not trailing or dim != 1:
         base, lora = (t.reshape(math.prod(shape[:dim]), *shape[dim:]) for t in (base, lora))
     if trailing and base.is_cuda:  # the kernels take rows of outputs
         eager = False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _Compose.apply(base, lora, mag_scale, scaling, bias, delta, holds_bias, held, eager)[0]
+        y = _Compose.apply(base, lora, mag_scale, scaling, bias, delta, holds_bias, eager)[0]
     else:
-        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias, held)
+        arguments = (base, lora, mag_scale, scaling, bias, delta, holds_bias)
         y = compose_parts(*arguments, eager=eager, needs_inner=False)[0]
     return reshaped(y, shape)
 
 
 compose = register_composite(
     "compose(Tensor base, Tensor lora, Tensor mag_scale, Tensor scaling, Tensor? bias=None, bool delta=False, "
-    "int dim=-1, bool holds_bias=False, Tensor? held=None) -> Tensor",
+    "int dim=-1, bool holds_bias=False) -> Tensor",
     _compose,
 )

@@ -43,7 +43,7 @@ from dorac.ops import front, sharded
 from dorac.ops.compose import (
     DECODE,
     compose_aten,
-    held_part,
+    finite_part,
     magnitude_scale,
     reshaped,
     takes_bias,
@@ -61,8 +61,8 @@ def linear_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias
         change = compose_aten(F.linear(x_adapter, weight), lora, g, scaling, None, True)
         return F.linear(x, weight, bias) + change
     holds_bias = takes_bias(x, bias) and not sharded.any_sharded(x, weight)
-    held = held_part(bias, g) if holds_bias else None
-    return compose_aten(F.linear(x, weight, held), lora, g, scaling, bias, False, holds_bias, held)
+    base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
+    return compose_aten(base, lora, g, scaling, bias, False, holds_bias)
 
 
 def experts_aten(x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter=None, low_rank=False):

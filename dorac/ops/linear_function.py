@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
-from dorac.ops.compose import compose_parts, held_part, magnitude_scale, takes_bias
+from dorac.ops.compose import compose_parts, finite_part, magnitude_scale, takes_bias
 from dorac.ops.linear_leaves import (
     LORA_B_RANK,
     delta_linear,
@@ -64,16 +64,18 @@ def forward(
     seen = x if x_adapter is None else x_adapter  # by the low-rank branch
     if path == "separate":
         # With the bias, and of x in its own shape and strides: the bits of the frozen layer.
+        holds_bias = not delta and takes_bias(x, bias)
+        if delta and bias is not None:
+            base = F.linear(x, weight, bias.to(x.dtype))  # as autocast casts the frozen layer's
+        else:
+            base = F.linear(x, weight, finite_part(bias) if holds_bias else None)
         g, rows = magnitude_scale(magnitude, weight_norm), rows_of(seen)
-        held = held_part(bias, g) if not delta and takes_bias(x, bias) else None
-        of_delta = bias.to(x.dtype) if delta and bias is not None else None  # as autocast casts the frozen layer's
-        base = F.linear(x, weight, of_delta if delta else held)
         h = rows.to(lora_A.dtype) @ lora_A.t()
         if delta:
             tensors = (rows_of(F.linear(seen, weight)), h @ lora_B.t(), g, scaling, None, True)
             change, inner = compose_parts(*tensors, eager=eager, needs_inner=needs_inner)
             return rows_of(base) + change, inner, h
-        tensors = (rows_of(base), h @ lora_B.t(), g, scaling, bias, False, held is not None, held)
+        tensors = (rows_of(base), h @ lora_B.t(), g, scaling, bias, False, holds_bias)
         return *compose_parts(*tensors, eager=eager, needs_inner=needs_inner), h
     x, seen = rows_of(x), rows_of(seen)
     if path == "accumulate":
