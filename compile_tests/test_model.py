@@ -63,7 +63,7 @@ def adapted(model: torch.nn.Module, embedding: bool = False) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("embedding", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("build", [lambda: random_smollm2(2), pytest.param(real_smollm2, marks=pytest.mark.full)])
 def test_fullgraph_over_lengths(build, embedding):
     model = adapted(build(), embedding)

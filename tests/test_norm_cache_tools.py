@@ -616,7 +616,7 @@ def ddp_worker(compiled, cache_first):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("cache_first", [False, True])
+@pytest.mark.parametrize("cache_first", [pytest.param(False, marks=pytest.mark.full), True])
 @compiled
 def test_ddp(compiled, cache_first, tmp_path):
     """Rank 1 gets rank 0's parameters after its norms were taken, and no norm is broadcast."""
