@@ -137,7 +137,7 @@ class NormCache:
 
     def refresh(self) -> None:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""
-        layers = list(self._layers.values())
+        layers = [layer for layer in self._layers.values() if layer.kept is not None]
         for layer in layers:
             layer.kept.distrusted = False
         norm_cache.refresh(layers)

@@ -121,9 +121,10 @@ class _Hook:
     def __call__(self, unit: nn.Module, args: tuple) -> None:
         if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
             return
-        layers = [layer for layer in (ref() for ref in self.layers) if layer is not None and layer.kept is not None]
         changed, doubted = [], []
-        for layer in layers:
+        for layer in (ref() for ref in self.layers):
+            if layer is None or layer.kept is None or layer.kept.gathered is None:
+                continue
             packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
             kept, inputs = layer.kept, layer.norm_inputs()
             if layer.merged or norm_cache.out_of_reach(layer, inputs):
