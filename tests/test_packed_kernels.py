@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
+from dorac.kernels.packed_dense import packed_dense
 from dorac.kernels.packed_norm import packed_row_norm
 from dorac.kernels.target import CARDS
 
@@ -94,6 +95,56 @@ def test_the_eager_way(name, factor_dtype, device, taken):
         functional.norm_factored(broken, lora_A, lora_B, S)
     with pytest.raises(ValueError, match="lora_A must be"):
         functional.norm_factored(value, lora_A[:, 1:], lora_B, S)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (33, 192), (5, 100), (3, 1)])  # whole tiles, and what ends within one
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, dtype in READ if name in MATRICES])
+def test_made_dense(name, dtype, shape, device):
+    """The bits that the format's definition has, in every dtype."""
+    value, _ = FORMATS[name](shape, dtype)
+    if value.form() is None:
+        pytest.skip("its blocks go on in the next row")
+    value = on(value, device)
+    for wanted in (*HALF, torch.float32):
+        dense = packed_dense(value, wanted)
+        assert dense.dtype is wanted
+        assert torch.equal(dense, value.rows(0, shape[0]).to(wanted))
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+@pytest.mark.parametrize("nested", [False, True])
+def test_made_dense_of_block_sizes(blocksize, nested, device):
+    value, _ = FORMATS["bnb_nf4_nested" if nested else "bnb_nf4"]((9, 4096), torch.bfloat16, blocksize=blocksize)
+    value = on(value, device)
+    absmax = value.nested_absmax if nested else value.absmax
+    for index, scale in zip(range(absmax.numel()), (math.nan, math.inf, 0.0, 1e38), strict=False):
+        absmax[index] = scale
+    dense = packed_dense(value, torch.bfloat16)
+    torch.testing.assert_close(dense, value.rows(0, 9), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_eager_way_makes_it_dense(name, device, taken, monkeypatch):
+    """By the kernel, unless a mode looks on, the dtype is none of its own or a tensor does not start at 16 bytes."""
+    value = on(FORMATS[name]((33, 128))[0], device)
+    if target.is_given() and not front.has_packed_kernels(*value[: value.PIECES]):
+        pytest.skip("the card of --card has no float8")
+    made, by_kernel = [], packed_product._by_kernel
+    monkeypatch.setattr(packed_product, "_by_kernel", lambda *given: made.append(by_kernel(*given)) or made[-1])
+    expected = value.rows(0, 33).to(torch.bfloat16)
+    held = packed_product.Held(value)
+    for weight in (value, held, held):
+        assert torch.equal(packed_product.dense(weight, torch.bfloat16), expected)
+    assert torch.equal(held.dense(torch.bfloat16), expected)
+    assert [dense is not None for dense in made] == [True] * 4
+    with FlopCounterMode(display=False):
+        assert torch.equal(packed_product.dense(held, torch.bfloat16), expected)
+    assert len(made) == 4
+    assert torch.equal(packed_product.dense(held, torch.float64), value.rows(0, 33).double())
+    codes = torch.empty(value[0].numel() + 1, dtype=value[0].dtype, device=device)[1:].view(value[0].shape)
+    moved = value._replace(**{value._fields[0]: codes.copy_(value[0])})
+    assert torch.equal(packed_product.dense(moved, torch.bfloat16), expected)
+    assert made[4:] == [None, None]
 
 
 @pytest.mark.parametrize("shape", [(5, 100), (7, 65), (3, 1)])

@@ -25,6 +25,7 @@ from dorac.kernels import (
     mlp,
     mlp_backward,
     norm,
+    packed_dense,
     packed_norm,
     segments,
     stack_norm,
@@ -145,28 +146,35 @@ def _norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[t
         yield NAMES[dtype], config, (rank, dtype), launch, (dtype, dtype, dtype, 2.0, None, FULL)
 
 
-def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
+def _packed_forms(target: Target, inner: int) -> Iterator[tuple[str, Form, tuple, int]]:
+    """Of each format a name, the form, the dtypes of a weight's seven pieces, and how many of ``inner`` a row has."""
     byte, float8, groups = torch.uint8, torch.float8_e4m3fn, inner // 64 * 4
-    of_blocks = {"strides": (0, groups, 1, 0)}
-    forms = [  # each with the weight's seven pieces
-        (Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks), (byte, FULL, byte, None, FULL, FULL, FULL)),
-        (Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None)),
-        (Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None)),
-        (Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None)),
-    ]
+    of_blocks, whole = {"strides": (0, groups, 1, 0)}, inner // 64 * 64
+    nf4 = Form("bnb_4bit", "bfloat16", 2, 32, 256, **of_blocks)
+    yield nf4.name, nf4, (byte, FULL, byte, None, FULL, FULL, FULL), whole
+    yield "number", Form("number", "bfloat16"), (torch.int8, None, FULL, None, None, None, None), inner
+    yield "int4", Form("int4", "bfloat16", 2, 32, **of_blocks), (byte, None, HALF, HALF, None, None, None), whole
+    yield "mxfp4", Form("mxfp4", "bfloat16", 2, 16, **of_blocks), (byte, None, byte, None, None, None, None), whole
     if configs.why_no_packed(target, float8=True) is None:
-        form = Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
-        forms += [
-            (Form("number", "float16"), (float8, None, FULL, None, None, None, None)),
-            (form, (byte, None, float8, None, None, FULL, None)),
-        ]
-    for form, pieces in forms:
-        length = inner if form.halves == 1 else inner // 64 * 64
+        number, nvfp4 = Form("number", "float16"), Form("nvfp4", "bfloat16", 2, 8, **of_blocks)
+        yield "float8 float16", number, (float8, None, FULL, None, None, None, None), inner
+        yield "nvfp4", nvfp4, (byte, None, float8, None, None, FULL, None), whole
+
+
+def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
+    for name, form, pieces, length in _packed_forms(target, inner):
         config = configs.packed_norm_config(1, out, length, form.halves, rank, target)
         strides = 0, length, 1, 0, rank, 1
         _, launch, _ = packed_norm.packed_norm_launches(1, out, length // form.halves, rank, strides, form, config)
-        name = f"float8 {form.dtype}" if pieces[0] is float8 else form.name
         yield name, config, (rank, HALF, form.halves), launch, (*pieces, HALF, HALF, 2.0, FULL)
+
+
+def _packed_dense(target: Target, _: int, __: int, out: int, inner: int) -> Iterator[tuple]:
+    for name, form, pieces, length in _packed_forms(target, inner):
+        config = configs.packed_dense_config(form.halves)
+        launch = packed_dense.packed_dense_launch(out, length // form.halves, form, config)
+        for dtype in (HALF, FULL):
+            yield f"{name} {NAMES[dtype]}", config, (form.halves, dtype), launch, (*pieces, dtype)
 
 
 def _up(target: Target, rank: int, tokens: int, out: int, _: int) -> Iterator[tuple]:
@@ -340,6 +348,7 @@ def _small(_: Target, __: int, tokens: int, out: int, inner: int) -> Iterator[tu
 KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "norm": _norm,
     "packed-norm": _packed_norm,
+    "packed-dense": _packed_dense,
     "up": _up,
     "compose": _compose,
     "backward": _backward,
@@ -354,4 +363,4 @@ KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "segment-backward": _segment_backward,
     "small": _small,
 }
-OF_RANK = {*KERNELS} - {"compose", "backward", "small"}
+OF_RANK = {*KERNELS} - {"packed-dense", "compose", "backward", "small"}

@@ -17,6 +17,7 @@ from dorac.kernels import (
     mlp,
     mlp_backward,
     norm,
+    packed_dense,
     packed_norm,
     segments,
     stack_norm,
@@ -25,7 +26,20 @@ from dorac.kernels import (
 from dorac.kernels.launch import Launch
 from dorac.ops import eager, front, library
 
-_LAUNCHERS = backward, compose, faint, lora_b, mixed, mlp, mlp_backward, norm, packed_norm, segments, stack_norm
+_LAUNCHERS = (
+    backward,
+    compose,
+    faint,
+    lora_b,
+    mixed,
+    mlp,
+    mlp_backward,
+    norm,
+    packed_dense,
+    packed_norm,
+    segments,
+    stack_norm,
+)
 
 
 @contextlib.contextmanager

@@ -154,8 +154,6 @@ def _scale(
     loaded = tl.load((scales[1] if ZERO else scales[0]) + index, mask=mask, other=0.0)
     if ZERO or FORMAT == "number" or FORMAT == "int4":
         return loaded.to(tl.float32)
-    elif FORMAT == "bnb_int8":
-        return loaded * 7.874015718698502e-3
     elif FORMAT == "mxfp4":
         return (loaded.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     elif FORMAT == "nvfp4":
@@ -205,14 +203,13 @@ def load_scales(
 def decoded(codes, scale, zero, table, FORMAT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr):
     """The numbers of one half of the bytes as float32: of even columns the first, of odd ones the second."""
     if FORMAT == "bnb_int8":
-        value = codes.to(tl.float32) * scale
+        value = codes.to(tl.float32) * scale * 7.874015718698502e-3
     elif FORMAT == "number":
         value = codes.to(tl.float32)
         if zero is not None:
             value -= zero
         value *= scale
     else:
-        value = _looked_up(table, codes, (HALF == 0) == (FORMAT == "bnb_4bit"), FORMAT) * scale
-        if zero is not None:
-            value += zero
+        value = _looked_up(table, codes, (HALF == 0) == (FORMAT == "bnb_4bit"), FORMAT)
+        value = value * scale if zero is None else _times(value, scale) + zero
     return rounded(value, DTYPE)

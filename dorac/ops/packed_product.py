@@ -3,11 +3,13 @@
 A product is of a dense copy, which is made again for backward and never kept.
 
 ``x W^T`` with W as its library makes it dense, rounded to the packed weight's dtype and cast to x's, as the library's
-layer multiplies. bitsandbytes' 4-bit weights are made dense by its own kernels where it is imported, anything else by
-the format's definition (``rows``), which is what is traced, too.
+layer multiplies. A kernel makes it dense in one pass (``kernels/packed_dense.py``). Where none may, bitsandbytes' own
+kernels do for its 4-bit weights where it is imported, and else the format's definition (``rows``), which is what is
+traced, too. All give the same bits.
 """
 
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,19 +18,50 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import packed
-from dorac.ops import front
+from dorac.ops import eager, eager_plan, front
 
 _NESTED_BLOCK = 64  # the smallest that the library's kernels for a GPU read right; it makes blocks of 256
 _tables = WeakTensorKeyDictionary()  # of a table of 4-bit numbers: its version, and the library's name for it
 
 
-def dense(weight: packed.Packed, dtype: torch.dtype) -> Tensor:
+def dense(weight: "packed.Packed | Held", dtype: torch.dtype) -> Tensor:
     """The weight ``[out, in]`` in ``dtype``."""
+    held = weight if type(weight) is Held else Held(weight)
+    if front.unobserved() and (made := _by_kernel(held, dtype)) is not None:
+        return made
+    weight = held.weight
     if type(weight) is packed.Bnb4bit and front.unobserved(but_by_modes=True) and front.all_eager(weight.codes):
         kind = None if 0 < weight.nested_blocksize < _NESTED_BLOCK else _table(weight.code)
         if kind is not None:
             return _by_bitsandbytes(weight, kind).to(dtype)
     return weight.rows(0, weight.shape[0]).to(dtype)
+
+
+def _by_kernel(held: "Held", dtype: torch.dtype) -> Tensor | None:
+    """None where no kernel of ours reads it, or writes this dtype."""
+    reading = held.reading()
+    if reading is None or not reading.aligned:
+        return None
+    key = "dense", reading.key, dtype
+    launch = eager.plans.get(key, False)
+    if launch is False:
+        launch = eager.keep_plan(key, _launch(reading.form, held.shape, dtype))
+    if launch is None:
+        return None
+    made = torch.empty(held.shape, dtype=dtype, device=reading.pieces[0].device)
+    launch(*reading.pieces, made)
+    return made
+
+
+def _launch(form: packed.Form, shape: tuple[int, int], dtype: torch.dtype) -> Callable | None:
+    if dtype.itemsize > 4 or 0 in shape:
+        return None
+
+    from dorac.kernels.configs import packed_dense_config
+    from dorac.kernels.packed_dense import packed_dense_launch
+
+    columns = shape[1] // form.halves
+    return eager_plan.bound(packed_dense_launch(shape[0], columns, form, packed_dense_config(form.halves)))
 
 
 def _table(code: Tensor) -> str | None:
@@ -102,15 +135,15 @@ class Held:
             self._reading = _reading(self) or False
         return self._reading or None
 
-    def _unchanged(self) -> packed.Packed:
+    def _unchanged(self) -> None:
         weight = self.weight
         if [version(t) for t in weight[: weight.PIECES]] != self.versions:
             raise RuntimeError(MODIFIED.format(weight.NAME, list(weight.shape)))
-        return weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """For backward."""
-        return dense(self._unchanged(), dtype)
+        self._unchanged()
+        return dense(self, dtype)
 
     def read(self) -> tuple[Tensor | None, ...]:
         """For backward: the pieces that kernels read."""
@@ -126,7 +159,7 @@ MODIFIED = (
 
 def forward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
     """For forward; a dense weight itself."""
-    return dense(weight.weight, dtype) if type(weight) is Held else weight
+    return dense(weight, dtype) if type(weight) is Held else weight
 
 
 def backward_dense(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
@@ -165,7 +198,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.held = Held(weight)
-        return F.linear(x, dense(weight, x.dtype))
+        return F.linear(x, dense(ctx.held, x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
