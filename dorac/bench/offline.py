@@ -171,10 +171,9 @@ def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Ite
 
 def _packed_dense(target: Target, _: int, __: int, out: int, inner: int) -> Iterator[tuple]:
     for name, form, pieces, length in _packed_forms(target, inner):
-        config = configs.packed_dense_config(form.halves)
-        launch = packed_dense.packed_dense_launch(out, length // form.halves, form, config)
+        launch = packed_dense.packed_dense_launch(out, length // form.halves, form)
         for dtype in (HALF, FULL):
-            yield f"{name} {NAMES[dtype]}", config, (form.halves, dtype), launch, (*pieces, dtype)
+            yield f"{name} {NAMES[dtype]}", None, (), launch, (*pieces, dtype)
 
 
 def _up(target: Target, rank: int, tokens: int, out: int, _: int) -> Iterator[tuple]:

@@ -65,22 +65,6 @@ class NormConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig:
-    """A program's rows, the stored columns of a step, and how many of these it walks through."""
-
-    block_o: int
-    block_c: int
-    tiles: int
-    warps: int
-    stages: int
-
-    def shared_memory(self, target: Target, halves: int, dtype: torch.dtype) -> int:
-        """Bytes at most, of what is made dense in this dtype."""
-        bytes_, tile = self.block_o * self.block_c, self.block_o * self.block_c * halves * dtype.itemsize
-        return _total(max(1, self.stages) * bytes_ + tile, target)
-
-
-@dataclasses.dataclass(frozen=True)
 class StackNormConfig:
     """The same for several adapters ``together`` over one weight, all ranks in one step."""
 
@@ -264,7 +248,7 @@ class MixedConfig:
         return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, up), target)
 
 
-Config = NormConfig | DenseConfig | StackNormConfig | TileConfig | ColumnConfig | ProductConfig | MixedConfig
+Config = NormConfig | StackNormConfig | TileConfig | ColumnConfig | ProductConfig | MixedConfig
 _Config = TypeVar("_Config", bound=Config)
 
 

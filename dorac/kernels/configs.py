@@ -15,7 +15,6 @@ import torch
 from dorac.kernels.config_records import (
     ColumnConfig,
     Config,
-    DenseConfig,
     DoesNotFitError,
     LoraBConfig,
     MixedConfig,
@@ -41,7 +40,6 @@ __all__ = [
     "RANKS",
     "ColumnConfig",
     "Config",
-    "DenseConfig",
     "DoesNotFitError",
     "LoraBConfig",
     "MixedConfig",
@@ -59,7 +57,6 @@ __all__ = [
     "mlp_backward_config",
     "mlp_config",
     "norm_config",
-    "packed_dense_config",
     "packed_norm_config",
     "pointwise_config",
     "segment_backward_config",
@@ -139,11 +136,6 @@ def packed_norm_config(
     resident = 1 if config.registers else 4 if rank <= 16 else 3  # programs at once on a processor
     splits = _splits(row_blocks, tiles, target.processors * resident, 3 if config.registers else 1)
     return dataclasses.replace(config, splits=splits)
-
-
-def packed_dense_config(halves: int) -> DenseConfig:
-    """Of each thread a few numbers that are written at once."""
-    return DenseConfig(8, 128 // halves, 8, 4, 3)
 
 
 def _splits(row_blocks: int, tiles: int, slots: int, start: int) -> int:

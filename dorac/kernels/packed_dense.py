@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac import packed
-from dorac.kernels.configs import DenseConfig, packed_dense_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
 from dorac.kernels.tiles import load_tile, store_tile, to_bfloat16
@@ -32,7 +31,6 @@ def packed_dense_kernel(
     groups,  # blocks of a row, each with a scale
     stride_so,
     stride_sg,
-    columns_per_program,
     FORMAT: tl.constexpr,  # see packed_tiles
     DTYPE: tl.constexpr,  # what each value of the weight is rounded to
     NESTED: tl.constexpr,  # scales that share one of their own; 0: they are not quantised
@@ -43,15 +41,31 @@ def packed_dense_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,  # no tile reaches over an edge
-    STAGES: tl.constexpr,
 ):
-    start_o = tl.program_id(0) * BLOCK_O
-    begin = tl.program_id(1) * columns_per_program
+    start_o, start = tl.program_id(0) * BLOCK_O, tl.program_id(1) * BLOCK_C
     scales = (scale_ptr, zero_ptr, scale_table_ptr, scale_scale_ptr, scale_offset_ptr)
     table = in_lanes(table_ptr, FORMAT) if HALVES == 2 else None
-    for start in tl.range(begin, tl.minimum(begin + columns_per_program, C), BLOCK_C, num_stages=STAGES):
-        codes_OC = load_tile(codes_ptr, start_o, start, O, C, C, 1, BLOCK_O, BLOCK_C, EVEN, False)
-        scale_OC = load_scales(
+    codes_OC = load_tile(codes_ptr, start_o, start, O, C, C, 1, BLOCK_O, BLOCK_C, EVEN, False)
+    scale_OC = load_scales(
+        scales,
+        start_o,
+        start,
+        O,
+        groups,
+        stride_so,
+        stride_sg,
+        FORMAT,
+        NESTED,
+        ROWS,
+        GROUP,
+        SWIZZLED,
+        False,
+        BLOCK_O,
+        BLOCK_C,
+    )
+    zero_OC = None
+    if zero_ptr is not None:
+        zero_OC = load_scales(
             scales,
             start_o,
             start,
@@ -64,58 +78,29 @@ def packed_dense_kernel(
             ROWS,
             GROUP,
             SWIZZLED,
-            False,
+            True,
             BLOCK_O,
             BLOCK_C,
         )
-        zero_OC = None
-        if zero_ptr is not None:
-            zero_OC = load_scales(
-                scales,
-                start_o,
-                start,
-                O,
-                groups,
-                stride_so,
-                stride_sg,
-                FORMAT,
-                NESTED,
-                ROWS,
-                GROUP,
-                SWIZZLED,
-                True,
-                BLOCK_O,
-                BLOCK_C,
-            )
-        dense_OI = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 0, DTYPE)
-        if HALVES == 2:
-            second_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 1, DTYPE)
-            dense_OI = tl.join(dense_OI, second_OC).reshape(BLOCK_O, 2 * BLOCK_C)
-        if dense_ptr.dtype.element_ty == tl.bfloat16:
-            dense_OI = to_bfloat16(dense_OI)
-        store_tile(
-            dense_ptr,
-            dense_OI,
-            start_o,
-            start * HALVES,
-            O,
-            C * HALVES,
-            BLOCK_O,
-            BLOCK_C * HALVES,
-            EVEN,
-            False,
-        )
+    dense_OI = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 0, DTYPE)
+    if HALVES == 2:
+        second_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 1, DTYPE)
+        dense_OI = tl.join(dense_OI, second_OC).reshape(BLOCK_O, 2 * BLOCK_C)
+    if dense_ptr.dtype.element_ty == tl.bfloat16:
+        dense_OI = to_bfloat16(dense_OI)
+    I, start_i = C * HALVES, start * HALVES
+    store_tile(dense_ptr, dense_OI, start_o, start_i, O, I, BLOCK_O, BLOCK_C * HALVES, EVEN, False)
 
 
 @functools.lru_cache(maxsize=4096)
-def packed_dense_launch(out_features: int, columns: int, form: packed.Form, config: DenseConfig) -> Launch:
+def packed_dense_launch(out_features: int, columns: int, form: packed.Form) -> Launch:
     """Its tensors: the weight's seven pieces, and the dense one. ``columns``: bytes of a row."""
-    per_program = config.tiles * config.block_c
+    block_o, block_c = (16, 128) if form.halves == 2 else (8, 256)
     return Launch(
         packed_dense_kernel,
-        (cdiv(out_features, config.block_o), cdiv(columns, per_program), 1),
-        (out_features, columns, cdiv(columns, form.group), *form.strides[1:3], per_program),
-        config.warps,
+        (cdiv(out_features, block_o), cdiv(columns, block_c), 1),
+        (out_features, columns, cdiv(columns, form.group), *form.strides[1:3]),
+        4,
         FORMAT=form.name,
         DTYPE=form.dtype,
         NESTED=form.nested,
@@ -123,26 +108,21 @@ def packed_dense_launch(out_features: int, columns: int, form: packed.Form, conf
         GROUP=form.group,
         SWIZZLED=form.swizzled,
         HALVES=form.halves,
-        BLOCK_O=config.block_o,
-        BLOCK_C=config.block_c,
-        EVEN=not (out_features % config.block_o or columns % config.block_c),
-        STAGES=config.stages,
+        BLOCK_O=block_o,
+        BLOCK_C=block_c,
+        EVEN=not (out_features % block_o or columns % block_c),
     )
 
 
-def packed_dense(weight: packed.Packed, dtype: torch.dtype, config: DenseConfig | None = None) -> Tensor:
+def packed_dense(weight: packed.Packed, dtype: torch.dtype) -> Tensor:
     """The weight ``[out, in]`` in ``dtype``, the numbers that ``weight.rows(0, out).to(dtype)`` has.
 
     Args:
         weight: a packed matrix whose ``form()`` is not None.
         dtype: float32, bfloat16 or float16.
-        config: how to launch; None takes :func:`packed_dense_config`'s.
     """
     form, pieces = weight.form()
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if dense.numel():
-        launch = packed_dense_launch(
-            weight.shape[0], weight.shape[1] // form.halves, form, config or packed_dense_config(form.halves)
-        )
-        launch(*pieces, dense)
+        packed_dense_launch(weight.shape[0], weight.shape[1] // form.halves, form)(*pieces, dense)
     return dense

@@ -57,11 +57,9 @@ def _launch(form: packed.Form, shape: tuple[int, int], dtype: torch.dtype) -> Ca
     if dtype.itemsize > 4 or 0 in shape:
         return None
 
-    from dorac.kernels.configs import packed_dense_config
     from dorac.kernels.packed_dense import packed_dense_launch
 
-    columns = shape[1] // form.halves
-    return eager_plan.bound(packed_dense_launch(shape[0], columns, form, packed_dense_config(form.halves)))
+    return eager_plan.bound(packed_dense_launch(shape[0], shape[1] // form.halves, form))
 
 
 def _table(code: Tensor) -> str | None:
