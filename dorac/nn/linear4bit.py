@@ -1,6 +1,7 @@
 """bitsandbytes' ``Linear4bit`` in blocks: when it multiplies with its dense weight as a block does, and that is all.
 
-A block makes the same weight dense by the same kernels (:mod:`dorac.ops.packed_product`). The layer casts x to its
+A block makes the same weight dense (:mod:`dorac.ops.packed_product`). On a GPU with kernels an adapted layer by itself
+is such a block, too (:func:`alone`): one Function in place of the library's and ours. The layer casts x to its
 ``compute_dtype`` and its output back, packs its weight anew on CPUs with bf16 instructions, and chooses a dtype and
 casts its bias when it is called first: wherever it would do one of these, it is called. One case is a block's, too:
 float32 hidden states, as PEFT's ``prepare_model_for_kbit_training`` has them, under an autocast to ``compute_dtype``.
@@ -9,7 +10,7 @@ float32 hidden states, as PEFT's ``prepare_model_for_kbit_training`` has them, u
 import torch
 from torch import Tensor, nn
 
-from dorac import packed
+from dorac import functional, packed
 from dorac.nn import norm_cache, shared
 from dorac.nn.keeper import Keeper
 from dorac.ops import front
@@ -49,6 +50,19 @@ def takes(layer: nn.Module | None, x: Tensor) -> bool:
     if x.device.type == "cpu":
         return layer.training or not attributes.get("support_avx512bf16_for_cpu", False)
     return torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]
+
+
+def alone(layer: shared.Fusable, x: Tensor) -> Tensor | None:
+    """What the layer gives for x, as a block of its own; None where it has to call its base layer."""
+    if not isinstance(x, Tensor) or not is_stock(layer._modules["base_layer"]):
+        return None
+    if not (front.all_eager(x) and front.has_kernels(x) and front.unobserved(but_by_modes=True)):
+        return None
+    if getattr(layer, "shards", None) is not None or (found := layer.projection(x)) is None:
+        return None
+    projection, dropout_on = found
+    (y,) = functional.dora_linears(x, (projection,), dropout_on=dropout_on)
+    return shared.as_called(y, x, projection)
 
 
 def weight_for(

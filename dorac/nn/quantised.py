@@ -26,10 +26,11 @@ class DoraQuantLinear(DoraLinear):
     The layers of bitsandbytes (``Linear4bit``, ``Linear8bitLt``), those with a weight of torchao's, transformers'
     ``FP8Linear`` and ``HQQLinear``. The norm is read from the packed weight, which stays as it is
     (:func:`dorac.functional.norm_factored`); that of HQQ, and of torchao's formats that :func:`dorac.packed.of` does
-    not know, takes a dense copy. The base layer's forward, its hooks too, runs in every call, and y has the dtype that
-    it returns. Where its library may give it no derivative (torchao's int4 and formats that ``of`` does not know,
-    ``FP8Linear``) that in x is ``dy W``, of a weight that is dense in backward for as long as this product takes. With
-    dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
+    not know, takes a dense copy. The base layer's forward, its hooks too, runs in every call, but for that of a
+    ``Linear4bit`` which does no more than multiply: on a GPU with kernels its product is ours. y has the dtype that the
+    base layer returns. Where its library may give it no derivative (torchao's int4 and formats that ``of`` does not
+    know, ``FP8Linear``) that in x is ``dy W``, of a weight that is dense in backward for as long as this product takes.
+    With dropout on the adapter it runs a second time, on ``x' = dropout(x)``:
     ``y = x W^T + b + (g - 1) x' W^T + g s x' lora_A^T lora_B^T``.
 
     Merging quantises ``g * (W + s * lora_B @ lora_A)`` anew, in the same format and with the same settings. Each
@@ -115,8 +116,10 @@ class DoraQuantLinear(DoraLinear):
         base_layer = self._modules["base_layer"]
         if "_hf_hook" in base_layer.__dict__:
             return offloaded.forward(self, (self,), x)
-        if not is_dynamo_compiling() and shared.here.together is not None:
-            y = shared.here.together.take(self, x)
+        if not is_dynamo_compiling():
+            y = None if shared.here.together is None else shared.here.together.take(self, x)
+            if y is None:
+                y = linear4bit.alone(self, x)
             if y is not None:
                 return y
         base = product(base_layer, self.holder, x)  # before the norm: it may pack its weight anew

@@ -41,8 +41,10 @@ if "Linear4bit" in __all__:
         """Over nf4 and fp4."""
 
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            if not is_dynamo_compiling() and shared.here.together is not None and not (args or kwargs):
-                y = shared.here.together.take(self, x)
+            if not is_dynamo_compiling() and not (args or kwargs):
+                y = None if shared.here.together is None else shared.here.together.take(self, x)
+                if y is None:
+                    y = linear4bit.alone(self, x)
                 if y is not None:
                     return y
             return super().forward(x, *args, **kwargs)
