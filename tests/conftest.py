@@ -1,7 +1,9 @@
 """Nothing of dorac is imported here: ``test_front.py`` says first what a new torch has moved."""
 
+import itertools
 import os
 import weakref
+import zlib
 
 import pytest
 import torch
@@ -70,6 +72,27 @@ def no_other_caches(monkeypatch):
     caching._HOOKS.leave()  # a second pair of hooks would take every norm twice
     if others:
         caching._HOOKS.register()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not ask for
+def pytest_collection_modifyitems(items):
+    """Of a matrix of three parameters or more, the cases without a new pair of values carry the marker full.
+
+    They are taken in a fixed order that looks random, by which the pairs are spread over all values of the others.
+    """
+    matrices = {}
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("full"):
+            function, _, _ = item.nodeid.partition("[")
+            matrices.setdefault((function, bool(item.get_closest_marker("gpu"))), []).append(item)
+    for matrix in matrices.values():
+        seen = set()
+        for item in sorted(matrix, key=lambda item: zlib.crc32(item.nodeid.encode())):
+            values = [(name, id(value)) for name, value in item.callspec.params.items()]
+            pairs = {*itertools.combinations(values, 2)}
+            if len(values) > 2 and pairs <= seen:
+                item.add_marker("full")
+            seen |= pairs
 
 
 def pytest_runtest_setup(item):

@@ -82,7 +82,7 @@ class Params4bit(nn.Parameter):
 
     def _quantise(self):
         blocks = F.pad(self.data.flatten(), (0, -self.numel() % self.blocksize)).view(-1, self.blocksize).float()
-        absmax, code = blocks.abs().amax(1), torch.tensor(NF4)
+        absmax, code = blocks.abs().amax(1), torch.tensor(NF4, device=blocks.device)
         numbers = (blocks / absmax[:, None]).unsqueeze(-1).sub(code).abs().argmin(-1).to(torch.uint8).flatten()
         self.quant_state = QuantState(absmax, code, self.data.shape, self.data.dtype, self.blocksize)
         pairs = numbers[: -(-self.numel() // 2) * 2].view(-1, 2)
