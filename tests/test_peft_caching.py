@@ -265,11 +265,15 @@ def test_norms_of_quantised_layers_are_kept_and_follow(scheme, write):
     with DoraCaching(), torch.no_grad():
         model(x)  # in eval mode bitsandbytes packs a weight anew
         assert computed_norms(lambda: model(x)) == 0
+        before = model(x)
         write(model)
-        assert computed_norms(lambda: model(x)) == 1
+        # Over bitsandbytes' layers PEFT's scaling is a strength, which changes y and not the norm.
+        of_strength = write is other_scaling and type(model.base_model.model[0]).__module__ == "dorac.peft.bnb"
+        assert computed_norms(lambda: model(x)) == (not of_strength)
         y = model(x)
     with torch.no_grad():
         torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+        assert write is not other_scaling or not torch.equal(y, before)
 
 
 # The dense norm, PEFT's own name for it

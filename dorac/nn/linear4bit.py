@@ -65,10 +65,10 @@ def alone(layer: shared.Fusable, x: Tensor) -> Tensor | None:
     return shared.as_called(y, x, projection)
 
 
-def weight_for(
-    layer: nn.Module, x: Tensor, keeper: Keeper | None = None, norm: Tensor | None = None
-) -> Held | packed.Bnb4bit | None:
+def weight_for(layer: nn.Module, x: Tensor, keeper: Keeper | None = None, norm: Tensor | None = None) -> Held | None:
     """The packed weight of a layer that takes x, for a block; None where the layer makes another dense one of it.
+
+    Looked at once for the norm and the product of a forward.
 
     ``keeper``, ``norm``: of :func:`norm_cache.packed_weight`.
     """
@@ -78,7 +78,9 @@ def weight_for(
         return None
     if value.dtype is not _product_dtype(layer, x):  # the layer rounds it once, a block twice
         return None
-    return weight if value.shape == (layer.out_features, layer.in_features) else None
+    if value.shape != (layer.out_features, layer.in_features):
+        return None
+    return weight if type(weight) is Held else Held(value)
 
 
 def _product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:

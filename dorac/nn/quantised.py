@@ -16,6 +16,7 @@ from dorac.nn.linear import DoraLinear
 from dorac.nn.norm_cache import known_norm, packed_weight
 from dorac.numerics import accumulate_dtype
 from dorac.ops import sharded
+from dorac.ops.packed_product import Held
 from dorac.undo import Undo
 
 
@@ -107,9 +108,10 @@ class DoraQuantLinear(DoraLinear):
         base = self._modules["base_layer"]
         return None if packed.of(base) is None else base
 
-    def _norm(self) -> Tensor:
+    def _norm(self, weight: Held | None = None) -> Tensor:
+        matrix = self._matrix() if weight is None else weight
         return functional.norm_factored(
-            self._matrix(), *self._factors(), self._scaling, norm_grad=self.norm_grad, budget=self.norm_budget
+            matrix, *self._factors(), self._scaling, norm_grad=self.norm_grad, budget=self.norm_budget
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class DoraQuantLinear(DoraLinear):
         if weight is None:
             return None
         if norm is None:
-            norm = self._norm()
+            norm = self._norm(weight)
         if self._strength is not None:
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         operands = weight, lora_A, lora_B, magnitude, base._parameters["bias"], norm

@@ -10,6 +10,7 @@ from dorac import functional, magnitudes, offload, packed, stock_peft
 from dorac.nn import norm_cache
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
+from dorac.ops.packed_product import Held
 from dorac.peft.direct import parameter
 from dorac.peft.kept import Origin
 from dorac.peft.norms import AdapterNorm
@@ -160,7 +161,7 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
 
     def factored_norm(
         self,
-        weight: Tensor | packed.Packed,
+        weight: Tensor | packed.Packed | Held,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -180,7 +181,7 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
             RuntimeError: FSDP1 holds one of them in parts now.
         """
         factors = whole(lora_A), whole(lora_B)
-        is_packed = packed.is_packed(weight)
+        is_packed = packed.is_packed(weight) or type(weight) is Held
         if not is_packed:
             weight = whole(weight)
 
