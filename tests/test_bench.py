@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import cli, packed, quantise, reference
@@ -1109,6 +1110,21 @@ def quantised_stack(base: str) -> tuple[torch.nn.Module, dict[str, peers.Layer]]
     stack = model.build_stack(args)
     quantise.quantise_model(stack, base)
     return stack, model.draw_layers(model.linear_weights(stack), 4, args)
+
+
+def test_a_layer_that_is_held_twice_is_quantised_once(monkeypatch):
+    """In all of its places, and so is one in a block that is held twice."""
+    monkeypatch.setitem(quantise._QUANTISE, "nf4", lambda linear: nn.Identity())
+    linear, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    block = nn.ModuleDict({"a": linear, "b": linear, "c": nn.Linear(4, 4)})
+    stack = nn.ModuleDict({"first": block, "again": block, "linear": linear, "head": head, "tail": head})
+    quantise.quantise_model(stack, "nf4", besides=head)
+    assert isinstance(block["a"], nn.Identity)
+    assert isinstance(block["c"], nn.Identity)
+    assert block["a"] is block["b"] is stack["linear"]
+    assert block["a"] is not block["c"]
+    assert stack["first"] is stack["again"] is block
+    assert stack["head"] is stack["tail"] is head
 
 
 @pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "torchao-int8", "fp8"])
