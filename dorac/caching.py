@@ -162,7 +162,7 @@ class NormCache:
         _HOOKS.leave()
 
     def __repr__(self) -> str:
-        keepers = set(self._layers.values())  # one that is held in several places has several names
+        keepers = dict.fromkeys(self._layers.values())  # one that is held in several places has several names
         kinds = collections.Counter(type(getattr(keeper, "layer", keeper)).__name__ for keeper in keepers)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"{type(self).__name__}({listed or 'removed, or its model is gone'})"
