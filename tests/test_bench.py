@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -1093,6 +1095,13 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
     given = ("--shapes", "16x8", "--ranks", "2", "--tokens", "4", "--phases", "inference", "--device", "cpu")
     assert main(["layer", *given, "--variants", "dorac-once-eager", "lora-sum-eager"]) == 1
     assert "FAILED: 16x8 r2 inference dorac-once-eager: OutOfMemoryError" in capsys.readouterr().err
+
+
+def test_without_triton():
+    code = "import runpy, sys; sys.modules['triton'] = None; runpy.run_module('dorac.bench', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'python -m dorac.bench: error: the benchmark needs triton: pip install "dorac[bench]"\n'
 
 
 # Quantised bases
