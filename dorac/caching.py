@@ -3,6 +3,7 @@
 import collections
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -137,9 +138,8 @@ class NormCache:
 
     def refresh(self) -> None:
         """Takes all norms anew: after writes to parameters that :func:`cache_norms` does not hear of."""
-        layers = [layer for layer in self._layers.values() if layer.kept is not None]
-        for layer in layers:
-            layer.kept.distrusted = False
+        layers = list(self._layers.values())
+        norm_cache.trust(layers)
         norm_cache.refresh(layers)
 
     def check(self) -> None:
@@ -162,7 +162,8 @@ class NormCache:
         _HOOKS.leave()
 
     def __repr__(self) -> str:
-        kinds = collections.Counter(type(getattr(keeper, "layer", keeper)).__name__ for keeper in self._layers.values())
+        keepers = dict.fromkeys(self._layers.values())  # one that is held in several places has several names
+        kinds = collections.Counter(type(getattr(keeper, "layer", keeper)).__name__ for keeper in keepers)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"{type(self).__name__}({listed or 'removed, or its model is gone'})"
 
@@ -191,19 +192,23 @@ class _StepHooks:
 
     def __init__(self) -> None:
         self.handles: list = []
+        self.lock = threading.Lock()
 
     def register(self) -> None:
-        if not self.handles:
+        with self.lock:
+            if self.handles:
+                return
             # They read ids, which does not trace; the graph of a compiled step breaks around the update in any case.
             before, after = torch.compiler.disable(_before_step), torch.compiler.disable(_after_step)
             self.handles.append(register_optimizer_step_pre_hook(before))  # one by one: an exception leaves none behind
             self.handles.append(register_optimizer_step_post_hook(after))
 
     def leave(self) -> None:
-        if not norm_cache.kept_layers:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
+        with self.lock:
+            if not norm_cache.kept_layers:
+                for handle in self.handles:
+                    handle.remove()
+                self.handles = []
 
 
 _HOOKS = _StepHooks()
@@ -212,26 +217,26 @@ _HOOKS = _StepHooks()
 def _stepped(optimizer: Optimizer) -> list[Keeper]:
     """The layers of which the optimizer holds what the norm is taken of."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [layer for layer in norm_cache.kept_layers if not held.isdisjoint(map(id, _depends_on(layer)))]
+    return [layer for layer in norm_cache.keeping() if not held.isdisjoint(map(id, _depends_on(layer)))]
 
 
 def _depends_on(layer: Keeper) -> tuple[Tensor, ...]:
     """The parameters of the layer's norm, of which FSDP2 may have put others in their place."""
-    gathered = layer.kept.gathered
+    kept = layer.kept
+    gathered = None if kept is None else kept.gathered
     return layer.norm_inputs() if gathered is None else (*layer.norm_inputs(), *gathered.tensors)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    traced = {layer for layer in norm_cache.kept_layers if layer.kept.traced and not layer.kept.in_doubt}
+    traced = set(filter(norm_cache.traced, norm_cache.keeping()))
     if closure is None and not traced:
         return
     layers = _stepped(optimizer)
     written = [layer for layer in layers if layer in traced and norm_cache.written_since(layer)]
     if written:
         callers.warn(_WRITTEN.format(f"{len(written)} DoRA layers"), UserWarning)
-        for layer in written:
-            layer.kept.distrusted = True
+        norm_cache.distrust(written)
     if closure is not None:  # it may run the model between two changes of the parameters
         norm_cache.suspend(layers)
 
@@ -245,7 +250,7 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         _follow_modes(optimizer)
     if any(not isinstance(p, nn.Parameter) for group in optimizer.param_groups for p in group["params"]):
         # Copies, as of flat or float32 parameters: who stepped them writes them to the model when this is over.
-        others = norm_cache.kept_layers.difference(layers)
+        others = set(norm_cache.keeping()).difference(layers)
         norm_cache.doubt(layer for layer in others if any(t.requires_grad for t in layer.norm_inputs()))
 
 

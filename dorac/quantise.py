@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dorac.places import named_places
+
 GROUP = 128  # columns of a scale of int4, torchao's default
 
 
@@ -90,10 +92,13 @@ def quantise(linear: nn.Linear, base: str, **storage: torch.dtype) -> nn.Module:
 
 
 def quantise_model(model: nn.Module, base: str, besides: nn.Module | None = None) -> None:
-    """:func:`quantise` of every linear layer but ``besides``, in place."""
-    for name, module in list(model.named_modules()):
+    """:func:`quantise` of every linear layer but ``besides``, in place: once of one that is held in several places."""
+    quantised: dict[nn.Module, nn.Module] = {}
+    for name, module in list(named_places(model)):
         if isinstance(module, nn.Linear) and module is not besides:
-            model.set_submodule(name, quantise(module, base))
+            if module not in quantised:
+                quantised[module] = quantise(module, base)
+            model.set_submodule(name, quantised[module])
 
 
 def for_one(layer: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ another scaling gives wrong numbers under both.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +44,24 @@ def refuse_others(own: Mapping[str, str], mesh: "torch.distributed.DeviceMesh", 
                     f"{name or 'the layer'} is not the same on all ranks: {other.get(name, 'missing')} on rank {rank}, "
                     f"{first.get(name, 'missing')} on rank {first_rank}; {remedy}"
                 )
+
+
+def by_first(work: Callable[[], None], mesh: "torch.distributed.DeviceMesh") -> None:
+    """Rank 0 does it; every rank of the mesh goes on when it is done, or raises an ``OSError`` with what rank 0 raises.
+
+    Rank 0 itself raises that.
+    """
+    error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+    said = [other for _, other in _gathered(None if error is None else str(error), mesh) if other is not None]
+    if error is not None:
+        raise error
+    if said:
+        raise OSError(f"on rank 0: {said[0]}")
 
 
 def _gathered(own: object, mesh: "torch.distributed.DeviceMesh") -> list[tuple[int, object]]:

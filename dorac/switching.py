@@ -61,10 +61,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             _set(vars(module), True)
         yield
     finally:
-        modes = [(module, module.training) for module in model.modules()]  # which are set in the block
+        # What the block may have set: modes, and which layers keep their norms.
+        modes = [(module, module.training) for module in model.modules()]
+        norms = [(layer, layer.kept) for layer in layers]
         log.roll_back()
         for module, mode in modes:
             module.training = mode
+        for layer, kept in norms:
+            layer.kept = kept
 
 
 _OFF = "_disable_adapters"  # where PEFT's layers have it; an older one is the class's

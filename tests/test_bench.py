@@ -6,10 +6,13 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dorac import cli, packed, quantise, reference
@@ -1094,6 +1097,13 @@ def test_failed_variant_fails_the_run(monkeypatch, capsys):
     assert "FAILED: 16x8 r2 inference dorac-once-eager: OutOfMemoryError" in capsys.readouterr().err
 
 
+def test_without_triton():
+    code = "import runpy, sys; sys.modules['triton'] = None; runpy.run_module('dorac.bench', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'python -m dorac.bench: error: the benchmark needs triton: pip install "dorac[bench]"\n'
+
+
 # Quantised bases
 
 OVER_QUANTISED = ("peft-lora-eager", "peft-dora-eager", "dorac-peft-eager")
@@ -1109,6 +1119,21 @@ def quantised_stack(base: str) -> tuple[torch.nn.Module, dict[str, peers.Layer]]
     stack = model.build_stack(args)
     quantise.quantise_model(stack, base)
     return stack, model.draw_layers(model.linear_weights(stack), 4, args)
+
+
+def test_a_layer_that_is_held_twice_is_quantised_once(monkeypatch):
+    """In all of its places, and so is one in a block that is held twice."""
+    monkeypatch.setitem(quantise._QUANTISE, "nf4", lambda linear: nn.Identity())
+    linear, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    block = nn.ModuleDict({"a": linear, "b": linear, "c": nn.Linear(4, 4)})
+    stack = nn.ModuleDict({"first": block, "again": block, "linear": linear, "head": head, "tail": head})
+    quantise.quantise_model(stack, "nf4", besides=head)
+    assert isinstance(block["a"], nn.Identity)
+    assert isinstance(block["c"], nn.Identity)
+    assert block["a"] is block["b"] is stack["linear"]
+    assert block["a"] is not block["c"]
+    assert stack["first"] is stack["again"] is block
+    assert stack["head"] is stack["tail"] is head
 
 
 @pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "torchao-int8", "fp8"])

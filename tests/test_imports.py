@@ -1,9 +1,13 @@
 """The layering rule, read from the imports; and what `import dorac` may touch."""
 
 import ast
+import contextlib
 import graphlib
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -151,6 +155,51 @@ def test_works_where_triton_is_missing():
         "    prepare(model)\n"
         "    model(torch.randn(3, 64)).sum().backward()\n"
         "assert model[0].lora_magnitude_vector.grad.abs().sum() > 0\n"
+    )
+
+
+def declared() -> set[str]:
+    """The distributions that ``pip install`` brings with the package."""
+    waiting = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = _canonical(re.match(r"[\w.-]+", requirement)[0])
+        if name not in found and "extra ==" not in requirement:
+            found.add(name)
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                waiting += metadata.requires(name) or []
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_works_with_what_it_declares(tmp_path):
+    """An adapter is trained, saved, loaded, converted and merged where nothing else is installed."""
+    if not (PACKAGE.parent / "pyproject.toml").exists():
+        pytest.skip("not a checkout")
+    own = declared() | {"dorac"}
+    missing = [m for m, of in metadata.packages_distributions().items() if own.isdisjoint(map(_canonical, of))]
+    assert "pytest" in missing
+    run_fresh(
+        "import sys\n"
+        f"sys.modules |= dict.fromkeys({missing})\n"
+        "import torch, dorac\n"
+        "from dorac.commands.main import main\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(6, 5))\n"
+        "dorac.apply_dora(model, ['0'], r=2, init_lora_weights=False)\n"
+        "dorac.cache_norms(model)\n"
+        "optimizer = torch.optim.AdamW(dorac.parameter_groups(model, lr=0.1))\n"
+        "model(torch.randn(3, 6)).sum().backward()\n"
+        "optimizer.step()\n"
+        "dorac.save_adapter(model, f'{folder}/adapter')\n"
+        "assert dorac.load_adapter(model, f'{folder}/adapter') == ['0']\n"
+        "convert = ['convert', f'{folder}/adapter', f'{folder}/other.safetensors', '--to', 'lycoris']\n"
+        "assert main(convert) == main(['check', f'{folder}/other.safetensors']) == 0\n"
+        "assert type(dorac.merge(model, unload=True)[0]) is torch.nn.Linear\n"
     )
 
 

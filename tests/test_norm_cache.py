@@ -749,3 +749,7 @@ def test_shown():
     assert repr(cache) == "NormCache(2 DoraLinear, 1 DoraEmbedding)"
     cache.remove()
     assert repr(cache) == "NormCache(removed, or its model is gone)"
+    linear = nn.Linear(3, 3)
+    model = nn.Sequential(linear, nn.Tanh(), linear)
+    dorac.apply_dora(model, ["0", "2"], r=2, init_lora_weights=False)
+    assert repr(dorac.cache_norms(model)) == "NormCache(1 DoraLinear)"

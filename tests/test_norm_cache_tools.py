@@ -7,6 +7,8 @@ import contextlib
 import copy
 import gc
 import pickle
+import sys
+import threading
 import warnings
 
 import pytest
@@ -681,3 +683,95 @@ def test_a_cache_survives_its_model_and_copies_of_it_are_empty():
     gc.collect()
     cache.refresh()
     cache.remove()
+
+
+# --- other threads ----------------------------------------------------------------------------------------------------
+
+
+def removing(cache, function):
+    """``function``, during which another thread removes the cache."""
+
+    def call(*args):
+        cache.remove()
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["kept", "written to"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_removed_by_another_thread_within_a_forward(kind, written, monkeypatch):
+    model = nn.Sequential(nn.Linear(IN, IN) if kind == "linear" else nn.Conv1d(IN, IN, 3))
+    dorac.apply_dora(model, ["0"], r=3, init_lora_weights=False)
+    (layer,), x = layers(model), torch.randn(5, IN, 7 if kind == "conv" else IN)
+    cache = dorac.cache_norms(model)
+    model(x)
+    if written:
+        with torch.no_grad():
+            layer.lora_A.mul_(1.5)
+    expected = copy.deepcopy(model)(x)
+    monkeypatch.setattr(front, "exporting_module", removing(cache, front.exporting_module))
+    assert torch.equal(model(x), expected)
+    assert layer.kept is None
+    monkeypatch.undo()
+    cache = dorac.cache_norms(model)
+    if written:
+        with torch.no_grad():
+            layer.lora_B.mul_(1.5)
+    expected = copy.deepcopy(model)(x)
+    vars(layer)["norm_inputs"] = removing(cache, layer.norm_inputs)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+def test_removed_by_another_thread_within_a_step(no_other_caches):
+    """Whichever model the step comes to first, the other one's cache is removed then."""
+    models = [adapted(), adapted()]
+    caches = [dorac.cache_norms(model) for model in models]
+    optimizers = [torch.optim.SGD(trained(model), lr=0.1) for model in models]
+    x = torch.randn(3, IN)
+    for model in models:
+        model(x).sum().backward()
+    for model, other in zip(models, reversed(caches), strict=True):
+        for layer in layers(model):
+            vars(layer)["norm_inputs"] = removing(other, layer.norm_inputs)
+    for optimizer in optimizers:
+        optimizer.step()
+    for model in models:
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+def test_models_are_trained_and_caches_removed_in_threads(no_other_caches):
+    errors = []
+
+    def train():
+        model, x = adapted(), torch.randn(3, IN)
+        optimizer = torch.optim.SGD(trained(model), lr=0.01)
+        cache = dorac.cache_norms(model)
+        for _ in range(30):
+            model(x).sum().backward()
+            optimizer.step()
+            cache.check()
+
+    def start_and_remove():
+        model = adapted()
+        for _ in range(60):
+            dorac.cache_norms(model).remove()
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=guarded, args=(work,)) for work in (train, train, start_and_remove)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors

@@ -1,9 +1,12 @@
 """What is not the same on all ranks is refused by each of them in one sentence, as is a merge that would gather."""
 
 import json
+import os
 import re
 import shutil
+import time
 from collections import OrderedDict
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +118,28 @@ def other_files(mesh, folder):
     dorac.load_adapter(model_of(), folder / "0")  # of a model that is not sharded nobody asks
 
 
+def saved_by_one(mesh, folder):
+    """Rank 0 writes: no other goes on before it has, or where it could not."""
+    model = fsdp2(model_of(), mesh)
+    replace = os.replace
+
+    def late(*paths):
+        time.sleep(0.3)
+        replace(*paths)
+
+    with mock.patch.object(os, "replace", late):
+        dorac.save_adapter(model, folder / "one")
+    names = dorac.load_adapter(model, folder / "one")
+    assert names == ["up", "down"]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "one" / "adapter_config.json").unlink()
+        (folder / "one" / "adapter_config.json").mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*adapter_config.json: it is a directory") as error:
+        dorac.save_adapter(model, folder / "one")
+    assert ("rank 0" in str(error.value)) == (dist.get_rank() != 0)
+
+
 def unlike_meshes(mesh, _folder):
     """A factor on another mesh than the weight."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
@@ -146,7 +171,7 @@ def merges(mesh, _folder):
 
 
 def test_on_every_rank_alike(tmp_path):
-    run(in_turn, tmp_path, "cpu", (other_adapters, other_files, unlike_meshes), tmp_path)
+    run(in_turn, tmp_path, "cpu", (other_adapters, other_files, saved_by_one, unlike_meshes), tmp_path)
 
 
 @pytest.mark.full

@@ -92,7 +92,7 @@ PRELUDES = {
     "One adapter per row, 1": SMALL
     + "import dorac.peft, peft\n"
     + "config = peft.LoraConfig(use_dora=True, target_modules=['0', '2'], init_lora_weights=False)\n"
-    + "model = peft.get_peft_model(model, config, adapter_name='a')\nmodel.add_adapter('b', config)\n"
+    + "model = peft.get_peft_model(model, config, adapter_name='ann')\nmodel.add_adapter('bob', config)\n"
     + "dorac.peft.enable(model.eval())\nx = torch.randn(4, 6)\n",
     "Block by block, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2)\n",
     "Blocks of different ranks, 1": LLAMA + "dorac.apply_dora(model, 'all-linear', r=2, rank_pattern={'q_proj': 3})\n",
@@ -137,7 +137,7 @@ assert torch.equal(fresh(x), base(x))
     "QDoRA, 1": "assert any('Linear4bit' in type(m).__name__ for m in model.modules())",
     "PEFT, 1": "train(model)",
     "One adapter per row, 1": """
-for name, rows in (('a', [0, 3]), ('b', [1])):
+for name, rows in (('ann', [0, 3]), ('bob', [1])):
     model.set_adapter(name)
     torch.testing.assert_close(y[rows], model(x[rows]))
 with model.disable_adapter():

@@ -186,6 +186,31 @@ def test_cached_norms_stay():
     assert norm._version == version
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["begun", "ended"])
+def test_a_cache_may_begin_or_end_in_the_block(before):
+    """The layer is merged again behind it, with its attributes as they were, and keeps its norm or not as was said."""
+    _, model, x = wrapped("linear")
+    cache = dorac.cache_norms(model) if before else None
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    dorac.merge(model)
+    with dorac.disabled(model):
+        if before:
+            cache.remove()
+        else:
+            cache = dorac.cache_norms(model)
+    assert model[0].merged
+    assert (model[0].kept is None) is before
+    dorac.unmerge(model)
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        forward(x).square().mean().backward()
+        optimizer.step()
+        torch.testing.assert_close(forward(x), copy.deepcopy(model)(x))
+    cache.check()
+    cache.remove()
+    dorac.cache_norms(model).check()
+
+
 @KINDS
 def test_base_model_shares_the_parameters(kind):
     base, model, x = wrapped(kind)

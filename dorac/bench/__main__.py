@@ -16,27 +16,34 @@ from types import ModuleType
 
 import torch
 
-from dorac.bench import (
-    card,
-    compose,
-    decode,
-    experts,
-    host,
-    layer,
-    measure,
-    memory,
-    mesh,
-    mixed,
-    model,
-    norm,
-    options,
-    picture,
-    report,
-    scale,
-    surgery,
-    tune,
-)
 from dorac.cli import BadInput
+
+try:
+    from dorac.bench import (
+        card,
+        compose,
+        decode,
+        experts,
+        host,
+        layer,
+        measure,
+        memory,
+        mesh,
+        mixed,
+        model,
+        norm,
+        options,
+        picture,
+        report,
+        scale,
+        surgery,
+        tune,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    print('python -m dorac.bench: error: the benchmark needs triton: pip install "dorac[bench]"', file=sys.stderr)
+    raise SystemExit(2) from None
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "norm": norm,

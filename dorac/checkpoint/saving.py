@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dorac import adapter_config, named, notices, offload
+from dorac import adapter_config, named, notices, offload, ranks
 from dorac.adapter_config import CONFIG_NAME, DIGESTS_KEY
 from dorac.checkpoint.tensors import (
     ENDINGS,
@@ -47,7 +46,7 @@ def save_adapter(
     the new one. Should the machine stop between the two moves, :func:`load_adapter` refuses the pair: the metadata of
     the weights hold a digest of the config. Whether the adapter is merged makes no difference. PEFT has no convolutions
     with a grouped lora_A: only :func:`load_adapter` reads those. Of a sharded model every rank calls this and rank 0
-    writes.
+    writes; the others go on when it has written.
 
     PEFT has no DoRA on experts: their keys ``<module>.<projection>.lora_A``, ``.lora_B`` and
     ``.lora_magnitude_vector`` are dorac's own, and only :func:`load_adapter` reads them. What a dropout is on
@@ -69,7 +68,7 @@ def save_adapter(
         ValueError: no adapter in the model, or none of this name; layers that one config cannot describe (different
             dropout or rsLoRA settings); an adapter without values or with values that are not finite; a ``state_dict``
             without them or with parts of them; a model that PEFT has adapted.
-        OSError: the directory cannot be made or written.
+        OSError: the directory cannot be made or written; of a sharded model on every rank.
     """
     model = bare(model)
     layers = require_layers(model)
@@ -94,9 +93,14 @@ def save_adapter(
     for name, layer, keys in over_residuals(layers):
         initial = (t.to(tensors[keys[0]].device) for t in _initial_factors(name, layer, state_dict))
         tensors |= zip(keys, residual.over_original(*(tensors[key] for key in keys), *initial), strict=True)
-    if sharded.any_sharded(*parameters.values()) and torch.distributed.get_rank() != 0:
-        return
-    directory = Path(directory)
+    mesh = ranks.mesh_of(parameters.values())
+    if mesh is None:
+        _write(tensors, config, Path(directory))
+    else:
+        ranks.by_first(lambda: _write(tensors, config, Path(directory)), mesh)
+
+
+def _write(tensors: Mapping[str, Tensor], config: Mapping[str, object], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", DIGESTS_KEY: json.dumps(adapter_config.digests(config), sort_keys=True)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

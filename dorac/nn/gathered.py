@@ -123,10 +123,11 @@ class _Hook:
             return
         changed, doubted = [], []
         for layer in (ref() for ref in self.layers):
-            if layer is None or layer.kept is None or layer.kept.gathered is None:
+            kept = None if layer is None else layer.kept
+            if kept is None or kept.gathered is None:
                 continue
             packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
-            kept, inputs = layer.kept, layer.norm_inputs()
+            inputs = layer.norm_inputs()
             if layer.merged or norm_cache.out_of_reach(layer, inputs):
                 continue
             if not kept.gathered.taken:
@@ -149,4 +150,5 @@ def _take(layers: list[Keeper], *, seen_by_autograd: bool) -> None:
     with torch.no_grad():
         norm_cache.take(layers, seen_by_autograd=seen_by_autograd, grad_mode=grad_mode)
     for layer in layers:
-        layer.kept.gathered = Parts(layer.kept.gathered.tensors, taken=True)
+        if (kept := layer.kept) is not None:
+            kept.gathered = Parts(kept.gathered.tensors, taken=True)

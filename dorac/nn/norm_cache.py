@@ -12,9 +12,12 @@ optimizer that steps copies. An eager forward in doubt takes it anew; compiled c
 of activation checkpointing would refuse) and has a second graph, which takes its own norm until a refresh.
 
 The norm is no buffer: DDP would broadcast it in every forward, FSDP cast it, an average of weights average it.
+
+Another thread may remove a cache at any time: who uses ``layer.kept`` reads it once, and goes by what it read.
 """
 
 import operator
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -35,6 +38,7 @@ STALE = (
 )
 # The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
 kept_layers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+_changing = threading.Lock()  # whoever adds to it, takes from it or walks over it
 _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -92,7 +96,7 @@ def start(layers: Iterable[Keeper], *, debug: bool) -> None:
     try:
         for layer in layers:
             layer.kept = KeptNorm(debug)
-            kept_layers.add(layer)
+            enlist(layer)
         refresh(layers)
     except BaseException:
         stop(layers)
@@ -103,12 +107,26 @@ def stop(layers: Iterable[Keeper]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
         layer.kept = None
-        kept_layers.discard(layer)
+        with _changing:
+            kept_layers.discard(layer)
+
+
+def enlist(layer: Keeper) -> None:
+    """Adds a layer that keeps its norm to those that :func:`keeping` lists."""
+    with _changing:
+        kept_layers.add(layer)
+
+
+def keeping() -> list[Keeper]:
+    """The layers with a cache now."""
+    with _changing:
+        return list(kept_layers)
 
 
 def kept_norm(layer: Keeper) -> Tensor | None:
     """The norm that is kept, whether a forward may use it or not."""
-    return None if layer.kept is None else layer.kept.norm
+    kept = layer.kept
+    return None if kept is None else kept.norm
 
 
 @torch.no_grad()
@@ -119,13 +137,13 @@ def refresh(layers: Iterable[Keeper]) -> None:
     does not come to its end. That of an offloaded layer is taken in its next forward, that of one in FSDP2 in its
     unit's.
     """
-    take([layer for layer in layers if layer.kept is not None and not _taken_by_unit(layer)], seen_by_autograd=True)
+    take([layer for layer in layers if not _taken_by_unit(layer)], seen_by_autograd=True)
 
 
 def _taken_by_unit(layer: Keeper) -> bool:
     """Whether the next forward of a unit of FSDP2's is to take the norm, which ends here."""
     kept = layer.kept
-    if kept.gathered is None:
+    if kept is None or kept.gathered is None:
         return False
     inputs = layer.norm_inputs()
     tensors = inputs if out_of_reach(layer, inputs) else kept.gathered.tensors
@@ -134,49 +152,51 @@ def _taken_by_unit(layer: Keeper) -> bool:
 
 
 def take(layers: Sequence[Keeper], *, seen_by_autograd: bool, grad_mode: bool | None = None) -> None:
-    """As :func:`refresh`, of layers that keep one.
+    """As :func:`refresh`, whoever is to take them.
 
     Args:
         seen_by_autograd: False for a norm that is the same as ever: it may be written while a graph holds it.
     """
     taken = []
-    if not layers:
-        return
     try:
         for layer in layers:
+            if (kept := layer.kept) is None:
+                continue
             tensors = layer.norm_inputs()
             if layer.merged or out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
-                layer.kept.of = None
+                kept.of = None
             else:
-                taken.append((layer, tensors))
-        _write(taken, _norms([layer for layer, _ in taken]), seen_by_autograd)
-        for layer, tensors in taken:
-            _note(layer, tensors, grad_mode)
+                taken.append((layer, kept, tensors))
+        if not taken:
+            return
+        _write(taken, _norms([layer for layer, *_ in taken]), seen_by_autograd)
+        for layer, kept, tensors in taken:
+            _note(layer, kept, tensors, grad_mode)
     except BaseException:
         suspend(layers)
         raise
 
 
-def _write(taken: list[tuple[Keeper, tuple]], norms: list[Tensor], seen_by_autograd: bool) -> None:
+def _write(taken: list[tuple[Keeper, KeptNorm, tuple]], norms: list[Tensor], seen_by_autograd: bool) -> None:
     """In place, in one launch for all layers; where it does not fit, into memory of its own."""
     old, new = [], []
-    for (layer, _), norm in zip(taken, norms, strict=True):
-        cached = layer.kept.norm
+    for (layer, kept, _), norm in zip(taken, norms, strict=True):
+        cached = kept.norm
         if cached is not None and (cached.shape, cached.dtype, cached.device) == (norm.shape, norm.dtype, norm.device):
             old.append(cached if seen_by_autograd else cached.data)
             new.append(norm)
             continue
         with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
-            layer.kept.norm = norm.clone()
+            kept.norm = norm.clone()
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(layer.kept.norm)  # CUDA graphs need not copy it
-            _layer_of_norm[layer.kept.norm] = weakref.ref(layer)
+            torch._dynamo.mark_static_address(kept.norm)  # CUDA graphs need not copy it
+            _layer_of_norm[kept.norm] = weakref.ref(layer)
     if old:
         torch._foreach_copy_(old, new)
 
 
-def _note(layer: Keeper, tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
-    kept, earlier = layer.kept, layer.kept.at
+def _note(layer: Keeper, kept: KeptNorm, tensors: tuple[Tensor, ...], grad_mode: bool | None) -> None:
+    earlier = kept.at
     if grad_mode is None and earlier is not None:
         grad_mode = earlier.grad_mode
     if torch.compiler.is_compiling():  # the host sees no tensors: the first eager forward takes the norm anew
@@ -225,16 +245,30 @@ def _norms(layers: list[Keeper]) -> list[Tensor]:
 def suspend(layers: Iterable[Keeper]) -> None:
     """Lets every forward take its own norm until the next :func:`refresh`."""
     for layer in layers:
-        if layer.kept is not None:
-            layer.kept.of = layer.kept.shelved = None
+        if (kept := layer.kept) is not None:
+            kept.of = kept.shelved = None
 
 
 def doubt(layers: Iterable[Keeper]) -> None:
     """An eager forward takes these norms anew, and compiled code its own until the next :func:`refresh`."""
     for layer in layers:
-        if layer.kept is not None:
-            layer.kept.at = layer.kept.shelved = None
-            layer.kept.in_doubt = True
+        if (kept := layer.kept) is not None:
+            kept.at = kept.shelved = None
+            kept.in_doubt = True
+
+
+def distrust(layers: Iterable[Keeper]) -> None:
+    """Compiled code takes its own norm from the next :func:`refresh` on; :func:`trust` ends that."""
+    for layer in layers:
+        if (kept := layer.kept) is not None:
+            kept.distrusted = True
+
+
+def trust(layers: Iterable[Keeper]) -> None:
+    """Compiled code uses the norm of the next :func:`refresh`."""
+    for layer in layers:
+        if (kept := layer.kept) is not None:
+            kept.distrusted = False
 
 
 _OF_ADAPTER = ("norm", "of", "scaling", "at", "source")
@@ -284,26 +318,24 @@ def known_norm(
     if scaling is None:
         scaling = layer._scaling
     if torch.compiler.is_compiling():
-        if not _usable(layer, scaling, inputs) or kept.in_doubt:
+        if not _usable(layer, kept, scaling, inputs) or kept.in_doubt:
             return None
         _verify_while_tracing(kept.norm)
     else:
         with plainly():
-            if not _usable(layer, scaling, inputs):
+            if not _usable(layer, kept, scaling, inputs):
                 return None
-        if not kept.debug:
-            if not _verified(layer):
-                return None
-        elif not torch.compiler.disable(_verified)(layer):  # after a break of the graph it would be compiled by itself
+        # After a break of the graph it would be compiled by itself.
+        verified = torch.compiler.disable(_verified) if kept.debug else _verified
+        if not verified(layer, kept):
             return None
     if kept.debug:
         _check(layer)
     return kept.norm
 
 
-def _verified(layer: Keeper) -> bool:
+def _verified(layer: Keeper, kept: KeptNorm) -> bool:
     """Whether the norm is that of the present values, as far as the host can tell; an eager forward sees to it."""
-    kept = layer.kept
     moment = kept.at
     if moment is not None:
         with plainly():
@@ -315,7 +347,7 @@ def _verified(layer: Keeper) -> bool:
     grad_mode = torch.is_grad_enabled()
     with torch.no_grad():
         take([layer], seen_by_autograd=False, grad_mode=grad_mode)
-    return True
+    return layer.kept is kept  # else nothing was taken, or by somebody else
 
 
 def _verify_while_tracing(norm: Tensor) -> None:
@@ -326,15 +358,26 @@ def _verify_while_tracing(norm: Tensor) -> None:
     if norm not in _layer_of_norm:  # a norm that was taken in traced code
         return
     layer = _layer_of_norm[norm]()
-    layer.kept.traced = True
+    kept = layer.kept
+    if kept is None:
+        return
+    kept.traced = True
     if written_since(layer):
         with torch.no_grad():
             take([layer], seen_by_autograd=False)
 
 
+def traced(layer: Keeper) -> bool:
+    """Whether compiled code uses the norm."""
+    kept = layer.kept
+    return kept is not None and kept.traced and not kept.in_doubt
+
+
 def written_since(layer: Keeper) -> bool:
     """Whether the host sees that the tensors were written to after the norm was taken of them."""
     kept = layer.kept
+    if kept is None:
+        return False
     with plainly():
         return kept.of is not None and kept.at is not None and kept.at.passed(kept.of)
 
@@ -342,7 +385,7 @@ def written_since(layer: Keeper) -> bool:
 def is_stale(layer: Keeper) -> bool:
     """Whether a forward would use a norm that is not the present one. Waits for the device."""
     kept = layer.kept
-    if layer.merged or kept is None or not _usable(layer, layer._scaling):
+    if layer.merged or kept is None or not _usable(layer, kept, layer._scaling):
         return False
     if (kept.at is None and kept.in_doubt) or kept.scaling != layer.scaling:
         return False  # no forward would use it
@@ -354,14 +397,14 @@ def is_stale(layer: Keeper) -> bool:
     return not torch.allclose(kept.norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
 
 
-def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] | None = None) -> bool:
+def _usable(layer: Keeper, kept: KeptNorm, scaling: float | Tensor, inputs: tuple[Tensor, ...] | None = None) -> bool:
     """Whether the cached norm is that of the tensors which stand in the layer now.
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
     nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
     its own norm, since nobody would refresh it there.
     """
-    of = layer.kept.of
+    of = kept.of
     if of is None or layer.norm_grad or isinstance(scaling, Tensor) or front.exporting_module():
         return False
     if inputs is None:
@@ -369,7 +412,7 @@ def _usable(layer: Keeper, scaling: float | Tensor, inputs: tuple[Tensor, ...] |
     for weight in inputs[: len(inputs) // 3]:  # the factors follow
         if weight.requires_grad:
             return False
-    return all(map(operator.is_, inputs, of)) and layer.kept.norm is of[-1]
+    return all(map(operator.is_, inputs, of)) and kept.norm is of[-1]
 
 
 def _check(layer: Keeper) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dorac import offload
 from dorac.nn import norm_cache
-from dorac.nn.keeper import Keeper
+from dorac.nn.keeper import Keeper, KeptNorm
 from dorac.nn.moments import Moment
 
 _REASON = "accelerate brings the weights of this layer in and takes them away again, which a graph cannot hold"
@@ -78,26 +78,26 @@ def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> I
     Args:
         take: whether a norm may be taken that is not there.
     """
-    keepers = [keeper for keeper in keepers if keeper.kept is not None]
-    by_id = {id(m.get_parameter(name)): t for m, of in originals.items() for name, t in of.items()} if keepers else {}
-    for keeper in keepers:
-        _follow(keeper, by_id, take)
+    pairs = [(keeper, kept) for keeper in keepers if (kept := keeper.kept) is not None]
+    by_id = {id(m.get_parameter(name)): t for m, of in originals.items() for name, t in of.items()} if pairs else {}
+    for keeper, kept in pairs:
+        _follow(keeper, kept, by_id, take)
     try:
         yield
     finally:
-        for keeper in keepers:
-            if keeper.kept.of is not None:
-                keeper.kept.of = tuple(None if id(t) in by_id else t for t in keeper.kept.of)
+        for _, kept in pairs:
+            if kept.of is not None:
+                kept.of = tuple(None if id(t) in by_id else t for t in kept.of)
 
 
-def _follow(keeper: Keeper, by_id: Mapping[int, Tensor | None], take: bool) -> None:
-    kept, inputs = keeper.kept, keeper.norm_inputs()
+def _follow(keeper: Keeper, kept: KeptNorm, by_id: Mapping[int, Tensor | None], take: bool) -> None:
+    inputs = keeper.norm_inputs()
     lasting = [by_id.get(id(t), t) for t in inputs]  # what outlives the block
     if all(map(operator.is_, inputs, lasting)):
         return
     if any(t is None for t in lasting) or keeper.packed_base() is not None:
         norm_cache.suspend([keeper])
-    elif _is_of(keeper, inputs, lasting):
+    elif _is_of(kept, inputs, lasting):
         kept.of = *inputs, kept.of[-1]
         if kept.at is not None:
             kept.at = Moment(inputs, kept.at.grad_mode)
@@ -106,10 +106,9 @@ def _follow(keeper: Keeper, by_id: Mapping[int, Tensor | None], take: bool) -> N
         kept.of, kept.source = (*inputs, kept.norm), Moment(lasting)
 
 
-def _is_of(keeper: Keeper, inputs: tuple[Tensor, ...], lasting: list[Tensor]) -> bool:
+def _is_of(kept: KeptNorm, inputs: tuple[Tensor, ...], lasting: list[Tensor]) -> bool:
     """Whether the kept norm was taken of these tensors, as they are, or of copies of them."""
-    of, source = keeper.kept.of, keeper.kept.source
-    if of is None or source is None or source.passed(lasting):
+    if kept.of is None or kept.source is None or kept.source.passed(lasting):
         return False
-    pairs = zip(inputs, lasting, of, strict=False)  # the norm comes last
-    return all(t is before for t, kept, before in pairs if t is kept)
+    triples = zip(inputs, lasting, kept.of, strict=False)  # the norm comes last
+    return all(t is before for t, lasts, before in triples if t is lasts)

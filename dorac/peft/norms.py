@@ -44,12 +44,13 @@ class AdapterNorm:
 
     def known(self, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
         """The norm if a forward with these ``norm_inputs`` may use it, None where it has to take its own."""
-        if self.kept is None or isinstance(scaling, Tensor):
+        kept = self.kept
+        if kept is None or isinstance(scaling, Tensor):
             return None
-        if scaling != self.kept.scaling:
+        if scaling != kept.scaling:
             if torch.compiler.is_compiling():
                 return None
-            self.kept.at = None  # it is taken anew, once
+            kept.at = None  # it is taken anew, once
         return norm_cache.known_norm(self, inputs, scaling)
 
     @property
@@ -168,5 +169,5 @@ def forget(magnitude: nn.Module, log: Undo) -> None:
         log.add(partial(setattr, magnitude, "keeper", keeper))
         if keeper.kept is not None:
             log.add(partial(vars(keeper).update, dict(vars(keeper))))
-            log.add(partial(norm_cache.kept_layers.add, keeper))
+            log.add(partial(norm_cache.enlist, keeper))
         norm_cache.stop([keeper])

@@ -49,7 +49,8 @@ class Copied(NamedTuple):
 
 
 def _norm_at(keeper: AdapterNorm) -> Moment | None:
-    return None if keeper.kept is None else keeper.kept.at
+    kept = keeper.kept
+    return None if kept is None else kept.at
 
 
 def _copied(one: Found) -> Copied:
