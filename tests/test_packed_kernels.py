@@ -8,7 +8,7 @@ from packed_weights import CASES, FORMATS, factors, on, truth, worst
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional
-from dorac.ops import eager_norm, front, packed_product
+from dorac.ops import eager_norm, front, packed_grouped, packed_product
 
 pytest.importorskip("triton")
 
@@ -98,17 +98,19 @@ def test_the_eager_way(name, factor_dtype, device, taken):
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (33, 192), (5, 100), (3, 1)])  # whole tiles, and what ends within one
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, dtype in READ if name in MATRICES])
+@pytest.mark.parametrize(("name", "dtype"), READ)
 def test_made_dense(name, dtype, shape, device):
-    """The bits that the format's definition has, in every dtype."""
+    """The bits that the format's definition has, in every dtype, of all rows and of some."""
     value, _ = FORMATS[name](shape, dtype)
     if value.form() is None:
         pytest.skip("its blocks go on in the next row")
     value = on(value, device)
+    rows = value.shape[-2]
     for wanted in (*HALF, torch.float32):
-        dense = packed_dense(value, wanted)
-        assert dense.dtype is wanted
-        assert torch.equal(dense, value.rows(0, shape[0]).to(wanted))
+        for first, stop in ((0, rows), (rows // 3, rows - 1), (rows, rows)):
+            dense = packed_dense(value, wanted, first, stop)
+            assert dense.dtype is wanted
+            assert torch.equal(dense, value.rows(first, stop).to(wanted))
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
@@ -121,6 +123,17 @@ def test_made_dense_of_block_sizes(blocksize, nested, device):
         absmax[index] = scale
     dense = packed_dense(value, torch.bfloat16)
     torch.testing.assert_close(dense, value.rows(0, 9), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MATRICES])
+def test_rows_of_experts_are_made_dense_by_it(name, device, taken, monkeypatch):
+    """As the product with them takes them."""
+    value = on(FORMATS[name]((33, 128))[0], device)
+    if target.is_given() and not front.has_packed_kernels(*value[: value.PIECES]):
+        pytest.skip("the card of --card has no float8")
+    expected = value.rows(2, 33)
+    monkeypatch.setattr(type(value), "rows", None)
+    assert torch.equal(packed_grouped._dense(value, torch.float32, 2, 33), expected.float())
 
 
 @pytest.mark.parametrize("name", MATRICES)

@@ -171,7 +171,7 @@ def _packed_norm(target: Target, rank: int, _: int, out: int, inner: int) -> Ite
 
 def _packed_dense(target: Target, _: int, __: int, out: int, inner: int) -> Iterator[tuple]:
     for name, form, pieces, length in _packed_forms(target, inner):
-        launch = packed_dense.packed_dense_launch(out, length // form.halves, form)
+        launch = packed_dense.packed_dense_launch(1, out, length // form.halves, 0, out, form)
         for dtype in (HALF, FULL):
             yield f"{name} {NAMES[dtype]}", None, (), launch, (*pieces, dtype)
 

@@ -48,13 +48,22 @@ def _packed_grouped_product(
         y = x.new_empty(x.shape[0], rows)
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        dense = weight.rows(start, stop).to(x.dtype)
+        dense = _dense(weight, x.dtype, start, stop)
         if transposed:
             y += grouped_product(x[:, start:stop], dense.mT, offsets)
         else:
             y[:, start:stop] = grouped_product(x, dense, offsets)
         del dense  # before the next
     return y.to(x.dtype)
+
+
+def _dense(weight: packed.Packed, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows of every expert."""
+    if dtype.itemsize <= 4 and front.has_packed_kernels(*weight[: weight.PIECES]) and weight.form() is not None:
+        from dorac.kernels.packed_dense import packed_dense
+
+        return packed_dense(weight, dtype, start, stop)
+    return weight.rows(start, stop).to(dtype)
 
 
 packed_grouped_product = register_leaf("packed_grouped_product", _packed_grouped_product, _packed_grouped_product)

@@ -59,7 +59,8 @@ def _launch(form: packed.Form, shape: tuple[int, int], dtype: torch.dtype) -> Ca
 
     from dorac.kernels.packed_dense import packed_dense_launch
 
-    return eager_plan.bound(packed_dense_launch(shape[0], shape[1] // form.halves, form))
+    rows, columns = shape[0], shape[1] // form.halves
+    return eager_plan.bound(packed_dense_launch(1, rows, columns, 0, rows, form))
 
 
 def _table(code: Tensor) -> str | None:
