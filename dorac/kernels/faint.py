@@ -15,7 +15,7 @@ import triton.language as tl
 
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.of_y import FAINT
-from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
+from dorac.kernels.packed_tiles import decoded, in_lanes, scale_and_zero
 from dorac.kernels.tiles import ZERO_ROW_NORM, load_tile, number, product, strip_sum
 from dorac.packed import Form
 
@@ -98,7 +98,7 @@ def finish_kernel(
             inner_TO *= number(scaling_ptr)
             for column in tl.range(0, C, BLOCK_C, num_stages=1):
                 codes_OC = load_tile(codes_ptr, start_o, column, O, C, C, 1, BLOCK_O, BLOCK_C, False, False)
-                scale_OC = load_scales(
+                scale_OC, zero_OC = scale_and_zero(
                     scales,
                     start_o,
                     column,
@@ -111,32 +111,12 @@ def finish_kernel(
                     ROWS,
                     GROUP,
                     SWIZZLED,
-                    False,
                     BLOCK_O,
                     BLOCK_C,
                 )
-                zero_OC = None
-                if zero_ptr is not None:
-                    zero_OC = load_scales(
-                        scales,
-                        start_o,
-                        column,
-                        O,
-                        groups,
-                        stride_so,
-                        stride_sg,
-                        FORMAT,
-                        NESTED,
-                        ROWS,
-                        GROUP,
-                        SWIZZLED,
-                        True,
-                        BLOCK_O,
-                        BLOCK_C,
-                    )
                 for half in tl.static_range(HALVES):
                     x_TC = load_tile(x_ptr + half, start, column, T, C, C * HALVES, HALVES, 16, BLOCK_C, False, False)
-                    w_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE)
+                    w_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE, scales[1] is not None)
                     w_OC = tl.broadcast_to(w_OC, [BLOCK_O, BLOCK_C])
                     inner_TO = product(x_TC.to(tl.float32), w_OC.T, inner_TO, False)
             dy_TO = load_tile(dy_ptr, start, start_o, T, O, stride_dt, stride_do, 16, BLOCK_O, False, False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dorac import packed
 from dorac.kernels.launch import Launch, cdiv
-from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
+from dorac.kernels.packed_tiles import decoded, in_lanes, scale_and_zero
 from dorac.kernels.tiles import load_tile, store_tile, to_bfloat16
 
 
@@ -59,7 +59,7 @@ def packed_dense_kernel(
     scales = (scale_ptr, zero_ptr, scale_table_ptr, scale_scale_ptr, scale_offset_ptr)
     table = in_lanes(table_ptr, FORMAT) if HALVES == 2 else None
     codes_OC = load_tile(codes_ptr, start_o, start, stop, C, C, 1, BLOCK_O, BLOCK_C, EVEN, False)
-    scale_OC = load_scales(
+    scale_OC, zero_OC = scale_and_zero(
         scales,
         start_o + before,
         start,
@@ -72,32 +72,12 @@ def packed_dense_kernel(
         ROWS,
         GROUP,
         SWIZZLED,
-        False,
         BLOCK_O,
         BLOCK_C,
     )
-    zero_OC = None
-    if zero_ptr is not None:
-        zero_OC = load_scales(
-            scales,
-            start_o + before,
-            start,
-            stop + before,
-            groups,
-            stride_so,
-            stride_sg,
-            FORMAT,
-            NESTED,
-            ROWS,
-            GROUP,
-            SWIZZLED,
-            True,
-            BLOCK_O,
-            BLOCK_C,
-        )
-    dense_OI = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 0, DTYPE)
+    dense_OI = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 0, DTYPE, scales[1] is not None)
     if HALVES == 2:
-        second_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 1, DTYPE)
+        second_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, 1, DTYPE, scales[1] is not None)
         dense_OI = tl.join(dense_OI, second_OC).reshape(BLOCK_O, 2 * BLOCK_C)
     if dense_ptr.dtype.element_ty == tl.bfloat16:
         dense_OI = to_bfloat16(dense_OI)

@@ -20,7 +20,7 @@ from dorac.kernels import target
 from dorac.kernels.configs import NormConfig, packed_norm_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.norm import SHRINK, finish_kernel, in_registers, row_length, split_factors
-from dorac.kernels.packed_tiles import decoded, in_lanes, load_scales
+from dorac.kernels.packed_tiles import decoded, in_lanes, scale_and_zero
 from dorac.kernels.tiles import load_tile, number, product
 
 
@@ -81,7 +81,7 @@ def _squares(
     square_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     for start in tl.range(begin, end, BLOCK_C, num_stages=STAGES):
         codes_OC = load_tile(codes_ptr, start_o, start, O, C, C, 1, BLOCK_O, BLOCK_C, EVEN, False)
-        scale_OC = load_scales(
+        scale_OC, zero_OC = scale_and_zero(
             scales,
             start_s,
             start,
@@ -94,29 +94,9 @@ def _squares(
             ROWS,
             GROUP,
             SWIZZLED,
-            False,
             BLOCK_O,
             BLOCK_C,
         )
-        zero_OC = None
-        if scales[1] is not None:
-            zero_OC = load_scales(
-                scales,
-                start_s,
-                start,
-                OS,
-                groups,
-                stride_so,
-                stride_sg,
-                FORMAT,
-                NESTED,
-                ROWS,
-                GROUP,
-                SWIZZLED,
-                True,
-                BLOCK_O,
-                BLOCK_C,
-            )
         for half in tl.static_range(HALVES):
             half_ptr = a_ptr + half * tl.cast(C, tl.int64) * stride_ai
             acc_OC = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
@@ -136,7 +116,10 @@ def _squares(
                     b_OR = load_tile(b_ptr, start_o, rank, O, R, stride_bo, stride_br, BLOCK_O, BLOCK_R, EVEN, False)
                     a_RC = load_tile(half_ptr, rank, start, R, C, stride_ar, stride_ai, BLOCK_R, BLOCK_C, EVEN, False)
                     acc_OC = product(b_OR, a_RC, acc_OC, False)
-            v_OC = decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE) + scaling * acc_OC
+            v_OC = (
+                decoded(codes_OC, scale_OC, zero_OC, table, FORMAT, half, DTYPE, scales[1] is not None)
+                + scaling * acc_OC
+            )
             if scales[1] is not None and not EVEN:  # beyond the edge stands 0 less a zero
                 v_OC = tl.where((start + tl.arange(0, BLOCK_C))[None, :] < C, v_OC, 0.0)
             if FACTOR != 1.0:

@@ -167,7 +167,7 @@ def _scale(
 
 
 @triton.jit
-def load_scales(
+def scale_and_zero(
     scales,  # pointers: scale, zero, scale_table, scale_scale, scale_offset
     start_o,
     start_c,
@@ -180,36 +180,52 @@ def load_scales(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     SWIZZLED: tl.constexpr,
-    ZERO: tl.constexpr,  # the zeros in place of the scales
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The scale of each byte of a tile, ``[BLOCK_O, BLOCK_C]`` or ``[BLOCK_O, 1]``.
+    """The scale of each byte of a tile, ``[BLOCK_O, BLOCK_C]`` or ``[BLOCK_O, 1]``, and its zero where there is one.
 
     Read once per row and block, and told apart by the column: pointers for every byte would be loads for every byte.
     """
     rows = (start_o + tl.arange(0, BLOCK_O)).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)[None, :]
     first = start_c // GROUP
-    scale = _scale(scales, rows, first, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, ZERO)[:, None]
-    for i in tl.static_range(1, BLOCK_C // GROUP):
-        other = _scale(scales, rows, first + i, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, ZERO)[
+    scale = _scale(scales, rows, first, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, False)[:, None]
+    zero = scale  # not read
+    if scales[1] is not None:
+        zero = _scale(scales, rows, first, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, True)[
             :, None
         ]
-        scale = tl.where((tl.arange(0, BLOCK_C) >= i * GROUP)[None, :], other, scale)
-    return scale
+    for i in tl.static_range(1, BLOCK_C // GROUP):
+        group = first + i
+        other = _scale(scales, rows, group, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, False)
+        scale = tl.where(cols >= i * GROUP, other[:, None], scale)
+        if scales[1] is not None:
+            other = _scale(scales, rows, group, O, groups, stride_so, stride_sg, FORMAT, NESTED, ROWS, SWIZZLED, True)
+            zero = tl.where(cols >= i * GROUP, other[:, None], zero)
+    return scale, zero
 
 
 @triton.jit
-def decoded(codes, scale, zero, table, FORMAT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr):
+def decoded(
+    codes,
+    scale,
+    zero,
+    table,
+    FORMAT: tl.constexpr,
+    HALF: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
     """The numbers of one half of the bytes as float32: of even columns the first, of odd ones the second."""
     if FORMAT == "bnb_int8":
         value = codes.to(tl.float32) * scale * 7.874015718698502e-3
     elif FORMAT == "number":
         value = codes.to(tl.float32)
-        if zero is not None:
+        if HAS_ZERO:
             value -= zero
         value *= scale
     else:
         value = _looked_up(table, codes, (HALF == 0) == (FORMAT == "bnb_4bit"), FORMAT)
-        value = value * scale if zero is None else _times(value, scale) + zero
+        value = _times(value, scale) + zero if HAS_ZERO else value * scale
     return rounded(value, DTYPE)
