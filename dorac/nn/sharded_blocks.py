@@ -44,7 +44,7 @@ def mlp(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activ
 
     y = _computed(x, layers, in_kernels, anyhow)
     bias = parameter(down.base_layer, "bias")
-    return shards._leave(y, down.out_features, group, None if bias is None else local(bias))
+    return shards._leave(y, down, group, None if bias is None else local(bias))
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
@@ -68,7 +68,7 @@ def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, any
         own, weight = layer.shards._adapter(layer), layer.base_layer.weight
         norms.append(norm_cache.known_norm(layer, (weight, *own[:2])) if layer.kept is not None else None)
         adapter += own
-        due += layer.shards._adapter_due
+        due += layer.shards.adapter_due
     entry = crossing.Entry(group, due, [layer.base_layer.weight for layer in layers], adapter)
     x = layers[0].shards._moved_in(x, group)
 

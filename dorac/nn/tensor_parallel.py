@@ -48,6 +48,15 @@ class Shards:
     given: Placement  # of the input, where that is a plain tensor
     wanted: Placement  # of the result
     returns_local: bool  # whether the result is a plain tensor
+    # What forwards ask of these, whose answers cost as much as a view of a tensor.
+    given_dim: int | None = dataclasses.field(init=False)
+    wanted_dim: int | None = dataclasses.field(init=False)
+    adapter_due: tuple[bool, bool, bool] = dataclasses.field(init=False)  # the gradients of lora_A, lora_B, magnitude
+
+    def __post_init__(self) -> None:
+        for name, placement in (("given_dim", self.given), ("wanted_dim", self.wanted)):
+            object.__setattr__(self, name, placement.dim if placement.is_shard() else None)
+        object.__setattr__(self, "adapter_due", (not self.columns, self.columns, self.columns))
 
     def __deepcopy__(self, memo: dict) -> "Shards":
         return self  # a copy of the model is on the same mesh
@@ -60,13 +69,13 @@ class Shards:
         adapter = self._adapter(layer) if adapted else []
         norm = norm_cache.known_norm(layer, (weight, *adapter[:2])) if adapted and layer.kept is not None else None
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
-        due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
+        due = self.columns and self.wanted_dim is not None and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)
         if adapted and _trains_adapter_alone(layer, adapter, weight, bias):
             y, norm = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
             if y is not None:
                 last = local(bias) if self.columns and bias is not None else None
-                return self._leave(y, layer.out_features, group, last)
+                return self._leave(y, layer, group, last)
         *parts, matrix, bias = self._enter(layer, group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
@@ -90,7 +99,7 @@ class Shards:
                     dropout_on=layer.dropout_on,
                     save_output=layer.save_output and self._gives_y(x.ndim),
                 )
-        return self._leave(y, layer.out_features, group, last)
+        return self._leave(y, layer, group, last)
 
     def _of_parts(
         self,
@@ -103,8 +112,9 @@ class Shards:
         norm: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """This rank's y where the eager layer takes it (on a GPU with kernels), else None; the norm if it is known."""
-        entry = crossing.Entry(group, self._adapter_due, (weight,), adapter)
-        parts, matrix = entry.parts(), local(weight)
+        entry = crossing.Entry(group, self.adapter_due, (weight,), adapter)
+        entry.watch()
+        *parts, matrix = map(local, (*adapter, weight))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         if norm is None and self.columns:
             with torch.no_grad():
@@ -113,6 +123,8 @@ class Shards:
         bias = None if bias is None else local(bias)
         save_output = layer.save_output and self._gives_y(x.ndim)
         options = norm, checks.check_scaling(layer._scaling), dropout_p, layer.dropout_on, save_output
+        if not dropout_p:
+            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
         with self._places(x, group, dropout_p):
             return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
 
@@ -154,7 +166,7 @@ class Shards:
             )
         y = scaled(y, layer.embed_scale)
         y = y if inside is None else torch.where(inside.unsqueeze(-1), y, 0)
-        return self._leave(y, layer.embedding_dim, group, None)
+        return self._leave(y, layer, group, None)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are DTensors on the layer's mesh and no other one (as FSDP2's): the forward has them."""
@@ -194,12 +206,7 @@ class Shards:
 
     def _parts_features(self, ndim: int) -> bool:
         """Whether the result, of so many dimensions, is parted along its last."""
-        return self.wanted.is_shard() and self.wanted.dim % ndim == ndim - 1
-
-    @property
-    def _adapter_due(self) -> tuple[bool, bool, bool]:
-        """Whether the gradients of lora_A, lora_B and the magnitude are."""
-        return not self.columns, self.columns, self.columns
+        return self.wanted_dim is not None and self.wanted_dim % ndim == ndim - 1
 
     def _places(self, x: Tensor, group: Group, dropout_p: float) -> contextlib.AbstractContextManager:
         """In which x is dropped."""
@@ -231,7 +238,7 @@ class Shards:
         ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
         """
         bias, bias_is_due = of_bias
-        entering, due = [*adapter], [*self._adapter_due[: len(adapter)]]
+        entering, due = [*adapter], [*self.adapter_due[: len(adapter)]]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
@@ -251,7 +258,7 @@ class Shards:
         """x as the layer wants it."""
         last = x.ndim - 1
         if not isinstance(x, DTensor):
-            dim = self.given.dim % x.ndim if self.given.is_shard() else None
+            dim = None if self.given_dim is None else self.given_dim % x.ndim
             if self.columns and dim == last:
                 return x
             if self.columns and self.given.is_replicate() and x.shape[last] % group.size() == 0:
@@ -264,10 +271,12 @@ class Shards:
         wanted = Shard(last) if self.columns else Replicate()
         return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
-    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None) -> Tensor:
+    def _leave(self, y: Tensor, layer: "DoraLayer", group: Group, bias: Tensor | None) -> Tensor:
         """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute."""
-        lead, last = y.shape[:-1], y.ndim - 1
-        dim = self.wanted.dim % y.ndim if self.wanted.is_shard() else None
+        last, dim = y.ndim - 1, None if self.wanted_dim is None else self.wanted_dim % y.ndim
+        if not self.columns and dim == last and self.returns_local:
+            return y
+        lead, features = y.shape[:-1], parameter(layer, "lora_magnitude_vector").shape[0]
         if self.columns and self.wanted.is_replicate():
             y = collectives.sum_in_place(y, group)
         elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:

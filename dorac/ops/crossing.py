@@ -32,12 +32,16 @@ class Entry:
     ) -> None:
         self.group, self.due, self.parameters, self.watched = group, due, parameters, (*watched, *parameters)
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """This rank's parts of the parameters, unseen by autograd; from now on these must not change."""
+    def watch(self) -> None:
+        """From now on they must not change."""
         try:
             self.versions = [*map(_version, self.watched)]
         except RuntimeError:  # of a tensor of inference mode, which has no version
             self.versions = [None if t.is_inference() else t._version for t in self.watched]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """This rank's parts of the parameters, as tensors that autograd has not seen; :meth:`watch` them."""
+        self.watch()
         return tuple([local(p).detach() for p in self.parameters])
 
     def check(self) -> None:
@@ -153,8 +157,9 @@ def _left(
     the gradient for a ``detach()``, which costs a DTensor as much as a kernel's launch.
     """
     again = torch.is_grad_enabled()
+    aside = again or _on_side_stream(parameters[0]._local_tensor)
     nodes = [node for node, _ in edges if node is not None]
-    nodes = [*nodes[len(nodes) - len(parameters) :]] if len(nodes) >= len(parameters) else [None] * len(parameters)
+    nodes = nodes[len(nodes) - len(parameters) :] if len(nodes) >= len(parameters) else [None] * len(parameters)
     left = []
     for gradient, parameter, node in zip(gradients, parameters, nodes, strict=True):
         if gradient is not None:
@@ -165,7 +170,7 @@ def _left(
                 layout = {"shape": parameter.shape, "stride": parameter.stride()}
                 mesh, placements = parameter.device_mesh, parameter.placements
                 gradient = DTensor.from_local(gradient, mesh, placements, run_check=False, **layout)
-            elif _is_unwatched(parameter, node, gradient):
+            elif not aside and gradient.dtype is part.dtype and _is_unwatched(parameter, node):
                 parameter.grad, gradient = _dtensor(gradient, parameter._spec), None
             else:
                 gradient = _dtensor(gradient, parameter._spec, _Fresh)
@@ -173,19 +178,21 @@ def _left(
     return tuple(left)
 
 
-def _is_unwatched(parameter: DTensor, node: object, gradient: Tensor) -> bool:
-    """Within backward: whether all that would become of the gradient is that of this leaf, which has none.
+def _on_side_stream(tensor: Tensor) -> bool:
+    """Whether this runs where the engine lets others wait for a gradient, if it has seen it there."""
+    return tensor.is_cuda and torch._C._cuda_getCurrentRawStream(tensor.device.index) != 0
 
-    Not so with hooks on the leaf, nor where ``torch.autograd.grad`` returns the gradient or ``inputs`` leaves it out;
-    nor on a side stream, which the engine lets others wait for if it has seen the gradient there.
+
+def _is_unwatched(parameter: DTensor, node: object) -> bool:
+    """Within backward: whether all that would become of a gradient is that of this leaf, which has none.
+
+    Not so with hooks on the leaf, nor where ``torch.autograd.grad`` returns the gradient or ``inputs`` leaves it out.
     """
     if (
         not parameter.is_leaf
         or parameter.grad is not None
         or parameter._backward_hooks
         or parameter._post_accumulate_grad_hooks
-        or gradient.dtype is not parameter.dtype
-        or (gradient.is_cuda and torch._C._cuda_getCurrentRawStream(gradient.device.index))
     ):
         return False
     try:

@@ -302,7 +302,7 @@ class Linear(torch.autograd.Function):
         if a is None:
             a, b = lora_A, lora_B
         if dy.dim() != 2:
-            dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
+            dy, h, x = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
         if of_y and (ctx.probe._version != ctx.version or share_memory(dy, kept)):  # y is not y any more
