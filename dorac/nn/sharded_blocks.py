@@ -28,7 +28,7 @@ def mlp(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activ
     layers = [layer for layer in (gate, up, down) if layer is not None]
     if not _join(layers) or not _share_x(x, layers[:-1]):
         return None
-    shards, group = down.shards, down.shards.mesh.get_group()
+    shards, group = down.shards, down.shards.group
     if not shards.columns or shards.mesh != up.shards.mesh or not _parts_features(shards.given, x.ndim):
         return None
 
@@ -62,7 +62,7 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
 
 def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, anyhow: Callable) -> object:
     """What one of these two makes of this rank's x and projections, the first where the adapters are trained whole."""
-    group = layers[0].shards.mesh.get_group()
+    group = layers[0].shards.group
     adapter, due, norms = [], [], []
     for layer in layers:
         own, weight = layer.shards._adapter(layer), layer.base_layer.weight

@@ -48,22 +48,31 @@ class Shards:
     given: Placement  # of the input, where that is a plain tensor
     wanted: Placement  # of the result
     returns_local: bool  # whether the result is a plain tensor
-    # What forwards ask of these, whose answers cost as much as a view of a tensor.
-    given_dim: int | None = dataclasses.field(init=False)
-    wanted_dim: int | None = dataclasses.field(init=False)
-    adapter_due: tuple[bool, bool, bool] = dataclasses.field(init=False)  # the gradients of lora_A, lora_B, magnitude
 
     def __post_init__(self) -> None:
-        for name, placement in (("given_dim", self.given), ("wanted_dim", self.wanted)):
-            object.__setattr__(self, name, placement.dim if placement.is_shard() else None)
-        object.__setattr__(self, "adapter_due", (not self.columns, self.columns, self.columns))
+        """What every forward asks: the mesh and the placements answer at the price of an op."""
+        settled = {
+            "given_dim": self.given.dim if self.given.is_shard() else None,
+            "wanted_dim": self.wanted.dim if self.wanted.is_shard() else None,
+            "adapter_due": (not self.columns, self.columns, self.columns),  # the gradients of lora_A, lora_B, magnitude
+            "_group": self.mesh.get_group(),
+        }
+        vars(self).update(settled)
+
+    def __reduce__(self) -> tuple:
+        return Shards, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def group(self) -> Group:
+        """Of the mesh's ranks; the compiler knows those that it asks the mesh for."""
+        return self.mesh.get_group() if torch.compiler.is_compiling() else self._group
 
     def __deepcopy__(self, memo: dict) -> "Shards":
         return self  # a copy of the model is on the same mesh
 
     def linear(self, layer: "DoraLinear", x: Tensor) -> Tensor:
         """The forward of a linear layer."""
-        base, group = layer._modules["base_layer"], self.mesh.get_group()
+        base, group = layer._modules["base_layer"], self.group
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         adapted = layer.merged_norm is None and not layer.runs_base
         adapter = self._adapter(layer) if adapted else []
@@ -132,7 +141,7 @@ class Shards:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
         from dorac.nn.embedding import scaled  # which imports this module's callers
 
-        base, group = layer.base_layer, self.mesh.get_group()
+        base, group = layer.base_layer, self.group
         adapted = not layer.merged and not layer.runs_base
         adapter = self._adapter(layer) if adapted else []
         norm = layer._known_norm() if adapted else None

@@ -291,7 +291,7 @@ class Linear(torch.autograd.Function):
             return (None,) * 12
         if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return seen_gradients(ctx, dy)
-        if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
+        if torch.is_autocast_enabled(dy.device.type):  # backward inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return Linear.backward(ctx, dy)
         x, weight, a, b, norm, h, kept, bits, *trained = ctx.saved_tensors
@@ -302,10 +302,11 @@ class Linear(torch.autograd.Function):
         if a is None:
             a, b = lora_A, lora_B
         if dy.dim() != 2:
-            dy, h, x = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
+            dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # of h kernels read its memory alone
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
         if of_y and (ctx.probe._version != ctx.version or share_memory(dy, kept)):  # y is not y any more
+            h = h.reshape(-1, h.shape[-1])
             kept, of_y = torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling), False
         if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
