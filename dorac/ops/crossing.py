@@ -71,7 +71,11 @@ class Entry:
         if together is not None:
             add_up(together, self.group)
             for i in due:
-                gradients[i] = gradients[i].to(self.parameters[i].dtype, copy=i > due[0])
+                part, dtype = gradients[i], self.parameters[i].dtype
+                if part.dtype is not dtype:
+                    gradients[i] = part.to(dtype)
+                elif i != due[0]:
+                    gradients[i] = part.clone()
         elif due:
             summed = [gradients[i] for i in due]
             summed = Sums.apply(self.group, *summed) if torch.is_grad_enabled() else sums(summed, self.group)
