@@ -6,6 +6,7 @@ Each test starts processes, which run functions of this file.
 import contextlib
 import copy
 import functools
+import pickle
 from unittest import mock
 
 import pytest
@@ -339,6 +340,9 @@ def safe(mesh):
             assert (sharded is None) == (plain is None)
             if plain is not None:
                 same(sharded, plain)
+        again = pickle.loads(pickle.dumps(model.shards))
+        assert again == model.shards
+        assert again.group is model.shards.group
         # Frozen, switched off, at another strength, merged.
         for change in (
             lambda m: m.requires_grad_(False),

@@ -210,7 +210,8 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
 
     def _own_parameters(self) -> list[Tensor]:
         """The adapter's parameters, in the order of ``PEFT_KEYS``."""
-        return [parameter(self, name) for name in self.PEFT_KEYS]
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in self.PEFT_KEYS]  # as parameter()
 
     def base_weights(self) -> list[nn.Parameter]:
         """The parameters of the base layer that merging changes."""

@@ -20,10 +20,11 @@ plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer sl
 class Moment:
     """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
 
-    __slots__ = ("grad_mode", "places", "state", "storages")
+    __slots__ = ("grad_mode", "places", "spread", "state", "storages")
 
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
         self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
+        self.spread = any(_part(tensors[i]) is not tensors[i] for i in self.places)
         self.state = self._of(tensors)
         self.storages = [weakref.ref(_part(tensors[i]).untyped_storage()) for i in self.places]
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
@@ -31,14 +32,13 @@ class Moment:
     def _of(self, tensors: Sequence[Tensor]) -> tuple:
         """Flat: what lies apart in memory takes its time in every forward."""
         tensors = [tensors[i] for i in self.places]
+        # Of DTensors, which have no memory of their own: see _part.
+        parts = [getattr(t, "_local_tensor", t) for t in tensors] if self.spread else tensors
         try:
-            state = *map(_address, tensors), *map(_written, tensors), *map(_strides, tensors)
+            state = *map(_address, parts), *map(_written, tensors), *map(_strides, tensors)
+            return (*state, *map(_written, parts)) if self.spread else state
         except RuntimeError:  # of a tensor of inference mode, which has no version
-            state = *map(_address, tensors), *map(version, tensors), *map(_strides, tensors)
-        if state and not state[0]:  # of DTensors, which have no memory of their own: see _part
-            parts = [*map(_part, tensors)]
-            state += *map(_address, parts), *map(version, parts)
-        return state
+            return *map(_address, parts), *map(version, tensors), *map(_strides, tensors), *map(version, parts)
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have been written to since; others may follow them."""

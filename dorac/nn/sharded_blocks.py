@@ -28,7 +28,7 @@ def mlp(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activ
     layers = [layer for layer in (gate, up, down) if layer is not None]
     if not _join(layers) or not _share_x(x, layers[:-1]):
         return None
-    shards, group = down.shards, down.shards.mesh.get_group()
+    shards, group = down.shards, down.shards.group
     if not shards.columns or shards.mesh != up.shards.mesh or not _parts_features(shards.given, x.ndim):
         return None
 
@@ -44,7 +44,7 @@ def mlp(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activ
 
     y = _computed(x, layers, in_kernels, anyhow)
     bias = parameter(down.base_layer, "bias")
-    return shards._leave(y, down.out_features, group, None if bias is None else local(bias))
+    return shards._leave(y, down, group, None if bias is None else local(bias))
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
@@ -62,13 +62,13 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
 
 def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, anyhow: Callable) -> object:
     """What one of these two makes of this rank's x and projections, the first where the adapters are trained whole."""
-    group = layers[0].shards.mesh.get_group()
+    group = layers[0].shards.group
     adapter, due, norms = [], [], []
     for layer in layers:
         own, weight = layer.shards._adapter(layer), layer.base_layer.weight
         norms.append(norm_cache.known_norm(layer, (weight, *own[:2])) if layer.kept is not None else None)
         adapter += own
-        due += layer.shards._adapter_due
+        due += layer.shards.adapter_due
     entry = crossing.Entry(group, due, [layer.base_layer.weight for layer in layers], adapter)
     x = layers[0].shards._moved_in(x, group)
 

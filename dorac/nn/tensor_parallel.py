@@ -49,24 +49,42 @@ class Shards:
     wanted: Placement  # of the result
     returns_local: bool  # whether the result is a plain tensor
 
+    def __post_init__(self) -> None:
+        """What every forward asks: the mesh and the placements answer at the price of an op."""
+        settled = {
+            "given_dim": self.given.dim if self.given.is_shard() else None,
+            "wanted_dim": self.wanted.dim if self.wanted.is_shard() else None,
+            "adapter_due": (not self.columns, self.columns, self.columns),  # the gradients of lora_A, lora_B, magnitude
+            "_group": self.mesh.get_group(),
+        }
+        vars(self).update(settled)
+
+    def __reduce__(self) -> tuple:
+        return Shards, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def group(self) -> Group:
+        """Of the mesh's ranks; the compiler knows those that it asks the mesh for."""
+        return self.mesh.get_group() if torch.compiler.is_compiling() else self._group
+
     def __deepcopy__(self, memo: dict) -> "Shards":
         return self  # a copy of the model is on the same mesh
 
     def linear(self, layer: "DoraLinear", x: Tensor) -> Tensor:
         """The forward of a linear layer."""
-        base, group = layer._modules["base_layer"], self.mesh.get_group()
+        base, group = layer._modules["base_layer"], self.group
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         adapted = layer.merged_norm is None and not layer.runs_base
         adapter = self._adapter(layer) if adapted else []
         norm = norm_cache.known_norm(layer, (weight, *adapter[:2])) if adapted and layer.kept is not None else None
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
-        due = self.columns and self.wanted.is_shard() and not self._parts_features(x.ndim)
+        due = self.columns and self.wanted_dim is not None and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)
         if adapted and _trains_adapter_alone(layer, adapter, weight, bias):
             y, norm = self._of_parts(layer, x, group, adapter, weight, None if self.columns else bias, norm)
             if y is not None:
                 last = local(bias) if self.columns and bias is not None else None
-                return self._leave(y, layer.out_features, group, last)
+                return self._leave(y, layer, group, last)
         *parts, matrix, bias = self._enter(layer, group, adapter, weight, (bias, due))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
@@ -90,7 +108,7 @@ class Shards:
                     dropout_on=layer.dropout_on,
                     save_output=layer.save_output and self._gives_y(x.ndim),
                 )
-        return self._leave(y, layer.out_features, group, last)
+        return self._leave(y, layer, group, last)
 
     def _of_parts(
         self,
@@ -103,8 +121,9 @@ class Shards:
         norm: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """This rank's y where the eager layer takes it (on a GPU with kernels), else None; the norm if it is known."""
-        entry = crossing.Entry(group, self._adapter_due, (weight,), adapter)
-        parts, matrix = entry.parts(), local(weight)
+        entry = crossing.Entry(group, self.adapter_due, (weight,), adapter)
+        entry.watch()
+        *parts, matrix = map(local, (*adapter, weight))
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         if norm is None and self.columns:
             with torch.no_grad():
@@ -113,6 +132,8 @@ class Shards:
         bias = None if bias is None else local(bias)
         save_output = layer.save_output and self._gives_y(x.ndim)
         options = norm, checks.check_scaling(layer._scaling), dropout_p, layer.dropout_on, save_output
+        if not dropout_p:
+            return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
         with self._places(x, group, dropout_p):
             return eager_parts.dora_linear(entry, parts, x, matrix, bias, *options), norm
 
@@ -120,7 +141,7 @@ class Shards:
         """The forward of an embedding; over the vocabulary a rank's result is zero where another has the row."""
         from dorac.nn.embedding import scaled  # which imports this module's callers
 
-        base, group = layer.base_layer, self.mesh.get_group()
+        base, group = layer.base_layer, self.group
         adapted = not layer.merged and not layer.runs_base
         adapter = self._adapter(layer) if adapted else []
         norm = layer._known_norm() if adapted else None
@@ -154,7 +175,7 @@ class Shards:
             )
         y = scaled(y, layer.embed_scale)
         y = y if inside is None else torch.where(inside.unsqueeze(-1), y, 0)
-        return self._leave(y, layer.embedding_dim, group, None)
+        return self._leave(y, layer, group, None)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are DTensors on the layer's mesh and no other one (as FSDP2's): the forward has them."""
@@ -194,12 +215,7 @@ class Shards:
 
     def _parts_features(self, ndim: int) -> bool:
         """Whether the result, of so many dimensions, is parted along its last."""
-        return self.wanted.is_shard() and self.wanted.dim % ndim == ndim - 1
-
-    @property
-    def _adapter_due(self) -> tuple[bool, bool, bool]:
-        """Whether the gradients of lora_A, lora_B and the magnitude are."""
-        return not self.columns, self.columns, self.columns
+        return self.wanted_dim is not None and self.wanted_dim % ndim == ndim - 1
 
     def _places(self, x: Tensor, group: Group, dropout_p: float) -> contextlib.AbstractContextManager:
         """In which x is dropped."""
@@ -231,7 +247,7 @@ class Shards:
         ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
         """
         bias, bias_is_due = of_bias
-        entering, due = [*adapter], [*self._adapter_due[: len(adapter)]]
+        entering, due = [*adapter], [*self.adapter_due[: len(adapter)]]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
@@ -251,7 +267,7 @@ class Shards:
         """x as the layer wants it."""
         last = x.ndim - 1
         if not isinstance(x, DTensor):
-            dim = self.given.dim % x.ndim if self.given.is_shard() else None
+            dim = None if self.given_dim is None else self.given_dim % x.ndim
             if self.columns and dim == last:
                 return x
             if self.columns and self.given.is_replicate() and x.shape[last] % group.size() == 0:
@@ -264,10 +280,12 @@ class Shards:
         wanted = Shard(last) if self.columns else Replicate()
         return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
-    def _leave(self, y: Tensor, features: int, group: Group, bias: Tensor | None) -> Tensor:
+    def _leave(self, y: Tensor, layer: "DoraLayer", group: Group, bias: Tensor | None) -> Tensor:
         """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute."""
-        lead, last = y.shape[:-1], y.ndim - 1
-        dim = self.wanted.dim % y.ndim if self.wanted.is_shard() else None
+        last, dim = y.ndim - 1, None if self.wanted_dim is None else self.wanted_dim % y.ndim
+        if not self.columns and dim == last and self.returns_local:
+            return y
+        lead, features = y.shape[:-1], parameter(layer, "lora_magnitude_vector").shape[0]
         if self.columns and self.wanted.is_replicate():
             y = collectives.sum_in_place(y, group)
         elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:

@@ -32,12 +32,16 @@ class Entry:
     ) -> None:
         self.group, self.due, self.parameters, self.watched = group, due, parameters, (*watched, *parameters)
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """This rank's parts of the parameters, unseen by autograd; from now on these must not change."""
+    def watch(self) -> None:
+        """From now on they must not change."""
         try:
             self.versions = [*map(_version, self.watched)]
         except RuntimeError:  # of a tensor of inference mode, which has no version
             self.versions = [None if t.is_inference() else t._version for t in self.watched]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """This rank's parts of the parameters, as tensors that autograd has not seen; :meth:`watch` them."""
+        self.watch()
         return tuple([local(p).detach() for p in self.parameters])
 
     def check(self) -> None:
@@ -67,7 +71,11 @@ class Entry:
         if together is not None:
             add_up(together, self.group)
             for i in due:
-                gradients[i] = gradients[i].to(self.parameters[i].dtype, copy=i > due[0])
+                part, dtype = gradients[i], self.parameters[i].dtype
+                if part.dtype is not dtype:
+                    gradients[i] = part.to(dtype)
+                elif i != due[0]:
+                    gradients[i] = part.clone()
         elif due:
             summed = [gradients[i] for i in due]
             summed = Sums.apply(self.group, *summed) if torch.is_grad_enabled() else sums(summed, self.group)
@@ -149,14 +157,12 @@ def _left(
 ) -> tuple[DTensor | None, ...]:
     """The gradients in the parameters' layouts and strides, for the engine; None of one that its leaf has already.
 
-    A leaf without a gradient that nobody watches gets it here, as autograd's node of it would set it: that node asks
-    the gradient for a ``detach()``, which costs a DTensor as much as a kernel's launch.
+    Leaves without gradients that nobody watches get them here, as autograd's nodes of them would set them: such a node
+    asks the gradient for a ``detach()``, which costs a DTensor as much as a kernel's launch.
     """
     again = torch.is_grad_enabled()
-    nodes = [node for node, _ in edges if node is not None]
-    nodes = [*nodes[len(nodes) - len(parameters) :]] if len(nodes) >= len(parameters) else [None] * len(parameters)
-    left = []
-    for gradient, parameter, node in zip(gradients, parameters, nodes, strict=True):
+    unwatched, left = not again and _are_unwatched(parameters, edges), []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
             part = parameter._local_tensor
             if gradient.stride() != part.stride():
@@ -165,7 +171,7 @@ def _left(
                 layout = {"shape": parameter.shape, "stride": parameter.stride()}
                 mesh, placements = parameter.device_mesh, parameter.placements
                 gradient = DTensor.from_local(gradient, mesh, placements, run_check=False, **layout)
-            elif _is_unwatched(parameter, node, gradient):
+            elif unwatched and parameter.grad is None and gradient.dtype is part.dtype:
                 parameter.grad, gradient = _dtensor(gradient, parameter._spec), None
             else:
                 gradient = _dtensor(gradient, parameter._spec, _Fresh)
@@ -173,23 +179,23 @@ def _left(
     return tuple(left)
 
 
-def _is_unwatched(parameter: DTensor, node: object, gradient: Tensor) -> bool:
-    """Within backward: whether all that would become of the gradient is that of this leaf, which has none.
+def _are_unwatched(parameters: Sequence[DTensor], edges: Sequence[tuple]) -> bool:
+    """Within backward: whether all that would become of the gradients is those of these, which are leaves.
 
-    Not so with hooks on the leaf, nor where ``torch.autograd.grad`` returns the gradient or ``inputs`` leaves it out;
-    nor on a side stream, which the engine lets others wait for if it has seen the gradient there.
+    Not so with hooks on a leaf, nor where ``torch.autograd.grad`` returns a gradient or ``inputs`` leaves one out; nor
+    on a side stream, which the engine lets others wait for if it has seen the gradients there.
     """
-    if (
-        not parameter.is_leaf
-        or parameter.grad is not None
-        or parameter._backward_hooks
-        or parameter._post_accumulate_grad_hooks
-        or gradient.dtype is not parameter.dtype
-        or (gradient.is_cuda and torch._C._cuda_getCurrentRawStream(gradient.device.index))
-    ):
+    for parameter in parameters:
+        if not parameter.is_leaf or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return False
+    part = parameters[0]._local_tensor
+    if part.is_cuda and torch._C._cuda_getCurrentRawStream(part.device.index):
+        return False
+    nodes = [node for node, _ in edges if node is not None]
+    if len(nodes) < len(parameters):  # some are not trained
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return all(map(torch._C._will_engine_execute_node, nodes[len(nodes) - len(parameters) :]))
     except (RuntimeError, TypeError):  # torch.autograd.grad returns it; or this is not the engine's call
         return False
 

@@ -291,21 +291,22 @@ class Linear(torch.autograd.Function):
             return (None,) * 12
         if torch.is_grad_enabled() or type(dy) is not Tensor or not front.unobserved():
             return seen_gradients(ctx, dy)
-        if front.autocast_dtype(dy) is not None:  # backward called inside autocast: products stay in the layer's dtype
+        if torch.is_autocast_enabled(dy.device.type):  # backward inside autocast: products stay in the layer's dtype
             with front.autocast_off(dy):
                 return Linear.backward(ctx, dy)
         x, weight, a, b, norm, h, kept, bits, *trained = ctx.saved_tensors
         lora_A, lora_B, magnitude = trained or unchanged(ctx)
-        plan, scaling, of_y = ctx.plan, ctx.scaling, ctx.plan.keeps_y
+        plan, scaling, of_y, given = ctx.plan, ctx.scaling, ctx.plan.keeps_y, x
         delta = plan.dropout_on == "adapter"
         needs_x, _, _, _, _, needs_bias, *_ = ctx.needs_input_grad
         if a is None:
             a, b = lora_A, lora_B
         if dy.dim() != 2:
-            dy, h, x = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
+            dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # of h kernels read its memory alone
         if dy.data_ptr() % 16:
             dy = dy.clone(memory_format=torch.contiguous_format)
         if of_y and (ctx.probe._version != ctx.version or share_memory(dy, kept)):  # y is not y any more
+            h = h.reshape(-1, h.shape[-1])
             kept, of_y = torch.addmm(torch.mm(x, weight.t()), h, b.t(), alpha=scaling), False
         if (of_y or bits is not None) and (x.data_ptr() % 16 or not x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
@@ -337,7 +338,7 @@ class Linear(torch.autograd.Function):
             if bits is not None:
                 plan.drop(dx, bits, ctx.kept_scale, dx)
                 dx.addmm_(dy if delta else d_base, weight)
-            dx = dx.view(ctx.shape)
+            dx = dx.view_as(given)  # a shape would be read into C++ at the price of another op
         d_bias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         return dx, None, d_a, d_b, d_m, d_bias, *(None,) * 6
 
@@ -362,12 +363,12 @@ def scaled_gradients(
     their place. With ``overwrites`` the first result lies where ``kept`` is, and the last and the second in ``summed``.
     """
     strips, launch, add = launches
-    d_base = kept if overwrites else dy.new_empty(dy.shape)
+    d_base = kept if overwrites else _rows_like(dy)
     if summed is None:
-        d_m, d_b = magnitude.new_empty(magnitude.shape), lora_B.new_empty(lora_B.shape)
+        d_m, d_b = _rows_like(magnitude), _rows_like(lora_B)
     else:
         d_b, d_m = summed.split_with_sizes((lora_B.numel(), magnitude.numel()))
-        d_b = d_b.view(lora_B.shape)
+        d_b = d_b.view_as(lora_B)
     parts_m, parts_b = d_m, d_b
     if strips > 1:
         parts_m = norm.new_empty(strips, lora_B.shape[0], dtype=torch.float32)
@@ -376,6 +377,9 @@ def scaled_gradients(
     if add is not None:
         add(parts_m, parts_b, dy, magnitude, norm, h, scaling, *(at_the_end or others), d_m, d_b)
     return d_base, d_m, d_b
+
+
+_rows_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def scaled_b(plan, b, magnitude, norm) -> Tensor:
