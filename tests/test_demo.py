@@ -473,7 +473,7 @@ def test_norms_that_are_not_refreshed_fail_the_comparison(run, capsys, monkeypat
     pytest.importorskip("peft")
     norms, refresh = dorac.nn.norm_cache, dorac.nn.norm_cache.refresh
     monkeypatch.setattr(norms, "refresh", lambda layers: refresh([x for x in layers if x.kept and x.kept.of is None]))
-    monkeypatch.setattr(norms, "_verified", lambda layer: True)
+    monkeypatch.setattr(norms, "_verified", lambda layer, kept: True)
     assert run(*COMPARE, "--cache-norms") == 1
     assert "FAILED: cached norms change the losses" in capsys.readouterr().err
 
