@@ -156,7 +156,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         for layer in layers.values():
             log.keep_module(layer)
             layer.adapters.pop(adapter_name, None)
-            norm_cache.forget_shelved(layer, adapter_name)
+            shelf.forget_norm(layer, adapter_name)
 
 
 def _first(layers: Mapping[str, DoraLayer]) -> DoraLayer:

@@ -28,7 +28,7 @@ class KeptNorm(State):
         in_doubt: whether compiled code takes its own.
         distrusted: whether it is in doubt after every step, not only until the next one.
         traced: whether there is compiled code that uses it.
-        shelved: what of this adapters that are not active have, by name, see :func:`dorac.nn.norm_cache.shelve`.
+        shelved: what of this adapters that are not active have, by name, see :func:`dorac.nn.shelf.shelve_norm`.
     """
 
     debug: bool

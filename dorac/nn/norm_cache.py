@@ -271,40 +271,6 @@ def trust(layers: Iterable[Keeper]) -> None:
             kept.distrusted = False
 
 
-_OF_ADAPTER = ("norm", "of", "scaling", "at", "source")
-
-
-def shelve(layer: Keeper, adapter: str) -> None:
-    """Puts the norm of the active adapter away, under its name, for :func:`unshelve`; the layer has none then."""
-    kept = layer.kept
-    if kept is None:
-        return
-    if kept.of is not None and kept.at is not None and not kept.in_doubt:
-        kept.shelved = (kept.shelved or {}) | {adapter: {name: getattr(kept, name) for name in _OF_ADAPTER}}
-    vars(kept).update(dict.fromkeys(_OF_ADAPTER))
-
-
-def unshelve(layer: Keeper, adapter: str) -> bool:
-    """Brings back the norm of an adapter that has become active; whether it still is that of its tensors."""
-    kept = layer.kept
-    shelved = (kept.shelved or {}).get(adapter)
-    if shelved is None:
-        return False
-    forget_shelved(layer, adapter)
-    vars(kept).update(shelved)  # a norm that has passed is written anew in the same memory
-    *of, _ = kept.of
-    inputs = layer.norm_inputs()
-    same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and kept.scaling == layer.scaling
-    with plainly():
-        return same and not kept.at.passed(kept.of)
-
-
-def forget_shelved(layer: Keeper, adapter: str) -> None:
-    """Forgets the norm of an adapter that is not active, if one was put away."""
-    if layer.kept is not None and layer.kept.shelved is not None:
-        layer.kept.shelved = {name: kept for name, kept in layer.kept.shelved.items() if name != adapter}
-
-
 def known_norm(
     layer: Keeper, inputs: tuple[Tensor, ...] | None = None, scaling: float | Tensor | None = None
 ) -> Tensor | None:

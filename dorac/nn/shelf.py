@@ -8,6 +8,7 @@ holding that adapter's tensors, with its state; a graph that is alive keeps what
 parameters as inputs and is guarded by their shapes, dtypes and ``requires_grad``: it runs on.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dorac import offload
-from dorac.nn import norm_cache
+from dorac.nn.keeper import Keeper
+from dorac.nn.moments import plainly
 from dorac.ops import sharded
 from dorac.undo import Undo
 
@@ -139,7 +141,7 @@ def exchange(layer: "DoraLayer", name: str, log: Undo, *, norms: bool = True) ->
     active, new = layer.adapter_name, layer.adapters[name]
     if norms:
         layer.keep_norm(log)
-        norm_cache.shelve(layer, active)
+        shelve_norm(layer, active)
     else:
         log.keep_module(layer)
     layer.adapters[active] = Shelved(layer._parameters, {}, {key: getattr(layer, key) for key in SETTINGS})
@@ -152,7 +154,7 @@ def exchange(layer: "DoraLayer", name: str, log: Undo, *, norms: bool = True) ->
         log.keep(*layer._magnitudes())
         with torch.no_grad(), offload.onloaded(layer.base_layer):
             layer._reset_magnitudes()
-    return norms and layer.kept is not None and not norm_cache.unshelve(layer, name)
+    return norms and layer.kept is not None and not unshelve_norm(layer, name)
 
 
 def unswitchable(layer: "DoraLayer") -> str | None:
@@ -188,3 +190,38 @@ def unswitchable_whole(module: nn.Module) -> str | None:
     if offload.is_offloaded(module):
         return "it is offloaded by accelerate: dispatch the model first and adapt it then"
     return in_parts(module)
+
+
+_OF_NORM = ("norm", "of", "scaling", "at", "source")
+
+
+def shelve_norm(layer: Keeper, adapter: str) -> None:
+    """Puts the norm of the active adapter away, under its name, for :func:`unshelve_norm`; the layer has none then."""
+    kept = layer.kept
+    if kept is None:
+        return
+    if kept.of is not None and kept.at is not None and not kept.in_doubt:
+        kept.shelved = (kept.shelved or {}) | {adapter: {name: getattr(kept, name) for name in _OF_NORM}}
+    vars(kept).update(dict.fromkeys(_OF_NORM))
+
+
+def unshelve_norm(layer: Keeper, adapter: str) -> bool:
+    """Brings back the norm of an adapter that has become active; whether it still is that of its tensors."""
+    kept = layer.kept
+    shelved = (kept.shelved or {}).get(adapter)
+    if shelved is None:
+        return False
+    forget_norm(layer, adapter)
+    vars(kept).update(shelved)  # a norm that has passed is written anew in the same memory
+    *of, _ = kept.of
+    inputs = layer.norm_inputs()
+    same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and kept.scaling == layer.scaling
+    with plainly():
+        return same and not kept.at.passed(kept.of)
+
+
+def forget_norm(layer: Keeper, adapter: str) -> None:
+    """Forgets the norm of an adapter that is not active, if one was put away."""
+    kept = layer.kept
+    if kept is not None and kept.shelved is not None:
+        kept.shelved = {name: shelved for name, shelved in kept.shelved.items() if name != adapter}

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.ops import front, linear_function
-from dorac.ops.eager_plan import make_plan
+from dorac.ops.eager_plan import make_plan, metadata
 from dorac.ops.eager_seen import seen_gradients, unchanged
 from dorac.ops.norm import norm_factored
 
@@ -136,43 +136,6 @@ def keep_plan(key: tuple, plan: object) -> object:
 def forget_plans() -> None:
     """For code that changes what plans are made from: :func:`dorac.ops.linear.route`, the configs of kernels."""
     plans.clear()
-
-
-def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
-    """All that the checks and a plan look at."""
-    device = x.device
-    kind = device.type
-    return (
-        type(x),
-        x.shape,
-        x.dtype,
-        device,
-        type(weight),
-        weight.shape,
-        weight.dtype,
-        weight.device,
-        weight.stride(),
-        type(lora_A),
-        lora_A.shape,
-        lora_A.dtype,
-        lora_A.device,
-        lora_A.stride(),
-        type(lora_B),
-        lora_B.shape,
-        lora_B.dtype,
-        lora_B.device,
-        lora_B.stride(),
-        type(magnitude),
-        magnitude.shape,
-        magnitude.dtype,
-        magnitude.device,
-        magnitude.stride(),
-        bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.stride()),
-        weight_norm
-        if weight_norm is None
-        else (type(weight_norm), weight_norm.shape, weight_norm.dtype, weight_norm.device, weight_norm.stride()),
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-    )
 
 
 def without_autocast(forward: Callable) -> Callable:

@@ -50,6 +50,43 @@ def cast_of(lora_A: Tensor, lora_B: Tensor) -> Callable | None:
     return bound(cast_launch(lora_A.numel(), lora_B.numel())) if contiguous else None
 
 
+def metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> tuple:
+    """All that the checks and a plan look at."""
+    device = x.device
+    kind = device.type
+    return (
+        type(x),
+        x.shape,
+        x.dtype,
+        device,
+        type(weight),
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        weight.stride(),
+        type(lora_A),
+        lora_A.shape,
+        lora_A.dtype,
+        lora_A.device,
+        lora_A.stride(),
+        type(lora_B),
+        lora_B.shape,
+        lora_B.dtype,
+        lora_B.device,
+        lora_B.stride(),
+        type(magnitude),
+        magnitude.shape,
+        magnitude.dtype,
+        magnitude.device,
+        magnitude.stride(),
+        bias if bias is None else (type(bias), bias.shape, bias.dtype, bias.device, bias.stride()),
+        weight_norm
+        if weight_norm is None
+        else (type(weight_norm), weight_norm.shape, weight_norm.dtype, weight_norm.device, weight_norm.stride()),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+    )
+
+
 def make_plan(
     x,
     weight,
