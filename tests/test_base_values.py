@@ -115,11 +115,11 @@ def test_the_wrappers_own_come_first():
 def test_what_an_adapter_was_made_with_cannot_be_set(name, instead):
     """It would change nothing that runs, and an r what is saved."""
     layer = wrap(Tagged())
-    before = dict(vars(layer))
+    before, value = dict(vars(layer)), getattr(layer, name)
     with pytest.raises(AttributeError, match=f"^{name} of a DoraLinear cannot be set, .*: .*{instead}"):
         setattr(layer, name, 3)
     assert dict(vars(layer)) == before
-    assert getattr(copy.deepcopy(layer), name) == getattr(layer, name) == before[name]
+    assert getattr(copy.deepcopy(layer), name) == getattr(layer, name) == value
 
 
 def test_each_adapter_has_its_own_rank():

@@ -17,12 +17,21 @@ def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
+def attribute(name: str) -> str:
+    """Where a layer has this number: of what is :func:`settled` beside the property of that name."""
+    return f"_{name}" if name in ("r", "lora_alpha", "use_rslora") else name
+
+
 def settled(name: str, instead: str) -> property:
-    """An attribute that lies in ``vars(layer)`` and belongs to the adapter that is there: setting it is refused."""
+    """An attribute that belongs to the adapter that is there: setting it is refused.
+
+    It lies in ``vars(layer)`` under another name: for its own the compiler of torch 2.11 asks the property again.
+    """
+    own = attribute(name)
 
     def get(layer: nn.Module) -> object:
-        if name in layer.__dict__:
-            return layer.__dict__[name]
+        if own in layer.__dict__:
+            return layer.__dict__[own]
         raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
 
     def refuse(layer: nn.Module, value: object) -> None:

@@ -132,7 +132,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         shapes = self.adapter_shapes(base_layer, r, **layout)
         self._adopt(base_layer)
-        vars(self).update(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora)
+        self._r, self._lora_alpha, self._use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout = float(lora_dropout)
         self.dropout_on = dropout_on
         self.init_lora_weights = init_lora_weights

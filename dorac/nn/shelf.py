@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import offload
+from dorac.nn.hyperparameters import attribute
 from dorac.nn.keeper import Keeper
 from dorac.nn.moments import plainly
 from dorac.ops import sharded
@@ -148,7 +149,7 @@ def exchange(layer: "DoraLayer", name: str, log: Undo, *, norms: bool = True) ->
     layer.adapters[name] = None
     layer.adapter_name = name
     layer._parameters.update(new._parameters)
-    vars(layer).update(new.settings)
+    vars(layer).update({attribute(name): value for name, value in new.settings.items()})
     layer.switch(layer.disabled)
     if new.fresh:
         log.keep(*layer._magnitudes())
