@@ -10,6 +10,7 @@ from dorac.numerics import FLOAT_DTYPES
 
 DEFAULT_R = 8  # as PEFT has them
 DEFAULT_ALPHA = 8
+SETTLED = "r", "lora_alpha", "use_rslora"  # what an adapter was made with, see settled()
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -19,7 +20,7 @@ def scaling_factor(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def attribute(name: str) -> str:
     """Where a layer has this number: of what is :func:`settled` beside the property of that name."""
-    return f"_{name}" if name in ("r", "lora_alpha", "use_rslora") else name
+    return f"_{name}" if name in SETTLED else name
 
 
 def settled(name: str, instead: str) -> property:
