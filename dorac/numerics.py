@@ -12,4 +12,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype in which norm, g and compose are computed: float64 if any input is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32

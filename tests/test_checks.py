@@ -1,8 +1,11 @@
 """The checker of named dimensions: which shapes a layout takes, and the sentences that it makes."""
 
+import itertools
+
 import pytest
 import torch
 
+from dorac.checks import linear
 from dorac.checks.shapes import check_index, fit, layouts
 
 SIZES = {"out": 5, "in": 6}
@@ -56,3 +59,51 @@ def test_kinds_and_devices():
         fit(LAYOUTS, dict(SIZES), LIKE, weight=torch.ones(5, 6).long())
     with pytest.raises(TypeError, match="lora_A must be a tensor, got NoneType"):
         fit(LAYOUTS, dict(SIZES), LIKE, lora_A=None)
+
+
+def of_layer() -> dict[str, torch.Tensor]:
+    shapes = {"x": (3, 6), "weight": (5, 6), "lora_A": (2, 6), "lora_B": (5, 2)}
+    return {name: torch.ones(shape) for name, shape in shapes.items()} | {
+        name: torch.ones(5) for name in ("magnitude", "bias", "weight_norm")
+    }
+
+
+def over_a_product() -> dict[str, torch.Tensor]:
+    tensors = of_layer()
+    tensors["base"] = torch.ones(3, tensors.pop("weight").shape[0])
+    return tensors
+
+
+CHANGES = (
+    *(lambda t: None, lambda t: 3, lambda t: [1.0], lambda t: t.double(), lambda t: t.half(), lambda t: t.long()),
+    *(lambda t: t.to(torch.float8_e4m3fn), lambda t: t.to_sparse(), lambda t: t.to("meta")),
+    *(lambda t: t[..., :-1], lambda t: t[:-1], lambda t: t[:0], lambda t: t[..., :0], lambda t: t.sum()),
+    *(lambda t: t.unsqueeze(0), lambda t: t.flatten(), torch.nn.Parameter, lambda t: torch.nested.nested_tensor([t])),
+)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("check", "tensors"), [("check_linear", of_layer), ("check_over", over_a_product)])
+def test_the_usual_case_is_known_without_the_sentences(check, tensors, together, monkeypatch):
+    """Tensors that one or two changes make strange: what the short way takes, the long one takes."""
+    check, refused, taken = getattr(linear, check), 0, 0
+
+    def sentence(**tensors) -> str | None:
+        try:
+            check(**tensors)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    for names in itertools.combinations(tensors(), together):
+        for changes in itertools.product(CHANGES, repeat=together):
+            changed = tensors()
+            changed |= {name: change(changed[name]) for name, change in zip(names, changes, strict=True)}
+            found = sentence(**changed)
+            with monkeypatch.context() as patch:
+                patch.setattr(linear, "are_usual", lambda *tensors: False)
+                assert sentence(**changed) == found, names
+            refused, taken = refused + (found is not None), taken + (found is None)
+    assert refused > 2 * taken > 0
+    monkeypatch.setattr(linear, "fit", None)
+    check(**tensors())

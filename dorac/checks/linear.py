@@ -6,7 +6,7 @@ Legend: ``out``, ``in`` features, ``r`` the rank, ``E`` experts, ``K`` adapters,
 import torch
 from torch import Tensor
 
-from dorac.checks.shapes import Layout, check_device, check_float, check_index, fit, layouts
+from dorac.checks.shapes import Layout, are_usual, check_device, check_float, check_index, fit, layouts
 from dorac.packed import Packed, is_packed
 
 
@@ -162,10 +162,40 @@ def check_compose(
         raise ValueError("bias must be None in the delta form: its base excludes the bias, which DoRA leaves as it is")
 
 
+def _adapter_fits(out_features, in_features, lora_A, lora_B, magnitude, bias, weight_norm) -> bool:
+    """Whether dense float tensors are the adapter of such a layer, without experts.
+
+    For the usual case, in few operations, without a sentence: Dynamo goes through checks operation by operation, for
+    each layer of a model anew, and all of them take it as long as the rest of the layer.
+    """
+    if lora_A is None or lora_B is None or magnitude is None or lora_A.ndim != 2:
+        return False
+    rank, rows = lora_A.shape[0], (out_features,)
+    return (
+        rank >= 1
+        and lora_A.shape[1] == in_features
+        and lora_B.shape == (out_features, rank)
+        and lora_A.dtype == lora_B.dtype
+        and magnitude.shape == rows
+        and (bias is None or bias.shape == rows)
+        and (weight_norm is None or weight_norm.shape == rows)
+    )
+
+
 def check_linear(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """All tensors of ``dora_linear``."""
-    _check_weight(weight)
-    _fit_layer(weight, lora_A, lora_B, magnitude=magnitude, weight_norm=weight_norm, x=x, bias=bias)
+    adapter = lora_A, lora_B, magnitude, bias, weight_norm
+    if not (
+        x is not None
+        and weight is not None
+        and are_usual(x, weight, *adapter)
+        and weight.ndim == 2
+        and x.ndim
+        and _adapter_fits(*weight.shape, *adapter)
+        and x.shape[-1] == weight.shape[1]
+    ):
+        _check_weight(weight)
+        _fit_layer(weight, lora_A, lora_B, magnitude=magnitude, weight_norm=weight_norm, x=x, bias=bias)
     check_activation_dtype(x, weight)
 
 
@@ -207,6 +237,18 @@ def check_projection(x, weight, lora_A, lora_B, magnitude, bias, weight_norm) ->
 
 def check_over(base, x, lora_A, lora_B, magnitude, bias, weight_norm) -> None:
     """The tensors of ``dora_over``: ``base [*, out]``, ``x [*, in]``, a linear layer's adapter."""
+    adapter = lora_A, lora_B, magnitude, bias, weight_norm
+    if (
+        base is not None
+        and x is not None
+        and weight_norm is not None
+        and are_usual(base, x, *adapter)
+        and base.ndim
+        and x.ndim
+        and base.shape[:-1] == x.shape[:-1]
+        and _adapter_fits(base.shape[-1], x.shape[-1], *adapter)
+    ):
+        return
     for name, tensor in (("base", base), ("x", x)):
         check_float(name, tensor)
         check_device(name, tensor, base, "base")

@@ -64,6 +64,20 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be {_DTYPE_NAMES}, got {tensor.dtype}; dequantise it first if it is quantised")
 
 
+def are_usual(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether these, as far as there are any, are plain dense tensors of float dtypes on one device."""
+    for tensor in (first, *others):
+        if tensor is not None and not (
+            type(tensor) in PLAIN
+            and tensor.dtype in FLOAT_DTYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_nested
+            and tensor.device == first.device
+        ):
+            return False
+    return True
+
+
 def check_index(name: str, tensor: Tensor) -> None:
     """A dense tensor of indices."""
     check_dense(name, tensor)

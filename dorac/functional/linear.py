@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks, ops, packed
-from dorac.functional.norm import norm_factored, scaling_number, scaling_tensor
+from dorac.functional.norm import norm_of_checked, scaling_number, scaling_tensor
 from dorac.numerics import accumulate_dtype
 from dorac.ops import eager, eager_over
 from dorac.ops.norm import DEFAULT_BUDGET
@@ -121,7 +121,7 @@ def dora_linear(
     budget = checks.check_budget(budget)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
     if weight_norm is None:
-        weight_norm = norm_factored(weight, lora_A, lora_B, s, norm_grad=norm_grad, budget=budget)
+        weight_norm = norm_of_checked(weight, lora_A, lora_B, s, None, budget, norm_grad)
     tensors = x, weight, lora_A, lora_B, magnitude, weight_norm, s, bias
     if not dropout_p:
         return ops.linear.dora_linear(*tensors, scaling_number(scaling))

@@ -87,9 +87,22 @@ def norm_factored(
     budget = checks.check_budget(budget)
     checks.check_norm_grad(norm_grad)
     s = scaling_tensor(scaling, weight, accumulate_dtype(weight, lora_A, lora_B))
+    return norm_of_checked(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad)
+
+
+def norm_of_checked(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    weight_sq: Tensor | None,
+    budget: int,
+    norm_grad: bool,
+) -> Tensor:
+    """:func:`norm_factored` of a dense weight, for who has checked the arguments."""
     # The op's body switches autocast off too, but vmap restores the state from before the call for what runs there.
     with front.autocast_off(weight):
-        return ops.norm.norm_factored(weight, lora_A, lora_B, s, weight_sq, budget, norm_grad)
+        return ops.norm.norm_factored(weight, lora_A, lora_B, scaling, weight_sq, budget, norm_grad)
 
 
 def _packed_norm(weight, lora_A, lora_B, scaling, weight_sq, norm_grad, budget):
