@@ -99,7 +99,6 @@ class TestGraph(expecttest.TestCase):
             """\
 ones: float32[]
 mul: float32[]
-to: float32[]
 norm_factored: float32[32]
 dora_linear: bfloat16[6, 32]""",
         )
@@ -504,7 +503,6 @@ view.default: float32[1, 8, 1, 1]""",
             """\
 ones: float32[]
 mul: float32[]
-to: float32[]
 norm_factored: float32[32]
 dora_linear: bfloat16[6, 32]""",
         )
