@@ -49,6 +49,7 @@ TAKEN = (  # bytes that Triton 3.6 to 3.9 made of a config at most, on both side
     ("sm_86", NormConfig(128, 64, 128, 4, 8, 2, registers=True), (384, HALF), 128 * KIB),
     ("sm_86", NormConfig(128, 64, 128, 4, 8, 3, registers=True), (256, HALF, 1), 96 * KIB),
     ("sm_86", TileConfig(64, 128, 64, 8, 4, rows=512), (HALF, HALF), 104 * KIB),
+    ("sm_120", TileConfig(64, 128, 64, 8, 4, rows=512), (HALF, HALF), 96 * KIB),
     ("sm_86", LoraBConfig(32, 128, 1024, 8, 3, 128, 3), (), 92 * KIB),
     ("sm_86", LoraBConfig(32, 64, 1024, 8, 4, 128, 3), (), 104 * KIB),
     ("sm_86", ProductConfig(64, 128, 64, 1, 4, 4), (HALF, HALF), 101_888),  # with g and columns of lora_B in one piece

@@ -123,7 +123,8 @@ class TileConfig:
             return _total(max(ahead * (h + b), tile), target)
         if hip:  # lora_B, which stays, is in registers
             return _total(max(ahead * h + tile, b), target)
-        return _total(b + max(ahead * (h + of_base) + _converted(of_base, target), tile), target)
+        change = _converted(of_base, target) // (2 if target.generation == 12 else 1)  # in two halves
+        return _total(b + max(ahead * (h + of_base) + change, tile), target)
 
 
 @dataclasses.dataclass(frozen=True)
