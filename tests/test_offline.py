@@ -54,6 +54,7 @@ TAKEN = (  # bytes that Triton 3.6 to 3.9 made of a config at most, on both side
     ("sm_86", LoraBConfig(32, 64, 1024, 8, 4, 128, 3), (), 104 * KIB),
     ("sm_86", ProductConfig(64, 128, 64, 1, 4, 4), (HALF, HALF), 101_888),  # with g and columns of lora_B in one piece
     ("sm_86", ProductConfig(32, 32, 32, 1, 4, 3), (FULL, FULL), 20_992),
+    ("sm_90", TileConfig(32, 64, 16, 4, 2), (FULL, FULL), 12 * KIB),
     ("sm_90", StackNormConfig(64, 128, 64, 4, 1, 8, 3), (HALF,), 262_656),
     ("sm_100", NormConfig(128, 64, 128, 4, 8, 3, registers=True), (384, HALF), 278_576),
 )

@@ -120,7 +120,8 @@ class TileConfig:
         h, b = self.block_t * self.block_r * size, self.block_o * self.block_r * size
         ahead = _buffers(self.stages, target, base_dtype, product=True)
         if self.rows <= self.block_t:
-            return _total(max(ahead * (h + b), tile), target)
+            beside = b if base_dtype is torch.float32 else 0  # of one step alone, in Triton 3.6
+            return _total(max(ahead * (h + b), tile + beside), target)
         if hip:  # lora_B, which stays, is in registers
             return _total(max(ahead * h + tile, b), target)
         change = _converted(of_base, target) // (2 if target.generation == 12 else 1)  # in two halves
