@@ -3,11 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 import types
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -392,101 +388,3 @@ def test_bench_card_times_only_what_can_be_launched(monkeypatch, capsys):
 
 
 TIMED = ["norm", "packed-norm", "up", "compose", "backward", "lora-b-backward", "mlp step"]
-COMPILE = """
-import dataclasses, json, sys, warnings
-warnings.simplefilter("ignore")
-from dorac.bench import offline
-from dorac.kernels import configs
-from dorac.kernels.target import CARDS
-
-for name, chosen_for, kernels, ranks, edges, only in json.loads(sys.argv[1]):
-    card = CARDS[name]
-    for cell in offline.cells(CARDS[chosen_for], kernels, ranks, edges):
-        if only is None or cell.case == only:
-            usage = offline.compile_launch(cell.launch, cell.arguments, card)
-            fits = cell.config is None or configs.fits(cell.config, card, *cell.of)
-            cell = name, chosen_for, cell.kernel, cell.case, cell.bound(card), fits, *dataclasses.astuple(usage)
-            print(json.dumps(cell), flush=True)
-"""
-
-
-class Compiled(NamedTuple):
-    name: str
-    chosen_for: str
-    kernel: str
-    case: str
-    bound: int | None
-    fits: bool
-    shared: int
-    registers: int
-    spills: int
-
-
-def compiled(cells, cache):
-    """What the compiler says of these cells, in a process where kernels are not interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", COMPILE, json.dumps(cells)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    return [Compiled(*json.loads(line)) for line in result.stdout.splitlines()]
-
-
-def check(cell, spills=0):
-    """Within its bound, that within the card's, and no more spilled."""
-    limit = CARDS[cell.name].shared_memory
-    assert cell.fits, cell
-    assert cell.shared <= (limit if cell.bound is None else cell.bound) <= limit, cell
-    assert 0 < cell.registers <= (255 if CARDS[cell.name].backend == "cuda" else 512), cell
-    assert cell.spills <= spills, cell
-
-
-# Bytes: on the H100 these were the fastest all the same.
-SPILLS = {("sm_90", "even"): 264, ("sm_90", "uneven"): 264, "even": 16, "uneven": 48, "odd": 4096}
-SAMPLE = (
-    ("sm_80", "lora-b-backward", 384),
-    ("sm_86", "norm", 384),
-    ("sm_100", "norm", 384),
-    ("sm_90", "stack-norm", 64),
-    ("sm_120", "mlp-backward", 64),
-    ("gfx942", "norm", 384),
-    ("sm_86", "segment-backward", 64),
-)
-REFUSED = ("sm_86", "norm"), ("sm_86", "lora-b-backward"), ("gfx942", "norm")
-
-
-def test_the_compiler_agrees(tmp_path):
-    """A sample of the matrix below, and the H100's own configs of large ranks on cards that refuse them."""
-    of_kernel = {"segment-backward": "bf16/fp32 m"}
-    cells = [
-        (name, name, [kernel], [rank], ["even"], f"{of_kernel.get(kernel, 'bf16')} r{rank} even")
-        for name, kernel, rank in SAMPLE
-    ]
-    cells += [(name, "sm_90", [kernel], [384], ["even"], "bf16 r384 even") for name, kernel in REFUSED]
-    found = compiled(cells, tmp_path)
-    assert [(cell.name, cell.kernel) for cell in found] == [*((name, kernel) for name, kernel, _ in SAMPLE), *REFUSED]
-    for cell in found[: len(SAMPLE)]:
-        check(cell, spills=SPILLS["even"])
-        if cell.kernel == "norm":
-            assert cell.bound <= 4 / 3 * cell.shared + 12_288, cell
-    for cell in found[len(SAMPLE) :]:
-        assert not cell.fits
-        assert cell.shared > CARDS[cell.name].shared_memory, cell
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("edge", ["even", "uneven", "odd"])
-@pytest.mark.parametrize("name", RUN_KERNELS)
-def test_every_kernel_compiled_for_every_card(name, edge, tmp_path, capsys):
-    """Rows that do not end at multiples of 16 may spill, as on the H100: each number is loaded alone."""
-    found = compiled([(name, name, None, [1, 16, 64, 128, 256, 384, 512], [edge], None)], tmp_path)
-    with capsys.disabled():
-        print(f"\n{name}, {edge}: KiB of {CARDS[name].shared_memory / 1024:.0f}, registers, spills")
-        for cell in found:
-            of_bound = "" if cell.bound is None else f"(at most {cell.bound / 1024:.0f})"
-            print(
-                f"  {cell.kernel:16} {cell.case:28} {cell.shared / 1024:6.1f} {of_bound:14} {cell.registers:4}"
-                f" {cell.spills:5}"
-            )
-    for cell in found:
-        check(cell, spills=SPILLS.get((name, edge), SPILLS.get(edge, 0)))

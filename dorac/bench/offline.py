@@ -138,6 +138,28 @@ def cells(
                 yield Cell(name, " ".join(filter(None, case)), config, of, launch, arguments)
 
 
+def refused(
+    target: Target,
+    kernels: Iterable[str] | None = None,
+    ranks: Iterable[int] = RANKS,
+    edges: Iterable[str] = tuple(EDGES),
+) -> Iterator[Cell]:
+    """What :func:`cells` would be on the same card with more shared memory: configs for which this one has too little.
+
+    From the most memory downwards, so that each candidate of a chooser comes up that is before the one it takes.
+    """
+    for name in KERNELS if kernels is None else kernels:
+        seen, memory = set(), 2**30
+        while memory > target.shared_memory:
+            found = [cell for cell in cells(target._replace(shared_memory=memory), [name], ranks, edges) if cell.config]
+            found = [cell for cell in found if not configs.fits(cell.config, target, *cell.of)]
+            for cell in found:
+                if (cell.case, cell.config) not in seen:
+                    seen.add((cell.case, cell.config))
+                    yield cell
+            memory = max((cell.bound(target) for cell in found), default=1) - 1
+
+
 def _norm(target: Target, rank: int, _: int, out: int, inner: int) -> Iterator[tuple]:
     for dtype in (HALF, FULL):
         config = configs.norm_config(1, out, inner, rank, dtype, target)
@@ -281,14 +303,16 @@ def _segment_compose(target: Target, rank: int, rows: int, out: int, _: int) -> 
 
 
 def _segment_product(target: Target, rank: int, rows: int, _: int, inner: int) -> Iterator[tuple]:
-    """lora_B's, with g, whose columns are the longer side's."""
+    """lora_B's, whose columns are the longer side's, with and without g, and lora_A's."""
+    of_a, of_b, no_g = (inner * rank, inner, 1), (inner * rank, 1, rank), (None, None)
     for dtype, factor in PAIRS:
         config = configs.segment_product_config(rows, EXPERTS, inner, rank, dtype, factor, target)
-        strides, flags = ((inner, 1), (inner * rank, 1, rank)), {"wide": factor is FULL, "each": False}
-        _, launch, _ = segments.segment_product_launches(rows, EXPERTS, inner, rank, strides, config, **flags)
-        of_g = (FULL, FULL) if factor is FULL else (None, None)
-        arguments = dtype, factor, *of_g, 2.0, torch.int32, None, FULL
-        yield f"{NAMES[dtype]}/{NAMES[factor]}", config, (dtype, factor), launch, arguments
+        flags = {"wide": factor is FULL, "each": False}
+        for name, strides, of_g in (("", of_b, no_g), (" g", of_b, (FULL, FULL)), (" A", of_a, no_g)):
+            both = (inner, 1), strides
+            _, launch, _ = segments.segment_product_launches(rows, EXPERTS, inner, rank, both, config, **flags)
+            arguments = dtype, factor, *of_g, 2.0, torch.int32, None, FULL
+            yield f"{NAMES[dtype]}/{NAMES[factor]}{name}", config, (dtype, factor), launch, arguments
 
 
 def _segment_backward(target: Target, rank: int, rows: int, out: int, _: int) -> Iterator[tuple]:

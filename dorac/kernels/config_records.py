@@ -28,8 +28,14 @@ def _converted(tile: int, target: Target) -> int:
 
 
 def _total(tiles: int, target: Target) -> int:
-    """Bytes of tiles as they lie in shared memory: what AMD's cards copy there is padded, row by row."""
-    return tiles + (tiles // 16 if target.copies_to_shared else 0) + SCRATCH
+    """Bytes of tiles as they lie in shared memory, and of sums.
+
+    On AMD's cards sums lie where tiles were, only what products read as it is in memory is kept there, and what gfx950
+    copies is padded, row by row.
+    """
+    if target.backend == "hip":
+        return max(tiles + (tiles // 16 if target.copies_to_shared else 0), SCRATCH)
+    return tiles + SCRATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,9 @@ class NormConfig:
         if not self.registers or target.generation == 10:  # whose products take no operand from registers
             return _total(ahead + chunks * b, target) + more
         before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
-        return _total(max(ahead + (0 if target.products_from_shared else b), before), target) + more
+        if chunks == 1 and not target.products_from_shared:  # a single chunk is kept there all the same
+            ahead += b
+        return _total(max(ahead + more, before), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +86,12 @@ class StackNormConfig:
 
     def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
         """Bytes at most."""
-        factors = (self.block_o + self.block_i) * self.block_r * self.together
-        w = self.block_o * self.block_i
+        a, b = (block * self.block_r * self.together * dtype.itemsize for block in (self.block_i, self.block_o))
+        w = self.block_o * self.block_i * dtype.itemsize
         ahead = _buffers(self.stages, target, dtype, product=True)
-        return _total(ahead * (factors + w) * dtype.itemsize, target) + SCRATCH
+        if target.backend == "hip":  # lora_B, the same in every step, is in registers
+            return _total(ahead * a + w, target)
+        return _total(ahead * (a + b + w), target) + SCRATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +111,21 @@ class TileConfig:
 
     def shared_memory(self, target: Target, h_dtype: torch.dtype, base_dtype: torch.dtype) -> int:
         """Bytes at most."""
-        tile = self.block_t * self.block_o * 4  # the product, as it changes threads to be written
-        step = (self.block_t + self.block_o) * self.block_r * h_dtype.itemsize
+        hip, area = target.backend == "hip", self.block_t * self.block_o
+        of_base = area * base_dtype.itemsize
+        tile = of_base if hip else area * 4  # the product, as it changes threads to be written
+        size = h_dtype.itemsize
         if h_dtype is torch.float32 and base_dtype.itemsize == 2:
-            step *= 2  # high and low
-        if self.rows > self.block_t:  # lora_B stays, tiles of h and base come
-            b, of_base = self.block_o * self.block_r * h_dtype.itemsize, tile // 4 * base_dtype.itemsize
-            ahead = _buffers(self.stages, target, base_dtype, product=True) * (step - b + of_base)
-            return _total(b + max(ahead + _converted(of_base, target), tile), target)
-        return _total(max(_buffers(self.stages, target, base_dtype, product=True) * step, tile), target)
+            size *= 2  # high and low
+        h, b = self.block_t * self.block_r * size, self.block_o * self.block_r * size
+        ahead = _buffers(self.stages, target, base_dtype, product=True)
+        if self.rows <= self.block_t:
+            beside = b if base_dtype is torch.float32 else 0  # of one step alone, in Triton 3.6
+            return _total(max(ahead * (h + b), tile + beside), target)
+        if hip:  # lora_B, which stays, is in registers
+            return _total(max(ahead * h + tile, b), target)
+        change = _converted(of_base, target) // (2 if target.generation == 12 else 1)  # in two halves
+        return _total(b + max(ahead * (h + of_base) + change, tile), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +140,8 @@ class ColumnConfig:
 
     def shared_memory(self, target: Target, dtype: torch.dtype) -> int:
         """Bytes at most."""
+        if target.backend == "hip":
+            return _total(self.block_o * self.warps * 4, target)  # sums over warps alone
         tile = self.block_t * self.block_o * dtype.itemsize
         return _total(2 * _buffers(self.stages, target, dtype, product=False) * tile, target)
 
@@ -139,9 +157,12 @@ class LoraBConfig(ColumnConfig):
         """Bytes at most."""
         tile, h = self.block_t * self.block_o * 2, self.block_t * self.block_r * self.chunks * 2
         ahead = _buffers(self.stages, target, dtype, product=True)
-        behind = 0 if target.backend == "hip" else 2 * max(2, ahead - 1)  # dy once more, and inner: loaded a step later
-        more = target.backend == "cuda" and self.chunks > 1  # Triton 3.8 has one of these once more
-        return _total(max(ahead * (tile + h) + (behind + more) * tile, self.block_o * self.block_r * 4), target)
+        if target.backend == "hip":
+            return _total(ahead * (tile + h), target)
+        # dy once more, and inner: loaded a step later.
+        behind = 2 * max(2, ahead - 1) if target.products_from_shared else ahead + 1
+        behind += self.chunks > 1  # Triton 3.8 has one of these once more
+        return _total(max(ahead * (tile + h) + behind * tile, self.block_o * self.block_r * 4), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +175,12 @@ class MlpConfig(ColumnConfig):
         """Bytes at most."""
         if not self.block_r:
             return super().shared_memory(target, dtype)
-        factors = 2 * self.block_o * self.block_r * 2
-        step = 2 * self.block_t * (self.block_o + self.block_r) * 2
-        tiles = factors + _buffers(self.stages, target, dtype, product=True) * step
-        return _total(tiles + _converted(self.block_t * self.block_o * 2, target), target)
+        factors, h = 2 * self.block_o * self.block_r * 2, 2 * self.block_t * self.block_r * 2
+        tile = self.block_t * self.block_o * 2
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        if target.backend == "hip":  # the factors one after the other, on their way to registers
+            return _total(max(ahead * h + tile, factors // 2), target)
+        return _total(factors + ahead * (2 * tile + h) + _converted(tile, target), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +191,8 @@ class MlpBackwardConfig(MlpConfig):
         """Bytes at most."""
         tile = self.block_t * self.block_o * 2
         if not self.block_r:
-            return _total(3 * _buffers(self.stages, target, dtype, product=False) * tile, target)
+            more = _buffers(self.stages, target, dtype, product=False) * tile if target.backend == "cuda" else 0
+            return super().shared_memory(target, dtype) + more
         h = 3 * _buffers(self.stages, target, dtype, product=True) * self.block_t * self.block_r * 2
         return _total(max(h + 4 * tile, self.block_o * self.block_r * 4), target)
 
@@ -184,7 +208,9 @@ class SegmentConfig(ColumnConfig):
         size = dtype.itemsize
         tile, h = self.block_t * self.block_o * size, self.block_t * self.block_r * h_dtype.itemsize
         ahead = _buffers(self.stages, target, dtype, product=True)
-        behind = 0 if target.backend == "hip" else max(2, ahead - (size == 2))  # as of LoraBConfig
+        if target.backend == "hip":
+            return _total(ahead * (tile + h), target)
+        behind = max(2, ahead - (size == 2))  # as of LoraBConfig
         pieces = 3 * self.block_t * self.block_r * 2 if h_dtype.itemsize > size else 0
         return _total(max(ahead * (tile + h) + behind * 2 * tile, self.block_o * self.block_r * 4) + pieces, target)
 
@@ -202,11 +228,17 @@ class ProductConfig:
 
     def shared_memory(self, target: Target, dtype: torch.dtype, factor_dtype: torch.dtype) -> int:
         """Bytes at most, for rows and factors of these dtypes."""
-        x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * factor_dtype.itemsize
+        size, wide = factor_dtype.itemsize, factor_dtype.itemsize > dtype.itemsize
+        x, a = self.block_t * self.block_i * dtype.itemsize, self.block_r * self.block_i * size
+        g = 2 * self.block_i * 4  # magnitudes and norms
+        ahead = _buffers(self.stages, target, dtype, product=True)
+        if target.backend == "hip":  # where what becomes three bfloat16 numbers is in registers
+            return _total(ahead * (x + g) + (1 if wide else ahead) * a, target)
         # Times g, and three bfloat16 numbers for one of float32.
-        pieces = self.block_r * self.block_i * (6 if factor_dtype.itemsize > dtype.itemsize else factor_dtype.itemsize)
-        ahead = _buffers(self.stages, target, dtype, product=True) * (x + a) + pieces
-        return _total(max(ahead, self.block_t * self.block_r * 4), target)
+        pieces = self.block_r * self.block_i * (6 if wide else size)
+        if dtype.itemsize == 2 and not target.products_from_shared:  # which are in registers
+            pieces = 0
+        return _total(max(ahead * (x + a + g) + pieces, self.block_t * self.block_r * 4), target)
 
 
 @dataclasses.dataclass(frozen=True)

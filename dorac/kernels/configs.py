@@ -105,7 +105,7 @@ def stack_norm_config(
         candidates = [
             StackNormConfig(64, 128, block_r, together, 1, 8, stages)
             for together, stages in ((most, 3), (most, 2), (2, 2))
-            if target.products_from_shared or block_r < 64  # or it spills
+            if block_r < 64 or (target.products_from_shared and together == 2)  # or it spills, or does not fit
         ]
         candidates.append(StackNormConfig(64, 64, block_r, 2, 1, 4, 2))
     config = first_fitting(candidates, target, weight_dtype)

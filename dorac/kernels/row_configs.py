@@ -53,11 +53,10 @@ def segment_product_config(
     if dtype is torch.float32:  # no tensor cores: small tiles, or the product spills
         config = ProductConfig(power_of_two(each, 16, 32), 32, power_of_two(rank, 16, 32), 1, 4, 3)
     else:
-        wide = a_dtype is torch.float32
-        block_t = 64 if target.products_from_shared or not (wide or rank > 64) else 32  # or it spills
-        config = ProductConfig(
-            power_of_two(each, 16, block_t), 64 if wide else 128, power_of_two(rank, 16, 64), 1, 4, 4
-        )
+        wide, lean = a_dtype is torch.float32, target.products_from_shared
+        block_t = 64 if lean or not (wide or rank > 32) else 32  # or it spills
+        block_i = 64 if wide or target.backend == "hip" else 128  # as well
+        config = ProductConfig(power_of_two(each, 16, block_t), block_i, power_of_two(rank, 16, 64), 1, 4, 4)
     config = first_fitting(fewer_stages(config, 1), target, dtype, a_dtype)
     tiles = (-(-rows // config.block_t) + min(rows, segments)) * -(-rank // config.block_r)
     steps = -(-in_features // config.block_i)
