@@ -518,7 +518,7 @@ def test_the_comparison_starts_off_the_zero_initialisation(tmp_path):
 
 def test_leaving_the_factors_out_of_the_norm_breaks_the_first_bound(run, capsys, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(functional.linear, "norm_factored", lambda weight, *_, **__: weight.float().norm(dim=1))
+    monkeypatch.setattr(functional.linear, "norm_of_checked", lambda weight, *_: weight.float().norm(dim=1))
     assert run(*COMPARE) == 1
     ours, theirs = compare_losses(capsys.readouterr().out)[0]
     assert abs(ours - theirs) > 1e-6 * theirs
@@ -527,10 +527,10 @@ def test_leaving_the_factors_out_of_the_norm_breaks_the_first_bound(run, capsys,
 def test_a_norm_that_is_not_detached_breaks_the_bound_on_every_loss(run, capsys, monkeypatch):
     pytest.importorskip("peft")
 
-    def dense_norm(weight, lora_A, lora_B, scaling, **_):
+    def dense_norm(weight, lora_A, lora_B, scaling, *_):
         return torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)
 
-    monkeypatch.setattr(functional.linear, "norm_factored", dense_norm)
+    monkeypatch.setattr(functional.linear, "norm_of_checked", dense_norm)
     assert run(*COMPARE) == 1
     losses = compare_losses(capsys.readouterr().out)
     assert abs(losses[0][0] - losses[0][1]) <= 1e-6 * losses[0][1]
@@ -541,8 +541,8 @@ def test_a_dense_norm_that_is_detached_stays_within_the_bounds(run, monkeypatch)
     """The counterpart of the test above: what breaks the bound is the missing detach, not the dense norm."""
     pytest.importorskip("peft")
 
-    def dense_norm(weight, lora_A, lora_B, scaling, **_):
+    def dense_norm(weight, lora_A, lora_B, scaling, *_):
         return torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1).detach()
 
-    monkeypatch.setattr(functional.linear, "norm_factored", dense_norm)
+    monkeypatch.setattr(functional.linear, "norm_of_checked", dense_norm)
     assert run(*COMPARE) == 0

@@ -23,19 +23,19 @@ from dorac.nn import norm_cache
 @contextlib.contextmanager
 def norms_taken():
     """A list of how many norms each call takes: of kept ones, and of layers that take their own (each 1)."""
-    counts, kept, own = [], norm_cache.row_norms, functional.linear.norm_factored
+    counts, kept, own = [], norm_cache.row_norms, functional.linear.norm_of_checked
 
     def counted(operands, *args):
         counts.append(len(operands))
         return kept(operands, *args)
 
-    def alone(*args, **options):
+    def alone(*args):
         counts.append(1)
-        return own(*args, **options)
+        return own(*args)
 
     with (
         mock.patch.object(norm_cache, "row_norms", counted),
-        mock.patch.object(functional.linear, "norm_factored", alone),
+        mock.patch.object(functional.linear, "norm_of_checked", alone),
     ):
         yield counts
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorac import functional, reference
+from dorac.kernels import configs, target
 from dorac.ops import eager, eager_over, front
 from dorac.testing import REGIMES, layer_budgets, linear_inputs
 
@@ -400,6 +401,8 @@ def kept_layer(name, device, shape=(33, 128), tokens=9, rank=5):
 @pytest.mark.parametrize("magnitudes", ["near the norm", "zero", "tiny"])
 @pytest.mark.parametrize("name", KEPT)
 def test_y_kept_in_place_of_inner(name, magnitudes, consumer, path, device):
+    if device == "cuda" and name == "nvfp4" and configs.why_no_packed(target.of_device(torch.device("cuda:0")), True):
+        pytest.skip("no kernel reads float8 on this card")
     tensors, norm, weight = kept_layer(name, device)
     with torch.no_grad():
         if magnitudes == "zero":
@@ -429,10 +432,7 @@ def test_y_kept_in_place_of_inner(name, magnitudes, consumer, path, device):
 
 def strips_of(rows, monkeypatch):
     """Has backward go over so many rows at once, whatever was planned before."""
-    from dorac.kernels import configs
-    from dorac.kernels.target import CARDS
-
-    config = configs.lora_b_config(40, 35, 5, CARDS["sm_90"])
+    config = configs.lora_b_config(40, 35, 5, target.CARDS["sm_90"])
     monkeypatch.setattr(configs, "lora_b_config", lambda *sizes: dataclasses.replace(config, rows=rows))
     eager.forget_plans()
 

@@ -64,7 +64,9 @@ class NormConfig:
         if target.backend == "hip":
             return _total(ahead + w, target) + more
         ahead += _buffers(self.stages, target, dtype, product=False) * w
-        if not self.registers or target.generation == 10:  # whose products take no operand from registers
+        if target.generation == 10:  # whose products take no operand from registers, and wait at barriers of their own
+            return _total(ahead + chunks * b, target) + more + SCRATCH
+        if not self.registers:
             return _total(ahead + chunks * b, target) + more
         before = chunks * b + self.block_r * self.block_r * size  # lora_B on its way, and what it is multiplied with
         if chunks == 1 and not target.products_from_shared:  # a single chunk is kept there all the same

@@ -119,7 +119,8 @@ def mixed_config(
         while columns < min(out_features, 1024) and count * -(-out_features // columns) > 10 * target.processors:
             columns *= 2
         down = 128 if half else 64, up_r, 16, 4, 3
-        up = 128, up_r, 4 if half and rank <= 64 else wide_warps
+        lean_r = 32 if target.backend == "hip" and rank > 64 else up_r  # or it spills
+        up = 128, lean_r, 4 if half and rank <= 64 else wide_warps
         stages = 3 if columns > 256 or rank > 32 else 1
         config = MixedConfig(form, 16, *down, *up, columns=columns, up_stages=stages)
     else:
