@@ -9,6 +9,8 @@ layers run. The DTensors cross once each way, all of a layer's together.
     Shard(0)           held          parted (out)   dx, lora_A
     Shard(1)           parted (in)   due            lora_B, magnitude (with norm_grad the norm)
 
+In compiled code y of the second is mostly held, see :mod:`dorac.nn.behind_sum`, and the magnitude's gradient with it.
+
 Dropout of an input that the ranks hold has one mask if their generators are in one state, as DTensors ask for, too:
 seed them alike. Of an input that is parted each rank's mask is then its own in eager on a GPU; elsewhere (the CPU's
 generator cannot skip numbers, the compiler draws its own) the ranks drop the same places of their parts.
