@@ -16,8 +16,8 @@ summed over the ranks. The rank is never sharded, so a layer has the collectives
                                                  compiled code one for each, without torch's ``PrepareModuleInput``);
                                                  of lora_A's gradient, r * in elements
     RowwiseParallel    all-reduce of y; unless   all-reduce of the gradients of lora_B and the magnitude together,
-                       the norm is kept, of its  (r + 1) * out elements
-                       [out] squares, float64
+                       the norm is kept, of its  (r + 1) * out elements (compiled, where nothing but the adapter is
+                       [out] squares, float64    trained and without dropout, lora_B's alone)
 
 Experts (:class:`dorac.nn.DoraExperts`) are spread by :class:`ExpertParallel`, each of them whole.
 

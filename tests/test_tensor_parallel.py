@@ -392,6 +392,8 @@ def compiled(mesh):
     for name in ("columns", "columns, sequence", "columns, gathered", "rows", "rows, sequence"):
         torch._dynamo.reset()
         check(adapted(bias=name == "rows"), styles()[name], x, mesh, compiled=True, cached=name == "rows, sequence")
+    torch._dynamo.reset()
+    check(adapted(), styles()["rows"], x, mesh, compiled=True, cached=True)
 
 
 def half(mesh):

@@ -9,6 +9,8 @@ layers run. The DTensors cross once each way, all of a layer's together.
     Shard(0)           held          parted (out)   dx, lora_A
     Shard(1)           parted (in)   due            lora_B, magnitude (with norm_grad the norm)
 
+In compiled code y of the second is mostly held, see :mod:`dorac.nn.behind_sum`, and the magnitude's gradient with it.
+
 Dropout of an input that the ranks hold has one mask if their generators are in one state, as DTensors ask for, too:
 seed them alike. Of an input that is parted each rank's mask is then its own in eager on a GPU; elsewhere (the CPU's
 generator cannot skip numbers, the compiler draws its own) the ranks drop the same places of their parts.
@@ -28,7 +30,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from dorac import checks, functional
 from dorac.magnitudes import HALF, widen
-from dorac.nn import norm_cache
+from dorac.nn import behind_sum, norm_cache
 from dorac.nn.layer import parameter
 from dorac.ops import collectives, crossing, eager_parts, front, sharded
 from dorac.ops.collectives import Group, local
@@ -85,13 +87,19 @@ class Shards:
             if y is not None:
                 last = local(bias) if self.columns and bias is not None else None
                 return self._leave(y, layer, group, last)
-        *parts, matrix, bias = self._enter(layer, group, adapter, weight, (bias, due))
+        is_behind = adapted and self.columns and self.wanted.is_replicate() and group.size() > 1
+        is_behind = is_behind and behind_sum.fits(layer, x, weight, *adapter[:2])
+        of_adapter = self.adapter_due if not is_behind else (False, True, False)
+        *parts, matrix, bias = self._enter(layer, group, adapter, weight, (bias, due), of_adapter)
         matrix = matrix.t() if layer.fan_in_fan_out else matrix
         last, bias = (bias, None) if self.columns else (None, bias)
         if not adapted:
             y = F.linear(x, matrix, bias)
         else:
             lora_A, lora_B, magnitude, norm = self._operands(layer, matrix, parts, norm, group)
+            if is_behind:
+                y = behind_sum.linear(x, matrix, lora_A, lora_B, magnitude, norm, layer._scaling, group)
+                return self._leave(y, layer, group, last, is_summed=True)
             dropout_p = layer.lora_dropout if layer.training else 0.0
             with self._places(x, group, dropout_p):
                 y = functional.dora_linear(
@@ -146,7 +154,7 @@ class Shards:
         adapter = self._adapter(layer) if adapted else []
         norm = layer._known_norm() if adapted else None
         ids = self._whole(ids, group)
-        *parts, table, _ = self._enter(layer, group, adapter, base.weight, (None, False))
+        *parts, table, _ = self._enter(layer, group, adapter, base.weight, (None, False), self.adapter_due)
         padding_idx, inside = base.padding_idx, None
         if self.columns:
             vocabulary, rows = layer.num_embeddings, table.shape[0]
@@ -241,13 +249,15 @@ class Shards:
         adapter: Sequence[Tensor],
         weight: Tensor,
         of_bias: tuple[Tensor | None, bool],
+        due: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """This rank's parts of the adapter's parameters, of the weight and of the bias.
 
-        ``of_bias``: the bias, and whether its gradient is due. A part that nothing trains autograd does not see.
+        ``of_bias``: the bias, and whether its gradient is due, as ``due`` of the adapter's. A part that nothing trains
+        autograd does not see.
         """
         bias, bias_is_due = of_bias
-        entering, due = [*adapter], [*self.adapter_due[: len(adapter)]]
+        entering, due = [*adapter], [*due[: len(adapter)]]
         if weight.requires_grad:
             entering, due = [*entering, weight], [*due, False]
         if bias is not None and bias.requires_grad:
@@ -280,19 +290,21 @@ class Shards:
         wanted = Shard(last) if self.columns else Replicate()
         return sharded.to_shard(x, (wanted,), (wanted if self.columns else Partial(),))
 
-    def _leave(self, y: Tensor, layer: "DoraLayer", group: Group, bias: Tensor | None) -> Tensor:
+    def _leave(
+        self, y: Tensor, layer: "DoraLayer", group: Group, bias: Tensor | None, is_summed: bool = False
+    ) -> Tensor:
         """What the layer returns of this rank's y, with the bias that is added to the sum of what they compute."""
         last, dim = y.ndim - 1, None if self.wanted_dim is None else self.wanted_dim % y.ndim
         if not self.columns and dim == last and self.returns_local:
             return y
         lead, features = y.shape[:-1], parameter(layer, "lora_magnitude_vector").shape[0]
-        if self.columns and self.wanted.is_replicate():
+        if self.columns and self.wanted.is_replicate() and not is_summed:
             y = collectives.sum_in_place(y, group)
         elif self.columns and dim is not None and y.shape[dim] % group.size() == 0:
             y = collectives.move(y, "scatter", dim, group)
         elif not self.columns and self.wanted.is_replicate() and features % group.size() == 0:
             y = collectives.move(y, "gather", last, group)
-        elif self.columns or dim != last:
+        elif (self.columns or dim != last) and not is_summed:
             y = self._wrapped(y, Partial() if self.columns else Shard(last), (*lead, features))
             y = y.redistribute(placements=[self.wanted]).to_local()
         if bias is not None:

@@ -153,8 +153,12 @@ def _dora_linear(
     number=None,
     x_adapter=None,
     low_rank=False,
+    group=None,
 ):
-    """``number``: the scaling again where it is known as one (not in a graph for every scaling)."""
+    """``number``: the scaling again where it is known as one (not in a graph for every scaling).
+
+    ``group``: see ``nn/behind_sum.py``, which knows when that may be given.
+    """
     if sharded.any_sharded(x, weight, lora_A, lora_B, magnitude, weight_norm, bias):
         vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
         sharded.check_sharded(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, **vectors)
@@ -181,14 +185,15 @@ def _dora_linear(
         eager = front.all_eager(*tensors)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         delta = x_adapter is not None and not low_rank
-        path = route(x, lora_A, training=training, traced=not eager, delta=delta)
+        path = route(x, lora_A, training=training, traced=not eager, delta=delta) if group is None else "accumulate"
         arguments = (*tensors, number, path, eager, delta)
-        y = DoraLinear.apply(*arguments)[0] if training else forward(*arguments, False)[0]
+        y = DoraLinear.apply(*arguments, group)[0] if training else forward(*arguments, False, group)[0]
         return reshaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 dora_linear = register_composite(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor weight_norm, "
-    "Tensor scaling, Tensor? bias=None, float? number=None, Tensor? x_adapter=None, bool low_rank=False) -> Tensor",
+    "Tensor scaling, Tensor? bias=None, float? number=None, Tensor? x_adapter=None, bool low_rank=False, "
+    "str? group=None) -> Tensor",
     _dora_linear,
 )

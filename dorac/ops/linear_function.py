@@ -58,9 +58,26 @@ def scaled_product(left, right, scaling, number, eager):
 
 
 def forward(
-    x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter, number, path, eager, delta, needs_inner
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    magnitude,
+    weight_norm,
+    scaling,
+    bias,
+    x_adapter,
+    number,
+    path,
+    eager,
+    delta,
+    needs_inner,
+    group=None,
 ):
-    """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated."""
+    """``(y, inner, h)`` in the form ``path``: no inner where it is not needed and costs, ``s * h`` if accumulated.
+
+    ``group``: name of the ranks of whose summands inner is the sum, where it is accumulated.
+    """
     seen = x if x_adapter is None else x_adapter  # by the low-rank branch
     if path == "separate":
         # With the bias, and of x in its own shape and strides: the bits of the frozen layer.
@@ -81,6 +98,8 @@ def forward(
     if path == "accumulate":
         h = scaled_product(seen, lora_A.t(), scaling, number, eager)
         inner = low_rank_linear(x, weight, h, lora_B)
+        if group is not None:
+            inner = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(inner, "sum", group))
         times_g = scale if eager else functools.partial(scale_aten, as_buffer=True)
         return times_g(inner, magnitude, weight_norm, bias), inner, h
     h = seen.to(lora_A.dtype) @ lora_A.t()
@@ -101,11 +120,25 @@ class DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter, number, path, eager, delta
+        ctx,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        weight_norm,
+        scaling,
+        bias,
+        x_adapter,
+        number,
+        path,
+        eager,
+        delta,
+        group,
     ):
         needs_x, needs_weight, needs_a, needs_b, needs_m, *_, needs_x_adapter = ctx.needs_input_grad[:9]
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter)
-        y, inner, h = forward(*tensors, number, path, eager, delta, needs_m)
+        y, inner, h = forward(*tensors, number, path, eager, delta, needs_m, group)
         dropped = x_adapter is not None
         needs_h = needs_a or (needs_x_adapter if dropped else needs_x)
         ctx.x_shape = x.shape
@@ -141,7 +174,7 @@ class DoraLinear(torch.autograd.Function):
         )
         dx, *others, d_bias, dx_adapter, _ = grads
         dx, dx_adapter = (None if t is None else t.view(ctx.x_shape) for t in (dx, dx_adapter))
-        return dx, *others, None, None, d_bias, dx_adapter, None, None, None, None
+        return dx, *others, None, None, d_bias, dx_adapter, None, None, None, None, None
 
 
 def gradients(saved, needs, dtypes, grads, *, number, path, eager, dropped=False, delta=False, over=False):
