@@ -247,7 +247,7 @@ def empty_adapter(
         TypeError, ValueError: a rank, alpha or dropout that the layer cannot have.
     """
     r, lora_alpha, dropout = check_hyperparameters(
-        r, lora_alpha, settings["lora_dropout"], settings["init_lora_weights"], None
+        r, lora_alpha, settings["lora_dropout"], settings["init_lora_weights"], None, settings["use_rslora"]
     )
     with offload.onloaded(layer.base_layer):
         if reason := layer.unfit_rank(layer.base_layer, r):
