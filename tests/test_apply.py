@@ -209,6 +209,20 @@ def test_a_shared_module_gets_one_wrapper():
     torch.testing.assert_close(model(TOKENS), before)
 
 
+def test_a_place_that_is_not_named_is_said():
+    """Its forward may call the module there, and the adapter would never run."""
+    model = Model()
+    model.blocks[0].steps = nn.Sequential(model.blocks[0].up, nn.Tanh(), model.blocks[0].down)
+    with pytest.warns(RuntimeWarning, match=r"run without the adapter.* blocks\.0\.up \(also blocks\.0\.steps\.0\)$"):
+        names = dorac.apply_dora(model, ["up"])
+    assert names == ["blocks.0.up", "blocks.1.up"]
+    assert type(model.blocks[0].steps[0]) is nn.Linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dorac.apply_dora(model, ["down", "steps.2"])
+    assert isinstance(model.blocks[0].steps[2], DoraLinear)
+
+
 def test_a_second_apply_keeps_the_first_adapter():
     model = adapted(names=["up"], modules_to_save=["head"])
     first = {name: p.clone() for name, p in model.named_parameters()}
