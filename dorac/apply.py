@@ -92,8 +92,9 @@ def apply_dora(
 
     Returns:
         The names of the wrapped modules, in the model's order. A ``RuntimeWarning`` names those whose weight the code
-        of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`. Another one names
-        quantised layers of a format whose norm takes a dense copy of the weight, and one those whose lora_alpha is 0.
+        of the model can read past their forward, as Mamba does: see :func:`dorac.find_idle`. Others name quantised
+        layers of a format whose norm takes a dense copy of the weight, those whose lora_alpha is 0, and modules that
+        the model also holds in places that were not named.
 
     Raises:
         TypeError, ValueError: nothing matched; a matched module cannot be adapted (listed by name with the reason);
@@ -193,6 +194,7 @@ def wrap(
         adapter_name = layer.adapter_name
     modules = {target.name: target.module for target in targets}
     notices.warn_read_past_forward(model, modules, merging=False)
+    notices.warn_unnamed_places(model, modules)
     notices.warn_dense_copies(modules)
     log.keep_requires_grad(model.parameters())
     wrappers: dict[nn.Module, DoraLayer] = {}  # one wrapper for a module that the model holds under several names

@@ -179,6 +179,8 @@ class NormCache:
 
 def _is_stale(keeper: Keeper) -> bool:
     layer = keeper if isinstance(keeper, DoraLayer) else keeper.layer
+    if layer is None:
+        return False
     with offloaded.norms_of(keeper, layer):
         return norm_cache.is_stale(keeper)
 

@@ -84,8 +84,6 @@ def fuse(model: nn.Module) -> Fusion:
         TypeError: ``model`` is no module.
         ValueError: no adapted linear layer in it. The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
     model = bare(model)
     holders = {name: module for name, module in model.named_modules() if any(map(_is_adapted, module.children()))}
     holders = {name: module for name, module in holders.items() if not _is_adapted(module)}

@@ -80,9 +80,9 @@ def add_adapter(
 ) -> None:
     """Adds a new adapter to every adapted layer of ``model``; :func:`set_adapter` makes it the active one.
 
-    It has the dtypes and the ``norm_grad`` of the adapter that is active. Its magnitude is the norm of the base weight
-    that is there when it first becomes active, so that it starts as the base model. Modules of ``modules_to_save`` it
-    has as copies of the present ones.
+    It has the dtypes, the ``norm_grad`` and the ``requires_grad`` of the adapter that is active. Its magnitude is the
+    norm of the base weight that is there when it first becomes active, so that it starts as the base model. Modules of
+    ``modules_to_save`` it has as copies of the present ones.
 
     Args:
         model: wrapped by :func:`dorac.apply_dora`.
@@ -247,7 +247,7 @@ def empty_adapter(
         TypeError, ValueError: a rank, alpha or dropout that the layer cannot have.
     """
     r, lora_alpha, dropout = check_hyperparameters(
-        r, lora_alpha, settings["lora_dropout"], settings["init_lora_weights"], None
+        r, lora_alpha, settings["lora_dropout"], settings["init_lora_weights"], None, settings["use_rslora"]
     )
     with offload.onloaded(layer.base_layer):
         if reason := layer.unfit_rank(layer.base_layer, r):

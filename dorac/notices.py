@@ -6,6 +6,7 @@ from torch import nn
 
 from dorac import callers, packed, weight_reads
 from dorac.nn import DoraLayer, starts
+from dorac.places import named_places
 
 _SHOWN = 8  # names of one kind in a warning
 
@@ -31,6 +32,20 @@ def warn_read_past_forward(model: nn.Module, modules: Mapping[str, nn.Module], *
         )
     places = (f"{listed(names)} (in {place})" for place, names in by_place.items())
     callers.warn(f"the weight of these modules can be read past their forward; {meaning}:\n  " + "\n  ".join(places))
+
+
+def warn_unnamed_places(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Names those of ``modules`` that the model holds in other places, too, where no adapter is put."""
+    held: dict[nn.Module, list[str]] = {}
+    for name, module in named_places(model):
+        if name not in modules:
+            held.setdefault(module, []).append(name)
+    found = [f"{name} (also {', '.join(held[module])})" for name, module in modules.items() if module in held]
+    if found:
+        callers.warn(
+            "the model holds these modules in other places, too, which are not named: called there they run without "
+            f"the adapter. Name all places of a module to adapt it in each: {listed(found)}"
+        )
 
 
 def warn_dense_copies(modules: Mapping[str, nn.Module]) -> None:

@@ -18,7 +18,13 @@ SAVED_ATTRIBUTE = "dora_modules_to_save"
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The module itself inside ``torch.compile``, ``DataParallel``, DDP: surgery and checkpoints go by its names."""
+    """The module itself inside ``torch.compile``, ``DataParallel``, DDP: surgery and checkpoints go by its names.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

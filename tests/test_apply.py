@@ -163,6 +163,15 @@ def test_dtype_device_and_mode_follow_the_base_layer(dtype):
         assert layer.training == (name == "blocks.1.up")
 
 
+def test_an_adapter_made_in_inference_mode_can_be_trained():
+    model, x = Model(), torch.arange(6)[None]
+    with torch.inference_mode():
+        adapted(model)
+    model(x).sum().backward()
+    parameters = [p for layer in dora_layers(model).values() for p in layer.parameters(recurse=False)]
+    assert not any(p.is_inference() or p.grad is None for p in parameters)
+
+
 def test_training_changes_the_adapter_and_nothing_else():
     model = adapted(modules_to_save=["head"], lora_dropout=0.1)
     before = snapshot(model)[2]
@@ -198,6 +207,20 @@ def test_a_shared_module_gets_one_wrapper():
     assert model.blocks[1].up is model.blocks[0].up is model.again.up
     assert model.blocks[0].up.weight is weight
     torch.testing.assert_close(model(TOKENS), before)
+
+
+def test_a_place_that_is_not_named_is_said():
+    """Its forward may call the module there, and the adapter would never run."""
+    model = Model()
+    model.blocks[0].steps = nn.Sequential(model.blocks[0].up, nn.Tanh(), model.blocks[0].down)
+    with pytest.warns(RuntimeWarning, match=r"run without the adapter.* blocks\.0\.up \(also blocks\.0\.steps\.0\)$"):
+        names = dorac.apply_dora(model, ["up"])
+    assert names == ["blocks.0.up", "blocks.1.up"]
+    assert type(model.blocks[0].steps[0]) is nn.Linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dorac.apply_dora(model, ["down", "steps.2"])
+    assert isinstance(model.blocks[0].steps[2], DoraLinear)
 
 
 def test_a_second_apply_keeps_the_first_adapter():
@@ -545,6 +568,22 @@ def test_a_model_that_is_itself_an_adapter():
 def test_a_model_without_adapters_is_refused(function):
     with pytest.raises(ValueError, match=r"Model holds no DoRA layer; wrap it with dorac.apply_dora first"):
         function(Model())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: dorac.apply_dora(model, ["up"]),
+        dorac.merge,
+        dorac.cache_norms,
+        dorac.adapters,
+        lambda model: dorac.save_adapter(model, "nowhere"),
+        lambda model: dorac.load_adapter(model, "nowhere"),
+    ],
+)
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=r"^model must be a module, got OrderedDict$"):
+        call(Model().state_dict())
 
 
 def test_merging_on_meta():

@@ -156,6 +156,55 @@ def test_setting_a_value_changes_what_runs():
     assert not hasattr(layer.base_layer, "note")
 
 
+@pytest.mark.parametrize("kind", ["linear", "gpt2", "conv2d", "embedding"])
+def test_setting_weight_and_bias_sets_the_base_layers(kind):
+    layer = wrap(VALUES[kind][0]())
+    before, keys = [*layer.parameters(recurse=False)], [*layer.state_dict()]
+    weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    layer.weight = weight
+    assert layer.weight is layer.base_layer.weight is weight
+    if kind != "embedding":
+        layer.bias = bias = nn.Parameter(torch.randn_like(layer.bias), requires_grad=False)
+        assert layer.bias is layer.base_layer.bias is bias
+        layer.bias = None
+        assert layer.base_layer.bias is None
+        keys.remove("base_layer.bias")
+    assert [*layer.state_dict()] == keys
+    assert all(a is b for a, b in zip(before, layer.parameters(recurse=False), strict=True))
+    with pytest.raises(TypeError, match=r"cannot assign 'torch\.FloatTensor' as parameter 'weight'"):
+        layer.weight = torch.randn_like(weight)
+
+
+def test_a_merged_layer_takes_no_other_weight():
+    layer = wrap(nn.Linear(4, 3))
+    layer.merge()
+    weight = layer.weight
+    with pytest.raises(ValueError, match="the adapter is merged; unmerge it before setting another weight"):
+        layer.weight = nn.Parameter(torch.randn(3, 4))
+    layer.weight = weight
+    assert layer.base_layer.weight is weight
+
+
+def test_transformers_ties_an_adapted_head():
+    """As after ``load_state_dict(assign=True)`` of a model that was made on meta."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    loaded = transformers.GPT2LMHeadModel(config).state_dict()
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    dorac.apply_dora(model, ["lm_head"], r=2)
+    del loaded["lm_head.weight"]
+    model.load_state_dict(loaded, strict=False, assign=True)
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is model.transformer.wte.weight
+    tokens = torch.arange(4)[None]
+    plain = transformers.GPT2LMHeadModel(config)
+    plain.load_state_dict(loaded, strict=False)
+    plain.tie_weights()
+    torch.testing.assert_close(model.eval()(tokens).logits, plain.eval()(tokens).logits)
+
+
 def test_an_unfinished_layer_has_nothing():
     layer = DoraLinear.__new__(DoraLinear)
     with pytest.raises(AttributeError, match="in_channels"):

@@ -588,6 +588,7 @@ def test_a_subclass_that_computes_the_same_is_wrapped():
         ({"r": -1}, ValueError, "r must be at least 1, got -1"),
         ({"r": 2.5}, TypeError, "r must be an integer, got 2.5"),
         ({"r": "8"}, TypeError, "r must be an integer, got '8'"),
+        ({"use_rslora": "no"}, TypeError, "use_rslora must be a bool, got 'no'"),
         ({"r": True}, TypeError, "r must be an integer, got True"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite, got nan"),
         ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be finite, got inf"),

@@ -224,6 +224,18 @@ def test_dora_caching():
     torch.testing.assert_close(*outputs[1])
 
 
+@pytest.mark.parametrize("kind", ["linear", "linear_no_bias"])
+def test_conversion_to_lora(kind):
+    stock, ours = twins(kind)
+    assert stock.supports_lora_conversion()
+    assert not ours.supports_lora_conversion()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(ours, rank=4)
+    _, converted = peft.convert_to_lora(stock, rank=4)
+    lora_A, lora_B = (converted[f"base_model.model.target.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+    torch.testing.assert_close(lora_B @ lora_A, target(stock).get_delta_weight("default"))  # without a magnitude
+
+
 def test_rows_of_different_adapters():
     """Stock PEFT's refusal also leaves its hooks in the model, which refuses what comes next."""
     stock, model = twins("linear", adapters=("a", "b"))

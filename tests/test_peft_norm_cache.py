@@ -495,6 +495,26 @@ def test_no_model_is_kept_alive():
     assert dead() is None
 
 
+def test_a_model_that_is_dropped_is_freed_at_once():
+    """Without the garbage collector: its base weights are on the GPU until then."""
+    gc.collect()
+    gc.disable()
+    try:
+        model, cache = cached("linear")
+        magnitude = target(model).lora_magnitude_vector["default"]
+        dead = weakref.ref(target(model))
+        del model
+        assert dead() is None
+    finally:
+        gc.enable()
+    cache.check()  # the magnitude is still there, with its norm
+    cache.refresh()
+    optimizer = torch.optim.SGD(magnitude.parameters(), lr=0.1)
+    magnitude.weight.grad = torch.ones_like(magnitude.weight)
+    optimizer.step()
+    assert magnitude.keeper.norm_inputs() == ()
+
+
 def test_an_adapter_that_is_added_takes_its_own_norm():
     model, cache = cached("linear")
     writes.another_adapter(model)

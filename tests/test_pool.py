@@ -84,6 +84,30 @@ def test_norms_are_kept(device):
     assert torch.equal(pool.mag_scale[slot], functional.magnitude_scale(one.magnitude, norm))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_scales_stay_float32_under_casts(when, device):
+    pool, one = AdapterPool(base_layer(device), 2, 4), adapter(3, 0, device)
+    if when == "after":
+        pool.add("a", one)
+        scales = pool.mag_scale.clone()
+    nn.Sequential(pool).to(torch.bfloat16)
+    if when == "before":
+        pool.add("a", one)
+    assert {t.dtype for t in (pool.mag_scale, pool.weight_norm, pool.scaling)} == {torch.float32}
+    assert pool.lora_A.dtype is pool.base_layer.weight.dtype is torch.bfloat16
+    assert pool.scaling[0] == torch.tensor(one.scaling)  # bfloat16 has 0.699
+    if when == "after":
+        assert torch.equal(pool.mag_scale, scales)
+    check(
+        pool, torch.randn(3, 24, dtype=torch.bfloat16, device=device), {"a": pool_adapter(pool, one)}, ["a", None, "a"]
+    )
+
+
+def pool_adapter(pool, one):
+    """An adapter with the factors as the pool has them."""
+    return one._replace(lora_A=one.lora_A.to(pool.lora_A), lora_B=one.lora_B.to(pool.lora_B))
+
+
 def test_gradients_reach_x_alone():
     pool = AdapterPool(base_layer(), 2, 4)
     pool.base_layer.requires_grad_(False)
@@ -133,6 +157,7 @@ REFUSED = {
     "lora_A": (lambda pool: pool.replace("a", adapter(2, 0)._replace(lora_A=torch.ones(2, 23))), "lora_A must be"),
     "lora_B": (lambda pool: pool.replace("a", adapter(2, 0)._replace(lora_B=torch.ones(40, 3))), "lora_B must be"),
     "magnitude": (lambda pool: pool.replace("a", adapter(2, 0)._replace(magnitude=torch.ones(3))), "magnitude must be"),
+    "no tensor": (lambda pool: pool.replace("a", adapter(2, 0)._replace(magnitude=None)), "magnitude must be a tensor"),
     "scaling": (lambda pool: pool.replace("a", adapter(2, 0, scaling=float("inf"))), "scaling must be finite"),
 }
 
@@ -145,7 +170,7 @@ def test_refuses(name):
         pool.add(one, adapter(3, 0))
     before, slots = [t.clone() for t in pool.buffers()], dict(pool.slots)
     call, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(pool)
     assert slots == pool.slots
     assert all(map(torch.equal, before, pool.buffers()))

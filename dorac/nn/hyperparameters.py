@@ -44,7 +44,12 @@ def settled(name: str, instead: str) -> property:
 
 
 def check_hyperparameters(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str, adapter_dtype: torch.dtype | None
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    init_lora_weights: bool | str,
+    adapter_dtype: torch.dtype | None,
+    use_rslora: bool = False,
 ) -> tuple[int, float, float]:
     """Refuses what :class:`DoraLayer` cannot be built with; r, lora_alpha and lora_dropout as Python's numbers."""
     r, lora_alpha = checks.python_number(r), checks.python_number(lora_alpha)
@@ -56,6 +61,8 @@ def check_hyperparameters(
         raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
     if not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora must be a bool, got {use_rslora!r}")
     lora_dropout = checks.check_dropout(lora_dropout, "lora_dropout")
     if init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")

@@ -122,7 +122,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         if reason := self.unwrappable(base_layer):
             raise TypeError(f"base_layer cannot be wrapped: {reason}")
         r, lora_alpha, lora_dropout = check_hyperparameters(
-            r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype
+            r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_rslora
         )
         checks.check_dropout_on(dropout_on)
         checks.check_norm_grad(norm_grad)
@@ -155,7 +155,8 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         wide = torch.promote_types(torch.promote_types(weight_dtype, adapter_dtype), torch.float32)
         for name, shape in shapes.items():
             dtype = wide if name.endswith("lora_magnitude_vector") else adapter_dtype
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
+            with torch.inference_mode(False):  # what is made in inference mode could never be trained
+                setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)))
         # The norm before the merge while the base weight holds the merged one: what unmerging needs. Neither norm is a
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None

@@ -1,11 +1,11 @@
 """A linear layer that serves many adapters, each row of a batch one of them, from memory that is allocated once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from dorac import functional
+from dorac import functional, magnitudes
 from dorac.dense import not_dense
 from dorac.functional import Adapter
 from dorac.functional.mixed import scaled_linear_mixed
@@ -114,6 +114,10 @@ class AdapterPool(nn.Module):
             ranks=self.ranks,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterPool":
+        """Moves and casts; what a forward multiplies outputs with stays float32 beside factors in half precision."""
+        return super()._apply(magnitudes.never_narrower(fn, self.mag_scale, self.weight_norm, self.scaling), recurse)
+
     def _slot(self, name: str) -> int:
         if name not in self.slots:
             held = ", ".join(map(repr, self.slots)) or "none"
@@ -123,6 +127,8 @@ class AdapterPool(nn.Module):
     @torch.no_grad()
     def _write(self, slot: int, name: str, adapter: Adapter) -> None:
         lora_A, lora_B, magnitude, scaling = adapter
+        if not isinstance(magnitude, Tensor):
+            raise TypeError(f"magnitude must be a tensor, got {type(magnitude).__name__}")
         # Of the factors as the pool has them.
         lora_A, lora_B = (
             t.to(self.lora_A) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (lora_A, lora_B)

@@ -5,10 +5,14 @@ from torch.nn.modules.module import _global_parameter_registration_hooks as _reg
 
 from dorac.nn.stock import MIXED
 
+# The base layer's parameters that a wrapper has properties for, by their names in torch.
+_OF_THE_BASE = "weight", "bias"
+
 
 class ReadsBase(nn.Module):
     """The part of :class:`dorac.nn.DoraLayer` that stands for its base layer where others read it."""
 
+    merged: bool
     # Until ``__init__`` has ended, and while copies are made, what is read and set is the wrapper's own.
     _is_built = False
 
@@ -36,6 +40,11 @@ class ReadsBase(nn.Module):
         if parameters and name in parameters and isinstance(value, nn.Parameter) and not _registration_hooks:
             parameters[name] = value  # FSDP2 comes here for each parameter, four times a step
             self.__dict__["lasting"] = None
+            return
+        if name in _OF_THE_BASE and self._is_built and name in self.base_layer._parameters:
+            if name == "weight" and self.merged and value is not self.base_layer.weight:
+                raise ValueError("the adapter is merged; unmerge it before setting another weight")
+            setattr(self.base_layer, name, value)  # as transformers' tie_weights() does
             return
         if name == "base_layer" and self._is_built and hasattr(value, "base_layer"):
             raise TypeError(MIXED.format(type(self).__name__))

@@ -4,6 +4,7 @@ What a norm rests on, how it is compared and when it is taken anew is in :mod:`d
 asks of an adapter. PEFT's scalings are numbers in a dictionary that anybody writes to, so they are compared, too.
 """
 
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,23 +25,36 @@ if TYPE_CHECKING:
 
 
 class AdapterNorm:
-    """The norm of one adapter of a layer: a :class:`dorac.nn.keeper.Keeper`, held by the magnitude's module."""
+    """The norm of one adapter of a layer: a :class:`dorac.nn.keeper.Keeper`, held by the magnitude's module.
+
+    It holds neither that nor the layer, so that a model that is dropped is freed at once.
+    """
 
     norm_grad = False
     stack: "stacked.Kept | None" = None  # that holds the adapter beside others of the layer, for adapter_names
 
     def __init__(self, layer: LoraLayer, adapter: str) -> None:
-        self.layer, self.adapter = layer, adapter
-        self.magnitude = layer.lora_magnitude_vector[adapter]
-        self.norm_budget = self.magnitude.norm_budget
+        magnitude = layer.lora_magnitude_vector[adapter]
+        self._layer, self._magnitude, self.adapter = weakref.ref(layer), weakref.ref(magnitude), adapter
+        self.norm_budget = magnitude.norm_budget
         self.kept: KeptNorm | None = None
 
     def __repr__(self) -> str:
         return f"{type(self.layer).__name__} (adapter {self.adapter})"
 
+    @property
+    def layer(self) -> LoraLayer | None:
+        """None once it is gone, whoever has kept the magnitude."""
+        return self._layer()
+
+    @property
+    def magnitude(self) -> nn.Module:
+        return self._magnitude()
+
     def is_current(self) -> bool:
         """Whether the adapter is still the layer's."""
-        return self.layer.lora_magnitude_vector._modules.get(self.adapter) is self.magnitude
+        layer = self.layer
+        return layer is not None and layer.lora_magnitude_vector._modules.get(self.adapter) is self.magnitude
 
     def known(self, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
         """The norm if a forward with these ``norm_inputs`` may use it, None where it has to take its own."""
@@ -68,8 +82,11 @@ class AdapterNorm:
         return [parameter(self._base_layer, "weight")]
 
     def norm_inputs(self) -> tuple[Tensor, ...]:
-        """The base layer's parameter and the factors; nothing once the adapter is deleted."""
-        modules, adapter = self.layer._modules, self.adapter  # whose attributes take ten times as long
+        """The base layer's parameter and the factors; nothing once the adapter is deleted, or the layer gone."""
+        layer, adapter = self.layer, self.adapter
+        if layer is None:
+            return ()
+        modules = layer._modules  # whose attributes take ten times as long
         lora_A, lora_B = (modules[name]._modules.get(adapter) for name in ("lora_A", "lora_B"))
         if lora_A is not None:
             lora_A, lora_B = parameter(lora_A, "weight"), parameter(lora_B, "weight")
@@ -82,7 +99,8 @@ class AdapterNorm:
     @property
     def merged(self) -> bool:
         """Whether no norm can be taken now: of a merged layer, a deleted adapter, and what is not whole here."""
-        return bool(self.layer.merged_adapters) or self._untakeable() is not None
+        layer = self.layer
+        return layer is None or bool(layer.merged_adapters) or self._untakeable() is not None
 
     @property
     def cannot_cache(self) -> str | None:

@@ -145,6 +145,10 @@ class OnDorac:
 
     dropout_on = "adapter"  # what ``enable()`` says
 
+    def supports_lora_conversion(self) -> bool:
+        """No: PEFT's ``convert_to_lora`` takes ``s * BA`` for the change and leaves the magnitude out."""
+        return False
+
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return merged(module, active_adapter, safe_merge=True).to(orig_weight.dtype)
