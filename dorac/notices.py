@@ -38,7 +38,8 @@ def warn_unnamed_places(model: nn.Module, modules: Mapping[str, nn.Module]) -> N
     """Names those of ``modules`` that the model holds in other places, too, where no adapter is put."""
     held: dict[nn.Module, list[str]] = {}
     for name, module in named_places(model):
-        if name not in modules:
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if name not in modules and not isinstance(holder, DoraLayer):  # which adapts it there
             held.setdefault(module, []).append(name)
     found = [f"{name} (also {', '.join(held[module])})" for name, module in modules.items() if module in held]
     if found:
