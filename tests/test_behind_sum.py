@@ -104,3 +104,25 @@ def test_other_layers_apply_it_before(change, mesh):
     forward, _ = graphs(mesh, block)
     (summed,) = sums(forward)
     assert "low_rank_linear" not in str(summed.args[0].target)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_under_a_transform_the_sum_is_there(transform, mesh):
+    """The op is aten there, and has none."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from dorac.parallel import RowwiseParallel
+
+    model = parallelize_module(Block(False).down, mesh, RowwiseParallel(), src_data_rank=None)
+    dorac.cache_norms(model)
+    backend, x = AotEagerAndRecordGraphs(), torch.randn(TOKENS, INTERMEDIATE // 2)
+
+    def run(x):
+        if transform == "grad":
+            return torch.func.grad(lambda x: model(x).square().sum())(x)
+        return torch.func.jvp(model, (x,), (x,))[0]
+
+    torch._dynamo.reset()
+    torch.compile(run, backend=backend, fullgraph=True)(x)
+    assert len(sums(backend.fw_graphs[0])) == 1

@@ -379,13 +379,15 @@ def test_opcheck_of_the_layer(dtype, grads, transposed, device):
         norm.requires_grad_(grads == "norm")
     scaling = torch.tensor(S, dtype=norm.dtype, device=device)
     tensors = (*inputs.tensors()[:5], norm, scaling, inputs.bias)
-    tolerance = {}
-    if dtype.itemsize == 2 and device == "cuda":
-        # Eager and graph take one form on the CPU; those that a GPU takes round differently, and the gradients of the
-        # magnitude and the norm are sums of as many rounded numbers as there are tokens.
+    # Eager and graph take one form on the CPU; those that a GPU takes round differently.
+    tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype.itemsize == 2 and device == "cuda" else {}
+    if tolerance and grads in (
+        "all",
+        "norm",
+    ):  # these gradients are sums of as many rounded numbers as there are tokens
         y = torch.ops.dorac.dora_linear.default(*tensors[:7]).detach().float()
         terms = y.abs().sum(0) / norm.detach().float()
-        tolerance = {"rtol": 4e-2, "atol": terms.max().item() * torch.finfo(dtype).eps}  # half of it in either form
+        tolerance["atol"] = terms.max().item() * torch.finfo(dtype).eps  # half of it in either form
     for number in (None, S):
         opcheck(torch.ops.dorac.dora_linear.default, (*tensors, number), **tolerance)
     for low_rank in (True, False):

@@ -33,6 +33,7 @@ def fits(layer: "DoraLinear", x: Tensor, weight: Tensor, lora_A: Tensor, lora_B:
         torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and not front.exporting_module()
+        and not _under_transform()
         and not layer.norm_grad
         and layer._strength is None
         and not isinstance(layer._scaling, Tensor)
@@ -41,6 +42,14 @@ def fits(layer: "DoraLinear", x: Tensor, weight: Tensor, lora_A: Tensor, lora_B:
         and front.autocast_dtype(x) is None
         and not weight.requires_grad
     )
+
+
+def _under_transform() -> bool:
+    """Whether a transform is traced: the op is plain aten there, which has no sum."""
+    return front.under_transform()
+
+
+_under_transform._dynamo_marked_constant = True  # Dynamo asks while it traces, see dorac/dense.py
 
 
 def linear(

@@ -173,6 +173,7 @@ def _dora_linear(
         on_shards = sharded.any_sharded(weight)
         in_aten = front.under_transform() or front.exporting() or scaling.requires_grad
         if in_aten or not (on_shards or front.all_plain(*tensors)):
+            assert group is None, "aten has no sum over ranks"
             return linear_aten(*tensors, low_rank)
         if weight_norm.requires_grad and torch.is_grad_enabled():
             # g = m / n = (m * n0 / n) / n0 for the constant n0 = n: the gradient of m * n0 / n reaches n, too.
