@@ -113,6 +113,23 @@ ACTIVATIONS = {
 }
 
 
+def gated(
+    y: Tensor,
+    activation: str = "silu",
+    interleaved: bool = False,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    shift: float = 0.0,
+) -> Tensor:
+    """``act(alpha gate) / alpha * (up + shift)`` of the halves of y, or its even and odd columns, within limits."""
+    half = y.shape[-1] // 2
+    pairs = y.unflatten(-1, (half, 2)) if interleaved else y.unflatten(-1, (2, half)).mT
+    gate, up = pairs.unbind(-1)
+    if limit is not None:
+        gate, up = gate.minimum(torch.full_like(gate, limit)), up.clamp(-limit, limit)
+    return ACTIVATIONS[activation](alpha * gate) / alpha * (up + shift)
+
+
 def dora_mlp(
     x: Tensor,
     gate: tuple[tuple[Tensor | None, ...], dict] | None,

@@ -331,6 +331,36 @@ def _segment_backward(target: Target, rank: int, rows: int, out: int, _: int) ->
         yield f"{name} sum", None, (), add, (FULL, m, None, torch.int32, m, factor, None)
 
 
+def _gates() -> Iterator[tuple[str, tuple]]:
+    """As Mixtral has them, and as GPT-OSS."""
+    yield "halves", (False, "silu", None, 1.0, 0.0)
+    yield "interleaved", (True, "silu", 7.0, 1.702, 1.0)
+
+
+def _segment_gate(target: Target, rank: int, rows: int, features: int, _: int) -> Iterator[tuple]:
+    for factor, (name, gate) in itertools.product((HALF, FULL), _gates()):
+        config = configs.segment_gate_config(rows, EXPERTS, features, rank, factor, target)
+        of_b, flags = (2 * features * rank, rank, 1), {"split": factor is FULL, "each": False}
+        flags["stride_norm"] = 2 * features
+        launch = segments.segment_gate_launch(rows, EXPERTS, features, rank, of_b, gate, config, **flags)
+        bias = HALF if gate[0] else None
+        arguments = factor, HALF, factor, FULL, FULL, 2.0, bias, torch.int32, HALF, HALF
+        yield f"bf16/{NAMES[factor]} {name}", config, (factor,), launch, arguments
+
+
+def _segment_gate_backward(target: Target, rank: int, rows: int, features: int, _: int) -> Iterator[tuple]:
+    for factor, (name, gate) in itertools.product((HALF, FULL), _gates()):
+        config = configs.segment_gate_backward_config(rows, features, rank, factor, target)
+        strides, flags = ((features, 1), (2 * features * rank, rank, 1)), {"wide": factor is FULL, "each": False}
+        flags["stride_norm"] = 2 * features
+        _, launch, _ = segments.segment_gate_backward_launches(
+            rows, EXPERTS, features, rank, strides, gate, config, **flags
+        )
+        bias = HALF if gate[0] else None
+        given, gradients = (HALF, HALF, FULL, FULL, bias, factor, 2.0, torch.int32), (HALF, FULL, factor, None)
+        yield f"bf16/{NAMES[factor]} {name}", config, (factor,), launch, (*given, *gradients, FULL, FULL, None)
+
+
 def _mixed(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
     batches = (1, 1), (32, 1), (256, 1), (tokens // 4, 1), (8, tokens // 8)  # single ones, counted, listed, long
     for dtype, factors in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
@@ -384,6 +414,8 @@ KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "segment-compose": _segment_compose,
     "segment-product": _segment_product,
     "segment-backward": _segment_backward,
+    "segment-gate": _segment_gate,
+    "segment-gate-backward": _segment_gate_backward,
     "small": _small,
 }
 OF_RANK = {*KERNELS} - {"packed-dense", "compose", "backward", "small"}

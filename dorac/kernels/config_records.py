@@ -218,6 +218,24 @@ class SegmentConfig(ColumnConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class GateConfig(TileConfig):
+    """A program's rows and columns of ``act(gate) * up``, of twice as many of the projection."""
+
+    def shared_memory(self, target: Target, h_dtype: torch.dtype, base_dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        return 2 * super().shared_memory(target, h_dtype, base_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateBackwardConfig(SegmentConfig):
+    """The same backward."""
+
+    def shared_memory(self, target: Target, h_dtype: torch.dtype, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes at most."""
+        return 2 * super().shared_memory(target, dtype, h_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProductConfig:
     """A program's rows and ranks, the columns of a step, and over how many programs the columns are split."""
 

@@ -1,5 +1,6 @@
 """``DoraExperts``: the frozen experts of a mixture-of-experts block with an adapter for every expert."""
 
+import functools
 import sys
 from typing import ClassVar
 
@@ -7,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional, offload, ops, packed
+from dorac.hooks import unhooked
 from dorac.nn import offloaded
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import DoraLayer
+from dorac.nn.recorded import activation_of
 from dorac.nn.stock import not_stock
+from dorac.ops import front
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
+_GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
 
@@ -260,10 +265,31 @@ class DoraExperts(DoraLayer):
             self._widen_magnitudes()
         return self._forward_routed(hidden_states, *routing) if self.routed else self._forward_sorted(hidden_states)
 
-    def _project(self, projection: str, tensors: tuple, x: Tensor, **offsets: Tensor) -> Tensor:
+    def _gate(self, hidden_states: Tensor) -> functional.Gate | None:
+        """The base layer's gate, if it is one that kernels take along with the projection in front of it."""
+        base = self.base_layer
+        if torch.compiler.is_compiling() or front.under_transform() or not front.has_kernels(hidden_states):
+            return None
+        if self.merged or self.runs_base or "_apply_gate" in vars(base):
+            return None
+        moe, gpt_oss = sys.modules.get("transformers.integrations.moe"), sys.modules.get(_GPT_OSS)
+        apply = getattr(type(base), "_apply_gate", None)
+        if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
+            return functional.Gate("silu", True, base.limit, base.alpha, 1.0)
+        if apply is None or apply is not getattr(moe, "_default_apply_gate", None) or not unhooked(base.act_fn):
+            return None
+        known = self.__dict__.get("_activation")
+        if known is None or known[0] is not base.act_fn:
+            with torch._C._DisableTorchDispatch():  # a mode has no part in it
+                known = self.__dict__["_activation"] = base.act_fn, activation_of(base.act_fn)
+        return None if known[1] is None else functional.Gate(known[1])
+
+    def _project(
+        self, projection: str, tensors: tuple, x: Tensor, gate: functional.Gate | None = None, **offsets: Tensor
+    ) -> Tensor:
         """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without.
 
-        ``tensors``: see :meth:`tensors`; of experts that are spread this rank's.
+        ``tensors``: see :meth:`tensors`; of experts that are spread this rank's. ``gate``: with offsets alone.
         """
         matrices, lora_A, lora_B, magnitude, bias = tensors
         x = x if packed.is_packed(matrices) else x.to(matrices.dtype)
@@ -275,7 +301,7 @@ class DoraExperts(DoraLayer):
             if norm is None:
                 norm = functional.norm_factored(matrices, lora_A, lora_B, self.scaling, norm_grad=self.norm_grad)
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
-        layer = functional.dora_linear_grouped if offsets else functional.dora_linear
+        layer = functools.partial(functional.dora_linear_grouped, gate=gate) if offsets else functional.dora_linear
         return layer(
             x,
             matrices,
@@ -307,9 +333,11 @@ class DoraExperts(DoraLayer):
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         first, last = self.projections
-        h = self._project(first, tensors[first], rows, offsets=offsets)
         has_gate = getattr(base, "has_gate", True)  # as all had in transformers 5.0
-        h = base._apply_gate(h) if has_gate else base.act_fn(h)
+        gate = self._gate(hidden_states) if has_gate else None
+        h = self._project(first, tensors[first], rows, gate, offsets=offsets)
+        if gate is None:
+            h = base._apply_gate(h) if has_gate else base.act_fn(h)
         y = self._project(last, tensors[last], h, offsets=offsets)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
