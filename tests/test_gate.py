@@ -34,10 +34,6 @@ GATES = {
 gates = pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 
 
-def of_kernel(gate):
-    return gate.interleaved, gate.activation, gate.limit, gate.alpha, gate.shift
-
-
 def textbook(gate, y):
     return reference.gated(y, **dataclasses.asdict(gate))
 
@@ -105,48 +101,16 @@ cases = pytest.mark.parametrize(
 
 def forward(i, gate, scaling, bias, *, want_inner=True, config=None):
     """z and inner, which takes the place of a copy of base."""
-    (rows, out), rank, segments_ = i.base.shape, i.h.shape[1], len(i.ends)
-    sizes = rows, segments_, out // 2, rank
-    config = config or configs.segment_gate_config(*sizes, i.h.dtype, configs.CARDS["sm_90"])
-    launch = segments.segment_gate_launch(
-        *sizes,
-        i.lora_B.stride(),
-        of_kernel(gate),
-        config,
-        split=i.h.dtype is WIDE,
-        each=isinstance(scaling, torch.Tensor) and scaling.ndim == 1,
-        stride_norm=i.norm.stride(0),
-    )
-    base, z = i.base.clone(), i.base.new_empty(rows, out // 2)
-    inner = base if want_inner else None
-    launch(i.h, base, i.lora_B, i.magnitude, i.norm, scaling, bias, i.offsets, inner, z)
-    return z, inner
+    base, layer = i.base.clone(), (i.h, i.lora_B, i.magnitude, i.norm, scaling, bias, i.offsets)
+    z = segments.segment_gate(base, *layer, dataclasses.astuple(gate), want_inner=want_inner, config=config)
+    assert want_inner or torch.equal(base, i.base)
+    return z, base
 
 
-def backward(i, gate, dz, inner, scaling, bias, *, needs_bias, config=None):
+def backward(i, gate, dz, inner, scaling, bias, **options):
     """d_base and the gradients of magnitude, lora_B and bias."""
-    (rows, out), rank = i.base.shape, i.h.shape[1]
-    config = config or configs.segment_gate_backward_config(rows, out // 2, rank, i.h.dtype, configs.CARDS["sm_90"])
-    strips, launch, add = segments.segment_gate_backward_launches(
-        rows,
-        len(i.ends),
-        out // 2,
-        rank,
-        (dz.stride(), i.lora_B.stride()),
-        of_kernel(gate),
-        config,
-        wide=i.h.dtype is WIDE,
-        each=isinstance(scaling, torch.Tensor) and scaling.ndim == 1,
-        stride_norm=i.norm.stride(0),
-    )
-    d_base, d_m, d_b = torch.empty_like(inner), torch.empty_like(i.magnitude), torch.empty_like(i.lora_B)
-    d_bias = torch.empty_like(i.magnitude) if needs_bias else None
-    parts_m, parts_b = d_m.new_empty(strips, out), d_m.new_empty(strips, out, rank)
-    parts_bias = torch.empty_like(parts_m) if needs_bias else None
-    layer = dz, inner, i.magnitude, i.norm, bias, i.h, scaling, i.offsets
-    launch(*layer, d_base, d_m, d_b, d_bias, parts_m, parts_b, parts_bias)
-    add(parts_b, parts_m, parts_bias, i.offsets, d_m, d_b, d_bias)
-    return d_base, d_m, d_b, d_bias
+    layer = inner, i.magnitude, i.norm, bias, i.h, scaling, i.offsets, i.lora_B
+    return segments.segment_gate_backward(dz, *layer, dataclasses.astuple(gate), **options)
 
 
 @cases
@@ -161,11 +125,9 @@ def test_kernels(case, name, factor_dtype, device):
     bias = i.bias if number % 2 else None
     strips = configs.GateBackwardConfig(16, 16, 32, 4, 2, 16) if number % 2 else None
     z, inner = forward(i, gate, scaling, bias)
-    alone, none = forward(i, gate, scaling, bias, want_inner=False)
-    assert none is None
-    assert torch.equal(alone, z)
+    assert torch.equal(forward(i, gate, scaling, bias, want_inner=False)[0], z)
     dz = torch.randn_like(z)
-    found = backward(i, gate, dz, inner, scaling, bias, needs_bias=bool(number % 2), config=strips)
+    found = backward(i, gate, dz, inner, scaling, bias, bias_dtype=WIDE if number % 2 else None, config=strips)
 
     exact, y = torch.zeros_like(inner, dtype=torch.float64), torch.zeros_like(inner, dtype=torch.float64)
     g = (i.magnitude / i.norm).where(i.norm > 0, 1.0).double()
@@ -204,7 +166,7 @@ def test_kernels_repeat_bitwise_in_any_tiles(name, device):
     dz = torch.randn_like(z)
     strips = configs.GateBackwardConfig(16, 16, 32, 4, 2, 16), configs.GateBackwardConfig(32, 32, 96, 4, 2, 32)
     first, second, third = (
-        backward(i, gate, dz, inner, 0.7, i.bias, needs_bias=True, config=strips[n]) for n in (0, 0, 1)
+        backward(i, gate, dz, inner, 0.7, i.bias, bias_dtype=HALF, config=strips[n]) for n in (0, 0, 1)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(first[0], third[0])
@@ -216,7 +178,7 @@ def test_wrong_offsets_stay_within_bounds(ends, device):
     i.offsets = torch.tensor(ends, dtype=torch.int32, device=device)
     z, inner = forward(i, GATES["gpt_oss"], 0.7, i.bias)
     assert z.shape == (9, 8)
-    backward(i, GATES["gpt_oss"], torch.randn_like(z), inner, 0.7, i.bias, needs_bias=True)
+    backward(i, GATES["gpt_oss"], torch.randn_like(z), inner, 0.7, i.bias, bias_dtype=HALF)
 
 
 def test_numbers_that_are_not_finite(device):
@@ -230,7 +192,7 @@ def test_numbers_that_are_not_finite(device):
     torch.testing.assert_close(z, expected.to(HALF), equal_nan=True, rtol=0.02, atol=0.02)
     assert z.isnan().sum() == 2
     dz = torch.randn_like(z)
-    d_base = backward(i, gate, dz, inner, 0.7, i.bias, needs_bias=False)[0]
+    d_base = backward(i, gate, dz, inner, 0.7, i.bias)[0]
     truth = torch.autograd.grad(expected, y, dz.float())[0] * (i.magnitude / i.norm)
     torch.testing.assert_close(d_base, truth.to(HALF), equal_nan=True, rtol=0.02, atol=0.02)
 
@@ -498,3 +460,37 @@ def test_modules_with_other_gates(path, device):  # noqa: F811
     layer.merge()
     assert layer._gate(hidden) is None
     assert path
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
+@pytest.mark.parametrize(("name", "sizes"), [("mixtral", (48, 32, 16)), ("gpt_oss", (272, 40, 5))])
+def test_a_graph_replays_other_offsets(name, sizes, factor_dtype):
+    """And neither a capture nor a step waits for the device."""
+    _, tensors = drawn([30, 30, 70], 30, sizes, HALF, factor_dtype, "cuda")
+    norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
+    offsets = torch.tensor([30, 30, 70], dtype=torch.int32, device="cuda")
+    leaves = [t for t in tensors if t.requires_grad]
+
+    def step():
+        options = {"offsets": offsets, "scaling": SCALING, "weight_norm": norm, "gate": GATES[name]}
+        z = functional.dora_linear_grouped(*tensors, **options)
+        return z, *torch.autograd.grad(z, leaves, torch.ones_like(z))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = step()
+    for ends in ([0, 100, 100], [1, 2, 99], [33, 66, 90], [0, 0, 0]):
+        offsets.copy_(torch.tensor(ends))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(static, step(), strict=True))

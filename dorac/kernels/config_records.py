@@ -219,20 +219,27 @@ class SegmentConfig(ColumnConfig):
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig(TileConfig):
-    """A program's rows and columns of ``act(gate) * up``, of twice as many of the projection."""
+    """The same of ``act(gate) * up``, with ``block_o`` columns of each; activations are of half precision."""
 
-    def shared_memory(self, target: Target, h_dtype: torch.dtype, base_dtype: torch.dtype = torch.bfloat16) -> int:
+    def shared_memory(self, target: Target, h_dtype: torch.dtype) -> int:
         """Bytes at most."""
-        return 2 * super().shared_memory(target, h_dtype, base_dtype)
+        h, b = (rows * self.block_r * h_dtype.itemsize for rows in (self.block_t, 2 * self.block_o))
+        product = self.block_t * 2 * self.block_o * 4  # as it changes threads
+        ahead = 1 if self.rows > self.block_t else _buffers(self.stages, target, torch.bfloat16, product=True)
+        return _total(ahead * (h + b) + product, target)
 
 
 @dataclasses.dataclass(frozen=True)
 class GateBackwardConfig(SegmentConfig):
-    """The same backward."""
+    """The same of ``act(gate) * up``, with ``block_o`` columns of each; activations are of half precision."""
 
-    def shared_memory(self, target: Target, h_dtype: torch.dtype, dtype: torch.dtype = torch.bfloat16) -> int:
+    def shared_memory(self, target: Target, h_dtype: torch.dtype) -> int:
         """Bytes at most."""
-        return 2 * super().shared_memory(target, dtype, h_dtype)
+        h = self.block_t * self.block_r * h_dtype.itemsize
+        pieces = 3 * self.block_t * self.block_r * 2 if h_dtype is torch.float32 else 0
+        tile = self.block_t * 2 * self.block_o * 6  # in float32 as it changes threads, and as products take it
+        ahead = _buffers(self.stages, target, torch.bfloat16, product=True)
+        return _total(max(ahead * h + pieces + tile, 2 * self.block_o * self.block_r * 4), target)
 
 
 @dataclasses.dataclass(frozen=True)

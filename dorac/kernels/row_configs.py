@@ -89,18 +89,16 @@ def segment_backward_config(
 def segment_gate_config(
     rows: int, segments: int, features: int, rank: int, h_dtype: torch.dtype, target: Target
 ) -> GateConfig:
-    """``configs.mlp_config`` for rows sorted by segment, of half-precision activations."""
-    each = max(1, -(-rows // max(1, segments)))
-    block_t = power_of_two(each, 16, 32)
-    if rank <= 64 and h_dtype.itemsize == 2 and each > 32:
-        walked = 128 if rank <= 32 else 256
-        while walked > 16 and -(-rows // walked) * -(-features // 128) < 8 * target.processors:
+    """``configs.mlp_config`` for rows sorted by segment: small tiles that a program walks down."""
+    each, half = max(1, -(-rows // max(1, segments))), h_dtype.itemsize == 2
+    if each > 32 and rank <= (64 if half else 32):
+        block_f, walked = 128 if half else 64, 256 if rank > 32 else 128
+        while walked > 16 and -(-rows // walked) * -(-features // block_f) < 8 * target.processors:
             walked //= 2
-        config = GateConfig(16, 128, power_of_two(rank, 16, 64), 4, 2, rows=walked)
-    elif rank <= 64 or each <= 32:
-        config = GateConfig(block_t, 64, power_of_two(rank, 16, 64 if h_dtype.itemsize == 2 else 32), 4, 2)
+        config = GateConfig(16, block_f, power_of_two(rank, 16, 64), 4, 2, rows=walked)
     else:
-        config = GateConfig(*((32, 64, 32) if h_dtype is torch.float32 else (64, 64, 64)), 4, 2)
+        block_t, block_r = (power_of_two(each, 16, 32), 64) if half else (16, 32)  # or it spills
+        config = GateConfig(block_t, 64, power_of_two(rank, 16, block_r), 4, 2)
     return first_fitting(fewer_stages(config, 1), target, h_dtype)
 
 
@@ -110,12 +108,10 @@ def segment_gate_backward_config(
 ) -> GateBackwardConfig:
     """``configs.mlp_backward_config`` for rows sorted by segment, of any rank."""
     half = h_dtype.itemsize == 2
-    block_r = power_of_two(rank, 16, 64 if half else 32)
-    block_t, block_f = (16, 128) if block_r == 16 and half else (32, 64 if target.products_from_shared else 32)
-    warps = 4 if target.generation == 9 or block_f == 32 else 8
+    block_f = 128 if rank <= 16 and half and target.generation == 9 else 64  # or it spills
     strips = max(1, min(2 * target.processors // -(-features // block_f), rows // 256))
-    walked = -(-rows // (block_t * strips)) * block_t
-    config = GateBackwardConfig(block_t, block_f, walked, warps, 3, block_r)
+    walked = max(16, -(-rows // (16 * strips)) * 16)
+    config = GateBackwardConfig(16, block_f, walked, 4, 3, power_of_two(rank, 16, 64 if half else 32))
     return first_fitting(fewer_stages(config, 1), target, h_dtype)
 
 

@@ -12,10 +12,13 @@ Legend: S rows, E segments, O out_features, F = O / 2 columns of z, R rank, T ro
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dorac.kernels.config_records import GateConfig
+from dorac.kernels import target
+from dorac.kernels.configs import GateConfig, segment_gate_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.mlp import activated
 from dorac.kernels.segment_tiles import (
@@ -27,10 +30,14 @@ from dorac.kernels.segment_tiles import (
     row_tiles,
     rows_of_tile,
     scale_of,
+    scales_each,
     scaling_of,
     store_rows,
 )
 from dorac.kernels.tiles import product
+
+# The attributes of dorac.functional.Gate, in their order.
+Gate = tuple[str, bool, float | None, float, float]
 
 
 @triton.jit
@@ -212,15 +219,55 @@ def segment_gate_kernel(
             )
     for start in tl.range(begin, end, BLOCK_T, num_stages=1):
         rows_T, mask_T = rows_of_tile(None, start, end, BLOCK_T)
-        tiles = base_ptr, inner_ptr, h_ptr, b_ptr
-        of_gate = b_OR, g_O, bias_O, s, segment, rows_T, mask_T, start_o, end_o
-        y_TO = _scaled(*tiles, *of_gate, O, R, *strides, BLOCK_T, BLOCK_O, BLOCK_R, EVEN_F, EVEN_R, SPLIT, STAGES)
+        of_tile = s, segment, rows_T, mask_T
+        y_TO = _scaled(
+            base_ptr,
+            inner_ptr,
+            h_ptr,
+            b_ptr,
+            b_OR,
+            g_O,
+            bias_O,
+            *of_tile,
+            start_o,
+            end_o,
+            O,
+            R,
+            *strides,
+            BLOCK_T,
+            BLOCK_O,
+            BLOCK_R,
+            EVEN_F,
+            EVEN_R,
+            SPLIT,
+            STAGES,
+        )
         if INTERLEAVED:
             gate_TF, up_TF = parted(y_TO, BLOCK_T, BLOCK_F)
         else:
             gate_TF = y_TO
-            of_up = b_up_OR, g_up_O, bias_up_O, s, segment, rows_T, mask_T, F + start_f, O
-            up_TF = _scaled(*tiles, *of_up, O, R, *strides, BLOCK_T, BLOCK_O, BLOCK_R, EVEN_F, EVEN_R, SPLIT, STAGES)
+            up_TF = _scaled(
+                base_ptr,
+                inner_ptr,
+                h_ptr,
+                b_ptr,
+                b_up_OR,
+                g_up_O,
+                bias_up_O,
+                *of_tile,
+                F + start_f,
+                O,
+                O,
+                R,
+                *strides,
+                BLOCK_T,
+                BLOCK_O,
+                BLOCK_R,
+                EVEN_F,
+                EVEN_R,
+                SPLIT,
+                STAGES,
+            )
         z_TF, _, _ = gated(gate_TF, up_TF, ACTIVATION, LIMIT, ALPHA, SHIFT)
         store_rows(z_ptr, z_TF, rows_T, mask_T, start_f, F, F, BLOCK_F, EVEN_F)
 
@@ -232,7 +279,7 @@ def segment_gate_launch(
     features: int,
     rank: int,
     of_b: tuple[int, int, int],
-    gate: tuple[bool, str, float | None, float, float],
+    gate: Gate,
     config: GateConfig,
     *,
     split: bool,
@@ -244,10 +291,10 @@ def segment_gate_launch(
     Its tensors: h, base, lora_B, magnitude, weight_norm, scaling, bias, offsets, inner, z; bias and inner may be None.
 
     Args:
-        gate: :func:`dorac.ops.gate.Gate`'s: interleaved, activation, limit, alpha, shift.
+        gate: the attributes of :class:`dorac.functional.Gate`, in their order.
         split: float32 factors. each: a scaling for every segment. stride_norm: from one segment's norms to the next's.
     """
-    interleaved, activation, limit, alpha, shift = gate
+    activation, interleaved, limit, alpha, shift = gate
     walk = rank <= config.block_r
     per_tile = max(config.rows, config.block_t) if walk else config.block_t
     return Launch(
@@ -271,3 +318,42 @@ def segment_gate_launch(
         SHIFT=shift,
         STAGES=config.stages,
     )
+
+
+def segment_gate(
+    base: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    scaling: Tensor | float,
+    bias: Tensor | None,
+    offsets: Tensor,
+    gate: Gate,
+    *,
+    want_inner: bool = False,
+    config: GateConfig | None = None,
+) -> Tensor:
+    """``z [S, F]`` of ``inner = base + s_e h B_e^T``, zero in the tail; inner is written over base with ``want_inner``.
+
+    Args:
+        base: ``[S, 2 F]``, bfloat16, h: ``[S, R]``, contiguous. lora_B: ``[E, 2 F, R]``, any strides, of h's dtype,
+            bfloat16 or float32.
+        magnitude, bias: ``[E, 2 F]``, contiguous. weight_norm: the same, contiguous rows.
+        scaling: a number, one element on the device, or ``[E]``. offsets: ``[E]``, int32 or int64.
+        config: how to launch; None chooses it.
+    """
+    sizes = h.shape[0], len(offsets), base.shape[1] // 2, h.shape[1]
+    z = base.new_empty(sizes[0], sizes[2])
+    launch = segment_gate_launch(
+        *sizes,
+        lora_B.stride(),
+        gate,
+        config or segment_gate_config(*sizes, h.dtype, target.of(h)),
+        split=h.dtype is torch.float32,
+        each=scales_each(scaling),
+        stride_norm=weight_norm.stride(0),
+    )
+    inner = base if want_inner else None
+    launch(h, base, lora_B, magnitude, weight_norm, scaling, bias, offsets, inner, z)
+    return z

@@ -8,13 +8,16 @@ Legend: as there.
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dorac.kernels.config_records import GateBackwardConfig
+from dorac.kernels import target
+from dorac.kernels.configs import GateBackwardConfig, segment_gate_backward_config
 from dorac.kernels.launch import Launch, cdiv
 from dorac.kernels.segment_backward import segment_sum_launch
-from dorac.kernels.segment_gate import gated, parted, scale_and_bias
+from dorac.kernels.segment_gate import Gate, gated, parted, scale_and_bias
 from dorac.kernels.segment_tiles import (
     exact_product,
     find_segment,
@@ -23,6 +26,7 @@ from dorac.kernels.segment_tiles import (
     rounded,
     row_tiles,
     rows_of_tile,
+    scales_each,
     scaling_of,
     store_factor,
     store_rows,
@@ -211,7 +215,7 @@ def segment_gate_backward_launches(
     features: int,
     rank: int,
     strides: tuple[tuple[int, ...], ...],
-    gate: tuple[bool, str, float | None, float, float],
+    gate: Gate,
     config: GateBackwardConfig,
     *,
     wide: bool,
@@ -226,7 +230,7 @@ def segment_gate_backward_launches(
     Args:
         gate, each, stride_norm: as of ``segment_gate_launch``. wide: float32 factors.
     """
-    interleaved, activation, limit, alpha, shift = gate
+    activation, interleaved, limit, alpha, shift = gate
     strips, blocks_r = row_tiles(rows, segments, config.rows), cdiv(rank, config.block_r)
     of_dz, of_b = strides
     launch = Launch(
@@ -251,3 +255,47 @@ def segment_gate_backward_launches(
         STAGES=config.stages,
     )
     return strips, launch, segment_sum_launch(rows, segments, 2 * features, rank, of_b, config.rows, magnitudes=True)
+
+
+def segment_gate_backward(
+    dz: Tensor,
+    inner: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    scaling: Tensor | float,
+    offsets: Tensor,
+    lora_B: Tensor,
+    gate: Gate,
+    *,
+    bias_dtype: torch.dtype | None = None,
+    config: GateBackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``d_base [S, 2 F] = g_e * dy``, and the gradients of magnitude, lora_B and, with a dtype for it, bias.
+
+    dz is ``[S, F]`` of any strides, inner what ``segment_gate`` wrote over base, the others are as there. Zero in the
+    tail and for segments without rows.
+    """
+    rows, segments, features, rank = h.shape[0], len(offsets), inner.shape[1] // 2, h.shape[1]
+    d_base, d_m, d_b = torch.empty_like(inner), torch.empty_like(magnitude), torch.empty_like(lora_B)
+    d_bias = None if bias_dtype is None else torch.empty_like(magnitude, dtype=bias_dtype)
+    strips, launch, add = segment_gate_backward_launches(
+        rows,
+        segments,
+        features,
+        rank,
+        (dz.stride(), d_b.stride()),
+        gate,
+        config or segment_gate_backward_config(rows, features, rank, h.dtype, target.of(h)),
+        wide=h.dtype is torch.float32,
+        each=scales_each(scaling),
+        stride_norm=weight_norm.stride(0),
+    )
+    parts_m = h.new_empty(strips, 2 * features, dtype=torch.float32)
+    parts_b = h.new_empty(strips, 2 * features, rank, dtype=torch.float32)
+    parts_bias = None if d_bias is None else torch.empty_like(parts_m)
+    layer = dz, inner, magnitude, weight_norm, bias, h, scaling, offsets
+    launch(*layer, d_base, d_m, d_b, d_bias, parts_m, parts_b, parts_bias)
+    add(parts_b, parts_m, parts_bias, offsets, d_m, d_b, d_bias)
+    return d_base, d_m, d_b, d_bias

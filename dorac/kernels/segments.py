@@ -25,8 +25,8 @@ Legend: S rows, E segments, O out_features, I in_features, R rank, T rows of a t
 
 from dorac.kernels.segment_backward import segment_backward, segment_backward_launches
 from dorac.kernels.segment_compose import segment_compose, segment_compose_launch
-from dorac.kernels.segment_gate import segment_gate_launch
-from dorac.kernels.segment_gate_backward import segment_gate_backward_launches
+from dorac.kernels.segment_gate import segment_gate, segment_gate_launch
+from dorac.kernels.segment_gate_backward import segment_gate_backward, segment_gate_backward_launches
 from dorac.kernels.segment_product import segment_product, segment_product_launches
 from dorac.kernels.segment_tiles import row_tiles, zero_tail
 
@@ -36,6 +36,8 @@ __all__ = [
     "segment_backward_launches",
     "segment_compose",
     "segment_compose_launch",
+    "segment_gate",
+    "segment_gate_backward",
     "segment_gate_backward_launches",
     "segment_gate_launch",
     "segment_product",

@@ -73,7 +73,8 @@ class DoraExperts(DoraLayer):
     taken per output of an expert in either layout of the parameters. No adapted weight is ever made: rows are sorted by
     expert and go through :func:`dorac.functional.dora_linear_grouped` (in Llama 4, which sends every token to every
     expert, through the batched :func:`dorac.functional.dora_linear`), whatever ``config._experts_implementation``
-    says. Merged, the module itself runs.
+    says. In eager on a GPU a gate that :class:`dorac.functional.Gate` describes, the default one or GPT-OSS', is in the
+    kernels of the projection in front of it. Merged, the module itself runs.
 
     A weight may be mxfp4, as GPT-OSS' checkpoint holds it: the module then has frozen parameters
     ``P_blocks [E, out, in / 32, 16]`` and ``P_scales [E, out, in / 32]``, uint8, and no P. Norms are read from there.

@@ -110,7 +110,7 @@ def make_plan(
 
     else:
         features = out_features // 2
-        of_gate = gate.interleaved, gate.activation, gate.limit, gate.alpha, gate.shift
+        of_gate = dataclasses.astuple(gate)
         flags = {"each": each, "stride_norm": stride_norm}
         config = configs.segment_gate_config(*sizes, features, rank, factor, card)
         launch = segments.segment_gate_launch(*sizes, features, rank, of_b, of_gate, config, split=wide, **flags)
