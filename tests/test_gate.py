@@ -27,6 +27,7 @@ GATES = {
     "mixtral": Gate(),
     "gpt_oss": Gate("silu", interleaved=True, limit=7.0, alpha=1.702, shift=1.0),
     "limited": Gate("silu", limit=0.75),
+    "halved": Gate("silu", alpha=0.0),
     "gelu": Gate("gelu", interleaved=True),
     "gelu_tanh": Gate("gelu_tanh", shift=-0.5),
     "relu": Gate("relu", interleaved=True, limit=0.5),
@@ -147,10 +148,11 @@ def test_kernels(case, name, factor_dtype, device):
         d_m[e] = ((dy[r] * inner[r].double()).sum(0) / i.norm[e].double()).where(i.norm[e] > 0, 0.0)
         d_b[e] = s_of(scaling, e) * found[0][r].double().T @ i.h[r].double()  # of d_base as it was rounded
     check(found[0], d_base, False, "d_base", HALF)
-    check(found[1], d_m, True, "d_m", HALF)
+    near = 2**-18  # float32: an activation's slope is 16 roundings of it, of terms that cancel
+    assert max_error(found[1], d_m) <= near * d_m.abs().max()
     check(found[2], d_b, factor_dtype is WIDE, "d_b", HALF)
     if found[3] is not None:
-        check(found[3], d_bias, True, "d_bias", HALF)
+        assert max_error(found[3], d_bias) <= near * d_bias.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -71,11 +71,7 @@ def dora_linear_grouped(
 
     def in_eager(norm: Tensor) -> Tensor | None:
         s = scaling if isinstance(scaling, Tensor) else float(scaling)
-        tensors = x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, s
-        z = eager_grouped.dora_linear_grouped(*tensors, gate)
-        if z is None and gate is not None and (y := eager_grouped.dora_linear_grouped(*tensors)) is not None:
-            z = gate(y)
-        return z
+        return eager_grouped.dora_linear_grouped(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, s, gate)
 
     if plain and weight_norm is not None and (y := in_eager(weight_norm)) is not None:
         return y

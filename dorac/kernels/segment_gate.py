@@ -60,9 +60,11 @@ def gated(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.con
         gate, gate_inside = bounded(gate, None, LIMIT)
         up, up_inside = bounded(up, -LIMIT, LIMIT)
     up += SHIFT
-    act, slope = activated(ALPHA * gate, ACTIVATION)
-    if ALPHA != 1:
-        act /= ALPHA
+    if ALPHA == 1:
+        act, slope = activated(gate, ACTIVATION)
+    else:  # silu
+        sigmoid = tl.sigmoid(ALPHA * gate)
+        act, slope = gate * sigmoid, sigmoid * (1 + ALPHA * gate * (1 - sigmoid))
     by_gate, by_up = slope * up, act
     if LIMIT is not None:
         by_gate, by_up = tl.where(gate_inside, by_gate, 0.0), tl.where(up_inside, by_up, 0.0)

@@ -276,7 +276,7 @@ class DoraExperts(DoraLayer):
         moe, gpt_oss = sys.modules.get("transformers.integrations.moe"), sys.modules.get(_GPT_OSS)
         apply = getattr(type(base), "_apply_gate", None)
         if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
-            return functional.Gate("silu", True, base.limit, base.alpha, 1.0)
+            return functional.Gate("silu", True, base.limit, base.alpha, 1.0) if base.limit > 0 else None
         if apply is None or apply is not getattr(moe, "_default_apply_gate", None) or not unhooked(base.act_fn):
             return None
         known = self.__dict__.get("_activation")

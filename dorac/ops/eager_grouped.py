@@ -51,7 +51,7 @@ def dora_linear_grouped(
 ) -> Tensor | None:
     """The layer, or None if it is not to be computed here; errors are ``check_grouped``'s.
 
-    ``scaling``: a finite number, or a tensor, checked if it is 0-d. ``gate``: of the layer's output; on a GPU alone.
+    ``scaling``: a finite number, or a tensor, checked if it is 0-d. ``gate``: of the layer's output.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -94,11 +94,13 @@ def dora_linear_grouped(
         plan = Slices()
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
     if not training:
-        return _forward_of(plan)(*tensors, scaling, False)[0]
-    trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
-    if not trained or weight.requires_grad or weight_norm.requires_grad:
-        return None
-    return _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
+        y = _forward_of(plan)(*tensors, scaling, False)[0]
+    else:
+        trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
+        if not trained or weight.requires_grad or weight_norm.requires_grad:
+            return None
+        y = _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
+    return y if gate is None or plan.gate is not None else gate(y)
 
 
 def _product(launches, x, factor, magnitude, norm, scaling, offsets, rank) -> Tensor:

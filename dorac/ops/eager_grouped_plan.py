@@ -21,7 +21,7 @@ class Slices:
     """Layers on the CPU."""
 
     even: bool = False  # see by_expert.py
-    gate: None = None  # is behind them
+    gate: None = None  # which is aten's, behind them
     in_ops: bool = False  # which modes see
 
 
@@ -48,7 +48,7 @@ def make_plan(
     if not all(t.numel() for t in given) or not front.all_eager(*given) or front.autocast_dtype(x) is not None:
         return None
     if by_expert.takes(x, weight, lora_A, lora_B, magnitude, bias, weight_norm):
-        return None if gate is not None else Slices(by_expert.even(x, weight, lora_A, lora_B))
+        return Slices(by_expert.even(x, weight, lora_A, lora_B))
     if not front.has_kernels(*given[:-1]):
         return None
     if weight.dtype is not torch.bfloat16 or lora_A.dtype not in (torch.bfloat16, torch.float32):
