@@ -3,6 +3,7 @@
 On the CPU the kernels run in Triton's interpreter.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -459,6 +460,10 @@ def test_modules_with_other_gates(path, device):  # noqa: F811
     assert layer._gate(hidden) == Gate("gelu_tanh")
     layer.base_layer.act_fn = torch.nn.Tanh()
     assert layer._gate(hidden) is None
+    del layer.base_layer.act_fn
+    layer.base_layer.act_fn = torch.nn.functional.silu  # as some classes have it
+    assert layer._gate(hidden) is None
+    copy.deepcopy(layer)(*args)
     layer.merge()
     assert layer._gate(hidden) is None
     assert path

@@ -66,6 +66,12 @@ def _transposed(module: nn.Module) -> bool:
     return _is_sorted(module) or module.is_transposed
 
 
+@functools.lru_cache(maxsize=16)
+def _clamped(limit: float, alpha: float) -> functional.Gate:
+    """GPT-OSS' gate."""
+    return functional.Gate("silu", interleaved=True, limit=limit, alpha=alpha, shift=1.0)
+
+
 class DoraExperts(DoraLayer):
     """Adapts transformers' experts with DoRA, each projection of each expert for itself: ``V_e = W_e + s B_e A_e``.
 
@@ -276,14 +282,18 @@ class DoraExperts(DoraLayer):
         moe, gpt_oss = sys.modules.get("transformers.integrations.moe"), sys.modules.get(_GPT_OSS)
         apply = getattr(type(base), "_apply_gate", None)
         if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
-            return functional.Gate("silu", True, base.limit, base.alpha, 1.0) if base.limit > 0 else None
-        if apply is None or apply is not getattr(moe, "_default_apply_gate", None) or not unhooked(base.act_fn):
+            return _clamped(base.limit, base.alpha) if base.limit > 0 else None
+        act = getattr(base, "act_fn", None)
+        if apply is None or apply is not getattr(moe, "_default_apply_gate", None):
             return None
-        known = self.__dict__.get("_activation")
-        if known is None or known[0] is not base.act_fn:
+        if not isinstance(act, nn.Module) or not unhooked(act):
+            return None
+        known = self.__dict__.get("_known_gate")
+        if known is None or known[0] is not act:
             with torch._C._DisableTorchDispatch():  # a mode has no part in it
-                known = self.__dict__["_activation"] = base.act_fn, activation_of(base.act_fn)
-        return None if known[1] is None else functional.Gate(known[1])
+                activation = activation_of(act)
+            known = self.__dict__["_known_gate"] = act, None if activation is None else functional.Gate(activation)
+        return known[1]
 
     def _project(
         self, projection: str, tensors: tuple, x: Tensor, gate: functional.Gate | None = None, **offsets: Tensor
