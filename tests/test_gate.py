@@ -426,9 +426,9 @@ def check_routing(routing):
 
 @pytest.mark.full
 @pytest.mark.usefixtures("path", "quick_interpreter")
-@settings(max_examples=500, **COMMON)
+@settings(max_examples=200, **COMMON)
 @given(routing=routings([(HALF, HALF), (HALF, WIDE)]))
-def test_five_hundred_routings(routing):
+def test_two_hundred_routings(routing):
     check_routing(routing)
 
 
