@@ -113,6 +113,24 @@ ACTIVATIONS = {
 }
 
 
+def gated(
+    y: Tensor,
+    activation: str = "silu",
+    interleaved: bool = False,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    shift: float = 0.0,
+) -> Tensor:
+    """``act(gate) * (up + shift)`` of the halves of y, or its even and odd columns, within limits; alpha is silu's."""
+    half = y.shape[-1] // 2
+    pairs = y.unflatten(-1, (half, 2)) if interleaved else y.unflatten(-1, (2, half)).mT
+    gate, up = pairs.unbind(-1)
+    if limit is not None:
+        gate, up = gate.minimum(torch.full_like(gate, limit)), up.clamp(-limit, limit)
+    act = ACTIVATIONS[activation](gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
+    return act * (up + shift)
+
+
 def dora_mlp(
     x: Tensor,
     gate: tuple[tuple[Tensor | None, ...], dict] | None,

@@ -121,6 +121,20 @@ def row_layer(layer: row_layers.RowLayer, out_dim: int = 1) -> Functional:
     )
 
 
+def gated_row(gate: functional.Gate) -> Functional:
+    """Rows by expert with a gate behind them."""
+    layer = row_layers.LAYERS["grouped"]
+
+    def textbook(*tensors, **options) -> Tensor:
+        return reference.gated(layer.textbook(*tensors, **options), **dataclasses.asdict(gate))
+
+    return Functional(
+        scaled(layer.functional, gate=gate, **layer.of_rows),
+        scaled(textbook),
+        lambda: layer.inputs(6, 4, 2).tensors(),
+    )
+
+
 def conv_row(convolution: Convolution, channels_last: bool = False) -> Functional:
     """The row of one convolution."""
     dimensions, groups = convolution.dimensions, convolution.groups
@@ -292,6 +306,7 @@ FUNCTIONALS = {
     ),
     "dora_linear, experts": row_layer(row_layers.LAYERS["experts"]),
     "dora_linear_grouped": row_layer(row_layers.LAYERS["grouped"]),
+    "dora_linear_grouped, gate": gated_row(functional.Gate("silu", True, 1.5, 1.702, 1.0)),
     "dora_linear_mixed": row_layer(row_layers.LAYERS["mixed"], out_dim=0),
     "dora_embedding": Functional(
         scaled(functional.dora_embedding),

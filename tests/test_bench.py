@@ -304,7 +304,12 @@ def test_experts(bench, device):
     graphs = ("base-graph", "lora-graph", "dorac-graph") if device == "cuda" else ()
     variants = ("base-eager", "lora-eager", "dorac-eager", *graphs)
     result = bench("experts", "--experts", "3", "--shapes", "32x16", "--ranks", "8", "--rows", "10", "7")
-    cases = [f"3x32x16 r8 {rows} rows {phase}" for rows in (10, 7) for phase in ("train", "inference")]
+    cases = [
+        f"3x32x16{kind} r8 {rows} rows {phase}"
+        for kind in ("", " mixtral")
+        for rows in (10, 7)
+        for phase in ("train", "inference")
+    ]
     assert names(result) == [(case, variant) for case in cases for variant in variants]
     check_times(result, device)
     for record in result["records"]:
@@ -337,6 +342,24 @@ def test_experts_compute_what_they_are_called():
         torch.testing.assert_close(
             experts.dorac(layer, x, offsets), 2 * experts.lora(layer, x, offsets), rtol=0.05, atol=0.05
         )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_blocks_of_experts_compute_what_they_are_called(kind):
+    args = arguments(dtype=torch.float32, adapter_dtype=torch.float32)
+    block = experts.Block(3, (32, 16), 8, experts.LAYERS[kind], args)
+    x, offsets = torch.randn(9, 16), torch.tensor([4, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        for layer in (block.gate_up, block.down):
+            layer.magnitude.copy_(layer.norm)
+        lora, dorac, apart = (experts.FORWARDS[name](block, x, offsets) for name in ("lora", "dorac", "apart"))
+        assert lora.shape == (9, 16)
+        torch.testing.assert_close(dorac, lora)
+        torch.testing.assert_close(apart, lora)
+        block.gate_up.magnitude.mul_(2)
+        again = [experts.FORWARDS[name](block, x, offsets) for name in ("dorac", "apart")]
+        torch.testing.assert_close(*again)
+        assert not torch.allclose(again[0], lora, rtol=0.1)
 
 
 DROPPED = ("lora-addmm-compiled", "lora-sum-eager", "dorac-once-eager", "dorac-every-low-rank-eager")

@@ -118,6 +118,8 @@ def assert_choices_fit(card):
             assert fits(configs.segment_tile_config(first, 8, second, rank, h, base, card), card, h, base)
             assert fits(configs.segment_product_config(first, 8, second, rank, base, h, card), card, base, h)
             assert fits(configs.segment_backward_config(first, second, rank, base, h, card), card, base, h)
+            assert fits(configs.segment_gate_config(first, 8, second, rank, h, card), card, h)
+            assert fits(configs.segment_gate_backward_config(first, second, rank, h, card), card, h)
         config = configs.lora_b_config(first, second, min(rank, 384), card)
         strips, columns = -(-first // config.rows), -(-second // config.block_o)
         assert fits(config, card)

@@ -15,6 +15,8 @@ import triton
 
 from dorac.kernels.configs import (
     ColumnConfig,
+    GateBackwardConfig,
+    GateConfig,
     LoraBConfig,
     MixedConfig,
     MlpConfig,
@@ -54,6 +56,8 @@ TAKEN = (  # bytes that Triton 3.6 to 3.9 made of a config at most, on both side
     ("sm_86", LoraBConfig(32, 64, 1024, 8, 4, 128, 3), (), 104 * KIB),
     ("sm_86", ProductConfig(64, 128, 64, 1, 4, 4), (HALF, HALF), 101_888),  # with g and columns of lora_B in one piece
     ("sm_86", ProductConfig(32, 32, 32, 1, 4, 3), (FULL, FULL), 20_992),
+    ("sm_86", GateConfig(16, 128, 64, 4, 2, rows=64), (HALF,), 40 * KIB),
+    ("sm_86", GateBackwardConfig(16, 64, 1024, 4, 3, 64), (HALF,), 16 * KIB),
     ("sm_90", TileConfig(32, 64, 16, 4, 2), (FULL, FULL), 12 * KIB),
     ("sm_90", StackNormConfig(64, 128, 64, 4, 1, 8, 3), (HALF,), 262_656),
     ("sm_100", NormConfig(128, 64, 128, 4, 8, 3, registers=True), (384, HALF), 278_576),
@@ -135,6 +139,8 @@ SAMPLE = (
     ("gfx942", "norm", 384),
     ("sm_86", "segment-backward", 64),
     ("gfx942", "segment-product", 128),
+    ("sm_90", "segment-gate", 16),
+    ("sm_120", "segment-gate-backward", 64),
     ("gfx942", "mixed", 64),
 )
 REFUSED = (  # of which card's choosers, or what they would take first
@@ -150,6 +156,8 @@ def test_the_compiler_agrees(tmp_path):
     of_kernel = {
         "segment-backward": "bf16/fp32 m",
         "segment-product": "bf16/bf16 g",
+        "segment-gate": "bf16/bf16 interleaved",
+        "segment-gate-backward": "bf16/fp32 halves",
         "mixed": "8x512 bf16/bf16 down",
     }
     cells = [

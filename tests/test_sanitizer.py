@@ -91,6 +91,13 @@ for (dtype, factor_dtype), (rows, features, inputs, rank), each in itertools.pro
         segments.segment_backward(base, inner, magnitude, norm, h, scaling, offsets, by, config=small)
         segments.segment_backward(x, None, None, None, h, 1.0, offsets, by, d_lora_B=torch.empty_like(lora_A).mT)
     segments.zero_tail(inner, offsets)
+    if dtype is torch.bfloat16 and features % 2 == 0:
+        layer, small = (magnitude, norm), configs.GateBackwardConfig(16, 16, 32, 4, 2, 16)
+        for gate in ("silu", False, None, 1.0, 0.0), ("silu", True, 7.0, 1.702, 1.0):
+            z = segments.segment_gate(base, h, lora_B, *layer, scaling, bias, offsets, gate, want_inner=each)
+            given = base, *layer, bias, h, scaling, offsets, lora_B, gate
+            segments.segment_gate_backward(z, *given)
+            segments.segment_gate_backward(z, *given, bias_dtype=dtype, config=small)
 torch.cuda.synchronize()
 print("done")
 """

@@ -1,4 +1,7 @@
-"""``experts``: one adapted projection of all experts, rows sorted by expert, relative to grouped plain LoRA."""
+"""``experts``: one adapted projection of all experts, or both with the gate between, relative to grouped plain LoRA.
+
+Rows are sorted by expert.
+"""
 
 import argparse
 import functools
@@ -14,6 +17,12 @@ from dorac.bench import measure, options, report
 from dorac.bench.peers import SCALING
 
 ROUTINGS = ("random", "even", "one")
+# What is measured: one projection, or both of an expert, gate_up [2 OUT, IN] and down [IN, OUT], with a gate between.
+LAYERS: dict[str, functional.Gate | None] = {
+    "projection": None,
+    "mixtral": functional.Gate(),
+    "gpt_oss": functional.Gate(interleaved=True, limit=7.0, alpha=1.702, shift=1.0),
+}
 TURNS = 20
 DEFAULTS = {
     "cuda": {
@@ -22,6 +31,7 @@ DEFAULTS = {
         "ranks": [16],
         "rows": [64, 8192],
         "routing": "random",
+        "layers": ["projection", "mixtral"],
         "phases": list(options.PHASES),
         "variants": ["base-eager", "lora-eager", "dorac-eager", "base-graph", "lora-graph", "dorac-graph"],
     },
@@ -31,6 +41,7 @@ DEFAULTS = {
         "ranks": [8],
         "rows": [40],
         "routing": "random",
+        "layers": ["projection", "mixtral"],
         "phases": list(options.PHASES),
         "variants": ["base-eager", "lora-eager", "dorac-eager"],
     },
@@ -64,13 +75,48 @@ def lora(layer: Experts, x: Tensor, offsets: Tensor) -> Tensor:
     return torch.add(base(layer, x, offsets), low.to(x.dtype), alpha=SCALING)
 
 
-def dorac(layer: Experts, x: Tensor, offsets: Tensor) -> Tensor:
+def dorac(layer: Experts, x: Tensor, offsets: Tensor, gate: functional.Gate | None = None) -> Tensor:
     """DoRA with the norms given."""
     tensors = layer.weight, layer.lora_A, layer.lora_B, layer.magnitude
-    return functional.dora_linear_grouped(x, *tensors, offsets=offsets, scaling=SCALING, weight_norm=layer.norm)
+    given = {"scaling": SCALING, "weight_norm": layer.norm, "gate": gate}
+    return functional.dora_linear_grouped(x, *tensors, offsets=offsets, **given)
 
 
-FORWARDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {"base": base, "lora": lora, "dorac": dorac}
+class Block(nn.Module):
+    """gate_up and down of the experts, and the gate between them."""
+
+    def __init__(self, experts: int, shape: tuple[int, int], rank: int, gate: functional.Gate, args) -> None:
+        super().__init__()
+        out_features, in_features = shape
+        self.gate_up = Experts(experts, 2 * out_features, in_features, rank, args)
+        self.down = Experts(experts, in_features, out_features, rank, args)
+        self.gate = gate
+
+
+def with_gate(forward: Callable[[Experts, Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """The same of a block, whose gate is aten's."""
+
+    def both(layer: nn.Module, x: Tensor, offsets: Tensor) -> Tensor:
+        if isinstance(layer, Experts):
+            return forward(layer, x, offsets)
+        return forward(layer.down, layer.gate(forward(layer.gate_up, x, offsets)), offsets)
+
+    return both
+
+
+def dorac_block(layer: nn.Module, x: Tensor, offsets: Tensor) -> Tensor:
+    """The same, the gate inside of the first projection."""
+    if isinstance(layer, Experts):
+        return dorac(layer, x, offsets)
+    return dorac(layer.down, dorac(layer.gate_up, x, offsets, layer.gate), offsets)
+
+
+FORWARDS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "base": with_gate(base),
+    "lora": with_gate(lora),
+    "dorac": dorac_block,
+    "apart": with_gate(dorac),  # dorac with the gate behind the first projection
+}
 VARIANTS = [f"{name}-{mode}" for mode in ("eager", "graph") for name in FORWARDS]
 
 
@@ -80,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=options.positive, metavar="R", help="of the adapters")
     parser.add_argument("--rows", nargs="+", type=options.positive, metavar="S", help="of all experts")
     parser.add_argument("--routing", choices=ROUTINGS, help="how many rows each expert gets (default: random)")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=LAYERS,
+        help="one projection OUTxIN, or Mixtral's or GPT-OSS' experts: 2 OUT x IN, the gate, IN x OUT",
+    )
     parser.add_argument("--phases", nargs="+", choices=options.PHASES, help="what to measure (default: both)")
     options.add_variants(parser, VARIANTS)
 
@@ -104,15 +156,19 @@ def draw_offsets(rows: int, experts: int, routing: str, device: torch.device) ->
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One record per shape, rank, number of rows, phase and variant, with ratios to plain LoRA in the same mode."""
-    for (experts, shape), rank in itertools.product(zip(args.experts, args.shapes, strict=True), args.ranks):
+    """One record per layer, shape, rank, number of rows, phase and variant, with ratios to plain LoRA in its mode."""
+    shapes = zip(args.experts, args.shapes, strict=True)
+    for (experts, shape), rank, kind in itertools.product(shapes, args.ranks, args.layers):
         measure.release()
-        layer = Experts(experts, *shape, rank, args)
+        gate = LAYERS[kind]
+        layer = Experts(experts, *shape, rank, args) if gate is None else Block(experts, shape, rank, gate, args)
+        out = shape[0] if gate is None else shape[1]
         for rows, phase in itertools.product(args.rows, args.phases):
             x = torch.randn(rows, shape[1], dtype=args.dtype, device=args.device)
-            dy = torch.randn(rows, shape[0], dtype=args.dtype, device=args.device) if phase == "train" else None
+            dy = torch.randn(rows, out, dtype=args.dtype, device=args.device) if phase == "train" else None
             offsets = draw_offsets(rows, experts, args.routing, args.device)
-            case = f"{experts}x{shape[0]}x{shape[1]} r{rank} {rows} rows {phase}"
+            name = f"{experts}x{shape[0]}x{shape[1]}" + (f" {kind}" if gate is not None else "")
+            case = f"{name} r{rank} {rows} rows {phase}"
             size = {"out": shape[0], "in": shape[1], "rank": rank, "tokens": rows, "phase": phase}
             yield from (record | size for record in _measured(case, layer, x, dy, offsets, args))
             layer.zero_grad(set_to_none=True)

@@ -2,17 +2,11 @@
 
 import dataclasses
 import itertools
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from dorac.bench.offline_compile import FULL, HALF, NAMES, Argument, Usage, compile_launch
 from dorac.kernels import (
     backward,
     cast,
@@ -30,36 +24,15 @@ from dorac.kernels import (
     segments,
     stack_norm,
 )
-from dorac.kernels.launch import ASSERTS, Launch
+from dorac.kernels.launch import Launch
 from dorac.kernels.target import Target
 from dorac.packed import Form
 
-# A tensor's dtype, a descriptor's dtype and block, a number, or None.
-Argument = torch.dtype | tuple[torch.dtype, tuple[int, int]] | float | None
+__all__ = ["EDGES", "KERNELS", "OF_RANK", "RANKS", "Cell", "Usage", "cells", "compile_launch", "refused"]
 
-NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
-HALF, FULL = torch.bfloat16, torch.float32
 RANKS = 1, 16, 64, 128, 256, 384, 512
 # Tokens, out and in: tiles end at the edges; they do not; nor do rows at multiples of 16: each number is loaded alone.
 EDGES = {"even": (4096, 4096, 4096), "uneven": (4089, 4112, 4112), "odd": (4089, 4091, 4093)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Of a program: bytes of shared memory, registers of a thread, bytes (on AMD's cards registers) that it spills."""
-
-    shared: int
-    registers: int
-    spills: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,47 +49,6 @@ class Cell:
     def bound(self, target: Target) -> int | None:
         """Bytes of shared memory at most, by the config."""
         return None if self.config is None else self.config.shared_memory(target, *self.of)
-
-
-def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target) -> Usage:
-    """Compiles the launch for aligned tensors.
-
-    Raises:
-        RuntimeError: what Triton's compiler raises is one.
-    """
-    names = launch.kernel.arg_names
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, argument) in enumerate(zip(names, (*arguments, *launch.settled), strict=True)):
-        divisible = isinstance(argument, torch.dtype) or (type(argument) is int and argument % 16 == 0)
-        if name in launch.constants or argument is None or (type(argument) is int and argument == 1):
-            signature[name], constants[(i,)] = "constexpr", argument
-            continue
-        if isinstance(argument, torch.dtype):
-            signature[name] = f"*{NAMES[argument]}"
-        elif isinstance(argument, tuple):
-            dtype, block = argument
-            signature[name] = f"tensordesc<{NAMES[dtype]}{[*block]}>"
-        elif isinstance(argument, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget(target.backend, target.capability, target.warp_size),
-        options={"num_warps": launch.warps, **(ASSERTS if launch.asserts else {})},
-    )
-    if target.backend == "hip":
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
-        return Usage(compiled.metadata.shared, int(found["vgpr_count"]), int(found["vgpr_spill_count"]))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-    return Usage(compiled.metadata.shared, registers, stack)
 
 
 def cells(
@@ -331,6 +263,37 @@ def _segment_backward(target: Target, rank: int, rows: int, out: int, _: int) ->
         yield f"{name} sum", None, (), add, (FULL, m, None, torch.int32, m, factor, None)
 
 
+def _gates() -> Iterator[tuple[str, tuple]]:
+    """As Mixtral has them, and as GPT-OSS."""
+    yield "halves", ("silu", False, None, 1.0, 0.0)
+    yield "interleaved", ("silu", True, 7.0, 1.702, 1.0)
+
+
+def _segment_gate(target: Target, rank: int, rows: int, features: int, _: int) -> Iterator[tuple]:
+    for factor, (name, gate) in itertools.product((HALF, FULL), _gates()):
+        config = configs.segment_gate_config(rows, EXPERTS, features, rank, factor, target)
+        of_b, flags = (2 * features * rank, rank, 1), {"split": factor is FULL, "each": False}
+        flags["stride_norm"] = 2 * features
+        launch = segments.segment_gate_launch(rows, EXPERTS, features, rank, of_b, gate, config, **flags)
+        bias = HALF if gate[1] else None
+        for case, inner in ((name, HALF), (f"{name} inference", None)):
+            arguments = factor, HALF, factor, FULL, FULL, 2.0, bias, torch.int32, inner, HALF
+            yield f"bf16/{NAMES[factor]} {case}", config, (factor,), launch, arguments
+
+
+def _segment_gate_backward(target: Target, rank: int, rows: int, features: int, _: int) -> Iterator[tuple]:
+    for factor, (name, gate) in itertools.product((HALF, FULL), _gates()):
+        config = configs.segment_gate_backward_config(rows, features, rank, factor, target)
+        strides, flags = ((features, 1), (2 * features * rank, rank, 1)), {"wide": factor is FULL, "each": False}
+        flags["stride_norm"] = 2 * features
+        _, launch, _ = segments.segment_gate_backward_launches(
+            rows, EXPERTS, features, rank, strides, gate, config, **flags
+        )
+        bias = HALF if gate[1] else None
+        given, gradients = (HALF, HALF, FULL, FULL, bias, factor, 2.0, torch.int32), (HALF, FULL, factor, None)
+        yield f"bf16/{NAMES[factor]} {name}", config, (factor,), launch, (*given, *gradients, FULL, FULL, None)
+
+
 def _mixed(target: Target, rank: int, tokens: int, out: int, inner: int) -> Iterator[tuple]:
     batches = (1, 1), (32, 1), (256, 1), (tokens // 4, 1), (8, tokens // 8)  # single ones, counted, listed, long
     for dtype, factors in ((HALF, HALF), (HALF, FULL), (FULL, FULL)):
@@ -384,6 +347,8 @@ KERNELS: dict[str, Callable[[Target, int, int, int, int], Iterator[tuple]]] = {
     "segment-compose": _segment_compose,
     "segment-product": _segment_product,
     "segment-backward": _segment_backward,
+    "segment-gate": _segment_gate,
+    "segment-gate-backward": _segment_gate_backward,
     "small": _small,
 }
 OF_RANK = {*KERNELS} - {"packed-dense", "compose", "backward", "small"}

@@ -16,7 +16,13 @@ from dorac.ops import eager, linear
 from dorac.ops.linear_leaves import LORA_B_RANK
 
 KERNELS = ("norm", "up", "backward", "lora-b-backward", "mlp", "mlp-backward", "form", "stack-form")
-SEGMENTS = ("segment-compose", "segment-product", "segment-backward")  # asked for by name
+SEGMENTS = (  # asked for by name
+    "segment-compose",
+    "segment-product",
+    "segment-backward",
+    "segment-gate",
+    "segment-gate-backward",
+)
 DEFAULTS = {
     "cuda": model.CUDA_STACK
     | {

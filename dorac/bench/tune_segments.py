@@ -9,6 +9,7 @@ import torch
 
 from dorac.bench import experts, report
 from dorac.bench.peers import SCALING
+from dorac.functional import Gate
 from dorac.kernels import configs, segments, target
 from dorac.kernels.launch import LaunchError
 
@@ -76,6 +77,8 @@ def sweep(shape: tuple[int, int], rank: int, args: argparse.Namespace) -> Iterat
         "segment-backward": (*strips(out_features), dtypes, backward),
         "segment-backward d_lora_A": (*strips(in_features), dtypes, outer),
     }
+    if base.dtype is torch.bfloat16:
+        sweeps |= _gates(base, h, lora_B, *of_layer, offsets, card)
     for name, (chosen, candidates, of, call) in sweeps.items():
         if name.partition(" ")[0] not in args.kernels:
             continue
@@ -86,6 +89,36 @@ def sweep(shape: tuple[int, int], rank: int, args: argparse.Namespace) -> Iterat
             if configs.fits(config, card, *of) and (record := _timed(case, config, call(config)))
         ]
         yield from sorted(records, key=lambda record: record["wall_us"])
+
+
+def _gates(base, h, lora_B, magnitude, norm, offsets, card) -> dict[str, tuple]:
+    """Of the layer as gate and up in one: Mixtral's, and GPT-OSS'."""
+    (rows, out_features), (count, _, rank) = base.shape, lora_B.shape
+    features, dz, sweeps = out_features // 2, base[:, : out_features // 2].contiguous(), {}
+    ahead = configs.segment_gate_config(rows, count, features, rank, h.dtype, card)
+    tiles = [
+        dataclasses.replace(ahead, block_t=block_t, block_o=block_f, warps=warps, rows=walked)
+        for block_t, block_f, warps, walked in itertools.product((16, 32), (64, 128), (4, 8), (0, 64, 128, 256))
+    ]
+    back = configs.segment_gate_backward_config(rows, features, rank, h.dtype, card)
+    strips = [
+        dataclasses.replace(back, block_t=block_t, block_o=block_f, warps=warps, rows=walked)
+        for block_t, block_f, warps, walked in itertools.product((16, 32), (32, 64, 128), (4, 8), (128, 512, 2048))
+    ]
+    for name, gate in (("halves", Gate()), ("interleaved", Gate(interleaved=True, limit=7.0, alpha=1.702, shift=1.0))):
+        of_gate = dataclasses.astuple(gate)
+
+        def forward(config, of_gate=of_gate):
+            layer = base, h, lora_B, magnitude, norm, SCALING, None, offsets, of_gate
+            return lambda: segments.segment_gate(*layer, want_inner=True, config=config)
+
+        def backward(config, of_gate=of_gate):
+            layer = dz, base, magnitude, norm, None, h, SCALING, offsets, lora_B, of_gate
+            return lambda: segments.segment_gate_backward(*layer, config=config)
+
+        sweeps[f"segment-gate {name}"] = ahead, tiles, (h.dtype,), forward
+        sweeps[f"segment-gate-backward {name}"] = back, strips, (h.dtype,), backward
+    return sweeps
 
 
 def _timed(case: str, config: configs.Config, fn: Callable[[], object]) -> dict[str, object] | None:

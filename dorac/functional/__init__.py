@@ -32,10 +32,12 @@ from dorac.functional.linear import compose, dora_linear, dora_over
 from dorac.functional.merge import invertible_scale, merge_weight, unmerge_weight
 from dorac.functional.mixed import dora_linear_mixed, mixed_norm
 from dorac.functional.norm import init_magnitude, magnitude_scale, norm_factored
+from dorac.ops.gate import Gate
 
 __all__ = [
     "Adapter",
     "AdapterStack",
+    "Gate",
     "Projection",
     "at_strength",
     "column_norm",

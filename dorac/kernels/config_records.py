@@ -218,6 +218,31 @@ class SegmentConfig(ColumnConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class GateConfig(TileConfig):
+    """The same of ``act(gate) * up``, with ``block_o`` columns of each; activations are of half precision."""
+
+    def shared_memory(self, target: Target, h_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        h, b = (rows * self.block_r * h_dtype.itemsize for rows in (self.block_t, 2 * self.block_o))
+        product = self.block_t * 2 * self.block_o * 4  # as it changes threads
+        ahead = 1 if self.rows > self.block_t else _buffers(self.stages, target, torch.bfloat16, product=True)
+        return _total(ahead * (h + b) + product, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateBackwardConfig(SegmentConfig):
+    """The same of ``act(gate) * up``, with ``block_o`` columns of each; activations are of half precision."""
+
+    def shared_memory(self, target: Target, h_dtype: torch.dtype) -> int:
+        """Bytes at most."""
+        h = self.block_t * self.block_r * h_dtype.itemsize
+        pieces = 3 * self.block_t * self.block_r * 2 if h_dtype is torch.float32 else 0
+        tile = self.block_t * 2 * self.block_o * 6  # in float32 as it changes threads, and as products take it
+        ahead = _buffers(self.stages, target, torch.bfloat16, product=True)
+        return _total(max(ahead * h + pieces + tile, 2 * self.block_o * self.block_r * 4), target)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProductConfig:
     """A program's rows and ranks, the columns of a step, and over how many programs the columns are split."""
 

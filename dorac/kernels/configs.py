@@ -16,6 +16,8 @@ from dorac.kernels.config_records import (
     ColumnConfig,
     Config,
     DoesNotFitError,
+    GateBackwardConfig,
+    GateConfig,
     LoraBConfig,
     MixedConfig,
     MlpBackwardConfig,
@@ -31,7 +33,14 @@ from dorac.kernels.config_records import (
     launchable,
     power_of_two,
 )
-from dorac.kernels.row_configs import mixed_config, segment_backward_config, segment_product_config, segment_tile_config
+from dorac.kernels.row_configs import (
+    mixed_config,
+    segment_backward_config,
+    segment_gate_backward_config,
+    segment_gate_config,
+    segment_product_config,
+    segment_tile_config,
+)
 from dorac.kernels.target import CARDS, Target
 
 __all__ = [
@@ -41,6 +50,8 @@ __all__ = [
     "ColumnConfig",
     "Config",
     "DoesNotFitError",
+    "GateBackwardConfig",
+    "GateConfig",
     "LoraBConfig",
     "MixedConfig",
     "MlpBackwardConfig",
@@ -60,6 +71,8 @@ __all__ = [
     "packed_norm_config",
     "pointwise_config",
     "segment_backward_config",
+    "segment_gate_backward_config",
+    "segment_gate_config",
     "segment_product_config",
     "segment_tile_config",
     "stack_norm_config",
@@ -272,6 +285,8 @@ def why_not(target: Target | None) -> str | None:
                 segment_tile_config(size[0], 8, size[1], rank, dtype, base_dtype, target)
                 segment_product_config(size[0], 8, size[1], rank, base_dtype, dtype, target)
                 segment_backward_config(*size, rank, base_dtype, dtype, target)
+            segment_gate_config(size[0], 8, size[1], rank, dtype, target)
+            segment_gate_backward_config(*size, rank, dtype, target)
             for training in (False, True):
                 mlp_config(*size, rank, training, target)
             mlp_backward_config(*size, rank, target)

@@ -6,6 +6,8 @@ import functools
 import torch
 
 from dorac.kernels.config_records import (
+    GateBackwardConfig,
+    GateConfig,
     MixedConfig,
     ProductConfig,
     SegmentConfig,
@@ -81,6 +83,36 @@ def segment_backward_config(
     warps, stages = 4 if few else 8, 4 if lean else 3  # or it spills
     config = SegmentConfig(32, block_o, max(32, walked), warps, stages, block_r)
     return first_fitting(fewer_stages(config, 1), target, dtype, h_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_gate_config(
+    rows: int, segments: int, features: int, rank: int, h_dtype: torch.dtype, target: Target
+) -> GateConfig:
+    """``configs.mlp_config`` for rows sorted by segment: small tiles that a program walks down."""
+    each, half = max(1, -(-rows // max(1, segments))), h_dtype.itemsize == 2
+    if each > 32 and rank <= (64 if half else 32):
+        block_f, walked = 128 if half else 64, 256 if rank > 32 else 128
+        while walked > 16 and -(-rows // walked) * -(-features // block_f) < 8 * target.processors:
+            walked //= 2
+        config = GateConfig(16, block_f, power_of_two(rank, 16, 64), 4, 2, rows=walked)
+    else:
+        block_t, block_r = (power_of_two(each, 16, 32), 64) if half else (16, 32)  # or it spills
+        config = GateConfig(block_t, 64, power_of_two(rank, 16, block_r), 4, 2)
+    return first_fitting(fewer_stages(config, 1), target, h_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_gate_backward_config(
+    rows: int, features: int, rank: int, h_dtype: torch.dtype, target: Target
+) -> GateBackwardConfig:
+    """``configs.mlp_backward_config`` for rows sorted by segment, of any rank."""
+    half = h_dtype.itemsize == 2
+    block_f = 128 if rank <= 16 and half and target.generation == 9 else 64  # or it spills
+    strips = max(1, min(2 * target.processors // -(-features // block_f), rows // 256))
+    walked = max(16, -(-rows // (16 * strips)) * 16)
+    config = GateBackwardConfig(16, block_f, walked, 4, 3, power_of_two(rank, 16, 64 if half else 32))
+    return first_fitting(fewer_stages(config, 1), target, h_dtype)
 
 
 # Of mixed rows: up to how many tokens each is a tile, whatever they share, and up to how many a program counts.

@@ -23,9 +23,10 @@ from dorac.kernels.segment_tiles import (
     scale_of,
     scales_each,
     scaling_of,
+    store_factor,
     store_rows,
+    store_vectors,
 )
-from dorac.kernels.tiles import ZERO_ROW_NORM
 
 
 @triton.jit
@@ -99,13 +100,11 @@ def segment_backward_kernel(
                     tail_TO += dy_TO.to(tl.float32)
                 store_rows(d_base_ptr, tail_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
         return
-    of_segment = segment.to(tl.int64) * O
     if magnitude_ptr is not None:
         g_O = scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O)
         base_O = g_O - 1 if DELTA else g_O
         acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-        if d_bias_ptr is not None:
-            bias_O = tl.zeros([BLOCK_O], dtype=tl.float32)
+        bias_O = tl.zeros([BLOCK_O], dtype=tl.float32)
     acc_OR = tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32)
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         rows_T, mask_T = rows_of_tile(order_ptr, start, end, BLOCK_T)
@@ -123,29 +122,44 @@ def segment_backward_kernel(
                     bias_O += tl.sum(dy_TO, axis=0)
                 store_rows(d_base_ptr, base_O[None, :] * dy_TO, rows_T, mask_T, start_o, O, O, BLOCK_O, EVEN_O)
     if magnitude_ptr is not None:
-        of_norm = segment.to(tl.int64) * stride_norm
-        norm_O = tl.load(norm_ptr + of_norm + cols_O, mask=mask_O, other=1.0).to(tl.float32)
-        d_m_O = tl.where(norm_O <= ZERO_ROW_NORM, 0.0, tl.sum(acc_TO, axis=0) / norm_O)
         if start_r == 0:
-            of_strip = strip.to(tl.int64) * O
-            if alone:
-                tl.store(d_m_ptr + of_segment + cols_O, rounded(d_m_O, d_m_ptr), mask=mask_O)
-                if d_bias_ptr is not None:
-                    tl.store(d_bias_ptr + of_segment + cols_O, rounded(bias_O, d_bias_ptr), mask=mask_O)
-            else:
-                tl.store(parts_m_ptr + of_strip + cols_O, d_m_O, mask=mask_O)
-                if d_bias_ptr is not None:
-                    tl.store(parts_bias_ptr + of_strip + cols_O, bias_O, mask=mask_O)
+            store_vectors(
+                tl.sum(acc_TO, axis=0),
+                bias_O,
+                norm_ptr,
+                d_m_ptr,
+                d_bias_ptr,
+                parts_m_ptr,
+                parts_bias_ptr,
+                segment,
+                strip,
+                alone,
+                start_o,
+                O,
+                O,
+                stride_norm,
+                BLOCK_O,
+            )
         acc_OR *= g_O[:, None]
     acc_OR *= scaling_of(scaling_ptr, segment, EACH)
-    cols_R = start_r + tl.arange(0, BLOCK_R)
-    mask_OR = mask_O[:, None] & (cols_R < R)[None, :]
-    rows_O, cols_R = cols_O.to(tl.int64)[:, None], cols_R.to(tl.int64)[None, :]
-    if alone:
-        to = d_b_ptr + segment.to(tl.int64) * stride_be + rows_O * stride_bo + cols_R * stride_br
-        tl.store(to, rounded(acc_OR, d_b_ptr), mask=mask_OR)
-    else:
-        tl.store(parts_b_ptr + strip.to(tl.int64) * O * R + rows_O * R + cols_R, acc_OR, mask=mask_OR)
+    store_factor(
+        acc_OR,
+        d_b_ptr,
+        parts_b_ptr,
+        segment,
+        strip,
+        alone,
+        start_o,
+        O,
+        O,
+        start_r,
+        R,
+        stride_be,
+        stride_bo,
+        stride_br,
+        BLOCK_O,
+        BLOCK_R,
+    )
 
 
 @triton.jit
@@ -199,6 +213,22 @@ def segment_sum_kernel(
         tl.store(to, rounded(total, d_b_ptr), mask=mask)
 
 
+def segment_sum_launch(
+    rows: int, segments: int, out_features: int, rank: int, of_b: tuple[int, ...], walked: int, *, magnitudes: bool
+) -> Launch:
+    """What adds up strips of ``walked`` rows, for d_lora_B of these strides."""
+    block = 512
+    blocks = cdiv(out_features * rank, block) + (cdiv(out_features, block) if magnitudes else 0)
+    return Launch(
+        segment_sum_kernel,
+        (segments * blocks, 1, 1),
+        (rows, out_features, rank, segments, walked, *of_b),
+        4,
+        BLOCK_E=looked_at(segments),
+        BLOCK=block,
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def segment_backward_launches(
     rows: int,
@@ -222,7 +252,6 @@ def segment_backward_launches(
     and the three gradients in the first's order. Without ``magnitudes`` theirs are None, and inner's strides zeros.
     """
     strips = row_tiles(rows, segments, config.rows)
-    block_e = looked_at(segments)
     launch = Launch(
         segment_backward_kernel,
         (strips * cdiv(out_features, config.block_o) * cdiv(rank, config.block_r), 1, 1),
@@ -239,7 +268,7 @@ def segment_backward_launches(
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
         BLOCK_R=config.block_r,
-        BLOCK_E=block_e,
+        BLOCK_E=looked_at(segments),
         EVEN_O=out_features % config.block_o == 0,
         EVEN_R=rank % config.block_r == 0,
         DELTA=delta,
@@ -249,16 +278,7 @@ def segment_backward_launches(
         PLAIN=plain_tail,
         STAGES=config.stages,
     )
-    block = 512
-    blocks = cdiv(out_features * rank, block) + (cdiv(out_features, block) if magnitudes else 0)
-    add = Launch(
-        segment_sum_kernel,
-        (segments * blocks, 1, 1),
-        (rows, out_features, rank, segments, config.rows, *strides[3]),
-        4,
-        BLOCK_E=block_e,
-        BLOCK=block,
-    )
+    add = segment_sum_launch(rows, segments, out_features, rank, strides[3], config.rows, magnitudes=magnitudes)
     return strips, launch, add
 
 

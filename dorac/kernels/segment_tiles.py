@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dorac.kernels.launch import Launch, cdiv
-from dorac.kernels.tiles import magnitude_scale, number, product, to_bfloat16
+from dorac.kernels.tiles import ZERO_ROW_NORM, magnitude_scale, number, product, to_bfloat16
 
 BLOCK_E = 1024  # segments that a program looks at in one step, at most
 
@@ -137,6 +137,72 @@ def scale_of(magnitude_ptr, norm_ptr, segment, O, stride_norm, cols_O, mask_O):
         return magnitude_scale(magnitude_ptr, norm_ptr, cols_O, mask_O, False)
     else:
         return magnitude_scale(magnitude_ptr, norm_ptr + segment.to(tl.int64) * stride_norm, cols_O, mask_O, True)
+
+
+@triton.jit
+def store_vectors(
+    acc_O,  # of dy * inner
+    bias_O,
+    norm_ptr,
+    d_m_ptr,
+    d_bias_ptr,  # or None
+    parts_m_ptr,
+    parts_bias_ptr,
+    segment,
+    strip,
+    alone,
+    start_o,
+    end_o,
+    O,
+    stride_norm,
+    BLOCK_O: tl.constexpr,
+):
+    """The sums of a strip's columns: the gradients, or where a segment has several strips its row of the parts."""
+    cols_O = start_o + tl.arange(0, BLOCK_O)
+    mask_O = cols_O < end_o
+    of_norm = segment.to(tl.int64) * stride_norm
+    norm_O = tl.load(norm_ptr + of_norm + cols_O, mask=mask_O, other=1.0).to(tl.float32)
+    d_m_O = tl.where(norm_O <= ZERO_ROW_NORM, 0.0, acc_O / norm_O)
+    if alone:
+        of_segment = segment.to(tl.int64) * O
+        tl.store(d_m_ptr + of_segment + cols_O, rounded(d_m_O, d_m_ptr), mask=mask_O)
+        if d_bias_ptr is not None:
+            tl.store(d_bias_ptr + of_segment + cols_O, rounded(bias_O, d_bias_ptr), mask=mask_O)
+    else:
+        of_strip = strip.to(tl.int64) * O
+        tl.store(parts_m_ptr + of_strip + cols_O, d_m_O, mask=mask_O)
+        if d_bias_ptr is not None:
+            tl.store(parts_bias_ptr + of_strip + cols_O, bias_O, mask=mask_O)
+
+
+@triton.jit
+def store_factor(
+    acc_OR,
+    d_b_ptr,
+    parts_b_ptr,
+    segment,
+    strip,
+    alone,
+    start_o,
+    end_o,
+    O,
+    start_r,
+    R,
+    stride_be,
+    stride_bo,
+    stride_br,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The same of a factor."""
+    rows_O = (start_o + tl.arange(0, BLOCK_O)).to(tl.int64)[:, None]
+    cols_R = (start_r + tl.arange(0, BLOCK_R)).to(tl.int64)[None, :]
+    mask_OR = (rows_O < end_o) & (cols_R < R)
+    if alone:
+        to = d_b_ptr + segment.to(tl.int64) * stride_be + rows_O * stride_bo + cols_R * stride_br
+        tl.store(to, rounded(acc_OR, d_b_ptr), mask=mask_OR)
+    else:
+        tl.store(parts_b_ptr + strip.to(tl.int64) * O * R + rows_O * R + cols_R, acc_OR, mask=mask_OR)
 
 
 @triton.jit

@@ -17,11 +17,16 @@ Three kernels, each with two uses in a layer:
 - :func:`segment_backward`: ``g_e * dy`` with the gradients of magnitude, lora_B and bias in one pass over dy and inner,
   and without these lora_A's, ``s_e d_h^T x``.
 
+The first and the last of a projection that is gate and up in one have their joining inside in ``segment_gate.py`` and
+``segment_gate_backward.py``.
+
 Legend: S rows, E segments, O out_features, I in_features, R rank, T rows of a tile.
 """
 
 from dorac.kernels.segment_backward import segment_backward, segment_backward_launches
 from dorac.kernels.segment_compose import segment_compose, segment_compose_launch
+from dorac.kernels.segment_gate import segment_gate, segment_gate_launch
+from dorac.kernels.segment_gate_backward import segment_gate_backward, segment_gate_backward_launches
 from dorac.kernels.segment_product import segment_product, segment_product_launches
 from dorac.kernels.segment_tiles import row_tiles, zero_tail
 
@@ -31,6 +36,10 @@ __all__ = [
     "segment_backward_launches",
     "segment_compose",
     "segment_compose_launch",
+    "segment_gate",
+    "segment_gate_backward",
+    "segment_gate_backward_launches",
+    "segment_gate_launch",
     "segment_product",
     "segment_product_launches",
     "zero_tail",

@@ -1,5 +1,6 @@
 """``DoraExperts``: the frozen experts of a mixture-of-experts block with an adapter for every expert."""
 
+import functools
 import sys
 from typing import ClassVar
 
@@ -7,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dorac import functional, offload, ops, packed
+from dorac.hooks import unhooked
 from dorac.nn import offloaded
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import DoraLayer
+from dorac.nn.recorded import activation_of
 from dorac.nn.stock import not_stock
+from dorac.ops import front
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
+_GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
 
@@ -61,6 +66,12 @@ def _transposed(module: nn.Module) -> bool:
     return _is_sorted(module) or module.is_transposed
 
 
+@functools.lru_cache(maxsize=16)
+def _clamped(limit: float, alpha: float) -> functional.Gate:
+    """GPT-OSS' gate."""
+    return functional.Gate("silu", interleaved=True, limit=limit, alpha=alpha, shift=1.0)
+
+
 class DoraExperts(DoraLayer):
     """Adapts transformers' experts with DoRA, each projection of each expert for itself: ``V_e = W_e + s B_e A_e``.
 
@@ -68,7 +79,8 @@ class DoraExperts(DoraLayer):
     taken per output of an expert in either layout of the parameters. No adapted weight is ever made: rows are sorted by
     expert and go through :func:`dorac.functional.dora_linear_grouped` (in Llama 4, which sends every token to every
     expert, through the batched :func:`dorac.functional.dora_linear`), whatever ``config._experts_implementation``
-    says. Merged, the module itself runs.
+    says. In eager on a GPU a gate that :class:`dorac.functional.Gate` describes, the default one or GPT-OSS', is in the
+    kernels of the projection in front of it. Merged, the module itself runs.
 
     A weight may be mxfp4, as GPT-OSS' checkpoint holds it: the module then has frozen parameters
     ``P_blocks [E, out, in / 32, 16]`` and ``P_scales [E, out, in / 32]``, uint8, and no P. Norms are read from there.
@@ -260,10 +272,35 @@ class DoraExperts(DoraLayer):
             self._widen_magnitudes()
         return self._forward_routed(hidden_states, *routing) if self.routed else self._forward_sorted(hidden_states)
 
-    def _project(self, projection: str, tensors: tuple, x: Tensor, **offsets: Tensor) -> Tensor:
+    def _gate(self, hidden_states: Tensor) -> functional.Gate | None:
+        """The base layer's gate, if it is one that kernels take along with the projection in front of it."""
+        base = self.base_layer
+        if torch.compiler.is_compiling() or front.under_transform() or not front.has_kernels(hidden_states):
+            return None
+        if self.merged or self.runs_base or "_apply_gate" in vars(base):
+            return None
+        moe, gpt_oss = sys.modules.get("transformers.integrations.moe"), sys.modules.get(_GPT_OSS)
+        apply = getattr(type(base), "_apply_gate", None)
+        if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
+            return _clamped(base.limit, base.alpha) if base.limit > 0 else None
+        act = getattr(base, "act_fn", None)
+        if apply is None or apply is not getattr(moe, "_default_apply_gate", None):
+            return None
+        if not isinstance(act, nn.Module) or not unhooked(act):
+            return None
+        known = self.__dict__.get("_known_gate")
+        if known is None or known[0] is not act:
+            with torch._C._DisableTorchDispatch():  # a mode has no part in it
+                activation = activation_of(act)
+            known = self.__dict__["_known_gate"] = act, None if activation is None else functional.Gate(activation)
+        return known[1]
+
+    def _project(
+        self, projection: str, tensors: tuple, x: Tensor, gate: functional.Gate | None = None, **offsets: Tensor
+    ) -> Tensor:
         """One adapted projection of rows ``[S, in]`` with offsets, or of ``[E, tokens, in]`` without.
 
-        ``tensors``: see :meth:`tensors`; of experts that are spread this rank's.
+        ``tensors``: see :meth:`tensors`; of experts that are spread this rank's. ``gate``: with offsets alone.
         """
         matrices, lora_A, lora_B, magnitude, bias = tensors
         x = x if packed.is_packed(matrices) else x.to(matrices.dtype)
@@ -275,7 +312,7 @@ class DoraExperts(DoraLayer):
             if norm is None:
                 norm = functional.norm_factored(matrices, lora_A, lora_B, self.scaling, norm_grad=self.norm_grad)
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
-        layer = functional.dora_linear_grouped if offsets else functional.dora_linear
+        layer = functools.partial(functional.dora_linear_grouped, gate=gate) if offsets else functional.dora_linear
         return layer(
             x,
             matrices,
@@ -307,9 +344,11 @@ class DoraExperts(DoraLayer):
         rows = hidden_states.expand(k, -1, -1).flatten(0, 1)[order]
 
         first, last = self.projections
-        h = self._project(first, tensors[first], rows, offsets=offsets)
         has_gate = getattr(base, "has_gate", True)  # as all had in transformers 5.0
-        h = base._apply_gate(h) if has_gate else base.act_fn(h)
+        gate = self._gate(hidden_states) if has_gate else None
+        h = self._project(first, tensors[first], rows, gate, offsets=offsets)
+        if gate is None:
+            h = base._apply_gate(h) if has_gate else base.act_fn(h)
         y = self._project(last, tensors[last], h, offsets=offsets)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)

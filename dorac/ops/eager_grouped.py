@@ -9,11 +9,13 @@ these are (``ops/grouped_compose.py``). The host reads no offsets, and there is 
 - The gradient of x is the grouped product of ``g * dy``, onto which the small product ``d_h A`` is accumulated where it
   lies.
 - Plans are kept as there: they settle what metadata settle, and hold no tensors.
+- A projection that is gate and up in one has their joining, ``ops/gate.py``, in the same kernels: y is not written,
+  kept nor read again, nor is its gradient.
 - On the CPU, in single and double precision, it is ``ops/by_expert.py``.
 
 Where a mode over ops is active in training, the same Function goes through the ops, and saves the same tensors.
 
-Legend: S rows, E experts, I in_features, O out_features, R rank.
+Legend: S rows, E experts, I in_features, O out_features, F = O / 2 features behind a gate, R rank.
 """
 
 import dataclasses
@@ -26,32 +28,13 @@ from torch import Tensor
 
 from dorac import checks
 from dorac.numerics import accumulate_dtype
-from dorac.ops import by_expert, eager, eager_plan, front
+from dorac.ops import by_expert, eager, front
+from dorac.ops.compose import magnitude_scale
+from dorac.ops.eager_grouped_plan import Plan, Slices, make_plan
+from dorac.ops.gate import Gate
 from dorac.ops.grouped import grouped_linear, grouped_outer, grouped_product, rows_by_expert
 from dorac.ops.grouped_compose import grouped_compose, grouped_compose_backward, grouped_compose_forward
 from dorac.ops.take import sum_by_index
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slices:
-    """Layers on the CPU."""
-
-    even: bool = False  # see by_expert.py
-    in_ops: bool = False  # which modes see
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """How layers of certain metadata are computed on a GPU."""
-
-    down: tuple  # of h: splits, launch, what adds them up
-    compose: Callable  # of h, base, lora_B, magnitude, norm, scaling, bias, offsets, order, y and inner
-    backward: Callable[[tuple[int, int], bool], tuple]  # of dy's strides, with a bias's gradient or not: the same
-    of_h: Callable[[tuple[int, int]], tuple]  # of the strides of dy, or of g * dy: the same of d_h
-    of_a: tuple  # the same of lora_A's gradient
-    of_x: Callable  # of compose's arguments: d_h A accumulated onto the gradient of x
-    wide: bool  # float32 factors
-    in_ops: bool = False  # which modes see
 
 
 def dora_linear_grouped(
@@ -64,10 +47,11 @@ def dora_linear_grouped(
     weight_norm: Tensor,
     offsets: Tensor,
     scaling: float | Tensor,
+    gate: Gate | None = None,
 ) -> Tensor | None:
     """The layer, or None if it is not to be computed here; errors are ``check_grouped``'s.
 
-    ``scaling``: a finite number, or a tensor, checked if it is 0-d.
+    ``scaling``: a finite number, or a tensor, checked if it is 0-d. ``gate``: of the layer's output.
     """
     in_ops = not front.unobserved()
     if in_ops and not front.seen_by_modes_alone():
@@ -89,7 +73,7 @@ def dora_linear_grouped(
         )
         of_offsets = type(offsets), offsets.shape, offsets.dtype, offsets.device
         of_layer = eager.metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
-        key = "grouped", training, of_scaling, of_offsets, x.stride(), *of_layer
+        key = "grouped", gate, training, of_scaling, of_offsets, x.stride(), *of_layer
         plan = eager.plans.get(key, False)
         bits = x.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr() | magnitude.data_ptr()
         bits |= weight_norm.data_ptr() | offsets.data_ptr() | (0 if bias is None else bias.data_ptr())
@@ -101,7 +85,7 @@ def dora_linear_grouped(
             checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
         tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
         with torch._C._DisableTorchDispatch():  # a mode would see it in the first call alone
-            plan = eager.keep_plan(key, make_plan(*tensors, scaling, training))
+            plan = eager.keep_plan(key, make_plan(*tensors, scaling, training, gate))
     if plan is None or (in_ops and not training):
         return None
     if bits & 15:
@@ -110,87 +94,13 @@ def dora_linear_grouped(
         plan = Slices()
     tensors = x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets
     if not training:
-        return _forward_of(plan)(*tensors, scaling, False)[0]
-    trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
-    if not trained or weight.requires_grad or weight_norm.requires_grad:
-        return None
-    return _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
-
-
-def make_plan(
-    x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets, scaling, training
-) -> Plan | Slices | None:
-    """The plan for tensors that passed the checks; None if they are not computed here."""
-    given = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, weight_norm, offsets) if t is not None]
-    if not all(t.numel() for t in given) or not front.all_eager(*given) or front.autocast_dtype(x) is not None:
-        return None
-    if by_expert.takes(x, weight, lora_A, lora_B, magnitude, bias, weight_norm):
-        return Slices(by_expert.even(x, weight, lora_A, lora_B))
-    if not front.has_kernels(*given[:-1]):
-        return None
-    if weight.dtype is not torch.bfloat16 or lora_A.dtype not in (torch.bfloat16, torch.float32):
-        return None
-    experts, out_features, in_features = weight.shape
-    rows, rank = x.shape[0], lora_A.shape[1]
-    if out_features % 8 or in_features % 8 or not x.is_contiguous():
-        return None
-    if sorted(weight.stride()[1:])[0] != 1 or any(stride % 8 for stride in weight.stride() if stride != 1):
-        return None
-    if not all(t.is_contiguous() for t in (magnitude, bias, offsets) if t is not None) or weight_norm.stride(1) != 1:
-        return None
-
-    from dorac.kernels import configs, segments, target
-
-    half, factor, card = weight.dtype, lora_A.dtype, target.of(x)
-    wide, each = factor is torch.float32, isinstance(scaling, Tensor) and scaling.ndim == 1
-    of_y, of_x, h = (out_features, 1), (in_features, 1), (rank, 1)
-    sizes, stride_norm = (rows, experts), weight_norm.stride(0)
-
-    def product(length, strides, **flags):
-        config = configs.segment_product_config(*sizes, length, rank, half, factor, card)
-        splits, *launches = segments.segment_product_launches(*sizes, length, rank, strides, config, wide=wide, **flags)
-        return splits, *map(eager_plan.bound, launches)
-
-    def compose(length, strides, each):
-        config = configs.segment_tile_config(*sizes, length, rank, factor, half, card)
-        flags = {"delta": False, "split": wide, "each": each, "stride_norm": stride_norm}
-        return eager_plan.bound(segments.segment_compose_launch(*sizes, length, rank, strides, config, **flags))
-
-    def backward(length, strides, *, magnitudes):
-        config = configs.segment_backward_config(rows, length, rank, half, factor, card)
-        flags = {
-            "magnitudes": magnitudes,
-            "delta": False,
-            "wide": wide,
-            "each": each and magnitudes,
-            "stride_norm": stride_norm,
-        }
-        strips, *launches = segments.segment_backward_launches(*sizes, length, rank, strides, config, **flags)
-        return strips, *map(eager_plan.bound, launches)
-
-    def transposed(strides):
-        return tuple(strides[i] for i in (0, 2, 1))
-
-    d_a, d_b = (torch.empty_like(t, device="meta").stride() for t in (lora_A, lora_B))
-    of_b = lora_B.stride()
-
-    @functools.lru_cache(maxsize=16)
-    def of_dy(strides, of_bias):  # which is another kernel's
-        return backward(out_features, (strides, of_y, h, d_b), magnitudes=True)
-
-    @functools.lru_cache(maxsize=16)
-    def of_h(strides):
-        return product(out_features, (strides, transposed(of_b)), each=each, stride_norm=stride_norm)
-
-    return Plan(
-        down=product(in_features, (of_x, lora_A.stride()), each=False),
-        compose=compose(out_features, (of_y, h, of_b), each),
-        backward=of_dy,
-        of_h=of_h,
-        of_a=backward(in_features, (of_x, (0, 0), h, transposed(d_a)), magnitudes=False),
-        of_x=compose(in_features, (of_x, h, transposed(lora_A.stride())), False),
-        wide=wide,
-    )
+        y = _forward_of(plan)(*tensors, scaling, False)[0]
+    else:
+        trained = magnitude.requires_grad and lora_A.requires_grad and lora_B.requires_grad
+        if not trained or weight.requires_grad or weight_norm.requires_grad:
+            return None
+        y = _apply(*tensors, scaling, dataclasses.replace(plan, in_ops=True) if in_ops else plan)
+    return y if gate is None or plan.gate is not None else gate(y)
 
 
 def _product(launches, x, factor, magnitude, norm, scaling, offsets, rank) -> Tensor:
@@ -211,11 +121,16 @@ def _ends(offsets: Tensor) -> Tensor:
 
 
 def _forward(plan, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, training):
-    """``(y, h, inner)``; inner in training alone."""
+    """``(y, h, inner)``; inner in training alone. With a gate, what is behind it in the place of y."""
     h = _product(plan.down, x, lora_A, None, None, None, offsets, lora_A.shape[1])
     base = F.grouped_mm(x, weight.mT, offs=_ends(offsets))
-    y, inner = (torch.empty_like(base), base) if training else (base, None)
-    plan.compose(h, base, lora_B, magnitude, norm, scaling, bias, offsets, None, y, inner)
+    tensors = h, base, lora_B, magnitude, norm, scaling, bias, offsets
+    if plan.gate is None:
+        y, inner = (torch.empty_like(base), base) if training else (base, None)
+        plan.compose(*tensors, None, y, inner)
+    else:
+        y, inner = base.new_empty(len(base), base.shape[1] // 2), base if training else None
+        plan.compose(*tensors, inner, y)
     return y, h, inner
 
 
@@ -225,12 +140,29 @@ def _forward_of(plan: Plan | Slices) -> Callable:
     return functools.partial(_forward, plan)
 
 
-def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling):
+def _in_ops(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, gate):
     """The same of the ops."""
     h = grouped_product(x.to(lora_A.dtype), lora_A, offsets)
     base = grouped_product(x, weight, offsets)
     y, inner = grouped_compose_forward(base, h, lora_B, magnitude, norm, _tensor(scaling, x), bias, offsets, False)
+    if gate is not None:
+        y = gate(_scaled(inner, magnitude, norm, bias, offsets)).to(inner.dtype)
     return y, h, inner
+
+
+def _scaled(inner, magnitude, norm, bias, offsets):
+    """y as the kernels have it in front of a gate: of the rounded inner, without another rounding."""
+    index, taken = rows_by_expert(offsets, len(inner))
+    y = magnitude_scale(magnitude, norm)[index] * inner.to(accumulate_dtype(inner))
+    return torch.where(taken.unsqueeze(-1), y if bias is None else y + bias[index], 0)
+
+
+def _before_gate(gate, dz, inner, magnitude, norm, bias, offsets):
+    """The gradient of y, of that of what is behind the gate."""
+    y = _scaled(inner, magnitude, norm, bias, offsets).requires_grad_()
+    with torch.enable_grad():
+        z = gate(y)
+    return torch.autograd.grad(z, y, dz.to(z.dtype))[0].to(inner.dtype)
 
 
 def _tensor(scaling: float | Tensor, like: Tensor) -> Tensor:
@@ -243,7 +175,7 @@ class Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling, plan):
         tensors = x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, scaling
-        y, h, inner = _in_ops(*tensors) if plan.in_ops else _forward_of(plan)(*tensors, True)
+        y, h, inner = _in_ops(*tensors, plan.gate) if plan.in_ops else _forward_of(plan)(*tensors, True)
         of_scaling = scaling if isinstance(scaling, Tensor) else None
         ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, bias, norm, offsets, h, inner, of_scaling)
         ctx.set_materialize_grads(False)
@@ -263,6 +195,8 @@ class Grouped(torch.autograd.Function):
         plan, scaling = ctx.plan, ctx.scaling if scaling is None else scaling
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         if type(dy) is not Tensor or not front.unobserved():
+            if plan.gate is not None:
+                dy = _before_gate(plan.gate, dy, inner, magnitude, norm, bias, offsets)
             tensors = dy, x, weight, lora_A, lora_B, magnitude, norm, offsets, h, inner, _tensor(scaling, x)
             dx, d_a, d_b, d_m, d_bias = _gradients_in_ops(*tensors, bias if needs_bias else None, needs_x)
             return dx, None, d_a, d_b, d_m, d_bias, None, None, None, None
@@ -280,26 +214,13 @@ class Grouped(torch.autograd.Function):
         parts_m = norm.new_empty(strips, magnitude.shape[1], dtype=torch.float32)
         parts_b = norm.new_empty(strips, *lora_B.shape[1:], dtype=torch.float32)
         parts_bias = torch.empty_like(parts_m) if needs_bias else None
-        launch(
-            dy,
-            dy,
-            inner,
-            magnitude,
-            norm,
-            h,
-            scaling,
-            offsets,
-            None,
-            d_base,
-            d_m,
-            d_b,
-            d_bias,
-            parts_m,
-            parts_b,
-            parts_bias,
-        )
+        to = d_base, d_m, d_b, d_bias, parts_m, parts_b, parts_bias
+        if plan.gate is None:
+            launch(dy, dy, inner, magnitude, norm, h, scaling, offsets, None, *to)
+        else:
+            launch(dy, inner, magnitude, norm, bias, h, scaling, offsets, *to)
         add(parts_b, parts_m, parts_bias, offsets, d_m, d_b, d_bias)
-        if plan.wide:  # of g * dy as it was before it was rounded
+        if plan.wide and plan.gate is None:  # of g * dy as it was before it was rounded
             d_h = _product(plan.of_h(dy.stride()), dy, lora_B, magnitude, norm, scaling, offsets, rank)
         else:
             d_h = _product(plan.of_h(d_base.stride()), d_base, lora_B, None, None, scaling, offsets, rank)
@@ -341,6 +262,7 @@ def _differentiable_gradients(ctx, dy):
         h = grouped_linear(x.to(lora_A.dtype), lora_A, offsets)
         base = grouped_linear(x, weight, offsets)
         y = grouped_compose(base, h, lora_B, magnitude, norm, scaling, bias, offsets, False)
+        y = y if ctx.plan.gate is None else ctx.plan.gate(y)
         tensors = x, weight, lora_A, lora_B, magnitude, bias
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:6]) if needed]
         grads = torch.autograd.grad(y, [tensors[i] for i in wanted], dy, create_graph=True)
