@@ -415,8 +415,10 @@ def test_hooks_on_the_block_and_the_other_layers_run(calls):
 
 @pytest.mark.parametrize(
     "mlp",
-    [Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice]
-    + [HalfClamped, OfLongInputs, OfRows, WithoutGradients, Kept, Listed],
+    [
+        *(Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice),
+        *(HalfClamped, OfLongInputs, OfRows, WithoutGradients, Kept, Listed),
+    ],
     ids=lambda mlp: mlp.__name__,
 )
 def test_another_function_of_the_same_layers_is_left(calls, mlp):
