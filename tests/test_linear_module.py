@@ -606,6 +606,7 @@ def test_a_subclass_that_computes_the_same_is_wrapped():
         ({"lora_dropout": None}, TypeError, "lora_dropout must be a number, got None"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .* got 'pissa'"),
         ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be .* got torch.int8"),
+        ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype must be .* got 'float32'"),
         ({"adapter_dtype": torch.float8_e4m3fn}, TypeError, "adapter_dtype must be .* got torch.float8_e4m3fn"),
         ({"alpha": 16}, TypeError, r"DoraLinear\(\) got an unexpected keyword argument 'alpha'"),
         ({"fan_in_fan_out": True}, ValueError, r"fan_in_fan_out=True contradicts Linear, .* \[out, in\]"),
