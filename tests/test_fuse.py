@@ -148,6 +148,12 @@ class Scaled(GatedMLP):
         return self.down_proj((gate if self.factor is None else self.factor * gate) * self.up_proj(x))
 
 
+class Noted(nn.SiLU):
+    def forward(self, x):
+        self.seen = x
+        return super().forward(x)
+
+
 class OfFunctions(nn.Module):
     """As torchtitan and Meta write it."""
 
@@ -475,6 +481,11 @@ def test_what_a_class_and_its_activation_become(calls, monkeypatch):
     model = adapted()
     model.mlp.act_fn = nn.Tanh()
     assert "Tanh, is none of silu" in dorac.fuse(model).left["mlp"]
+    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted()):
+        model = adapted().eval()
+        model.mlp.act_fn = act
+        assert "is none of silu" in dorac.fuse(model).left["mlp"]
+        assert not hasattr(act, "seen")  # nothing of the looking
     model = adapted()
     dorac.fuse(model)
     loaded = pickle.dumps(model)

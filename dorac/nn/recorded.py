@@ -264,19 +264,30 @@ def _with_activation(found: dict, others: Mapping[str, nn.Module]) -> MLP | str:
 
 @torch.no_grad()
 def activation_of(act: nn.Module) -> str | None:
-    """The name of what a module computes, told by its values; None if it is none of those that are known.
+    """The name of what a module computes in training and in evaluation, told by its values; None if there is none.
 
     Twice as many formulas as functions are in use (the tanh form of gelu has three), and more names.
     """
     if any(True for _ in act.buffers()):
         return None
     x = torch.linspace(-9, 9, 1441, dtype=torch.float64)
+    ys = []
     try:
-        y = act(x.clone())
+        own = copy.deepcopy(act)  # which may note what it does
+        for training in (True, False):
+            own.train(training)
+            before = [{name: _own(value) for name, value in vars(m).items()} for m in own.modules()]
+            with torch.random.fork_rng(devices=[]):
+                ys.append(own(x.clone()))
+            if not all(map(_kept, before, map(vars, own.modules()))):
+                return None
     except Exception:  # it takes no float64, or another argument
         return None
-    if not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape:
+    if any(not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape for y in ys):
         return None
     # A constant with ten digits, as FastGELU's, is the same in float32.
-    matches = (name for name, function in ACTIVATIONS.items() if torch.allclose(y, function(x), rtol=0, atol=1e-9))
-    return next(matches, None)
+    return next((name for name, f in ACTIVATIONS.items() if all(_is_near(y, f(x)) for y in ys)), None)
+
+
+def _is_near(y: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(y, expected, rtol=0, atol=1e-9)
