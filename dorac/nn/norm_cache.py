@@ -305,7 +305,7 @@ def _verified(layer: Keeper, kept: KeptNorm) -> bool:
     moment = kept.at
     if moment is not None:
         with plainly():
-            lasts = not moment.passed(kept.of)
+            lasts = not (moment.is_shared or moment.passed(kept.of))
         if lasts and not moment.in_other_grad_mode():
             return True
     if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
