@@ -120,6 +120,12 @@ class WithoutGradients(GatedMLP):
         return self.down_proj((gate if torch.is_grad_enabled() else 2 * gate) * self.up_proj(x))
 
 
+class OutsideAutocast(GatedMLP):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
 class Kept(GatedMLP):
     """Keeps what it computes in between, as probes of activations read it."""
 
@@ -423,7 +429,7 @@ def test_hooks_on_the_block_and_the_other_layers_run(calls):
     "mlp",
     [
         *(Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice),
-        *(HalfClamped, OfLongInputs, OfRows, WithoutGradients, Kept, Listed),
+        *(HalfClamped, OfLongInputs, OfRows, WithoutGradients, OutsideAutocast, Kept, Listed),
     ],
     ids=lambda mlp: mlp.__name__,
 )

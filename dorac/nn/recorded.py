@@ -7,11 +7,12 @@ that it may ask for (``if h.dtype == torch.float16: h = h.clamp(...)``), and has
 """
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ _KINDS = (
     *((torch.float64, shape) for shape in ((1, 2), (3,), (2, 4096), ())),
     *((dtype, (1, 2)) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
 )
+_DEVICES = "cpu", "cuda"
 NOT_AN_MLP = "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))"
 
 
@@ -112,7 +114,8 @@ def _found(
         x = torch.empty(*shape, size, dtype=dtype, device="meta", requires_grad=training)
         steps.noted.clear()
         try:
-            with torch.set_grad_enabled(training), steps:
+            with _modes(training), steps:
+                steps.modes = _present_modes()
                 y = cls.forward(probe, x)
         except Exception:  # whatever the class does that is not what an MLP does
             continue
@@ -123,6 +126,24 @@ def _found(
         if found is not None:
             return found
     return answer
+
+
+@contextlib.contextmanager
+def _modes(on: bool) -> Iterator[None]:
+    """Gradients and autocast, on any device, on or off: a forward may ask for them, and may set them."""
+    before = [torch.is_autocast_enabled(device) for device in _DEVICES]
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, on)
+        with torch.set_grad_enabled(on):
+            yield
+    finally:
+        for device, enabled in zip(_DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+def _present_modes() -> list[bool]:
+    return [torch.is_grad_enabled(), *map(torch.is_autocast_enabled, _DEVICES)]
 
 
 def _own(value: object) -> object:
@@ -149,6 +170,12 @@ class _Steps(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[tuple[str, tuple, object]] = []
+        self.modes: list[bool] = []  # that the forward is called in
+
+    def note(self, name: str, args: tuple, result: object) -> None:
+        if _present_modes() != self.modes:
+            self.noted.append(("in another mode", (), None))
+        self.noted.append((name, args, result))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -156,11 +183,11 @@ class _Steps(TorchFunctionMode):
         same = any(result is arg for arg in args)
         if isinstance(result, Tensor):
             if not (same and name in _NOTHING_TO_DO):
-                self.noted.append((_function(name, args, kwargs), args, result))
+                self.note(_function(name, args, kwargs), args, result)
         elif name == "chunk" and (args[1:], kwargs) in (((2, -1), {}), ((2,), {"dim": -1})):
             self.noted += [(f"half {i}", args, half) for i, half in enumerate(result)]
         elif name not in _ASKING:
-            self.noted.append((name, args, result))
+            self.note(name, args, result)
         return result
 
 
@@ -184,14 +211,14 @@ class _Stand(nn.Module):
         size: int | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.noted, self.size = name, steps.noted, size
+        self.name, self.steps, self.size = name, steps, size
         if size is not None:
             self.weight = torch.empty(size, in_features, dtype=dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
             y = x.new_empty((*x.shape[:-1], self.size or x.shape[-1])).requires_grad_(x.requires_grad)
-        self.noted.append((f".{self.name}", (x,), y))
+        self.steps.note(f".{self.name}", (x,), y)
         return y
 
 
