@@ -441,6 +441,12 @@ def test_another_function_of_the_same_layers_is_left(calls, mlp):
     assert calls == [3]
 
 
+def test_under_another_default_device(calls):
+    """As a model is built that gets its weights later."""
+    with torch.device("meta"):
+        assert "mlp" in dorac.fuse(adapted()).fused
+
+
 def test_what_a_forward_keeps_is_kept_as_without(calls):
     kept, listed = adapted(Kept), adapted(Listed)
     for model in (kept, listed):

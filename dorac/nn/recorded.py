@@ -297,7 +297,7 @@ def activation_of(act: nn.Module) -> str | None:
     """
     if any(True for _ in act.buffers()):
         return None
-    x = torch.linspace(-9, 9, 1441, dtype=torch.float64)
+    x = torch.linspace(-9, 9, 1441, dtype=torch.float64, device="cpu")
     ys = []
     try:
         own = copy.deepcopy(act)  # which may note what it does
