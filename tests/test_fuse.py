@@ -442,9 +442,9 @@ def test_another_function_of_the_same_layers_is_left(calls, mlp):
 
 
 def test_under_another_default_device(calls):
-    """As a model is built that gets its weights later."""
+    model = adapted()
     with torch.device("meta"):
-        assert "mlp" in dorac.fuse(adapted()).fused
+        assert "mlp" in dorac.fuse(model).fused
 
 
 def test_what_a_forward_keeps_is_kept_as_without(calls):
