@@ -447,6 +447,17 @@ def test_under_another_default_device(calls):
         assert "mlp" in dorac.fuse(model).fused
 
 
+def test_a_copy_first_called_under_a_transform(calls):
+    model = adapted()
+    dorac.fuse(model)
+    copied = copy.deepcopy(model)
+    x = torch.stack([draw(), draw(2)])
+    torch.testing.assert_close(torch.func.vmap(copied)(x), torch.stack([model(part) for part in x]))
+    calls.clear()
+    copied(draw())
+    assert calls == [3, 0]
+
+
 def test_what_a_forward_keeps_is_kept_as_without(calls):
     kept, listed = adapted(Kept), adapted(Listed)
     for model in (kept, listed):

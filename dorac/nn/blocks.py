@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.nn import linear4bit, recorded, shared
 from dorac.nn.linear import is_conv1d
+from dorac.ops import front
 from dorac.undo import Undo
 
 _BLOCK = "dorac_block"  # where a fused module has what it computes
@@ -131,6 +132,8 @@ class _MLP:
         """Whether the class still has that forward; it is looked at once more of a copy and after a new attribute."""
         forward = module.stock.forward
         if self.forward is None:
+            if not front.unobserved():  # a transform would see the looking: the next call looks
+                return False
             self.forward = forward if mlp(module) == self.roles else mlp
         return self.forward is forward
 
