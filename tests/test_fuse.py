@@ -447,6 +447,22 @@ def test_under_another_default_device(calls):
         assert "mlp" in dorac.fuse(model).fused
 
 
+def test_without_values_yet(calls):
+    with torch.device("meta"):
+        model = Model(GatedMLP).double()
+    dorac.apply_dora(model, "all-linear", 4, 8)
+    assert dorac.fuse(model).left == {
+        "attention": "q_proj has no values yet: load them, and call fuse again",
+        "mlp": "gate_proj has no values yet: load them, and call fuse again",
+    }
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            nn.init.normal_(parameter)
+    model.train()
+    assert len(dorac.fuse(model).fused) == 2
+
+
 def test_a_copy_first_called_under_a_transform(calls):
     model = adapted()
     dorac.fuse(model)
