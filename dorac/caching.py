@@ -55,8 +55,8 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     where columns are sharded: all ranks have to step, refresh and check alike.
 
     Where the parameters are not the layer's own (``torch.func.functional_call``, FSDP1), within a step that is given a
-    closure, in exported programs, and once a base weight requires a gradient, forward computes the norm as without a
-    cache; so do copies and pickles of the model.
+    closure, in exported and traced programs, and once a base weight requires a gradient, forward computes the norm as
+    without a cache; so do copies and pickles of the model.
 
     In models of PEFT's ``set_peft_model_state_dict`` and ``load_adapter`` are such a ``load_state_dict``. A strength
     (``set_scale``, ``rescale_adapter_scale``) leaves the norms as they are. Adapters that are added later take their

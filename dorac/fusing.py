@@ -164,6 +164,8 @@ def _look(module: nn.Module) -> _Found | str:
         called = block[0]
         found = _Found(f"{', '.join(called)} of one input", partial(blocks.fuse_attention, block=block))
     for name in called:
+        if getattr(module._modules[name], "waiting", None) is not None:  # by a hook of its own
+            return f"{name} has no values yet: load them, and call fuse again"
         if not unhooked(module._modules[name]):
             return f"{name} has hooks or a patched forward, which have to run"
     return found

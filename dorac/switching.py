@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import dataclasses
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,8 +25,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Every adapted layer runs its base layer alone: those of ``dorac.nn`` and, under :func:`dorac.peft.enable`, PEFT's
     (whose modules_to_save keep their originals). Nothing is copied, gradients stay as they are, cached norms too.
-    Blocks may be nested; whatever is raised in one, the model leaves it as it came. Compiled code has a second graph
-    for this, which is kept. Copies that are made in the block have their adapters switched on.
+    Blocks may be nested and may overlap, as those of several threads do: the adapters, which all threads see switched
+    off, come back with the end of the last one. Whatever is raised in one, the model leaves it as it came. Compiled
+    code has a second graph for this, which is kept. Copies that are made in the block have their adapters switched on.
 
     A merged layer is unmerged for the block, to ``2 eps * max(|V|, |W|)`` of the base weight (a quantised one exactly),
     and put back afterwards, bit for bit: what merging wrote is kept meanwhile.
@@ -47,28 +51,64 @@ def disabled(model: nn.Module) -> Iterator[None]:
             "PEFT's to dorac.peft.enable"
         )
     _warn_trained_whole(model)
-    log = Undo()
+    held = _switch_off(model, list(layers), tuners)
     try:
-        _unmerge(model, list(layers), tuners, log)
-        for layer in layers:
-            if residual.has_residual(layer):
-                residual.put_back(layer, log)
-        for layer in layers:
-            log.add(partial(layer.switch, layer.disabled))
-            layer.switch(disabled=True)
-        for module in tuners:
-            log.add(partial(_set, vars(module), vars(module).get(_OFF)))
-            _set(vars(module), True)
         yield
     finally:
         # What the block may have set: modes, and which layers keep their norms.
         modes = [(module, module.training) for module in model.modules()]
         norms = [(layer, layer.kept) for layer in layers]
-        log.roll_back()
+        _leave(held)
         for module, mode in modes:
             module.training = mode
         for layer, kept in norms:
             layer.kept = kept
+
+
+@dataclasses.dataclass(eq=False)
+class _Off:
+    """What was switched off together: the log of that, and how many blocks are in it."""
+
+    log: Undo
+    blocks: int = 1
+
+
+_off: weakref.WeakKeyDictionary[nn.Module, _Off] = weakref.WeakKeyDictionary()  # by layer
+_lock = threading.RLock()
+
+
+def _switch_off(model: nn.Module, layers: list[DoraLayer], tuners: list[nn.Module]) -> list[_Off]:
+    """Switches off what is not, and returns what one more block is in."""
+    with _lock:
+        held = list(dict.fromkeys(_off[module] for module in (*layers, *tuners) if module in _off))
+        layers, tuners = ([module for module in modules if module not in _off] for modules in (layers, tuners))
+        with Undo() as log:
+            _unmerge(model, layers, tuners, log)
+            for layer in layers:
+                if residual.has_residual(layer):
+                    residual.put_back(layer, log)
+            for layer in layers:
+                log.add(partial(layer.switch, layer.disabled))
+                layer.switch(disabled=True)
+            for module in tuners:
+                log.add(partial(_set, vars(module), vars(module).get(_OFF)))
+                _set(vars(module), True)
+        for off in held:
+            off.blocks += 1
+        own = _Off(log)
+        _off.update(dict.fromkeys((*layers, *tuners), own))
+        return [*held, own]
+
+
+def _leave(held: list[_Off]) -> None:
+    """Switches on what no other block is in."""
+    with _lock:
+        for off in held:
+            off.blocks -= 1
+            if not off.blocks:
+                for module in [module for module, its in _off.items() if its is off]:
+                    del _off[module]
+                off.log.roll_back()
 
 
 _OFF = "_disable_adapters"  # where PEFT's layers have it; an older one is the class's
@@ -116,8 +156,9 @@ def base_model(model: nn.Module) -> nn.Module:
 
     A reference model that takes no memory, for trainers that want one (``DPOTrainer(model, ref_model=...)`` of TRL): it
     has its own modules, so that its ``eval()``, hooks and patched forwards do not reach ``model``, and shares every
-    parameter and buffer. It is made for one process or DDP; what shards parameters in place (FSDP, DeepSpeed) would
-    shard them twice: use :func:`disabled` there.
+    parameter and buffer: it follows what is written to them (merging, too), but not another parameter that is put in
+    the place of one (``load_state_dict(assign=True)``). It is made for one process or DDP; what shards parameters in
+    place (FSDP, DeepSpeed) would shard them twice: use :func:`disabled` there.
 
     Raises:
         ValueError: no DoRA layer of ``dorac.nn`` in the model; a merged one, one that began as a part of its base

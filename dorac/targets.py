@@ -117,6 +117,8 @@ def find_targets(
             hint = f"the model is itself a {type(model).__name__}: wrap it with dorac.nn.{layer_class(model).__name__}"
         if isinstance(target_modules, str) and not all_linear:
             hint = f"a string is a regex for the whole name, name endings go in a list; {hint}"
+        if left_out := [name for name, _ in places if targeted.match(plain_name(name))]:
+            hint = f"exclude_modules, modules_to_save or layers_to_transform leave out {', '.join(left_out[:5])}"
         raise ValueError(f"target_modules {target_modules!r} matched no module; {hint}")
     for argument, given, what in (
         ("target_modules", targeted, "names that match no module"),

@@ -394,3 +394,17 @@ def test_grouped_matrices_merge():
     weight = merged.view(inputs.weight.movedim(1, -1).shape).movedim(-1, 1)
     y = F.conv2d(inputs.x, weight, inputs.bias, groups=3)
     torch.testing.assert_close(y, layer_of(convolution)(*inputs.tensors()))
+
+
+@pytest.mark.parametrize("case", ["1d_strided", "2d_grouped", "2d_grouped_peft", "3d"])
+def test_every_size_symbolic(case):
+    """And every number of the geometry: the function is reached through a variable, groups are an argument."""
+    convolution, tensors = CONVOLUTIONS[case], conv_inputs(case).tensors()
+    function = getattr(functional, f"dora_conv{convolution.dimensions}d")
+    geometry = {name: value for name, value in convolution.geometry.items() if name != "groups"}
+
+    def layer(groups, *tensors):
+        return function(*tensors, scaling=SCALING, groups=groups, **geometry)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(convolution.groups, *tensors), layer(convolution.groups, *tensors))

@@ -129,6 +129,18 @@ def test_autocast_leaves_float64_alone(layer, backend):
     )
 
 
+@pytest.mark.parametrize("layer", [name for name in LAYERS if "embedding" not in name])
+@pytest.mark.parametrize("float64", ["x", "weight"])
+def test_autocast_beside_float64_is_refused(layer, float64):
+    x, weight, *others = cast(LAYERS[layer].arguments(), F32)
+    x, weight = (t.double() if name == float64 else t for name, t in (("x", x), ("weight", weight)))
+    with (
+        torch.autocast("cpu", dtype=BF16),
+        pytest.raises(TypeError, match=r"x must have the dtype of weight, .*: autocast leaves float64 as it is"),
+    ):
+        LAYERS[layer].function(x, weight, *others)
+
+
 def exact_layer(dtype, factor_dtype):
     """One token whose inner is a small integer, exact in any dtype, a bias that undoes it, and g within 0.2 % of 1.
 

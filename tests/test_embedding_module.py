@@ -303,6 +303,20 @@ class OddlyScaled(nn.Embedding):
         return super().forward(x) * self.embed_scale + 1
 
 
+class Normalised(nn.Embedding):
+    """Its first row, which is padding, looks scaled."""
+
+    embed_scale = 2.0
+
+    def forward(self, x):
+        return torch.nn.functional.normalize(super().forward(x), dim=-1) * self.embed_scale
+
+
+class Called(nn.Embedding):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 def t5gemma():
     """Scaled, but one of its rows is another parameter's."""
     modeling = pytest.importorskip("transformers.models.t5gemma2.modeling_t5gemma2")
@@ -322,6 +336,8 @@ REFUSED = {
     "sparse and frequency": (lambda: embedding(sparse=True, scale_grad_by_freq=True), "sparse and scale_grad_by_freq"),
     "own forward": (lambda: Positional(VOCAB, DIM), "Positional has a forward of its own"),
     "another scale": (lambda: OddlyScaled(VOCAB, DIM), "OddlyScaled has a forward of its own"),
+    "padding first": (lambda: Normalised(VOCAB, DIM, padding_idx=0), "Normalised has a forward of its own"),
+    "own call": (lambda: Called(VOCAB, DIM), "Called has a __call__ of its own"),
     "a row of its own": (t5gemma, "T5Gemma2TextScaledWordEmbedding has a forward of its own"),
     "hook": (with_hook, "Embedding has hooks"),
     "integer": (lambda: embedding().to(torch.float8_e4m3fn), "Embedding has a weight of torch.float8_e4m3fn"),

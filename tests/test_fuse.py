@@ -94,6 +94,72 @@ class Hooked(GatedMLP):
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
 
 
+class HalfClamped(GatedMLP):
+    """Another function of one dtype, as models clamp float16."""
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate.clamp(max=0.1) if gate.dtype is torch.float16 else gate) * self.up_proj(x))
+
+
+class OfLongInputs(GatedMLP):
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate if x.shape[-2] < 1000 else 2 * gate) * self.up_proj(x))
+
+
+class OfRows(GatedMLP):
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((2 * gate if x.dim() == 2 else gate) * self.up_proj(x))
+
+
+class WithoutGradients(GatedMLP):
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate if torch.is_grad_enabled() else 2 * gate) * self.up_proj(x))
+
+
+class OutsideAutocast(GatedMLP):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class Kept(GatedMLP):
+    """Keeps what it computes in between, as probes of activations read it."""
+
+    def forward(self, x):
+        self.gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj(self.gate * self.up_proj(x))
+
+
+class Listed(GatedMLP):
+    def __init__(self):
+        super().__init__()
+        self.gates = []
+
+    def forward(self, x):
+        self.gates.append(self.act_fn(self.gate_proj(x)))
+        return self.down_proj(self.gates[-1] * self.up_proj(x))
+
+
+class Scaled(GatedMLP):
+    """The plain MLP until somebody sets the factor."""
+
+    factor = None
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x))
+        return self.down_proj((gate if self.factor is None else self.factor * gate) * self.up_proj(x))
+
+
+class Noted(nn.SiLU):
+    def forward(self, x):
+        self.seen = x
+        return super().forward(x)
+
+
 class OfFunctions(nn.Module):
     """As torchtitan and Meta write it."""
 
@@ -360,7 +426,12 @@ def test_hooks_on_the_block_and_the_other_layers_run(calls):
 
 
 @pytest.mark.parametrize(
-    "mlp", [Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice], ids=lambda mlp: mlp.__name__
+    "mlp",
+    [
+        *(Clamped, WrittenTo, Halved, Widened, Noisy, Twice, Hooked, JoinedTwice),
+        *(HalfClamped, OfLongInputs, OfRows, WithoutGradients, OutsideAutocast, Kept, Listed),
+    ],
+    ids=lambda mlp: mlp.__name__,
 )
 def test_another_function_of_the_same_layers_is_left(calls, mlp):
     model = adapted(mlp)
@@ -368,6 +439,61 @@ def test_another_function_of_the_same_layers_is_left(calls, mlp):
     assert report.left == {"mlp": "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))"}
     assert_same(results(model, draw()), results(adapted(mlp), draw()))
     assert calls == [3]
+
+
+def test_under_another_default_device(calls):
+    model = adapted()
+    with torch.device("meta"):
+        assert "mlp" in dorac.fuse(model).fused
+
+
+def test_without_values_yet(calls):
+    with torch.device("meta"):
+        model = Model(GatedMLP).double()
+    dorac.apply_dora(model, "all-linear", 4, 8)
+    assert dorac.fuse(model).left == {
+        "attention": "q_proj has no values yet: load them, and call fuse again",
+        "mlp": "gate_proj has no values yet: load them, and call fuse again",
+    }
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            nn.init.normal_(parameter)
+    model.train()
+    assert len(dorac.fuse(model).fused) == 2
+
+
+def test_a_copy_first_called_under_a_transform(calls):
+    model = adapted()
+    dorac.fuse(model)
+    copied = copy.deepcopy(model)
+    x = torch.stack([draw(), draw(2)])
+    torch.testing.assert_close(torch.func.vmap(copied)(x), torch.stack([model(part) for part in x]))
+    calls.clear()
+    copied(draw())
+    assert calls == [3, 0]
+
+
+def test_what_a_forward_keeps_is_kept_as_without(calls):
+    kept, listed = adapted(Kept), adapted(Listed)
+    for model in (kept, listed):
+        dorac.fuse(model)
+    assert not hasattr(kept.mlp, "gate")
+    assert listed.mlp.gates == []  # nothing of the looking
+    y = kept(draw())
+    assert torch.equal(kept.mlp.down_proj(kept.mlp.gate * kept.mlp.up_proj(kept.attention(draw()))), y)
+    assert torch.equal(listed(draw()), y)
+    assert torch.equal(listed.mlp.gates[0], kept.mlp.gate)
+
+
+def test_an_attribute_that_is_set_later_is_read(calls):
+    model, plain = adapted(Scaled), adapted(Scaled)
+    assert "mlp" in dorac.fuse(model).fused
+    for factor, expected in ((None, [3, 0]), (3.0, [3]), (None, [3, 0])):
+        model.mlp.factor = plain.mlp.factor = factor
+        calls.clear()
+        assert torch.allclose(model(draw()), plain(draw()), rtol=1e-12, atol=0)
+        assert calls == expected
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -394,6 +520,11 @@ def test_what_a_class_and_its_activation_become(calls, monkeypatch):
     model = adapted()
     model.mlp.act_fn = nn.Tanh()
     assert "Tanh, is none of silu" in dorac.fuse(model).left["mlp"]
+    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted()):
+        model = adapted().eval()
+        model.mlp.act_fn = act
+        assert "is none of silu" in dorac.fuse(model).left["mlp"]
+        assert not hasattr(act, "seen")  # nothing of the looking
     model = adapted()
     dorac.fuse(model)
     loaded = pickle.dumps(model)

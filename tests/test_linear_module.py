@@ -514,6 +514,11 @@ def test_a_weight_that_became_computed_is_not_merged(compute):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+class CalledLinear(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 class ScaledLinear(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -552,10 +557,12 @@ REFUSED_LAYERS = {
     "adapted": (lambda: DoraLinear(linear()), "DoraLinear is not supported"),
     "own forward": (lambda: ScaledLinear(IN, OUT), "ScaledLinear has a forward of its own"),
     "instance forward": (with_instance_forward, "Linear has a forward of its own"),
+    "own call": (lambda: CalledLinear(IN, OUT), "CalledLinear has a __call__ of its own"),
     "lazy": (lambda: nn.LazyLinear(OUT), "LazyLinear is lazy"),
     "integer": (integer_linear, "Linear has a weight of torch.int8, dequantise it"),
-    "parametrised": (parametrised, "parametrised"),
-    "pruned": (pruned, "hooks"),
+    "parametrised": (parametrised, "parametrised .*remove_parametrizations"),
+    "pruned": (pruned, "is computed by a hook .*prune.remove"),
+    "weight norm": (lambda: nn.utils.weight_norm(linear()), "is computed by a hook .*remove_weight_norm"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "hooks"),
     "backward hook": (lambda: with_hook("register_full_backward_hook"), "hooks"),
@@ -599,6 +606,7 @@ def test_a_subclass_that_computes_the_same_is_wrapped():
         ({"lora_dropout": None}, TypeError, "lora_dropout must be a number, got None"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be .* got 'pissa'"),
         ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be .* got torch.int8"),
+        ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype must be .* got 'float32'"),
         ({"adapter_dtype": torch.float8_e4m3fn}, TypeError, "adapter_dtype must be .* got torch.float8_e4m3fn"),
         ({"alpha": 16}, TypeError, r"DoraLinear\(\) got an unexpected keyword argument 'alpha'"),
         ({"fan_in_fan_out": True}, ValueError, r"fan_in_fan_out=True contradicts Linear, .* \[out, in\]"),

@@ -614,6 +614,29 @@ def test_exported_programs_take_their_own_norm(strict):
     torch.testing.assert_close(exported(x), other(x))
 
 
+def test_what_other_processes_write_to_shared_memory():
+    model, x = adapted().share_memory(), torch.randn(5, IN)
+    dorac.cache_norms(model)
+    model(x)
+    for parameter in model.parameters():  # as another process does: this one's version stays
+        torch.from_numpy(parameter.detach().numpy()).mul_(1.5)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_programs_take_their_own_norm():
+    """Of parameters that are the model's own: they see what is written to them."""
+    model, x = adapted().eval(), torch.randn(5, IN)
+    dorac.cache_norms(model)
+    with torch.no_grad():
+        model(x)
+        traced = torch.jit.trace(model, x)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+        torch.testing.assert_close(traced(x), model(x))
+
+
 # --- staleness, removal, bad input ------------------------------------------------------------------------------------
 
 

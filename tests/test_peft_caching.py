@@ -208,6 +208,18 @@ def test_copies_keep_no_norm():
             assert torch.equal(copied(x), ours(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_traced_programs_keep_no_norm():
+    _, model = twins("linear")
+    x = input_of("linear", model.eval())
+    with DoraCaching():
+        model(x)
+        traced = torch.jit.trace(model, x)
+        factor(model).mul_(1.5)
+        torch.testing.assert_close(traced(x), model(x))
+
+
 def test_transforms_keep_no_norm():
     """Under ``functional_call`` in ``vmap`` the tensors are wrapped, and others."""
     _, ours = twins("linear")

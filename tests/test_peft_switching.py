@@ -54,6 +54,19 @@ def test_merged_is_put_back(kind):
     torch.testing.assert_close(base_of(model)(x), y)
 
 
+def test_blocks_that_overlap():
+    _, model = twins("linear", dtype=torch.float32)
+    x = KINDS["linear"].input(0, torch.float32)
+    adapted, y = model(x), base_of(model)(x)
+    blocks = dorac.disabled(model), dorac.disabled(model)
+    for block in blocks:
+        block.__enter__()
+    for block in blocks:
+        assert torch.equal(model(x), y)
+        block.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+
+
 def test_modules_to_save_are_the_originals():
     _, model = twins("linear", dtype=torch.float32, modules_to_save=["head"])
     head, x = model.base_model.model.head, torch.randn(2, 3)

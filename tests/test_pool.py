@@ -144,12 +144,26 @@ def test_copies():
     check(copied, torch.randn(3, 24), {"a": adapter(3, 0), "b": adapter(2, 1)}, ["a", "b", None])
 
 
+def test_made_in_inference_mode():
+    """As servers do; written to and called anywhere."""
+    with torch.inference_mode():
+        pool = AdapterPool(base_layer(), 2, 4)
+        pool.add("a", adapter(3, 0))
+    held = {"a": adapter(2, 1), "b": adapter(4, 2)}
+    pool.replace("a", held["a"])
+    with torch.inference_mode():
+        pool.add("b", held["b"])
+    check(pool, torch.randn(3, 24), held, ["a", "b", None])
+    pool.evict("b")
+
+
 REFUSED = {
     "full": (lambda pool: pool.add("c", adapter(2, 0)), "the pool is full: 'a', 'b' take its 2 slots; evict one first"),
     "rank": (
         lambda pool: pool.replace("a", adapter(5, 0)),
         "adapter 'a' has rank 5, the pool was made for ranks up to 4",
     ),
+    "name": (lambda pool: pool.add(None, adapter(2, 0)), "name must be a string, got None"),
     "known": (lambda pool: pool.add("a", adapter(2, 0)), "adapter 'a' is in the pool: replace it, or evict it first"),
     "replace": (lambda pool: pool.replace("d", adapter(2, 0)), "adapter 'd' is not in the pool, which holds 'a', 'b'"),
     "evict": (lambda pool: pool.evict("d"), "adapter 'd' is not in the pool"),
@@ -183,12 +197,15 @@ def test_refuses(name):
         ((base_layer(), 0, 4), ValueError, "capacity must be a whole number of at least 1, got 0"),
         ((base_layer(), 2, 1.5), ValueError, "r must be a whole number of at least 1, got 1.5"),
         ((nn.Linear(3, 4, device="meta"), 2, 4), ValueError, "base_layer is on meta"),
+        ((base_layer(), 2, 4, torch.int8), TypeError, "dtype must be .* got torch.int8"),
+        ((base_layer(), 2, 4, "float16"), TypeError, "dtype must be .* got 'float16'"),
     ],
-    ids=["kind", "capacity", "rank", "meta"],
+    ids=["kind", "capacity", "rank", "meta", "integer", "word"],
 )
 def test_refuses_to_be_made(arguments, error, message):
+    *arguments, dtype = arguments if len(arguments) == 4 else (*arguments, None)
     with pytest.raises(error, match=message):
-        AdapterPool(*arguments)
+        AdapterPool(*arguments, dtype=dtype)
 
 
 @pytest.mark.gpu

@@ -94,6 +94,27 @@ def test_nested_and_raising():
     assert not torch.equal(model(x), base(x))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_blocks_that_overlap(merged):
+    """As those of two threads: the second one begins in the first one and ends after it."""
+    base, model, x = wrapped("linear")
+    if merged:
+        dorac.merge(model)
+    weight, y, expected = model[0].weight.clone(), model(x), base(x)
+    first, second = dorac.disabled(model), dorac.disabled(model[0])
+    first.__enter__()
+    second.__enter__()
+    for block in (first, second):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5 if merged else 0, atol=1e-5 if merged else 0)
+        block.__exit__(None, None, None)
+    assert torch.equal(model(x), y)
+    assert torch.equal(model[0].weight, weight)
+    assert model[0].merged == merged
+    with dorac.disabled(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5 if merged else 0, atol=1e-5 if merged else 0)
+    assert torch.equal(model(x), y)
+
+
 def test_copies_made_inside_are_switched_on():
     _, model, x = wrapped("linear")
     y = model(x)

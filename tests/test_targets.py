@@ -230,6 +230,14 @@ def test_a_model_that_is_adapted_already_says_so():
         apply_dora(model, "all-linear", r=2)
 
 
+@pytest.mark.parametrize("leaves_out", [{"exclude_modules": ["0"]}, {"modules_to_save": ["0"]}])
+def test_all_that_matched_is_left_out(leaves_out):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    expected = r"matched no module; exclude_modules, modules_to_save or layers_to_transform leave out 0$"
+    with pytest.raises(ValueError, match=expected):
+        apply_dora(model, ["0"], **leaves_out)
+
+
 def test_nothing_matched_says_what_could_be():
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "act": nn.ReLU(), "attention": nn.MultiheadAttention(4, 2)})
     expected = r"target_modules \['fist'\] matched no module; modules of this model that could be: first$"

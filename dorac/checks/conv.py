@@ -25,7 +25,8 @@ def check_conv_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: i
     check_rank(rank, lora_A)
     if rank % groups:
         raise ValueError(f"lora_A must have a rank that groups={groups} divides, got a rank of {rank}")
-    if list(lora_A.shape[2:]) != kernel or lora_A.shape[1] not in (channels, channels * groups):
+    fits = lora_A.shape[1] == channels or lora_A.shape[1] == channels * groups  # symbolic sizes are in no tuple
+    if list(lora_A.shape[2:]) != kernel or not fits:
         expected = f"[r, in, k...] = {[rank, channels * groups, *kernel]}"
         expected += f" or [r, in/groups, k...] = {[rank, channels, *kernel]}" if groups > 1 else ""
         raise ValueError(f"lora_A must be {expected} for weight {list(weight.shape)}, got {list(lora_A.shape)}")

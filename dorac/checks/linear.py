@@ -64,9 +64,15 @@ def check_rank(rank: int, lora_A: Tensor) -> None:
 
 def check_activation_dtype(x: Tensor, weight: Tensor) -> None:
     """The activation's dtype is the weight's, or what autocast makes of both."""
+    if x.dtype == weight.dtype:
+        return
     device = weight.device.type
-    if x.dtype != weight.dtype and not (device != "meta" and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, outside autocast, got {x.dtype}")
+    if torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(
+            f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}: autocast leaves float64 as it is"
+        )
 
 
 def _check_weight(weight: Tensor) -> None:

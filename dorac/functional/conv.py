@@ -150,6 +150,7 @@ def _border(
 
 def _layer(dimensions: int, doc: str):
     """``dora_conv1d``, ``2d`` or ``3d``, whose signature is stated here, once."""
+    axes = "DHW"[-dimensions:]
 
     def dora_conv(
         x: Tensor,
@@ -171,6 +172,7 @@ def _layer(dimensions: int, doc: str):
         dropout_on: str = "adapter",
         budget: int = DEFAULT_BUDGET,
     ) -> Tensor:
+        dimensions = len(axes)  # a number of the closure would be symbolic under dynamic=True
         checks.check_conv(dimensions, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, groups)
         checks.check_geometry(dimensions, stride, padding, dilation, padding_mode)
         stride, dilation = _per_dimension(stride, dimensions), _per_dimension(dilation, dimensions)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dorac import functional
 from dorac.nn import linear4bit, recorded, shared
 from dorac.nn.linear import is_conv1d
+from dorac.ops import front
 from dorac.undo import Undo
 
 _BLOCK = "dorac_block"  # where a fused module has what it computes
@@ -61,6 +62,12 @@ def _new(kind: type[_Fused], stock: type[nn.Module]) -> _Fused:
 
 class FusedMLP(_Fused):
     """An MLP as one :func:`dorac.functional.dora_mlp`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        block = vars(self).get(_BLOCK)
+        if block is not None and name != "training" and name[:1] != "_":
+            block.forward = None  # the forward may read it
 
     def forward(self, *args, **kwargs) -> Tensor:
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
@@ -122,9 +129,11 @@ class _MLP:
         return vars(self) | {"forward": None}  # another process may have patched the class
 
     def holds(self, module: FusedMLP) -> bool:
-        """Whether the class still has that forward; of a copy it is looked at once more."""
+        """Whether the class still has that forward; it is looked at once more of a copy and after a new attribute."""
         forward = module.stock.forward
         if self.forward is None:
+            if not front.unobserved():  # a transform would see the looking: the next call looks
+                return False
             self.forward = forward if mlp(module) == self.roles else mlp
         return self.forward is forward
 

@@ -16,8 +16,8 @@ from dorac.nn.stock import not_stock
 def is_scaled(module: nn.Embedding) -> bool:
     """Whether ``module`` is one of transformers' scaled word embeddings: ``super().forward(x) * self.embed_scale``.
 
-    That is a forward of its own, which only its first row can show; a class with more parameters (as T5Gemma2's, which
-    replaces one row) is not one of them.
+    That is a forward of its own, which only rows can show: some of the table, since the first may be padding, which is
+    zero times anything. A class with more parameters (as T5Gemma2's, which replaces one row) is not one of them.
     """
     scale = getattr(module, "embed_scale", None)
     if type(module).forward is nn.Embedding.forward or [name for name, _ in module.named_parameters()] != ["weight"]:
@@ -29,8 +29,9 @@ def is_scaled(module: nn.Embedding) -> bool:
     with torch.no_grad(), offload.onloaded(module):
         if module.weight.is_meta:
             return True
-        first = torch.zeros(1, dtype=torch.int64, device=module.weight.device)
-        return torch.equal(module(first), scaled(F.embedding(first, module.weight), scale))
+        last = module.num_embeddings - 1
+        rows = torch.tensor([last * i // 7 for i in range(8)], device=module.weight.device)
+        return torch.equal(module(rows), scaled(F.embedding(rows, module.weight), scale))
 
 
 def scaled(y: Tensor, scale: float | Tensor | None) -> Tensor:

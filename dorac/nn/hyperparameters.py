@@ -67,5 +67,5 @@ def check_hyperparameters(
     if init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
     if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype}")
+        raise TypeError(f"adapter_dtype must be float64, float32, bfloat16 or float16, got {adapter_dtype!r}")
     return r, lora_alpha, lora_dropout

@@ -20,13 +20,16 @@ plainly = torch._C.DisableTorchFunctionSubclass  # some packed weights answer sl
 class Moment:
     """The state of tensors, as far as the host sees it: where they lie, their versions, and the grad mode."""
 
-    __slots__ = ("grad_mode", "places", "spread", "state", "storages")
+    __slots__ = ("grad_mode", "is_shared", "places", "spread", "state", "storages")
 
     def __init__(self, tensors: Sequence[Tensor], grad_mode: bool | None = None) -> None:
         self.places = [i for i, tensor in enumerate(tensors) if _has_memory(tensor)]
         self.spread = any(_part(tensors[i]) is not tensors[i] for i in self.places)
         self.state = self._of(tensors)
         self.storages = [weakref.ref(_part(tensors[i]).untyped_storage()) for i in self.places]
+        # Whether other processes may write to them, which leaves no trace here. On a GPU every tensor says so.
+        parts = [_part(tensors[i]) for i in self.places]
+        self.is_shared = any(part.device.type == "cpu" and part.is_shared() for part in parts)
         self.grad_mode = grad_mode  # of the last eager forward; None: it is yet to come
 
     def _of(self, tensors: Sequence[Tensor]) -> tuple:

@@ -289,7 +289,7 @@ def known_norm(
         _verify_while_tracing(kept.norm)
     else:
         with plainly():
-            if not _usable(layer, kept, scaling, inputs):
+            if front.traced_by_jit() or not _usable(layer, kept, scaling, inputs):
                 return None
         # After a break of the graph it would be compiled by itself.
         verified = torch.compiler.disable(_verified) if kept.debug else _verified
@@ -305,7 +305,7 @@ def _verified(layer: Keeper, kept: KeptNorm) -> bool:
     moment = kept.at
     if moment is not None:
         with plainly():
-            lasts = not moment.passed(kept.of)
+            lasts = not (moment.is_shared or moment.passed(kept.of))
         if lasts and not moment.in_other_grad_mode():
             return True
     if front.under_transform() or front.capturing():  # what they would compute now is not what is to be kept
@@ -368,7 +368,7 @@ def _usable(layer: Keeper, kept: KeptNorm, scaling: float | Tensor, inputs: tupl
 
     It is not where others stand in the place of the layer's own (``functional_call``, a replica, a parametrisation),
     nor where a base weight is trained or the scaling is a tensor, which may change unseen. An exported program takes
-    its own norm, since nobody would refresh it there.
+    its own norm, since nobody would refresh it there, and so does a traced one.
     """
     of = kept.of
     if of is None or layer.norm_grad or isinstance(scaling, Tensor) or front.exporting_module():

@@ -9,6 +9,7 @@ from dorac import functional, magnitudes
 from dorac.dense import not_dense
 from dorac.functional import Adapter
 from dorac.functional.mixed import scaled_linear_mixed
+from dorac.numerics import FLOAT_DTYPES
 
 
 class AdapterPool(nn.Module):
@@ -26,7 +27,8 @@ class AdapterPool(nn.Module):
         dtype: of the factors; None for the weight's.
 
     Raises:
-        TypeError: a base layer of another kind. ValueError: a capacity or rank that is not at least 1, no values.
+        TypeError: a base layer of another kind, a dtype that is not float16, bfloat16, float32 or float64.
+        ValueError: a capacity or rank that is not at least 1, no values.
     """
 
     def __init__(self, base_layer: nn.Linear, capacity: int, r: int, *, dtype: torch.dtype | None = None) -> None:
@@ -39,6 +41,8 @@ class AdapterPool(nn.Module):
         for name, number in (("capacity", capacity), ("r", r)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")
         if weight.is_meta:
             raise ValueError("base_layer is on meta: load it first")
         self.base_layer, self.capacity, self.r = base_layer, capacity, r
@@ -46,14 +50,16 @@ class AdapterPool(nn.Module):
         out_features, in_features = weight.shape
         factors = {"dtype": dtype or weight.dtype, "device": weight.device}
         wide = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        for name, tensor in (
-            ("lora_A", torch.zeros(capacity, r, in_features, **factors)),
-            ("lora_B", torch.zeros(capacity, out_features, r, **factors)),
-            ("mag_scale", torch.ones(capacity, out_features, **wide)),
-            ("weight_norm", torch.ones(capacity, out_features, **wide)),
-            ("scaling", torch.zeros(capacity, **wide)),
-            ("ranks", torch.zeros(capacity, dtype=torch.int32, device=weight.device)),
-        ):
+        with torch.inference_mode(False):  # what is made in inference mode could be written to there alone
+            tensors = {
+                "lora_A": torch.zeros(capacity, r, in_features, **factors),
+                "lora_B": torch.zeros(capacity, out_features, r, **factors),
+                "mag_scale": torch.ones(capacity, out_features, **wide),
+                "weight_norm": torch.ones(capacity, out_features, **wide),
+                "scaling": torch.zeros(capacity, **wide),
+                "ranks": torch.zeros(capacity, dtype=torch.int32, device=weight.device),
+            }
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def add(self, name: str, adapter: Adapter) -> int:
@@ -61,8 +67,11 @@ class AdapterPool(nn.Module):
 
         Raises:
             ValueError: a name that is there, a full pool, a rank above the pool's, tensors that do not fit the layer.
-            TypeError: what :func:`dorac.functional.norm_factored` refuses. Nothing has changed then.
+            TypeError: a name that is not a string; what :func:`dorac.functional.norm_factored` refuses. Nothing has
+                changed then.
         """
+        if not isinstance(name, str):  # None is the base layer
+            raise TypeError(f"name must be a string, got {name!r}")
         if name in self.slots:
             raise ValueError(f"adapter {name!r} is in the pool: replace it, or evict it first")
         if len(self.slots) == self.capacity:

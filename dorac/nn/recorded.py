@@ -1,13 +1,18 @@
-"""What the forward of an MLP computes, found by running it once on meta tensors with stand-ins for its layers.
+"""What the forward of an MLP computes, found by running it on meta tensors with stand-ins for its layers.
 
 A fused MLP takes the place of a forward, so it has to be known what that computes, and names of classes and children do
 not tell: there are MLPs with a ``gate_proj`` that clamp, scale or sparsify in between. Run with stand-ins for the
-children, and a mode that notes every function of torch, the forward says it itself.
+children, and a mode that notes every function of torch, the forward says it itself. It is run for each kind of input
+that it may ask for (``if h.dtype == torch.float16: h = h.clamp(...)``), and has to say the same each time.
 """
 
+import collections
+import contextlib
+import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,13 @@ _PRODUCTS = ("mul", "__mul__", "multiply")
 _ASKING = ("__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous")
 _NOTHING_TO_DO = ("to", "contiguous", "type_as", "type", "__get__")
 _FUNCTIONS = ("silu", "gelu", "relu")  # as they are noted: with "=" before their name in ACTIVATIONS
+# What a forward may ask of its input. Float64 comes first, which nobody casts to: a cast to float32 is something in
+# between, in float32 too.
+_KINDS = (
+    *((torch.float64, shape) for shape in ((1, 2), (3,), (2, 4096), ())),
+    *((dtype, (1, 2)) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+)
+_DEVICES = "cpu", "cuda"
 NOT_AN_MLP = "its forward is neither down(act(gate(x)) * up(x)) nor down(act(up(x)))"
 
 
@@ -62,37 +74,94 @@ def mlp(module: nn.Module, cls: type[nn.Module], linears: Mapping[str, tuple[int
     Args:
         linears: by name the children that are linear layers: their sizes ``in, out``.
     """
-    answers = [_mlp(module, cls, linears, training) for training in (True, False)]
-    return answers[0] if answers[0] == answers[1] else NOT_AN_MLP
-
-
-def _mlp(module: nn.Module, cls: type[nn.Module], linears: Mapping[str, tuple[int, int]], training: bool) -> MLP | str:
-    others = {name: child for name, child in module._modules.items() if child is not None and name not in linears}
-    if not 2 <= len(linears) <= 3 or len(others) > 3:
+    if not 2 <= len(linears) <= 3:
         return NOT_AN_MLP
+    others = {name: child for name, child in module._modules.items() if child is not None and name not in linears}
     own = [*module._parameters, *module._buffers]
-    if own or any(next(child.parameters(), None) is not None for child in others.values()):
+    if own or len(others) > 3 or any(next(child.parameters(), None) is not None for child in others.values()):
         return NOT_AN_MLP
     arguments = inspect.signature(cls.forward).parameters.values()
     if len([a for a in arguments if a.default is a.empty]) != 2:  # self, x
         return NOT_AN_MLP
+    found = None
+    for training, kind in itertools.product((True, False), _KINDS):
+        answer = _found(module, cls, linears, others, training, *kind)
+        if answer is None and found is not None:  # raised: so does a call of that kind
+            continue
+        if not answer or found not in (None, answer):
+            return NOT_AN_MLP
+        found = answer
+    return _with_activation(found, others)
+
+
+def _found(
+    module: nn.Module,
+    cls: type[nn.Module],
+    linears: Mapping[str, tuple[int, int]],
+    others: Mapping[str, nn.Module],
+    training: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+) -> dict | None:
+    """Which child has which part, empty if it is no MLP; None if the forward raised."""
     steps = _Steps()
-    copy = object.__new__(cls)
-    stands = {name: _Stand(name, steps, *linears.get(name, ())) for name in (*linears, *others)}
-    vars(copy).update(vars(module), _modules=stands, training=training)
+    stands = {name: _Stand(name, steps, dtype, *linears.get(name, ())) for name in (*linears, *others)}
+    answer = None
     for size, _ in dict.fromkeys(linears.values()):  # a first layer takes x
-        # Of a dtype that nobody casts to: a cast to float32 is something in between, in float32 too.
-        x = torch.empty(1, 2, size, dtype=torch.float64, device="meta", requires_grad=True)
+        before = vars(module) | {"_modules": stands, "training": training}
+        probe = object.__new__(cls)
+        vars(probe).update({name: _own(value) for name, value in before.items()})
+        x = torch.empty(*shape, size, dtype=dtype, device="meta", requires_grad=training)
         steps.noted.clear()
         try:
-            with torch.enable_grad(), steps:
-                y = cls.forward(copy, x)
+            with _modes(training), steps:
+                steps.modes = _present_modes()
+                y = cls.forward(probe, x)
         except Exception:  # whatever the class does that is not what an MLP does
+            continue
+        answer = {}
+        if not _kept(before, vars(probe)):  # somebody may read what it leaves
             continue
         found = _roles(steps, x, y, linears)
         if found is not None:
-            return _with_activation(found, others)
-    return NOT_AN_MLP
+            return found
+    return answer
+
+
+@contextlib.contextmanager
+def _modes(on: bool) -> Iterator[None]:
+    """Gradients and autocast, on any device, on or off: a forward may ask for them, and may set them."""
+    before = [torch.is_autocast_enabled(device) for device in _DEVICES]
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, on)
+        with torch.set_grad_enabled(on):
+            yield
+    finally:
+        for device, enabled in zip(_DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+def _present_modes() -> list[bool]:
+    return [torch.is_grad_enabled(), *map(torch.is_autocast_enabled, _DEVICES)]
+
+
+def _own(value: object) -> object:
+    """A container of the module's copied, for a forward to write to; anything else as it is."""
+    return copy.copy(value) if isinstance(value, (list, dict, set, collections.deque)) else value
+
+
+def _kept(before: Mapping[str, object], after: Mapping[str, object]) -> bool:
+    """Whether attributes are the same objects, containers with the same ones in them."""
+    if before.keys() != after.keys():
+        return False
+    return all(_inside(value) == _inside(after[name]) for name, value in before.items())
+
+
+def _inside(value: object) -> list[int]:
+    if isinstance(value, dict):
+        return [id(part) for item in value.items() for part in item]
+    return [*map(id, value)] if isinstance(value, (list, set, collections.deque)) else [id(value)]
 
 
 class _Steps(TorchFunctionMode):
@@ -101,6 +170,12 @@ class _Steps(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[tuple[str, tuple, object]] = []
+        self.modes: list[bool] = []  # that the forward is called in
+
+    def note(self, name: str, args: tuple, result: object) -> None:
+        if _present_modes() != self.modes:
+            self.noted.append(("in another mode", (), None))
+        self.noted.append((name, args, result))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -108,11 +183,11 @@ class _Steps(TorchFunctionMode):
         same = any(result is arg for arg in args)
         if isinstance(result, Tensor):
             if not (same and name in _NOTHING_TO_DO):
-                self.noted.append((_function(name, args, kwargs), args, result))
+                self.note(_function(name, args, kwargs), args, result)
         elif name == "chunk" and (args[1:], kwargs) in (((2, -1), {}), ((2,), {"dim": -1})):
             self.noted += [(f"half {i}", args, half) for i, half in enumerate(result)]
         elif name not in _ASKING:
-            self.noted.append((name, args, result))
+            self.note(name, args, result)
         return result
 
 
@@ -127,16 +202,23 @@ def _function(name: str, args: tuple, kwargs: dict) -> str:
 class _Stand(nn.Module):
     """In the place of a child: gives a tensor of its output's size, and of one that is no linear layer its input's."""
 
-    def __init__(self, name: str, steps: _Steps, in_features: int | None = None, size: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        steps: _Steps,
+        dtype: torch.dtype,
+        in_features: int | None = None,
+        size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.name, self.noted, self.size = name, steps.noted, size
+        self.name, self.steps, self.size = name, steps, size
         if size is not None:
-            self.weight = torch.empty(size, in_features, dtype=torch.float64, device="meta")
+            self.weight = torch.empty(size, in_features, dtype=dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            y = x.new_empty((*x.shape[:-1], self.size or x.shape[-1])).requires_grad_()
-        self.noted.append((f".{self.name}", (x,), y))
+            y = x.new_empty((*x.shape[:-1], self.size or x.shape[-1])).requires_grad_(x.requires_grad)
+        self.steps.note(f".{self.name}", (x,), y)
         return y
 
 
@@ -209,19 +291,30 @@ def _with_activation(found: dict, others: Mapping[str, nn.Module]) -> MLP | str:
 
 @torch.no_grad()
 def activation_of(act: nn.Module) -> str | None:
-    """The name of what a module computes, told by its values; None if it is none of those that are known.
+    """The name of what a module computes in training and in evaluation, told by its values; None if there is none.
 
     Twice as many formulas as functions are in use (the tanh form of gelu has three), and more names.
     """
     if any(True for _ in act.buffers()):
         return None
-    x = torch.linspace(-9, 9, 1441, dtype=torch.float64)
+    x = torch.linspace(-9, 9, 1441, dtype=torch.float64, device="cpu")
+    ys = []
     try:
-        y = act(x.clone())
+        own = copy.deepcopy(act)  # which may note what it does
+        for training in (True, False):
+            own.train(training)
+            before = [{name: _own(value) for name, value in vars(m).items()} for m in own.modules()]
+            with torch.random.fork_rng(devices=[]):
+                ys.append(own(x.clone()))
+            if not all(map(_kept, before, map(vars, own.modules()))):
+                return None
     except Exception:  # it takes no float64, or another argument
         return None
-    if not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape:
+    if any(not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape for y in ys):
         return None
     # A constant with ten digits, as FastGELU's, is the same in float32.
-    matches = (name for name, function in ACTIVATIONS.items() if torch.allclose(y, function(x), rtol=0, atol=1e-9))
-    return next(matches, None)
+    return next((name for name, f in ACTIVATIONS.items() if all(_is_near(y, f(x)) for y in ys)), None)
+
+
+def _is_near(y: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(y, expected, rtol=0, atol=1e-9)

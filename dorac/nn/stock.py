@@ -31,9 +31,20 @@ def not_stock(module: nn.Module, stock: type[nn.Module], weights: Sequence[str] 
         if sharded.any_sharded(tensor):
             return f"the {name} of {kind} is sharded (a DTensor): wrap first, then shard"
         if parametrize.is_parametrized(module, name):
-            return f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize)"
+            return (
+                f"the {name} of {kind} is parametrised (torch.nn.utils.parametrize): take that off first "
+                "(remove_parametrizations), or parametrise the base layer of the adapted one afterwards"
+            )
+        if module._forward_pre_hooks and name in vars(module):
+            return (
+                f"the {name} of {kind} is computed by a hook (pruning, weight or spectral norm): take that off first "
+                "(prune.remove, remove_weight_norm, remove_spectral_norm)"
+            )
     if type(module).forward is not stock.forward or offload.has_own_forward(module):
         return f"{kind} has a forward of its own, which the adapted layer would not run"
+    for name in ("__call__", "_call_impl"):
+        if getattr(type(module), name) is not getattr(stock, name):
+            return f"{kind} has a {name} of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} has hooks, which the adapted layer would not run: put them on the adapted layer afterwards"
     return None

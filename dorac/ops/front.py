@@ -38,7 +38,7 @@ def unobserved(but_by_modes: bool = False) -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)
-        and torch._C._get_tracing_state() is None
+        and not traced_by_jit()
         and (not torch._C._len_torch_function_stack() or _only_device_modes())
     )
 
@@ -71,6 +71,11 @@ def exporting() -> bool:
 def exporting_module() -> bool:
     """As :func:`exporting`, for code that Dynamo traces: there torch 2.11 folds ``is_exporting()`` to True."""
     return torch.compiler._is_exporting_flag
+
+
+def traced_by_jit() -> bool:
+    """Whether ``torch.jit.trace`` records: what was computed before is a constant of its program."""
+    return torch._C._get_tracing_state() is not None
 
 
 def capturing() -> bool:

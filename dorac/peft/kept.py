@@ -39,7 +39,7 @@ class Origin:
             base_layer: the one that ``weight`` is of; of a packed weight its pieces are looked at.
             weight: dense, packed, or a dense copy of a packed one.
         """
-        if front.under_transform() or not isinstance(scaling, (int, float)):
+        if front.under_transform() or front.traced_by_jit() or not isinstance(scaling, (int, float)):
             return None
         held = getattr(base_layer, "weight", None)
         if held is None or is_plain(held):
