@@ -60,6 +60,7 @@ PRIVATE = {
     "its kernels": ("torch._C._cuda_getCurrentRawStream", "torch._C._cuda_getDevice"),
     "ops/inductor.py lowers dorac's ops: look in torch/_inductor/kernel/custom_op.py for how the graph of a function "
     "is inlined, in ir.py for a node that writes to its argument": (
+        "torch._inductor.codegen.common.BackendFeature.FOREACH",
         "torch._inductor.codegen.subgraph.inline_subgraph_to_ir_nodes",
         "torch._inductor.decomposition.select_decomp_table",
         "torch._inductor.ir.ExternKernel.realize_input",
