@@ -71,6 +71,12 @@ PRIVATE = {
         "torch._library.utils.get_layout_constraint_tag",
         "torch._ops.OpOverload",
     ),
+    "ops/gradient_sums.py gives Inductor a rule: look in torch/_inductor/pattern_matcher.py for how one is registered, in "
+    "fx_passes/post_grad.py for the first list of them": (
+        "torch._inductor.pattern_matcher.CallFunction",
+        "torch._inductor.pattern_matcher.Ignored",
+        "torch._inductor.pattern_matcher.register_graph_pattern",
+    ),
     "ops/crossing.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what makes a DTensor, "
     "and in torch/utils for how nested arguments are mapped": ("torch.utils._pytree.tree_map_only",),
     "nn/norm_cache.py says that a norm stays where it is: look for how CUDA graphs learn of buffers": (

@@ -23,17 +23,19 @@ def _mag_scale_fake(magnitude, weight_norm):
 
 @torch.library.register_fake("dorac::cast", lib=lib)
 def _cast_fake(tensor, dtype):
-    return tensor.new_empty(tensor.shape, dtype=dtype)
+    return torch.empty_like(tensor, dtype=dtype)
 
 
-def _cast(tensor, dtype):
+def copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the dtype, which may be the tensor's own, in its strides."""
     return tensor.to(dtype, copy=True)
 
 
 # ``g = m / n`` as :func:`magnitude_scale`, but no gradient; in generated code a buffer. Inlined into what uses y, the
 # division runs for every element of y, and on an H100 it can take longer than the traffic of the fused kernel.
 mag_scale = register_leaf("mag_scale", magnitude_scale, magnitude_scale)
-_cast_op = register_leaf("cast", _cast, _cast)
+lib.impl("cast", copy, "CompositeExplicitAutograd")
+copied = torch.ops.dorac.cast
 
 
 def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,10 +50,10 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, factor, dtype):
         ctx.dtype = factor.dtype
-        return _cast_op(factor, dtype)
+        return copied(factor, dtype)
 
     @staticmethod
     def backward(ctx, gradient):
         if torch.is_grad_enabled() or front.under_transform():  # the op can be neither differentiated nor batched
             return gradient.to(ctx.dtype), None
-        return _cast_op(gradient, ctx.dtype), None
+        return copied(gradient, ctx.dtype), None

@@ -20,6 +20,7 @@ import torch
 
 from dorac.ops import front
 from dorac.ops.compose import magnitude_scale
+from dorac.ops.horizontal import copy
 from dorac.ops.library import inlined
 from dorac.ops.on_import import on_import
 
@@ -37,7 +38,7 @@ def _register(lowering) -> None:
         constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
         lowering.add_layout_constraint(op, constraint)
         lowering.register_lowering(op, type_promotion_kind=None)(_launches(lowering, op, function))
-    for op, function in ((torch.ops.dorac.mag_scale, magnitude_scale), (torch.ops.dorac.cast, torch.Tensor.to)):
+    for op, function in ((torch.ops.dorac.mag_scale, magnitude_scale), (torch.ops.dorac.cast, copy)):
         lower = _horizontal(lowering, op.default, function)
         lowering.register_lowering(op.default, type_promotion_kind=None)(lower)
     for op, lower in (
