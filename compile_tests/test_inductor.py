@@ -50,6 +50,14 @@ def test_compose_fuses_with_its_neighbours(device):
     assert len(kernels) <= (4 if device == "cuda" else 3), kernels
 
 
+@pytest.fixture
+def not_padded():
+    """Of these small sizes no product is padded, which Inductor decides by the time they take."""
+    with torch._inductor.config.patch(shape_padding=False):
+        yield
+
+
+@pytest.mark.usefixtures("not_padded")
 def test_g_is_divided_once(device, monkeypatch):
     """Not for every element of y, in the kernel that reads it; in the form that large ranks take on CUDA."""
     monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
@@ -61,7 +69,7 @@ def test_g_is_divided_once(device, monkeypatch):
         torch.testing.assert_close(y, function(x, residual))
     assert "= torch.ops.dorac.low_rank_linear" not in code
     assert re.search(r"extern_kernels.addmm\((\w+), .*, out=\1\)", code)
-    assert "dorac.mag_scale" not in code.partition("def call(")[2]
+    assert "dorac.mag_scale.default(" not in code
     kernels = launches(code)
     assert sum("gelu" in kernel for kernel in kernels) == 1
     assert not any("div" in kernel for kernel in kernels)
@@ -70,6 +78,7 @@ def test_g_is_divided_once(device, monkeypatch):
     assert not any("zeros" in kernel or "select" in kernel for kernel in kernels)
 
 
+@pytest.mark.usefixtures("not_padded")
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_parameters_are_one_launch(adapter_dtype, device, monkeypatch):
     """On CUDA, whatever the layers' sizes: g and the factors under autocast, and in backward the factors' gradients."""
