@@ -71,8 +71,8 @@ PRIVATE = {
         "torch._library.utils.get_layout_constraint_tag",
         "torch._ops.OpOverload",
     ),
-    "ops/gradient_sums.py gives Inductor a rule: look in torch/_inductor/pattern_matcher.py for how one is registered, in "
-    "fx_passes/post_grad.py for the first list of them": (
+    "ops/gradient_sums.py gives Inductor a rule: look in torch/_inductor/pattern_matcher.py for how one is registered, "
+    "in fx_passes/post_grad.py for the first list of them": (
         "torch._inductor.pattern_matcher.CallFunction",
         "torch._inductor.pattern_matcher.Ignored",
         "torch._inductor.pattern_matcher.register_graph_pattern",

@@ -176,10 +176,26 @@ def test_casts_go_into_the_buffer(mesh):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+def test_one_launch_each_way(mesh, device):
+    """On CUDA, of more tensors than one launch of Inductor's ``cat`` takes."""
+    name, tensors = mesh.get_group().group_name, [torch.randn(3, 5 + i, device=device) for i in range(12)]
+
+    def summed(*tensors):
+        return [y for t in tensors for y in op([t], name)]
+
+    code = graph_of(summed, *tensors)
+    assert len(collectives(code)) == 1
+    assert len(re.findall(r"\btriton_for_fused_\w+\.run\(", code)) == (2 if device == "cuda" else 0)
+    assert not re.findall(r"\btriton_poi_\w+\.run\(", code)
+    for actual, tensor in zip(torch.compile(summed)(*tensors), tensors, strict=True):
+        torch.testing.assert_close(actual, tensor)  # of the fake group
+
+
 def test_opcheck(mesh):
     name = mesh.get_group().group_name
     for tensors in ([torch.randn(3, 5).t()], [torch.randn(3, 5).t(), torch.randn(7).bfloat16(), torch.randn(0)]):
         opcheck(torch.ops.dorac.gradient_sums.default, (tensors, name))
+        opcheck(torch.ops.dorac.flat.default, (tensors, torch.float32))
 
 
 def test_other_backends_have_one_a_layer(mesh):

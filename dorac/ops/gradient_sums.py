@@ -91,7 +91,7 @@ def _lower(nodes: Sequence[fx.Node]) -> None:
     given = [gradient for node in nodes for gradient in node.args[0]]
     dtypes = [gradient.meta["val"].dtype for gradient in given]
     dtype = collectives.widest([gradient.meta["val"] for gradient in given])
-    casts = [g for g in given if g.target is torch.ops.dorac.cast.default] if len(given) > 1 else []
+    casts = [g for g in given if _widens(g)] if len(given) > 1 else []
     gradients = [g.args[0] if g in casts else g for g in given]  # cast on their way into the buffer of all
 
     def total(tensor):
@@ -101,8 +101,7 @@ def _lower(nodes: Sequence[fx.Node]) -> None:
     def on_tensors(*tensors):
         if len(tensors) == 1:
             return [total(tensors[0])]
-        flat = torch.cat([t.to(own).to(dtype).reshape(-1) for t, own in zip(tensors, dtypes, strict=True)])
-        parts = total(flat).split_with_sizes([t.numel() for t in tensors])
+        parts = total(horizontal.flat(tensors, dtype)).split_with_sizes([t.numel() for t in tensors])
         # Copies: a gradient must not keep the others' memory, and a DTensor of a part cannot be copied (deepcopy).
         return [horizontal.copied(part.view(t.shape), own) for part, t, own in zip(parts, tensors, dtypes, strict=True)]
 
@@ -121,3 +120,10 @@ def _lower(nodes: Sequence[fx.Node]) -> None:
     for cast in dict.fromkeys(casts):
         if not cast.users:
             graph.erase_node(cast)
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether the node is a cast that loses nothing."""
+    if node.target is not torch.ops.dorac.cast.default:
+        return False
+    return collectives.widest([n.meta["val"] for n in (node, node.args[0])]) is node.meta["val"].dtype

@@ -14,6 +14,7 @@ from dorac.ops.library import lib, register_leaf
 
 lib.define("mag_scale(Tensor magnitude, Tensor weight_norm) -> Tensor")
 lib.define("cast(Tensor tensor, ScalarType dtype) -> Tensor")
+lib.define("flat(Tensor[] tensors, ScalarType dtype) -> Tensor")
 
 
 @torch.library.register_fake("dorac::mag_scale", lib=lib)
@@ -26,6 +27,11 @@ def _cast_fake(tensor, dtype):
     return torch.empty_like(tensor, dtype=dtype)
 
 
+@torch.library.register_fake("dorac::flat", lib=lib)
+def _flat_fake(tensors, dtype):
+    return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+
+
 def copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in the dtype, which may be the tensor's own, in its strides."""
     return tensor.to(dtype, copy=True)
@@ -36,6 +42,15 @@ def copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 mag_scale = register_leaf("mag_scale", magnitude_scale, magnitude_scale)
 lib.impl("cast", copy, "CompositeExplicitAutograd")
 copied = torch.ops.dorac.cast
+
+
+def _flat(tensors, dtype):
+    return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+
+
+# All elements one after the other; in generated code one launch, where that of ``cat`` is one a tensor beyond a few.
+lib.impl("flat", _flat, "CompositeExplicitAutograd")
+flat = torch.ops.dorac.flat
 
 
 def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:

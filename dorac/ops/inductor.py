@@ -14,6 +14,7 @@ So does what has no kernels: other devices and dtypes, no elements.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,8 @@ def _register(lowering) -> None:
     for op, function in ((torch.ops.dorac.mag_scale, magnitude_scale), (torch.ops.dorac.cast, copy)):
         lower = _horizontal(lowering, op.default, function)
         lowering.register_lowering(op.default, type_promotion_kind=None)(lower)
+    flat = torch.ops.dorac.flat.default
+    lowering.register_lowering(flat, type_promotion_kind=None)(functools.partial(_flat, lowering))
     for op, lower in (
         (torch.ops.dorac.low_rank_linear, _low_rank_linear),
         (torch.ops.dorac.delta_linear, _delta_linear),
@@ -113,6 +116,22 @@ def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Call
         return result
 
     return lower
+
+
+def _flat(lowering, tensors, dtype):
+    """The tensors as parts of one buffer, all written in one launch."""
+    from torch._inductor import ir
+    from torch._inductor.codegen.common import BackendFeature
+    from torch._inductor.virtualized import V
+
+    parts = [lowering.view(lowering.to_dtype(t, dtype), [math.prod(t.get_size())]) for t in tensors]
+    result = ir.TensorBox(ir.ConcatKernel.create(parts, 0))
+    writes = [
+        b for b in result.data.data.inputs if isinstance(b, ir.ComputedBuffer) and isinstance(b.data, ir.Pointwise)
+    ]
+    if len(writes) > 1 and V.graph.has_feature(result.get_device(), BackendFeature.FOREACH):
+        V.graph.register_operation_list([b.get_operation_name() for b in writes])
+    return result
 
 
 def _low_rank_linear(lowering, op: torch._ops.OpOverload) -> Callable:
