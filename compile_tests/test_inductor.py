@@ -9,7 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 import dorac
 import dorac.reference
-from dorac.ops import front
+from dorac.ops import eager, front
+from dorac.testing import rms_error
 
 
 def block(device, base=None, **options):
@@ -49,6 +50,14 @@ def test_compose_fuses_with_its_neighbours(device):
     assert len(kernels) <= (4 if device == "cuda" else 3), kernels
 
 
+@pytest.fixture
+def not_padded():
+    """Of these small sizes no product is padded, which Inductor decides by the time they take."""
+    with torch._inductor.config.patch(shape_padding=False):
+        yield
+
+
+@pytest.mark.usefixtures("not_padded")
 def test_g_is_divided_once(device, monkeypatch):
     """Not for every element of y, in the kernel that reads it; in the form that large ranks take on CUDA."""
     monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
@@ -60,11 +69,50 @@ def test_g_is_divided_once(device, monkeypatch):
         torch.testing.assert_close(y, function(x, residual))
     assert "= torch.ops.dorac.low_rank_linear" not in code
     assert re.search(r"extern_kernels.addmm\((\w+), .*, out=\1\)", code)
-    consumers = [kernel for kernel in launches(code) if "gelu" in kernel]
-    assert len(consumers) == 1
-    assert "div" not in consumers[0]
-    assert sum("div" in kernel for kernel in launches(code)) == 1
-    assert not any("zeros" in kernel for kernel in launches(code))  # what the GEMM of s * h does not read
+    assert "dorac.mag_scale.default(" not in code
+    kernels = launches(code)
+    assert sum("gelu" in kernel for kernel in kernels) == 1
+    assert not any("div" in kernel for kernel in kernels)
+    assert sum("triton_for" in kernel or "mag_scale" in kernel for kernel in kernels) == 1
+    # What the GEMM of s * h does not read.
+    assert not any("zeros" in kernel or "select" in kernel for kernel in kernels)
+
+
+@pytest.mark.usefixtures("not_padded")
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_passes_over_parameters_are_one_launch(adapter_dtype, device, monkeypatch):
+    """On CUDA, whatever the layers' sizes: g and the factors under autocast, and in backward the factors' gradients."""
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    monkeypatch.setattr(eager, "dora_linear", lambda *args: None)
+    stack = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 32))
+    stack = stack.to(device, torch.bfloat16)
+    dorac.apply_dora(stack, ["0", "2", "4"], r=4, init_lora_weights=False, adapter_dtype=adapter_dtype)
+    trained = {name: p for name, p in stack.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        if "magnitude" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
+    dorac.cache_norms(stack)
+    x = torch.randn(70, 24, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+    def step(run):
+        with torch.autocast(device, torch.bfloat16, enabled=adapter_dtype is torch.float32):
+            y = run(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *trained.values()])]
+
+    actual, codes = run_and_get_code(step, torch.compile(stack, fullgraph=True))
+    expected = step(stack)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype is e.dtype
+        assert rms_error(a, e, rms_error(e, torch.zeros_like(e))) < 2e-2  # bfloat16, in two orders
+    casts = adapter_dtype is torch.float32
+    for code, per_layer in zip(codes, (1 + 2 * casts, 2 * casts), strict=True):
+        body = code.partition("def call(")[2]
+        assert not re.search(r"dorac\.(mag_scale|cast)\.default\(", body)
+        assert not any("select" in kernel for kernel in launches(code))
+        together = re.findall(r"triton_for_fused_\w+\.run\(([^)]*)\)", body)
+        assert len(together) == (device == "cuda" and per_layer > 0)
+        for arguments in together:
+            assert arguments.count(",") >= 3 * per_layer * 2
 
 
 @pytest.mark.parametrize("kind", ["linear", "bfloat16", "dropout", "norm_grad", "embedding"])

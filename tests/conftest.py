@@ -65,7 +65,7 @@ def no_other_caches(monkeypatch):
     from dorac.nn import norm_cache
 
     others = norm_cache.kept_layers
-    monkeypatch.setattr(norm_cache, "kept_layers", weakref.WeakSet())
+    monkeypatch.setattr(norm_cache, "kept_layers", weakref.WeakKeyDictionary())
     caching._HOOKS.leave()
     yield
     norm_cache.kept_layers.clear()

@@ -59,16 +59,27 @@ PRIVATE = {
     "kernels/launch.py asks for the device and its stream: look in torch/_inductor for what generated code gives to "
     "its kernels": ("torch._C._cuda_getCurrentRawStream", "torch._C._cuda_getDevice"),
     "ops/inductor.py lowers dorac's ops: look in torch/_inductor/kernel/custom_op.py for how the graph of a function "
-    "is inlined, in ir.py for a node that writes to its argument": (
+    "is inlined, in ir.py for a node that writes to its argument and for what cat makes": (
+        "torch._inductor.codegen.common.BackendFeature.FOREACH",
         "torch._inductor.codegen.subgraph.inline_subgraph_to_ir_nodes",
         "torch._inductor.decomposition.select_decomp_table",
+        "torch._inductor.ir.ComputedBuffer",
+        "torch._inductor.ir.ConcatKernel.create",
         "torch._inductor.ir.ExternKernel.realize_input",
         "torch._inductor.ir.IRNode",
         "torch._inductor.ir.NoneLayout",
+        "torch._inductor.ir.Pointwise",
+        "torch._inductor.ir.TensorBox",
         "torch._inductor.ir.ir_node_to_tensor",
         "torch._inductor.virtualized.V",
         "torch._library.utils.get_layout_constraint_tag",
         "torch._ops.OpOverload",
+    ),
+    "ops/gradient_sums.py gives Inductor a rule: look in torch/_inductor/pattern_matcher.py for how one is registered, "
+    "in fx_passes/post_grad.py for the first list of them": (
+        "torch._inductor.pattern_matcher.CallFunction",
+        "torch._inductor.pattern_matcher.Ignored",
+        "torch._inductor.pattern_matcher.register_graph_pattern",
     ),
     "ops/crossing.py makes gradients DTensors: look in torch/distributed/tensor/_api.py for what makes a DTensor, "
     "and in torch/utils for how nested arguments are mapped": ("torch.utils._pytree.tree_map_only",),

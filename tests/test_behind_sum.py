@@ -76,8 +76,9 @@ def test_g_is_applied_to_the_sum(bias, mesh):
     (summed,) = sums(forward)
     assert "low_rank_linear" in str(summed.args[0].target)
     # The magnitude's gradient is that of all ranks: lora_B's is summed alone.
-    (due,) = calls(backward, "all_reduce")
-    assert due.meta["val"].numel() == HIDDEN * RANK
+    (due,) = calls(backward, "gradient_sums")
+    assert [t.numel() for t in due.meta["val"]] == [HIDDEN * RANK]
+    assert not calls(backward, "all_reduce")
 
 
 def test_what_is_saved_is_the_sum_in_place_of_the_output(mesh):

@@ -589,7 +589,7 @@ def test_a_refresh_that_is_interrupted(place, error, monkeypatch):
         fault.setattr(norm_cache, "_note", interrupted)
         with pytest.raises(error):
             dorac.cache_norms(model)
-    assert not norm_cache.kept_layers.intersection(layers(model))
+    assert set(norm_cache.keeping()).isdisjoint(layers(model))
     assert {layer.kept for layer in layers(model)} == {None}
     dorac.cache_norms(model)
     assert_fresh(model)
@@ -644,6 +644,19 @@ def test_dropped_models_leave_no_hooks(no_other_caches):
     assert len(norm_cache.kept_layers) == 2
     cache.remove()
     assert hooks() == one - 2
+
+
+def test_norms_are_taken_in_the_order_of_the_model(no_other_caches, monkeypatch):
+    """After a step, too, not in a set's order: ranks sum the norms of several layers in one collective."""
+    model = nn.Sequential(*(adapted() for _ in range(16)))
+    cache = dorac.cache_norms(model)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    model[0](torch.randn(2, IN)).sum().backward()
+    taken = []
+    monkeypatch.setattr(norm_cache, "take", lambda given, **options: taken.extend(given))
+    optimizer.step()
+    assert taken == layers(model)
+    cache.remove()
 
 
 def test_two_caches_of_one_optimizer():

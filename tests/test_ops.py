@@ -166,5 +166,6 @@ def test_every_op_is_checked():
     rows |= {f"grouped_compose{part}" for part in ("", "_value", "_forward", "_backward")}
     rows |= {f"mixed_{part}" for part in ("linear", "product", "outer", "value", "forward", "backward")}
     rows |= {"packed_grouped_linear", "packed_grouped_product"}  # tests/test_packed_experts.py
+    sums = {"gradient_sums", "flat"}  # tests/test_gradient_sums.py
     elsewhere = {"sparse_columns", "dora_over"}  # tests/test_embedding.py, tests/test_over.py
-    assert registered == norm | packed | compose | routes | rows | elsewhere
+    assert registered == norm | packed | compose | routes | rows | sums | elsewhere

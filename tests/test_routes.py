@@ -210,7 +210,7 @@ def test_backward_under_autocast_alone(route, device):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("rank", [16, 40])
 def test_the_kernels_survive_compilation(training, rank, monkeypatch):
-    """The leaves are nodes of the forward and backward graphs, g stays in aten where Inductor fuses it."""
+    """The leaves are nodes of the forward and backward graphs; g's product is aten, which Inductor fuses."""
     on_gpu(monkeypatch)
     inputs = linear_inputs((96 if training else 64, 128, 64, rank), dtype=torch.bfloat16).leaves()
     backend = AotEagerAndRecordGraphs()
@@ -229,7 +229,7 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
         nodes = [*backend.fw_graphs[0].graph.nodes, *backend.bw_graphs[0].graph.nodes]
         products = [n.meta["val"].shape for n in nodes if n.target is torch.ops.aten.mul.Tensor]
         assert (96, rank) not in products  # s is the alpha of a GEMM
-        assert forward == ["dorac.row_norm", "dorac.low_rank_linear"]
+        assert forward == ["dorac.row_norm", "dorac.low_rank_linear", "dorac.mag_scale"]
         along = "dorac.lora_b_backward"
         assert leaves(backend.bw_graphs[0]) == [along, "dorac.low_rank_linear"]
     else:
@@ -237,9 +237,10 @@ def test_the_kernels_survive_compilation(training, rank, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "dynamic"), [(5, False), (5, True), (0, False)])
-def test_a_scaled_product_reads_nothing_but_its_factors(rows, dynamic):
-    """What the GEMM is given to add, and must not: a row of the right factor, or zeros where none is known to be."""
-    left, right = torch.randn(3, rows), torch.randn(rows, 4)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_scaled_product_reads_nothing_but_its_factors(rows, dynamic, transposed):
+    """What the GEMM is given to add, and must not: part of the right factor, or zeros where none is known to be."""
+    left, right = torch.randn(3, rows), torch.randn(4, rows).T if transposed else torch.randn(rows, 4)
     compiled = torch.compile(linear_function.scaled_product, fullgraph=True, dynamic=dynamic)
     y = compiled(left, right, torch.tensor(1.5), 1.5, False)
     torch.testing.assert_close(y, 1.5 * (left @ right))
@@ -340,6 +341,10 @@ def leaf_args(name, dtype, transposed, device):
         return inputs.x, inputs.weight, h, inputs.lora_B
     if name == "scale":
         return base, inputs.magnitude, norm, inputs.bias
+    if name == "mag_scale":
+        return inputs.magnitude, norm
+    if name == "cast":
+        return h, torch.bfloat16 if dtype is torch.float32 else torch.float32
     if name == "scale_backward":
         return base, base, inputs.magnitude, norm
     scaling = torch.tensor(S, dtype=wide, device=device)
@@ -353,7 +358,7 @@ def leaf_args(name, dtype, transposed, device):
 
 LAYER_LEAVES = [
     *("low_rank_linear", "scale", "up_compose", "up_compose_forward", "delta_linear"),
-    *("scale_backward", "lora_b_backward"),
+    *("scale_backward", "lora_b_backward", "mag_scale", "cast"),
 ]
 
 

@@ -679,8 +679,9 @@ def compiled(mesh, _folder):
     def reductions(graphs):
         (graph,) = graphs
         sizes = [list(n.meta["val"].shape) for n in graph.graph.nodes if "all_reduce" in str(n.target)]
+        due = [n.meta["val"] for n in graph.graph.nodes if "gradient_sums" in str(n.target)]
         assert not [n for n in graph.graph.nodes if "gather" in str(n.target)]
-        return sizes
+        return sizes + [list(t.shape) for layer in due for t in layer]
 
     reduced = reductions(backend.fw_graphs), reductions(backend.bw_graphs)
     # Forward: down's norm, and its rows before g. Backward: down's lora_B, up's lora_A.

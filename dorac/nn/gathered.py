@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from dorac import packed
 from dorac.nn import norm_cache
 from dorac.nn.keeper import Keeper
-from dorac.nn.moments import Moment, version
+from dorac.nn.moments import Moment, versions
 from dorac.ops import front, sharded
 
 
@@ -38,7 +38,7 @@ class Parts:
         self.states = self._of()
 
     def _of(self) -> list[int | None]:
-        return [version(t) for t in self.watched]
+        return versions(self.watched)
 
     def passed(self) -> bool:
         """Whether they have been written to since."""
@@ -60,7 +60,7 @@ class GatheredMoment(Moment):
     __slots__ = ()
 
     def _of(self, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-        return tuple([version(tensors[i]) for i in self.places])
+        return tuple(versions([tensors[i] for i in self.places]))
 
     def passed(self, tensors: Sequence[Tensor]) -> bool:
         return self._of(tensors) != self.state
@@ -127,14 +127,15 @@ class _Hook:
             if kept is None or kept.gathered is None:
                 continue
             packed.restore(layer.base_layer if isinstance(layer, nn.Module) else layer.layer.get_base_layer())
-            inputs = layer.norm_inputs()
-            if layer.merged or norm_cache.out_of_reach(layer, inputs):
+            inputs, of = layer.norm_inputs(), kept.of
+            same = of is not None and all(map(operator.is_, inputs, of))  # then they are in reach
+            if layer.merged or (not same and norm_cache.out_of_reach(layer, inputs)):
                 continue
             if not kept.gathered.taken:
                 changed.append(layer)
-            elif kept.of is None:  # by norm_cache.suspend
+            elif of is None:  # by norm_cache.suspend
                 continue
-            elif kept.gathered.passed() or not all(map(operator.is_, inputs, kept.of)):
+            elif not same or kept.gathered.passed():
                 changed.append(layer)
             elif kept.at is None or kept.at.in_other_grad_mode():
                 doubted.append(layer)

@@ -110,6 +110,14 @@ class Pieces(Moment):
         return self.differ(weight, stored) or self.passed([weight, *stored])
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """How often each has been written to."""
+    try:
+        return [*map(_written, tensors)]
+    except RuntimeError:
+        return [*map(version, tensors)]
+
+
 def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # inference tensors have none
 

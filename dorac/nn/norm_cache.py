@@ -36,8 +36,9 @@ STALE = (
     "the cached norm of {} is stale: its weight, factors or scaling changed by other means than an optimizer's step, "
     "load_state_dict or load_adapter; call refresh() of the norm cache after such a change"
 )
-# The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm.
-kept_layers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+# The layers with a cache: what the hooks of optimizers walk, and how tracing finds the layer of a norm. In the order in
+# which they came, not in a set's: ranks take the norms of several layers in one collective.
+kept_layers: weakref.WeakKeyDictionary[Keeper, None] = weakref.WeakKeyDictionary()
 _changing = threading.Lock()  # whoever adds to it, takes from it or walks over it
 _layer_of_norm: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -108,17 +109,17 @@ def stop(layers: Iterable[Keeper]) -> None:
     for layer in layers:
         layer.kept = None
         with _changing:
-            kept_layers.discard(layer)
+            kept_layers.pop(layer, None)
 
 
 def enlist(layer: Keeper) -> None:
     """Adds a layer that keeps its norm to those that :func:`keeping` lists."""
     with _changing:
-        kept_layers.add(layer)
+        kept_layers[layer] = None
 
 
 def keeping() -> list[Keeper]:
-    """The layers with a cache now."""
+    """The layers with a cache now, in an order that is the same on every rank."""
     with _changing:
         return list(kept_layers)
 

@@ -4,6 +4,7 @@ from dorac.ops import (
     compose,
     embedding,
     flops,
+    gradient_sums,
     grouped,
     grouped_compose,
     inductor,
@@ -18,6 +19,7 @@ from dorac.ops import (
 )
 
 flops.register()
+gradient_sums.register()
 inductor.register()
 library.key_caches()
 
@@ -25,6 +27,7 @@ __all__ = [
     "compose",
     "embedding",
     "flops",
+    "gradient_sums",
     "grouped",
     "grouped_compose",
     "inductor",

@@ -171,6 +171,11 @@ def sum_in_place(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all of these."""
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+
+
 def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The sums of several tensors over the ranks, in one collective, in the widest of their dtypes.
 
@@ -178,7 +183,7 @@ def sums(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """
     if len(tensors) < 2:
         return [add_up(tensor, group) for tensor in tensors]
-    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    dtype = widest(tensors)
     # The first stays where it is summed. The others leave: a DTensor of a tensor that begins within its storage cannot
     # be copied (deepcopy).
     order = sorted(range(len(tensors)), key=lambda i: (tensors[i].dtype is not dtype, -tensors[i].numel()))

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from dorac.ops.collectives import Group, Sums, add_up, local, sums
+from dorac.ops.gradient_sums import gradient_sums
 
 
 class Entry:
@@ -123,7 +124,7 @@ def summed_in_backward(group: Group, due: Sequence[bool], parts: Sequence[Tensor
     """The parts; those whose gradients are due have them summed, together. For code that is traced."""
     parts = [*parts]
     summed = [i for i, is_due in enumerate(due) if is_due and parts[i].requires_grad]
-    if summed:
+    if summed and group.size() > 1:
         for i, part in zip(summed, _Traced.apply(group, *(parts[i] for i in summed)), strict=True):
             parts[i] = part
     return tuple(parts)
@@ -233,4 +234,4 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, *sums(gradients, ctx.group)
+        return None, *gradient_sums(gradients, ctx.group)

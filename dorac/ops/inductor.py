@@ -14,11 +14,14 @@ So does what has no kernels: other devices and dtypes, no elements.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 
 from dorac.ops import front
+from dorac.ops.compose import magnitude_scale
+from dorac.ops.horizontal import copy
 from dorac.ops.library import inlined
 from dorac.ops.on_import import on_import
 
@@ -36,6 +39,11 @@ def _register(lowering) -> None:
         constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
         lowering.add_layout_constraint(op, constraint)
         lowering.register_lowering(op, type_promotion_kind=None)(_launches(lowering, op, function))
+    for op, function in ((torch.ops.dorac.mag_scale, magnitude_scale), (torch.ops.dorac.cast, copy)):
+        lower = _horizontal(lowering, op.default, function)
+        lowering.register_lowering(op.default, type_promotion_kind=None)(lower)
+    flat = torch.ops.dorac.flat.default
+    lowering.register_lowering(flat, type_promotion_kind=None)(functools.partial(_flat, lowering))
     for op, lower in (
         (torch.ops.dorac.low_rank_linear, _low_rank_linear),
         (torch.ops.dorac.delta_linear, _delta_linear),
@@ -71,6 +79,59 @@ def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callab
         return inline_subgraph_to_ir_nodes(graph, [args[i] for i in places], op.name())
 
     return lower
+
+
+def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
+    """The lowering of ``op``, a pass of ``function`` over a parameter or its gradient, to a part of one launch.
+
+    Inductor makes one of what is in a list of its graph's. Nothing may lie between two parts of it: those of one list
+    read inputs of the graph, those of another give outputs that nothing in the graph reads.
+    """
+    from torch._inductor.codegen.common import BackendFeature
+
+    def lower(*args):
+        from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.ir import IRNode, ir_node_to_tensor
+        from torch._inductor.virtualized import V
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        tensors = [a for a in args if isinstance(a, IRNode)]
+
+        def on_tensors(*given):
+            return function(*given, *args[len(given) :])
+
+        with V.fake_mode:
+            fakes = [ir_node_to_tensor(t) for t in tensors]
+            graph = make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes)
+        result = inline_subgraph_to_ir_nodes(graph, tensors, op.name())
+        result.realize()
+        static = all(isinstance(n, int) for t in fakes for n in t.shape) and all(t.numel() for t in fakes)
+        if static and V.graph.has_feature(result.get_device(), BackendFeature.FOREACH):
+            read = V.graph.get_buffer(result.get_name()).get_read_names()
+            if read <= V.graph.graph_inputs.keys() - V.graph.mutated_buffers:
+                V.graph.lists.setdefault("dorac_in", []).append(result.get_operation_name())
+            elif all(user.op == "output" for user in V.graph.current_node.users):
+                V.graph.lists.setdefault("dorac_out", []).append(result.get_operation_name())
+        return result
+
+    return lower
+
+
+def _flat(lowering, tensors, dtype):
+    """The tensors as parts of one buffer, all written in one launch."""
+    from torch._inductor import ir
+    from torch._inductor.codegen.common import BackendFeature
+    from torch._inductor.virtualized import V
+
+    parts = [lowering.view(lowering.to_dtype(t, dtype), [math.prod(t.get_size())]) for t in tensors]
+    result = ir.TensorBox(ir.ConcatKernel.create(parts, 0))
+    writes = [
+        b for b in result.data.data.inputs if isinstance(b, ir.ComputedBuffer) and isinstance(b.data, ir.Pointwise)
+    ]
+    if len(writes) > 1 and V.graph.has_feature(result.get_device(), BackendFeature.FOREACH):
+        V.graph.register_operation_list([b.get_operation_name() for b in writes])
+    return result
 
 
 def _low_rank_linear(lowering, op: torch._ops.OpOverload) -> Callable:

@@ -48,6 +48,7 @@ from dorac.ops.compose import (
     reshaped,
     takes_bias,
 )
+from dorac.ops.horizontal import cast
 from dorac.ops.library import register_composite
 from dorac.ops.linear_function import DoraLinear, forward, rows_of_each
 
@@ -163,9 +164,10 @@ def _dora_linear(
         vectors = {"magnitude": magnitude, "weight_norm": weight_norm, "bias": bias}
         sharded.check_sharded(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, **vectors)
     if (dtype := front.autocast_dtype(x)) is not None:  # which leaves float64 alone
-        x, weight, lora_A, lora_B, x_adapter = (
-            t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, lora_A, lora_B, x_adapter)
+        x, weight, x_adapter = (
+            t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in (x, weight, x_adapter)
         )
+        lora_A, lora_B = (t if t.dtype is torch.float64 else cast(t, dtype) for t in (lora_A, lora_B))
     with front.autocast_off(x):
         tensors = (x, weight, lora_A, lora_B, magnitude, weight_norm, scaling, bias, x_adapter)
         if weight.ndim == 3:

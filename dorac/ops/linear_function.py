@@ -45,13 +45,14 @@ def scaled_product(left, right, scaling, number, eager):
     """``s * (left @ right)``; where s is known as a number, it is the GEMM's alpha."""
     if number is None:
         return scaled(scaling, left @ right)
-    # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero. A row of
-    # the right factor costs no launch, and it is finite where the product is.
+    # With beta = 0 torch reads nothing of what is added, but the compiler's own product multiplies it by zero. What is
+    # there of the right factor costs no launch if it has no strides, and it is finite where the product is: of lora_A^T
+    # an element, without which no output is finite.
     rows = right.shape[0]
     if eager:
         unread = left.new_empty(())
     elif isinstance(rows, int) and rows:
-        unread = right[0]
+        unread = right[0] if right.stride(1) == 1 else right[:1, 0]
     else:
         unread = left.new_zeros(right.shape[1])
     return torch.addmm(unread, left, right, beta=0, alpha=number)

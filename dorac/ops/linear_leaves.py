@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dorac.numerics import ZERO_ROW_NORM, accumulate_dtype
-from dorac.ops.compose import buffer_of, compose_aten, compose_parts, magnitude_scale
+from dorac.ops.compose import compose_aten, compose_parts, magnitude_scale
+from dorac.ops.horizontal import mag_scale
 from dorac.ops.library import lib, register_leaf
 
 # Up to which rank the backward pass takes lora_B's gradient along, of which a program holds all columns.
@@ -89,8 +90,7 @@ def _low_rank_linear(x, weight, h, lora_B):
 def scale_aten(inner, magnitude, weight_norm, bias, as_buffer=False):
     """``g * inner + b``, rounded once."""
     acc = accumulate_dtype(inner, magnitude, weight_norm)
-    g = magnitude_scale(magnitude, weight_norm).to(acc)
-    y = (buffer_of(g) if as_buffer else g) * inner.to(acc)
+    y = (mag_scale if as_buffer else magnitude_scale)(magnitude, weight_norm).to(acc) * inner.to(acc)
     return (y if bias is None else y + bias.to(acc)).to(inner.dtype)
 
 

@@ -125,7 +125,7 @@ def restore(module: nn.Module) -> None:
 
     The layer's forward does so, too, but by another parameter each time.
     """
-    weight, state = module._parameters.get("weight"), getattr(module, "quant_state", None)
+    weight, state = module._parameters.get("weight"), vars(module).get("quant_state")
     if type(weight) is nn.Parameter and state is not None and getattr(weight, "quant_state", None) is None:
         weight.quant_state = state
 
