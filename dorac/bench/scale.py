@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     - ``gpu_us``: kernels but NCCL's; ``nccl_us``: those, the waiting for other ranks included (CUDA only).
     - ``cpu_us``: what the CPU takes to queue a step while the GPU is busy (CUDA only).
     - ``collectives``, and ``sent_mib`` that rank 0 gives to them; by name in ``sent``. Counted in eager: compiled code
-      has the same.
+      sends the same, in fewer where sums are joined.
+    - ``nccl_kernels``: that a step runs, one a collective (CUDA only).
     - ``peak_mib``: beyond what was allocated before a step.
 
     With FSDP the adapters are float32, as its groups need one dtype and the magnitude is float32; a bfloat16 stack then
@@ -296,9 +297,14 @@ def _together(steps: Mapping[str, Callable[[], None]], args: argparse.Namespace)
     if args.device.type == "cuda" and steps:
         for name, iterations in zip(steps, timeline.gpu_iterations([*steps.values()], flush=False), strict=True):
             for key, of_nccl in (("gpu_us", False), ("nccl_us", True)):
-                sums = (sum(k.us for k in work if ("nccl" in k.name.lower()) is of_nccl) for work in iterations)
+                sums = (sum(k.us for k in work if _is_nccl(k) is of_nccl) for work in iterations)
                 records[name][key] = statistics.median(sums)
+            records[name]["nccl_kernels"] = statistics.median(sum(map(_is_nccl, work)) for work in iterations)
     return records
+
+
+def _is_nccl(kernel: timeline.Kernel) -> bool:
+    return "nccl" in kernel.name.lower()
 
 
 def related_to_lora(records: Mapping[str, Record]) -> Iterator[Record]:
