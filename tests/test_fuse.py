@@ -154,6 +154,13 @@ class Scaled(GatedMLP):
         return self.down_proj((gate if self.factor is None else self.factor * gate) * self.up_proj(x))
 
 
+class ClippedFarOut(nn.Module):
+    """As transformers' gelu_10."""
+
+    def forward(self, x):
+        return F.silu(x).clamp(max=10)
+
+
 class Noted(nn.SiLU):
     def forward(self, x):
         self.seen = x
@@ -520,7 +527,7 @@ def test_what_a_class_and_its_activation_become(calls, monkeypatch):
     model = adapted()
     model.mlp.act_fn = nn.Tanh()
     assert "Tanh, is none of silu" in dorac.fuse(model).left["mlp"]
-    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted()):
+    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted(), ClippedFarOut()):
         model = adapted().eval()
         model.mlp.act_fn = act
         assert "is none of silu" in dorac.fuse(model).left["mlp"]
