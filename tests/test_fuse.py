@@ -395,6 +395,30 @@ def test_what_changes_after_fusing_is_computed_layer_by_layer(calls, change):
     assert not [size for size in calls if size in (0, 3)]
 
 
+def test_an_activation_that_becomes_another(calls):
+    """By an attribute; one with children may become another unseen, and is left."""
+    model = adapted()
+    model.mlp.act_fn = nn.GELU()
+    exact = model(draw())
+    dorac.fuse(model)
+    model.mlp.act_fn.approximate = "tanh"
+    expected = results(adapted_with(model.mlp.act_fn), draw())
+    assert_same(results(model, draw()), expected)
+    assert not torch.equal(expected[0], exact)
+    assert calls == [3]
+    model.mlp.act_fn.approximate = "none"
+    torch.testing.assert_close(model(draw()), exact)
+    assert calls == [3, 3, 0]
+    model = adapted_with(nn.Sequential(nn.GELU()))
+    assert "its activation, Sequential, is none of silu" in dorac.fuse(model).left["mlp"]
+
+
+def adapted_with(act):
+    model = adapted()
+    model.mlp.act_fn = act
+    return model
+
+
 def test_adapters_off_and_on_again(calls):
     model = adapted()
     with dorac.disabled(model):

@@ -283,7 +283,7 @@ def _with_activation(found: dict, others: Mapping[str, nn.Module]) -> MLP | str:
         return NOT_AN_MLP
     if not all(name[0] == "." and type(others[name[1:]]) in (nn.Dropout, nn.Identity) for name in dropouts):
         return NOT_AN_MLP
-    activation = act[1:] if act[0] == "=" else activation_of(others[act[1:]])
+    activation = act[1:] if act[0] == "=" else known_activation(others[act[1:]])
     if activation is None:
         kind, known = type(others[act[1:]]).__name__, ", ".join(ACTIVATIONS)
         return f"its activation, {kind}, is none of {known}"
@@ -340,22 +340,26 @@ def known_activation(act: nn.Module) -> str | None:
     if act._modules or act._parameters or act._buffers:
         return None
     try:
-        own = [(name, _fixed(value)) for name, value in vars(act).items() if name not in _OF_MODULES]
+        own = [(name, _fixed(value, act)) for name, value in vars(act).items() if name not in _OF_MODULES]
     except TypeError:
         return None
     key = type(act), type(act).forward, *own
-    if key not in _known:
+    known = _known.get(key, False)
+    if known is False:
         if len(_known) >= KNOWN:
             _known.clear()
         with torch._C._DisableTorchDispatch():  # a mode has no part in it
-            _known[key] = activation_of(act)
-    return _known[key]
+            known = _known[key] = activation_of(act)
+    return known
 
 
-def _fixed(value: object) -> tuple:
+def _fixed(value: object, act: nn.Module) -> tuple:
     """The value, to be compared with others; TypeError if it may be written to."""
     if type(value) is functools.partial:
-        return value.func, *map(_fixed, value.args), *((name, _fixed(v)) for name, v in value.keywords.items())
+        of_call = [("", v) for v in value.args] + [*value.keywords.items()]
+        return value.func, *((name, _fixed(v, act)) for name, v in of_call)
+    if type(value) is types.MethodType and value.__self__ is act:
+        return types.MethodType, value.__func__
     if type(value) not in _FIXED:
         raise TypeError
     return type(value), value
