@@ -274,6 +274,15 @@ def test_an_expert_out_of_range_raises_as_torch_does(number):
         layer(hidden, index, weights)
 
 
+@FAMILIES
+def test_without_tokens(family):
+    layer, args = adapted(family), [a[:0] for a in arguments(family)]
+    y = layer(*args)
+    assert y.shape == args[0].shape
+    grads = torch.autograd.grad(y.sum(), [*layer.parameters(recurse=False)])
+    assert not any(grad.any() for grad in grads)
+
+
 def test_refused():
     with pytest.raises(TypeError, match="Linear is not supported, only transformers' experts"):
         DoraExperts(nn.Linear(3, 3))

@@ -154,6 +154,13 @@ class Scaled(GatedMLP):
         return self.down_proj((gate if self.factor is None else self.factor * gate) * self.up_proj(x))
 
 
+class ClippedFarOut(nn.Module):
+    """As transformers' gelu_10."""
+
+    def forward(self, x):
+        return F.silu(x).clamp(max=10)
+
+
 class Noted(nn.SiLU):
     def forward(self, x):
         self.seen = x
@@ -388,6 +395,30 @@ def test_what_changes_after_fusing_is_computed_layer_by_layer(calls, change):
     assert not [size for size in calls if size in (0, 3)]
 
 
+def test_an_activation_that_becomes_another(calls):
+    """By an attribute; one with children may become another unseen, and is left."""
+    model = adapted()
+    model.mlp.act_fn = nn.GELU()
+    exact = model(draw())
+    dorac.fuse(model)
+    model.mlp.act_fn.approximate = "tanh"
+    expected = results(adapted_with(model.mlp.act_fn), draw())
+    assert_same(results(model, draw()), expected)
+    assert not torch.equal(expected[0], exact)
+    assert calls == [3]
+    model.mlp.act_fn.approximate = "none"
+    torch.testing.assert_close(model(draw()), exact)
+    assert calls == [3, 3, 0]
+    model = adapted_with(nn.Sequential(nn.GELU()))
+    assert "its activation, Sequential, is none of silu" in dorac.fuse(model).left["mlp"]
+
+
+def adapted_with(act):
+    model = adapted()
+    model.mlp.act_fn = act
+    return model
+
+
 def test_adapters_off_and_on_again(calls):
     model = adapted()
     with dorac.disabled(model):
@@ -520,7 +551,7 @@ def test_what_a_class_and_its_activation_become(calls, monkeypatch):
     model = adapted()
     model.mlp.act_fn = nn.Tanh()
     assert "Tanh, is none of silu" in dorac.fuse(model).left["mlp"]
-    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted()):
+    for act in (nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), Noted(), ClippedFarOut()):
         model = adapted().eval()
         model.mlp.act_fn = act
         assert "is none of silu" in dorac.fuse(model).left["mlp"]

@@ -5,6 +5,7 @@ On the CPU the kernels run in Triton's interpreter.
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -62,9 +63,18 @@ def test_bad_gates():
             Gate(limit=limit)
     with pytest.raises(ValueError, match="even number of outputs, got 5"):
         Gate()(torch.randn(2, 5))
+    for name in ("limit", "alpha", "shift"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got Tensor"):
+            Gate(**{name: torch.tensor(2.0)})
+
+    class Doubled(Gate):
+        def __call__(self, y):
+            return 2 * super().__call__(y)
+
     layer, tensors = drawn(ENDS, 0, (16, 8, 4), HALF, HALF, "cpu")
-    with pytest.raises(TypeError, match="gate must be a Gate, got str"):
-        layer.function(*tensors, scaling=SCALING, gate="silu")
+    for gate, kind in (("silu", "str"), (Doubled(), "Doubled")):
+        with pytest.raises(TypeError, match=f"gate must be a Gate, got {kind}"):
+            layer.function(*tensors, scaling=SCALING, gate=gate)
 
 
 @gates
@@ -294,6 +304,36 @@ def test_any_cotangent(path, device):  # noqa: F811
     assert path == ["training"] * 4
 
 
+@pytest.mark.parametrize("gate", [None, GATES["gpt_oss"]])
+@pytest.mark.parametrize("magnitude", ["trained", "frozen"])
+def test_strided_offsets_and_scalings(gate, magnitude, path, device):  # noqa: F811
+    """After a call with contiguous ones, whose plan is not theirs; a frozen magnitude has the ops."""
+    _, tensors = drawn(ENDS, 3, (32, 16, 4), HALF, HALF, device)
+    tensors[4].requires_grad_(magnitude == "trained")
+    norm = functional.norm_factored(*(t.detach() for t in tensors[1:4]), SCALING)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+
+    def results(offsets, scaling):
+        of_layer = {"offsets": offsets, "scaling": scaling, "weight_norm": norm, "gate": gate}
+        z = functional.dora_linear_grouped(*tensors, **of_layer)
+        return [z, *torch.autograd.grad(z.square().sum(), leaves)]
+
+    def strided(t):
+        return torch.stack([t, torch.zeros_like(t)], dim=1)[:, 0]
+
+    offsets, scalings = torch.tensor(ENDS, device=device), torch.tensor([0.5, 1.0, 2.0], device=device)
+    same = torch.full((3,), 0.5, device=device)
+    expected, of_same = results(offsets, scalings), results(offsets, same)
+    assert path == (["training"] * 2 if magnitude == "trained" else [])
+    for found, wanted in (
+        (results(strided(offsets), scalings), expected),
+        (results(offsets, strided(scalings)), expected),
+        (results(offsets, same[:1].expand(3)), of_same),
+    ):
+        for actual, other in zip(found, wanted, strict=True):
+            assert max_error(actual, other) <= 0.05 * other.abs().max()
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_what_is_kept(name, path, device):  # noqa: F811
     """inner, and nothing else as wide as the projection; z is whoever's takes it."""
@@ -483,6 +523,84 @@ def test_modules_with_other_gates(path, device):  # noqa: F811
     layer.merge()
     assert layer._gate(hidden) is None
     assert path
+
+
+class Swish(torch.nn.Module):
+    def __init__(self, beta=1.0):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+def test_activations_that_change(path, device, monkeypatch):  # noqa: F811
+    """What the kernels compute is what the module computes now, not what it did in its first call."""
+    pytest.importorskip("transformers")
+    from test_experts_module import adapted, arguments
+    from transformers.activations import ACT2FN
+
+    layer = adapted("mixtral", HALF).to(device)
+    base, hidden = layer.base_layer, arguments("mixtral", dtype=HALF)[0].to(device)
+
+    def gate(act=None):
+        base.act_fn = act or base.act_fn
+        return layer._gate(hidden)
+
+    assert gate(ACT2FN["gelu_pytorch_tanh"]) == Gate("gelu_tanh")
+    assert gate(ACT2FN["gelu_10"]) is None  # clipped further out than an activation bends
+    assert gate(Swish()) == Gate()
+    base.act_fn.beta = 1.702
+    assert gate() is None
+    base.act_fn.beta = 1.0
+    assert gate() == Gate()
+    assert gate(Swish(torch.nn.Parameter(torch.ones(())))) is None  # whose gradient would be lost
+    for beta in (torch.ones(()), [1.0]):  # written to in place
+        assert gate(Swish(beta)) is None
+    assert gate(torch.nn.Sequential(torch.nn.SiLU())) is None  # whose child may be another, or get a hook
+    assert gate(torch.nn.SiLU()) == Gate()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.SiLU, "forward", lambda self, x: 2 * x)
+        assert gate() is None
+    assert gate() == Gate()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gates_that_are_put_in_the_place_of_the_stock_one(family, path, device, monkeypatch):  # noqa: F811
+    """On the class, and with it where it comes from."""
+    pytest.importorskip("transformers")
+    from test_experts_module import adapted, arguments
+    from transformers.integrations import moe
+
+    layer = adapted(family, HALF).to(device)
+    args = [t.to(device) for t in arguments(family, dtype=HALF)]
+    layer.base_layer.down_proj_bias = None
+    expected = layer(*args)
+    assert layer._gate(args[0]) is not None
+    stock = type(layer.base_layer)._apply_gate
+    replaced = functools.wraps(stock)(lambda self, y: 2 * stock(self, y))
+    monkeypatch.setattr(type(layer.base_layer), "_apply_gate", replaced)
+    monkeypatch.setattr(moe, "_default_apply_gate", replaced)
+    assert layer._gate(args[0]) is None
+    torch.testing.assert_close(layer(*args), 2 * expected, rtol=0.05, atol=0.05)
+
+
+def test_numbers_of_a_gate_that_change(path, device):  # noqa: F811
+    pytest.importorskip("transformers")
+    from test_experts_module import adapted, arguments
+
+    layer = adapted("gpt_oss", HALF).to(device)
+    base, args = layer.base_layer, [t.to(device) for t in arguments("gpt_oss", dtype=HALF)]
+    for alpha, limit in ((1.702, 7.0), (3.0, 0.5), (1, 2)):
+        base.alpha, base.limit = alpha, limit
+        assert layer._gate(args[0]) == Gate("silu", True, limit, alpha, 1.0)
+    expected = layer(*args)
+    assert path == ["training"] * 2
+    base.alpha = torch.ones((), device=device, requires_grad=True)
+    assert layer._gate(args[0]) is None
+    y = layer(*args)
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    assert torch.autograd.grad(y.sum(), base.alpha)[0] != 0
 
 
 @pytest.mark.gpu

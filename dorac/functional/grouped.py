@@ -64,7 +64,7 @@ def dora_linear_grouped(
         scaling = checks.check_scaling(scaling)
     dropout_p = checks.check_dropout(dropout_p)
     checks.check_dropout_on(dropout_on)
-    if gate is not None and not isinstance(gate, Gate):
+    if gate is not None and type(gate) is not Gate:  # kernels know what a Gate computes, not a subclass
         raise TypeError(f"gate must be a Gate, got {type(gate).__name__}")
     plain = not dropout_p and norm_grad is False and budget == DEFAULT_BUDGET and not packed.is_packed(weight)
     plain = plain and not torch.compiler.is_compiling()
@@ -82,7 +82,8 @@ def dora_linear_grouped(
     acc = accumulate_dtype(*dense, lora_A, lora_B)
     if each:
         checks.check_scalings(scaling, lora_A.shape[0], lora_A, "E")
-    s = scaling.to(acc) if each else scaling_tensor(scaling, lora_A, acc)
+    offsets = offsets.contiguous()  # as kernels read it, and the scalings
+    s = scaling.to(acc).contiguous() if each else scaling_tensor(scaling, lora_A, acc)
     if weight_norm is None:
         factors = (lora_A.to(acc), lora_B.to(acc) * s.view(-1, 1, 1), 1.0) if each else (lora_A, lora_B, s)
         weight_norm = norm_factored(weight, *factors, norm_grad=norm_grad, budget=budget)

@@ -85,6 +85,8 @@ class FusedMLP(_Fused):
             act = modules.get(roles.act)
             if act is not block.act or not shared.is_plainly_called(act):
                 return None
+            if recorded.known_activation(act) != roles.activation:
+                return None
         if not all(_is_off(modules.get(name)) for name in roles.between):
             return None
         layers = [modules.get(name) for name in roles.linears]

@@ -12,11 +12,12 @@ from dorac.hooks import unhooked
 from dorac.nn import offloaded
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R
 from dorac.nn.layer import DoraLayer
-from dorac.nn.recorded import activation_of
+from dorac.nn.recorded import known_activation
 from dorac.nn.stock import not_stock
 from dorac.ops import front
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the 3-D parameters of experts
+_MOE = "transformers.integrations.moe"
 _GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -27,7 +28,7 @@ def _is_routed(module: nn.Module) -> bool:
 
     Their forward, made by ``use_experts_implementation``, is one function of their parameters, flags and gate.
     """
-    moe = sys.modules.get("transformers.integrations.moe")  # whoever built such a module has imported it
+    moe = sys.modules.get(_MOE)  # whoever built such a module has imported it
     return moe is not None and getattr(type(module).forward, "__globals__", None) is vars(moe)
 
 
@@ -66,10 +67,14 @@ def _transposed(module: nn.Module) -> bool:
     return _is_sorted(module) or module.is_transposed
 
 
-@functools.lru_cache(maxsize=16)
-def _clamped(limit: float, alpha: float) -> functional.Gate:
-    """GPT-OSS' gate."""
-    return functional.Gate("silu", interleaved=True, limit=limit, alpha=alpha, shift=1.0)
+def _is_defined(function: object, name: str, module: str) -> bool:
+    """Whether it is what an imported module has defined under this name; not what was put there later."""
+    of_module = vars(sys.modules[module]) if module in sys.modules else None
+    defined = of_module is not None and getattr(function, "__globals__", None) is of_module
+    return defined and function.__qualname__ == name
+
+
+_known_gate = functools.lru_cache(maxsize=64)(functional.Gate)
 
 
 class DoraExperts(DoraLayer):
@@ -279,21 +284,16 @@ class DoraExperts(DoraLayer):
             return None
         if self.merged or self.runs_base or "_apply_gate" in vars(base):
             return None
-        moe, gpt_oss = sys.modules.get("transformers.integrations.moe"), sys.modules.get(_GPT_OSS)
         apply = getattr(type(base), "_apply_gate", None)
-        if gpt_oss is not None and apply is gpt_oss.GptOssExperts._apply_gate:
-            return _clamped(base.limit, base.alpha) if base.limit > 0 else None
+        if _is_defined(apply, "GptOssExperts._apply_gate", _GPT_OSS):
+            limit, alpha = base.limit, base.alpha
+            numbers = type(limit) in (int, float) and type(alpha) in (int, float)
+            return _known_gate("silu", True, limit, alpha, 1.0) if numbers and limit > 0 else None
         act = getattr(base, "act_fn", None)
-        if apply is None or apply is not getattr(moe, "_default_apply_gate", None):
+        if not _is_defined(apply, "_default_apply_gate", _MOE) or not isinstance(act, nn.Module) or not unhooked(act):
             return None
-        if not isinstance(act, nn.Module) or not unhooked(act):
-            return None
-        known = self.__dict__.get("_known_gate")
-        if known is None or known[0] is not act:
-            with torch._C._DisableTorchDispatch():  # a mode has no part in it
-                activation = activation_of(act)
-            known = self.__dict__["_known_gate"] = act, None if activation is None else functional.Gate(activation)
-        return known[1]
+        activation = known_activation(act)
+        return None if activation is None else _known_gate(activation)
 
     def _project(
         self, projection: str, tensors: tuple, x: Tensor, gate: functional.Gate | None = None, **offsets: Tensor
@@ -355,7 +355,7 @@ class DoraExperts(DoraLayer):
             if shards is not None:  # which may make something of the zeros of others' rows
                 y = torch.where((chosen < experts).unsqueeze(-1), y, 0)
         y = y * top_k_weights.T.flatten()[order].unsqueeze(-1)
-        y = y[order.argsort()].view(k, tokens, -1).sum(0).to(hidden_states.dtype)
+        y = y[order.argsort()].view(k, tokens, y.shape[-1]).sum(0).to(hidden_states.dtype)
         return y if shards is None else shards.summed(y)
 
     def _forward_sorted(self, hidden_states: Tensor) -> Tensor:

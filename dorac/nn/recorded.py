@@ -10,8 +10,10 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
+import types
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -281,7 +283,7 @@ def _with_activation(found: dict, others: Mapping[str, nn.Module]) -> MLP | str:
         return NOT_AN_MLP
     if not all(name[0] == "." and type(others[name[1:]]) in (nn.Dropout, nn.Identity) for name in dropouts):
         return NOT_AN_MLP
-    activation = act[1:] if act[0] == "=" else activation_of(others[act[1:]])
+    activation = act[1:] if act[0] == "=" else known_activation(others[act[1:]])
     if activation is None:
         kind, known = type(others[act[1:]]).__name__, ", ".join(ACTIVATIONS)
         return f"its activation, {kind}, is none of {known}"
@@ -298,6 +300,8 @@ def activation_of(act: nn.Module) -> str | None:
     if any(True for _ in act.buffers()):
         return None
     x = torch.linspace(-9, 9, 1441, dtype=torch.float64, device="cpu")
+    far = torch.logspace(1, 6, 41, dtype=torch.float64, device="cpu")  # where some are clipped
+    x = torch.cat([-far, x, far])
     ys = []
     try:
         own = copy.deepcopy(act)  # which may note what it does
@@ -318,3 +322,44 @@ def activation_of(act: nn.Module) -> str | None:
 
 def _is_near(y: Tensor, expected: Tensor) -> bool:
     return torch.allclose(y, expected, rtol=0, atol=1e-9)
+
+
+# Attributes that nobody can write to, and those that every module has.
+_FIXED = (type(None), bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
+_OF_MODULES = frozenset(vars(nn.Module()))
+KNOWN = 256  # kept; beyond, all are dropped
+_known: dict[tuple, str | None] = {}  # by all that an activation is made of
+
+
+def known_activation(act: nn.Module) -> str | None:
+    """:func:`activation_of` for every call: it is looked at again once its class's forward or an attribute is another.
+
+    Of what may change unseen nothing is known: modules with children, parameters or buffers, or attributes that can be
+    written to.
+    """
+    if act._modules or act._parameters or act._buffers:
+        return None
+    try:
+        own = [(name, _fixed(value, act)) for name, value in vars(act).items() if name not in _OF_MODULES]
+    except TypeError:
+        return None
+    key = type(act), type(act).forward, *own
+    known = _known.get(key, False)
+    if known is False:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        with torch._C._DisableTorchDispatch():  # a mode has no part in it
+            known = _known[key] = activation_of(act)
+    return known
+
+
+def _fixed(value: object, act: nn.Module) -> tuple:
+    """The value, to be compared with others; TypeError if it may be written to."""
+    if type(value) is functools.partial:
+        of_call = [("", v) for v in value.args] + [*value.keywords.items()]
+        return value.func, *((name, _fixed(v, act)) for name, v in of_call)
+    if type(value) is types.MethodType and value.__self__ is act:
+        return types.MethodType, value.__func__
+    if type(value) not in _FIXED:
+        raise TypeError
+    return type(value), value

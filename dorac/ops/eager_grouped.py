@@ -61,7 +61,7 @@ def dora_linear_grouped(
         if isinstance(scaling, Tensor):
             if scaling.requires_grad or scaling.device != x.device or (scaling.is_cuda and scaling.dtype.itemsize > 4):
                 return None
-            of_scaling = type(scaling), scaling.shape, scaling.dtype
+            of_scaling = type(scaling), scaling.shape, scaling.dtype, scaling.stride()
         training = torch.is_grad_enabled() and (
             lora_B.requires_grad
             or magnitude.requires_grad
@@ -71,7 +71,7 @@ def dora_linear_grouped(
             or (bias is not None and bias.requires_grad)
             or weight_norm.requires_grad
         )
-        of_offsets = type(offsets), offsets.shape, offsets.dtype, offsets.device
+        of_offsets = type(offsets), offsets.shape, offsets.dtype, offsets.device, offsets.stride()
         of_layer = eager.metadata(x, weight, lora_A, lora_B, magnitude, bias, weight_norm)
         key = "grouped", gate, training, of_scaling, of_offsets, x.stride(), *of_layer
         plan = eager.plans.get(key, False)

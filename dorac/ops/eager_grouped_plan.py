@@ -59,7 +59,9 @@ def make_plan(
         return None
     if sorted(weight.stride()[1:])[0] != 1 or any(stride % 8 for stride in weight.stride() if stride != 1):
         return None
-    if not all(t.is_contiguous() for t in (magnitude, bias, offsets) if t is not None) or weight_norm.stride(1) != 1:
+    if not all(t.is_contiguous() for t in (magnitude, bias, offsets, scaling) if isinstance(t, Tensor)):
+        return None
+    if weight_norm.stride(1) != 1:
         return None
 
     from dorac.kernels import configs, segments, target

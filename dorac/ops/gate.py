@@ -23,6 +23,7 @@ class Gate:
         shift: added to up.
 
     Raises:
+        TypeError: a limit, alpha or shift that is no number of Python's.
         ValueError: another activation; alpha with another than silu; a limit that is not positive; an odd number of
             columns.
 
@@ -39,6 +40,10 @@ class Gate:
         if self.activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation must be one of {known}, got {self.activation!r}")
+        for name in ("limit", "alpha", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and (name != "limit" or value is not None):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if self.alpha != 1 and self.activation != "silu":
             raise ValueError(f"alpha is silu's, got {self.alpha} with {self.activation!r}")
         if self.limit is not None and not self.limit > 0:
