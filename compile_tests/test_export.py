@@ -124,7 +124,12 @@ def test_recipe(tmp_path, device, monkeypatch):
     exec(re.search(r"^## Export$.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE).group(1), names)
     save_expected(block, tmp_path, make_input(1, 1).to(device), make_input(3, 33).to(device))
     run_without_dorac(tmp_path, "f = torch.export.load('model.pt2').module()")
-    run_without_dorac(tmp_path, "f = torch._inductor.aoti_load_package('compiled.pt2')")
+    try:
+        run_without_dorac(tmp_path, "f = torch._inductor.aoti_load_package('compiled.pt2')")
+    except AssertionError:
+        if a_plain_package_crashes(tmp_path, device):
+            pytest.skip("a package of nn.Linear alone ends the process here, too")
+        raise
 
     content = (tmp_path / "compiled.pt2").read_bytes()
     damaged = {"empty": b"", "text": b"not a package" * 100, "half": content[: len(content) // 2]}
@@ -215,7 +220,19 @@ def run_without_dorac(folder, load):
     )
 
 
+def a_plain_package_crashes(folder, device):
+    """Whether one without dorac ends by a signal where it is loaded, as with torch 2.11 on one of our machines."""
+    path = folder / "plain.pt2"
+    with torch.no_grad():
+        package(torch.export.export(nn.Linear(4, 4).to(device), (torch.ones(2, 4, device=device),)), path)
+    return fresh(f"import torch; torch._inductor.aoti_load_package({str(path)!r})").returncode < 0
+
+
 def run_fresh(code):
-    command = [sys.executable, "-X", "faulthandler", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = fresh(code)
     assert result.returncode == 0, result.stderr
+
+
+def fresh(code):
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -74,7 +74,7 @@ def segment_backward_config(
     block_r = power_of_two(rank, 16, 128 if h_dtype.itemsize == 2 else 32)
     wide, processors = h_dtype is torch.float32, target.processors
     block_o = 64 if processors // 2 < -(-out_features // 64) <= processors else 128
-    if wide or (block_r > 64 and (target.backend == "hip" or target.generation == 10)):
+    if wide or (block_r > 64 and (target.backend == "hip" or target.generation != 9)):
         block_o = 64  # or it spills, and AMD's cards need more shared memory than there may be
     strips = max(1, min(processors // -(-out_features // block_o), rows // 256))
     walked = -(-rows // (32 * strips)) * 32
