@@ -54,6 +54,11 @@ class Gate:
             raise ValueError(f"what is gate and up in one has an even number of outputs, got {y.shape[-1]}")
         gate, up = (y[..., ::2], y[..., 1::2]) if self.interleaved else y.chunk(2, dim=-1)
         if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+            gate, up = _at_most(gate, self.limit), -_at_most(-_at_most(up, self.limit), self.limit)
         act = ACTIVATIONS[self.activation](gate) if self.alpha == 1 else gate * torch.sigmoid(gate * self.alpha)
         return act * (up + self.shift if self.shift else up)
+
+
+def _at_most(x: Tensor, limit: float) -> Tensor:
+    """``x.clamp(max=limit)``, whose gradient on the limit is that of within, as in the kernels; torch 2.14 has zero."""
+    return torch.where(x <= limit, x, x.detach().clamp(max=limit))
