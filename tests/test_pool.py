@@ -34,7 +34,10 @@ def check(pool, x, held, names):
     with torch.no_grad():
         y = pool(x, pool.index(names))
         expected = alone(pool.base_layer, x, [None if name is None else held[name] for name in names])
-    torch.testing.assert_close(y, expected, rtol=1e-5 if y.dtype is torch.float32 else 2e-2, atol=1e-5)
+    half = y.dtype is torch.bfloat16
+    # In half precision the base product is rounded, too, where its sum with the adapter's may be next to nothing.
+    atol = torch.finfo(y.dtype).eps / 2 * expected.abs().max().item() if half else 1e-5
+    torch.testing.assert_close(y, expected, rtol=2e-2 if half else 1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
