@@ -15,9 +15,10 @@ So does what has no kernels: other devices and dtypes, no elements.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from dorac.ops import front
 from dorac.ops.compose import magnitude_scale
@@ -56,11 +57,8 @@ def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callab
     call_op = lowering.fallback_handler(op, add_to_fallback_set=False)
 
     def lower(*args, **named):
-        from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
-        from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.ir import ExternKernel, IRNode, ir_node_to_tensor
         from torch._inductor.virtualized import V
-        from torch.fx.experimental.proxy_tensor import make_fx
 
         args = (*args, *(named.get(a.name, a.default_value) for a in op._schema.arguments[len(args) :]))
         places = [i for i, a in enumerate(args) if isinstance(a, IRNode)]
@@ -70,15 +68,25 @@ def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callab
             static = all(isinstance(n, int) for n in sizes) and all(t.numel() for t in fakes)
             if not (static and fakes[0].is_cuda and front.has_kernels(*fakes)):
                 return call_op(*args)
-
-            def on_tensors(*tensors):
-                given = dict(zip(places, tensors, strict=True))
-                return function(*(given.get(i, a) for i, a in enumerate(args)))
-
-            graph = make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes)
-        return inline_subgraph_to_ir_nodes(graph, [args[i] for i in places], op.name())
+        return _inlined(op, function, args, dict(zip(places, fakes, strict=True)))
 
     return lower
+
+
+def _inlined(op: torch._ops.OpOverload, function: Callable, args: Sequence[object], fakes: dict[int, Tensor]) -> object:
+    """What ``function`` does with ``args``, as nodes; ``fakes`` stand for those of them that are tensors."""
+    from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def on_tensors(*tensors):
+        given = dict(zip(fakes, tensors, strict=True))
+        return function(*(given.get(i, a) for i, a in enumerate(args)))
+
+    with V.fake_mode:
+        graph = make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes.values())
+    return inline_subgraph_to_ir_nodes(graph, [args[i] for i in fakes], op.name())
 
 
 def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
@@ -90,23 +98,14 @@ def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Call
     from torch._inductor.codegen.common import BackendFeature
 
     def lower(*args):
-        from torch._inductor.codegen.subgraph import inline_subgraph_to_ir_nodes
-        from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.ir import IRNode, ir_node_to_tensor
         from torch._inductor.virtualized import V
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        tensors = [a for a in args if isinstance(a, IRNode)]
-
-        def on_tensors(*given):
-            return function(*given, *args[len(given) :])
 
         with V.fake_mode:
-            fakes = [ir_node_to_tensor(t) for t in tensors]
-            graph = make_fx(on_tensors, decomposition_table=select_decomp_table())(*fakes)
-        result = inline_subgraph_to_ir_nodes(graph, tensors, op.name())
+            fakes = {i: ir_node_to_tensor(a) for i, a in enumerate(args) if isinstance(a, IRNode)}
+        result = _inlined(op, function, args, fakes)
         result.realize()
-        static = all(isinstance(n, int) for t in fakes for n in t.shape) and all(t.numel() for t in fakes)
+        static = all(all(isinstance(n, int) for n in t.shape) and t.numel() for t in fakes.values())
         if static and V.graph.has_feature(result.get_device(), BackendFeature.FOREACH):
             read = V.graph.get_buffer(result.get_name()).get_read_names()
             if read <= V.graph.graph_inputs.keys() - V.graph.mutated_buffers:
