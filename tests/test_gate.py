@@ -237,7 +237,8 @@ def run(layer, tensors, gate, norm, dz=None, fused=True):
 def check_beside(found, beside, exact, slack=1.0):
     """Each result at most as far from float64's as the other is.
 
-    inner is rounded once more than without a gate, and of few elements each error is one draw: there is ``slack`` for.
+    inner is rounded once more than without a gate, by half an eps, and z has that up to 1 + |gate| times. In the mean
+    of many elements there is room for it; of few, each error is one draw: ``slack``.
     """
     for actual, other, truth in zip(found, beside, exact, strict=True):
         assert actual.dtype is other.dtype
