@@ -713,11 +713,12 @@ def test_host_compiled(bench, device):
         assert record["launches"] == [1]  # two layers: one graph, and the copy of what it is given
 
 
-SCALE = ("scale", "--layers", "1", "--turns", "2", "--repeats", "1", "--ranks", "4")
+_ONE_MLP = ("--layers", "1", "--hidden", "32", "--intermediate", "64", "--tokens", "16", "--ranks", "4")
+SCALE = ("scale", "--processes", "2", *_ONE_MLP, "--turns", "2", "--repeats", "1")
 
 
 def test_scale_with_fake_ranks(bench):
-    result = bench(*SCALE, "--fake")
+    result = bench(*SCALE, "--fake", "--variants", *scale.DEFAULTS["cpu"]["variants"])
     for layout in scale.LAYOUTS:
         records = {r["variant"]: r for r in result["records"] if r["case"] == f"{layout} r4, fake"}
         kinds = scale.KINDS if layout in scale.DROP_IN else scale.KINDS[:3]
@@ -749,7 +750,9 @@ def test_scale_with_saved_outputs(bench, monkeypatch):
     assert [sum(getattr(m, "save_output", False) for m in stack.modules()) for stack in stacks] == [0, 3, 0, 3]
 
 
-def test_scale_in_processes_of_its_own(bench):
+def test_scale_in_processes_of_its_own(bench, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
     result = bench(*SCALE, "--layouts", "tp", "--variants", "lora-eager", "dorac-cached-eager")
     assert names(result) == [("tp r4", "lora-eager"), ("tp r4", "dorac-cached-eager")]
     assert not any("failed" in record for record in result["records"])

@@ -103,14 +103,20 @@ class Compiled(NamedTuple):
     spills: int
 
 
-def compiled(cells, cache):
-    """What the compiler says of these cells, in a process where kernels are not interpreted."""
+def run_compiler(script, cache, *arguments):
+    """What the script prints, in a process where kernels are not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", COMPILE, json.dumps(cells)]
+    command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
-    return [Compiled(*json.loads(line)) for line in result.stdout.splitlines()]
+    return result.stdout
+
+
+def compiled(cells, cache):
+    """What the compiler says of these cells."""
+    printed = run_compiler(COMPILE, cache, json.dumps(cells))
+    return [Compiled(*json.loads(line)) for line in printed.splitlines()]
 
 
 def check(cell, spills=0):
@@ -194,6 +200,31 @@ def test_every_kernel_compiled_for_every_card(name, edge, tmp_path, capsys):
             )
     for cell in found:
         check(cell, spills=SPILLS.get((name, edge), SPILLS.get(edge, 0)))
+
+
+SUMS = """
+import re, warnings
+warnings.simplefilter("ignore")
+from dorac.bench import offline, offline_compile
+from dorac.kernels.target import CARDS
+
+for cell in offline.cells(CARDS["sm_90"], ["mixed"], [16], ["odd"]):
+    if cell.case.startswith("1x1") and "up" in cell.case:
+        ptx = offline_compile.compile_kernel(cell.launch, cell.arguments, CARDS["sm_90"]).asm["ptx"]
+        brought = re.findall(r"shfl\\.sync\\.bfly\\.b32\\s+(%r\\d+)", ptx)
+        contracted = re.findall(r"fma\\.rn\\.f32\\s+%r\\d+, %r\\d+, %r\\d+, (%r\\d+);", ptx)
+        print(len(brought), len(set(brought) & set(contracted)))
+"""
+
+
+def test_threads_of_one_sum_agree(tmp_path):
+    """They all write it to shared memory: one bit between them is a race. A thread with one product to add to another
+    thread's must round it first, as that one did."""
+    counts = [line.split() for line in run_compiler(SUMS, tmp_path).splitlines()]
+    assert len(counts) == 3  # dtypes
+    for brought, contracted in counts:
+        assert int(brought) > 0
+        assert contracted == "0"
 
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -41,6 +41,21 @@ class Usage:
 
 
 def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target) -> Usage:
+    """What the program of :func:`compile_kernel` takes."""
+    compiled = compile_kernel(launch, arguments, target)
+    if target.backend == "hip":
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+        return Usage(compiled.metadata.shared, int(found["vgpr_count"]), int(found["vgpr_spill_count"]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return Usage(compiled.metadata.shared, registers, stack)
+
+
+def compile_kernel(launch: Launch, arguments: Sequence[Argument], target: Target) -> triton.compiler.CompiledKernel:
     """Compiles the launch for aligned tensors.
 
     Raises:
@@ -64,18 +79,8 @@ def compile_launch(launch: Launch, arguments: Sequence[Argument], target: Target
             signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.capability, target.warp_size),
         options={"num_warps": launch.warps, **(ASSERTS if launch.asserts else {})},
     )
-    if target.backend == "hip":
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
-        return Usage(compiled.metadata.shared, int(found["vgpr_count"]), int(found["vgpr_spill_count"]))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-    return Usage(compiled.metadata.shared, registers, stack)

@@ -62,7 +62,9 @@ def rank_of(ranks_ptr, key, R):
 def small_product(left_TK, right_NK, acc_TN, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr):
     """``acc + left @ right^T``; of one row a sum."""
     if BLOCK_T == 1:
-        return acc_TN + tl.sum(left_TK.to(tl.float32) * right_NK.to(tl.float32), axis=1)[None, :]
+        # A bare product would be contracted into the first sum across threads, which then differ in their last bits.
+        product_NK = tl.fma(left_TK.to(tl.float32), right_NK.to(tl.float32), 0.0)
+        return acc_TN + tl.sum(product_NK, axis=1)[None, :]
     else:
         return product(left_TK, right_NK.T, acc_TN, SPLIT)
 
