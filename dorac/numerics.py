@@ -6,6 +6,9 @@ from torch import Tensor
 # Rows of W + s*BA whose norm is at or below this are treated as zero rows: their g is 1.
 ZERO_ROW_NORM = 1e-12
 
+# Scalings are float32 in the kernels and in the tensors that the ops take.
+LARGEST_SCALING = torch.finfo(torch.float32).max
+
 # What the norm can be computed in. float8 and integer weights are dequantised by their owner first.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -191,7 +191,7 @@ WEIGHT, ADAPTERS = weight_and_adapters()
         (
             lambda: functional.scale_in_norm(WEIGHT, *ADAPTERS[0][:3], float("inf"), scaling=1.0),
             ValueError,
-            "strength must be finite",
+            "strength must be finite in float32",
         ),
         (
             lambda: functional.scale_in_norm(WEIGHT, *ADAPTERS[0][:3], "1", scaling=1.0),

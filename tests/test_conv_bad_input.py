@@ -106,7 +106,7 @@ CASES = {
         ValueError,
         "padding must be at most 5 with padding_mode 'circular'",
     ),
-    "scaling_nan": (good(), {"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "scaling_nan": (good(), {"scaling": float("nan")}, ValueError, "scaling must be finite in float32, got nan"),
     "dropout_one": (good(), {"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     "dropout_on": (
         good(),

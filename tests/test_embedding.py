@@ -367,7 +367,7 @@ REFUSED = {
     "B_device": ({"lora_B": torch.ones(4, 3, device="meta")}, ValueError, "lora_B must be on cpu"),
     "magnitude_length": ({"magnitude": torch.ones(6)}, ValueError, r"magnitude must be \[out\] = \[4\]"),
     "norm_length": ({"weight_norm": torch.ones(6)}, ValueError, r"weight_norm must be \[out\] = \[4\]"),
-    "scaling_nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "scaling_nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite in float32, got nan"),
     "budget_zero": ({"budget": 0}, ValueError, "budget must be at least one byte, got 0"),
     "padding_high": ({"padding_idx": 6}, ValueError, r"padding_idx must be in \[-6, 6\), got 6"),
     "padding_low": ({"padding_idx": -7}, ValueError, r"padding_idx must be in \[-6, 6\), got -7"),

@@ -249,7 +249,7 @@ BAD = {
     "bias": (changed(bias=torch.ones(4)), ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
     "norm": (changed(weight_norm=torch.ones(4)), ValueError, r"weight_norm must be \[out\] = \[5\], got shape \[4\]"),
     "device": (changed(lora_B=torch.ones(5, 3, device="meta")), ValueError, "lora_B must be on cpu like weight"),
-    "scaling": (changed(scaling=float("nan")), ValueError, "scaling must be finite, got nan"),
+    "scaling": (changed(scaling=float("nan")), ValueError, "scaling must be finite in float32, got nan"),
     "scaling, string": (changed(scaling="2"), TypeError, "scaling must be a number or a 0-d float tensor, got str"),
     "dropout": (changed(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     "dropout, none": (changed(dropout_p=None), TypeError, "dropout_p must be a number, got NoneType"),

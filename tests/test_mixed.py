@@ -433,7 +433,7 @@ def test_refuses(argument, path, device):
         with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"{argument} must"):
             layer.function(**{argument: wrong})
     with torch.no_grad():
-        with pytest.raises(ValueError, match="scaling must be finite"):
+        with pytest.raises(ValueError, match="scaling must be finite in float32"):
             layer.function(scaling=float("nan"))
         with pytest.raises(ValueError, match="norm_grad"):
             layer.function(norm_grad=True)

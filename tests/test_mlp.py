@@ -850,7 +850,10 @@ BAD = {
         r"gate and up must have as many outputs as each other, got 72 and 8",
     ),
     "down": lambda g, u, d: ((g, u, g), r"down: x must be \[\*, in\] with in = 40, got shape \[33, 72\]"),
-    "scaling": lambda g, u, d: ((g._replace(scaling=float("nan")), u, d), "gate: scaling must be finite, got nan"),
+    "scaling": lambda g, u, d: (
+        (g._replace(scaling=float("nan")), u, d),
+        "gate: scaling must be finite in float32",
+    ),
     "dtype": lambda g, u, d: ((g, u, d._replace(weight=d.weight.int())), "down: weight must be"),
     "magnitude": lambda g, u, d: (
         (g, u._replace(magnitude=u.magnitude[1:]), d),

@@ -372,7 +372,7 @@ def test_refreshed_outside_of_eager(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layer: setattr(layer, "scaling", float("nan")), "scaling must be finite, got nan"),
+        (lambda layer: setattr(layer, "scaling", float("nan")), "scaling must be finite in float32, got nan"),
         (lambda layer: setattr(layer, "scaling", "2"), "scaling must be a number or a 0-d float tensor, got str"),
         (
             lambda layer: setattr(layer, "lora_B", nn.Parameter(torch.ones(5, 3))),

@@ -59,7 +59,7 @@ def test_what_is_no_scaling(name, other):
 
 
 def test_a_scaling_of_numpy_must_be_finite_too():
-    with pytest.raises(ValueError, match=r"scaling must be finite, got nan"):
+    with pytest.raises(ValueError, match=r"scaling must be finite in float32, got nan"):
         functional.dora_linear(*linear_arguments(), scaling=np.float32("nan"))
 
 

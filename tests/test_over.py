@@ -618,7 +618,7 @@ CASES = {
     "norm": ({"weight_norm": torch.ones(4)}, ValueError, r"weight_norm must be \[out\] = \[5\], got shape \[4\]"),
     "no_norm": ({"weight_norm": None}, TypeError, "weight_norm must be a tensor, got NoneType"),
     "bias": ({"bias": torch.ones(4)}, ValueError, r"bias must be \[out\] = \[5\], got shape \[4\]"),
-    "scaling": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+    "scaling": ({"scaling": float("nan")}, ValueError, "scaling must be finite in float32, got nan"),
     "no_weight": ({"save_output": True}, ValueError, "save_output needs the frozen layer's weight, .* got None"),
     "weight": (
         {"save_output": True, "weight": torch.ones(5, 7)},

@@ -75,7 +75,7 @@ CASES = {
         "x_1d": ({"x": torch.ones(6)}, ValueError, r"x must be \[N, \*, in\] with in = 6"),
         "scalings": ({"scaling": torch.ones(2)}, ValueError, r"scaling must be a number, 0-d or \[K\] = \[3\]"),
         "scalings_int": ({"scaling": torch.ones(3).int()}, TypeError, "scaling must be float64"),
-        "scaling_nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite, got nan"),
+        "scaling_nan": ({"scaling": float("nan")}, ValueError, "scaling must be finite in float32, got nan"),
         "bias": ({"bias": torch.ones(3, 5)}, ValueError, r"bias must be \[out\] = \[5\]"),
         "norm": ({"weight_norm": torch.ones(5)}, ValueError, r"weight_norm must be \[K, out\] = .*got shape \[5\]"),
     },

@@ -161,7 +161,11 @@ NORM = functional.norm_factored(WEIGHT, *ADAPTERS[0][:2], 1.0)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: functional.at_strength(*ADAPTERS[0][1:3], NORM, float("nan")), ValueError, "strength must be finite"),
+        (
+            lambda: functional.at_strength(*ADAPTERS[0][1:3], NORM, float("nan")),
+            ValueError,
+            "strength must be finite in float32",
+        ),
         (lambda: functional.at_strength(*ADAPTERS[0][1:3], NORM, "1"), TypeError, "strength must be a number"),
         (lambda: functional.at_strength(*ADAPTERS[0][1:3], NORM[:3], 1.0), ValueError, "magnitude must be"),
         (
@@ -172,7 +176,7 @@ NORM = functional.norm_factored(WEIGHT, *ADAPTERS[0][:2], 1.0)
         (
             lambda: functional.scale_adapter(WEIGHT, *ADAPTERS[0][:3], float("inf"), scaling=1.0),
             ValueError,
-            "strength must be finite",
+            "strength must be finite in float32",
         ),
         (lambda: functional.combine_adapters(WEIGHT, ADAPTERS, [1.0]), ValueError, "weights must be one number"),
         (lambda: functional.combine_adapters(WEIGHT[:, :5], ADAPTERS, [1.0] * 3), ValueError, "lora_A must be"),

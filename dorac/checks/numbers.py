@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dorac.checks.shapes import check_dense, check_device, check_float
-from dorac.numerics import FLOAT_DTYPES
+from dorac.numerics import FLOAT_DTYPES, LARGEST_SCALING
 
 _NUMBERS = (float, int, Tensor, torch.SymFloat, torch.SymInt)  # what the ops take as a number
 
@@ -21,7 +21,7 @@ def python_number(value: object) -> object:
 
 
 def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Tensor:
-    """A finite number or a 0-d float tensor (whose value is not read): returned, a number as Python's."""
+    """A number, finite in float32, or a 0-d float tensor (whose value is not read): returned, a number as Python's."""
     if type(scaling) is not float:
         scaling = python_number(scaling)
         if torch.compiler.is_compiling() and not isinstance(scaling, _NUMBERS) and hasattr(scaling, "__array__"):
@@ -36,8 +36,8 @@ def check_scaling(scaling: float | Tensor, name: str = "scaling") -> float | Ten
             return scaling
         if isinstance(scaling, bool) or not isinstance(scaling, _NUMBERS):
             raise TypeError(f"{name} must be a number or a 0-d float tensor, got {type(scaling).__name__}")
-    if scaling - scaling != 0:  # math.isfinite does not trace
-        raise ValueError(f"{name} must be finite, got {scaling}")
+    if not -LARGEST_SCALING <= scaling <= LARGEST_SCALING:  # math.isfinite does not trace
+        raise ValueError(f"{name} must be finite in float32, got {scaling}")
     return scaling
 
 

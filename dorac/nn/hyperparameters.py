@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dorac import checks
-from dorac.numerics import FLOAT_DTYPES
+from dorac.numerics import FLOAT_DTYPES, LARGEST_SCALING
 
 DEFAULT_R = 8  # as PEFT has them
 DEFAULT_ALPHA = 8
@@ -59,8 +59,8 @@ def check_hyperparameters(
         raise ValueError(f"r must be at least 1, got {r}")
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
         raise TypeError(f"lora_alpha must be a number, got {lora_alpha!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not abs(lora_alpha) <= LARGEST_SCALING:
+        raise ValueError(f"lora_alpha must be finite in float32, got {lora_alpha}")
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora must be a bool, got {use_rslora!r}")
     lora_dropout = checks.check_dropout(lora_dropout, "lora_dropout")

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dorac.numerics import LARGEST_SCALING
 from dorac.ops import eager, front, linear_function
 from dorac.ops.eager_linears_plan import BIAS, LORA_A, LORA_B, MAGNITUDE, TENSORS, WEIGHT, Plan, make_plan
 from dorac.ops.eager_linears_seen import saved_of, seen_gradients
@@ -59,7 +60,7 @@ def dora_linears(
                 if type(scaling) is not int:
                     return None
                 scaling = float(scaling)
-            if scaling - scaling != 0 or type(dropout_p) not in (float, int) or not 0 <= dropout_p < 1:
+            if not abs(scaling) <= LARGEST_SCALING or type(dropout_p) not in (float, int) or not 0 <= dropout_p < 1:
                 return None
             if isinstance(of_layer[WEIGHT], tuple):  # a packed one
                 of_layer[WEIGHT] = Held(of_layer[WEIGHT])

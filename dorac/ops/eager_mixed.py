@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dorac import checks
+from dorac.numerics import LARGEST_SCALING
 from dorac.ops import eager, eager_plan, front
 
 
@@ -88,7 +89,7 @@ def mixed_linear(
         return None
     if not isinstance(scaling, Tensor):
         scaling = float(scaling)
-        if not math.isfinite(scaling):
+        if not abs(scaling) <= LARGEST_SCALING:
             return None
     return _run(plan, x, weight, lora_A, lora_B, magnitude, bias, weight_norm, index, scaling, ranks)
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dorac.numerics import LARGEST_SCALING
 from dorac.ops import eager, eager_seen, front, linear_leaves, mlp
 from dorac.ops.eager_linears_plan import BIAS, LORA_A, LORA_B, MAGNITUDE, NORM, TENSORS, WEIGHT
 from dorac.ops.eager_mlp_plan import (
@@ -75,9 +76,9 @@ def dora_mlp(
                 scalings.append(1.0)
                 continue
             weight, lora_A, lora_B, magnitude, bias, norm, scaling, dropout_p, *_ = projection
-            if type(scaling) not in (float, int) or scaling - scaling != 0 or type(dropout_p) not in (float, int):
+            if type(scaling) not in (float, int) or not abs(scaling) <= LARGEST_SCALING:
                 return None
-            if dropout_p != 0:
+            if type(dropout_p) not in (float, int) or dropout_p != 0:
                 return None
             if isinstance(weight, tuple):  # a packed one
                 weight = Held(weight)
