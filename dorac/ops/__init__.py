@@ -15,6 +15,7 @@ from dorac.ops import (
     over,
     packed,
     packed_grouped,
+    recompute,
     take,
 )
 
@@ -22,6 +23,7 @@ flops.register()
 gradient_sums.register()
 inductor.register()
 library.key_caches()
+recompute.register()
 
 __all__ = [
     "compose",
@@ -38,5 +40,6 @@ __all__ = [
     "over",
     "packed",
     "packed_grouped",
+    "recompute",
     "take",
 ]
