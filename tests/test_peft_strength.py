@@ -50,11 +50,14 @@ def test_every_way_to_scale(kind, strength):
     with rescale_adapter_scale(model, strength):
         torch.testing.assert_close(model(x), y)
     assert torch.equal(model(x), high)
-    if not KINDS[kind].is_index and strength:  # PEFT's scale_layer passes embeddings by
-        layer.scale_layer(strength)
-        torch.testing.assert_close(model(x), y)
+    layer.scale_layer(strength)  # PEFT's passes embeddings by
+    torch.testing.assert_close(model(x), y)
+    if strength:
         layer.unscale_layer(strength)
         assert torch.equal(model(x), high)
+        layer.scale_layer(strength)
+    layer.unscale_layer()
+    assert torch.equal(model(x), high)
     dorac.set_strength(model, strength)
     torch.testing.assert_close(model(x), y)
     dorac.set_strength(model, 1)
