@@ -6,12 +6,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
 
-from dorac import lora_config
+from dorac import callers, lora_config
 from dorac.bounded import Bounded
 from dorac.names import Names, Pattern, parents, plain_name, shortened
 from dorac.nn import DoraLayer, residual
@@ -207,6 +207,27 @@ def check_digests(path: Path, config: Mapping[str, object], weights: Path, metad
             "interrupted, save the adapter again. If the config was edited on purpose, take the record of it out of "
             f"the weights: tensors = safetensors.torch.load_file({str(weights)!r}); safetensors.torch.save_file("
             f"tensors, {str(weights)!r}, metadata={{'format': 'pt'}})"
+        )
+
+
+def warn_lost_order(
+    path: Path, config: Mapping[str, object], metadata: Mapping[str, str], names: Iterable[str]
+) -> None:
+    """Names those modules whose alpha is that of one of several keys: PEFT writes them in the order of the alphabet.
+
+    The first that matches counts, in PEFT too, which so reads another scaling than it trained with. What dorac saves
+    has a key for each module.
+    """
+    pattern = config.get("alpha_pattern") or {}
+    if DIGESTS_KEY in metadata or list(pattern) != sorted(pattern):
+        return
+    alphas = Pattern("alpha_pattern", pattern, Bounded().compile)
+    found = [name for name in names if len(alphas.values(name)) > 1]
+    if found:
+        callers.warn(
+            f"{path}: several keys of alpha_pattern match these modules, and the first counts, but PEFT sorts the keys "
+            "when it saves, so that the file does not tell which was the first in training. Should it be another, "
+            f"change the file so that one key alone matches each module: {listed(found)}"
         )
 
 

@@ -40,12 +40,14 @@ def cache_norms(model: nn.Module, *, debug: bool = False) -> "NormCache":
     holds it, :func:`dorac.load_adapter`, ``reset_parameters``, unmerging, setting a layer's ``scaling``, and moves and
     casts. Beside these
 
-    - an eager forward takes the norm anew where its tensors were written to in place or replaced; after ``train()`` or
-      ``eval()`` of the model, after a change of the grad mode and after an optimizer has stepped tensors that are no
-      parameters (copies of some) it does so in any case, since writes through ``.data`` leave no trace;
-    - compiled code compares when it is compiled. After ``train()``, ``eval()`` and an optimizer of copies it takes its
-      own norm, in a graph of its own, until the next step, eager forward or ``refresh()``. Writes between the steps of
-      an optimizer that leave a trace are found at its next step: a warning, and compiled code takes its own norm.
+    - an eager forward takes the norm anew where its tensors were written to in place or replaced; after a ``train()``
+      or ``eval()`` that changes the mode of the model, after a change of the grad mode and after an optimizer has
+      stepped tensors that are no parameters (copies of some) it does so in any case, since writes through ``.data``
+      leave no trace;
+    - compiled code compares when it is compiled. After such a ``train()`` or ``eval()`` and an optimizer of copies it
+      takes its own norm, in a graph of its own, until the next step, eager forward or ``refresh()``. Writes between the
+      steps of an optimizer that leave a trace are found at its next step: a warning, and compiled code takes its own
+      norm.
 
     Not noticed are writes through ``.data`` (an update of your own, an optimizer that is none of torch's, averages of
     weights) with none of these around them, and in compiled code whatever is written without one of them after it was

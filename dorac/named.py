@@ -46,6 +46,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     ``parameters()`` and the state dict are the active adapter's.
 
     Raises:
+        TypeError: not one name. (A list is for PEFT, where several adapters can be active.)
         ValueError: a name that is not loaded; a merged adapter, one that is switched off, sharded, offloaded itself or
             on ``meta``; a model in DistributedDataParallel, which goes on synchronising the gradients of the adapter
             that it was given.
@@ -138,6 +139,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter that is not active off ``model``, with its memory.
 
     Raises:
+        TypeError: not a name.
         ValueError: a name that is not loaded, or that of the active adapter.
     """
     model = bare(model)
@@ -189,6 +191,8 @@ def _listed(layer: DoraLayer) -> str:
 def active_of(layers: Mapping[str, DoraLayer], adapter_name: str) -> str:
     """The active adapter, if ``adapter_name`` is one of the model's."""
     one = _one_of(layers)
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be the name of one adapter, got {adapter_name!r}")
     if adapter_name not in one.adapters:
         raise ValueError(f"no adapter {adapter_name!r} is loaded, only {_listed(one)}")
     return one.adapter_name

@@ -145,8 +145,7 @@ class Pattern:
 
     def value(self, name: str, default: float) -> float:
         """The value for a module, or ``default`` if no key matches its name."""
-        matching = [number for text in endings(name) for number in self._looked_up(text, anchored=False)]
-        matching += self._looked_up(name, anchored=True)
+        matching = self._fixed_matching(name)
         first = min(matching, default=len(self._items))
         for number, regex in self._regexes:  # past the first one that matches only to learn which keys are used
             if (number < first or number not in self._used) and regex.fullmatch(name):
@@ -154,6 +153,17 @@ class Pattern:
                 first = min(first, number)
         self._used.update(matching)
         return default if first == len(self._items) else self._items[first][1]
+
+    def values(self, name: str) -> set[float]:
+        """The values of all keys that match a module's name, of which :meth:`value` is the first."""
+        matching = self._fixed_matching(name)
+        matching += [number for number, regex in self._regexes if regex.fullmatch(name)]
+        return {self._items[number][1] for number in matching}
+
+    def _fixed_matching(self, name: str) -> list[int]:
+        """The numbers of the keys that are looked up and match."""
+        matching = [number for text in endings(name) for number in self._looked_up(text, anchored=False)]
+        return [*matching, *self._looked_up(name, anchored=True)]
 
     def _looked_up(self, text: str, *, anchored: bool) -> Iterator[int]:
         for dots, table in self._fixed.get((anchored, len(text)), {}).items():

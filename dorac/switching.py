@@ -198,7 +198,8 @@ def set_strength(model: nn.Module, strength: float | Tensor) -> None:
     """Runs every adapter of ``model`` at a strength a: each adapted weight is ``W + a (W' - W)``.
 
     Of ``dorac.nn`` it sets ``layer.strength``; of PEFT's layers under :func:`dorac.peft.enable` it is ``set_scale`` of
-    the active adapters. No norm is taken anew and nothing is saved; ``set_strength(model, 1)`` takes it back.
+    the active adapters, plain LoRA among them. No norm is taken anew and nothing is saved; ``set_strength(model, 1)``
+    takes it back.
 
     Args:
         strength: a finite number, 0 for the base model bit for bit; of ``dorac.nn`` also a 0-d tensor, which may
@@ -221,7 +222,9 @@ def set_strength(model: nn.Module, strength: float | Tensor) -> None:
             except ValueError as error:
                 raise ValueError(f"{name or type(layer).__name__}: {error}") from None
         for layer in tuners:
-            for adapter in getattr(layer, "lora_variant", ()):
-                if adapter in layer.active_adapters:
-                    log.add(partial(layer.scaling.__setitem__, adapter, layer.scaling[adapter]))
-                    layer.set_scale(adapter, strength)
+            scalings = getattr(layer, "scaling", ())  # none of what is trained whole
+            for adapter in [name for name in scalings if name in layer.active_adapters]:
+                if layer.merged:
+                    raise ValueError("PEFT's adapters are merged: call unmerge_adapter() before setting their strength")
+                log.add(partial(scalings.__setitem__, adapter, scalings[adapter]))
+                layer.set_scale(adapter, strength)

@@ -245,6 +245,29 @@ def test_dorac_reads_what_peft_wrote(case, wrapped, tmp_path):
     assert_same_output(output(in_float32(model)), expected)
 
 
+SORTED = "several keys of alpha_pattern match these modules.*: blocks.0.up, blocks.1.up$"
+
+
+def test_the_order_of_a_pattern_that_peft_has_sorted_is_lost(tmp_path):
+    """PEFT itself then reads another scaling than it trained with."""
+    pattern = {"up": 3, ".*": 1, "1.down": 1}  # two keys of one value leave nothing open
+    stock = stock_adapted(Model().eval(), ["up", "1.down"], alpha_pattern=pattern)
+    stock.save_pretrained(tmp_path / "peft")
+    for load in (lambda: dorac.load_adapter(Model(), tmp_path / "peft"), lambda: dorac.files.read(tmp_path / "peft")):
+        with pytest.warns(RuntimeWarning, match=SORTED):
+            load()
+    model = adapted(Model().eval(), ["up", "1.down"], alpha_pattern=pattern)
+    assert model.blocks[0].up.scaling == 3 / model.blocks[0].up.r
+    dorac.save_adapter(model, tmp_path / "dorac")
+    change_config(alpha_pattern=pattern)(tmp_path / "peft")  # an order that PEFT has not written is as it was meant
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("dorac", "peft"):
+            loaded = Model()
+            dorac.load_adapter(loaded, tmp_path / name)
+            assert loaded.blocks[0].up.scaling == model.blocks[0].up.scaling
+
+
 @pytest.mark.parametrize("case", INTEROP)
 def test_the_files_hold_the_same_keys_shapes_and_dtypes(case, tmp_path):
     build, arguments = INTEROP[case]

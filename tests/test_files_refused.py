@@ -348,3 +348,21 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
         "adapter_model.safetensors",
         "adapter_config.json",
     }
+
+
+def test_modules_to_save_are_for_load_adapter(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+    plain.load_state_dict(model.state_dict())
+    dorac.apply_dora(model, ["0"], r=2, init_lora_weights=False, modules_to_save=["1"])
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    dorac.save_adapter(model, tmp_path)
+    remedy = (
+        r"belong to no DoRA layer: \S+1\.bias, \S+1\.weight; what modules_to_save trains is read by dorac\.load_adapter"
+    )
+    with pytest.raises(ValueError, match=remedy):
+        files.merge_into(plain, tmp_path)
+    dorac.load_adapter(plain, tmp_path)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(dorac.merge(plain, unload=True)(x), model(x))

@@ -503,7 +503,9 @@ def test_bad_input(tmp_path):
 
     for call, message in (
         (lambda: dorac.set_adapter(model, "d"), r"^no adapter 'd' is loaded, only 'a' \(active\), 'b', 'c'$"),
+        (lambda: dorac.set_adapter(model, ["b"]), r"^adapter_name must be the name of one adapter, got \['b'\]$"),
         (lambda: dorac.delete_adapter(model, "d"), "^no adapter 'd' is loaded"),
+        (lambda: dorac.delete_adapter(model, None), "^adapter_name must be the name of one adapter, got None$"),
         (lambda: dorac.save_adapter(model, tmp_path, adapter_name="d"), "^no adapter 'd' is loaded"),
         (
             lambda: dorac.delete_adapter(model, "a"),

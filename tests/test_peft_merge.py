@@ -94,6 +94,25 @@ def test_a_row_with_g_zero_cannot_be_unmerged():
         layer.lora_magnitude_vector["default"].weight[3] = 1
 
 
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+def test_nothing_is_loaded_in_the_place_of_a_merged_adapter(kind, tmp_path):
+    """Unmerging takes out what the adapter holds then: of stock PEFT the base weight would be another one, unseen."""
+    stock_model(kind, seed=5).save_pretrained(tmp_path)
+    _, model = twins(kind)
+    base = target(model).get_base_layer().weight
+    weight = base.detach().clone()
+    model.merge_adapter()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"target: the adapter 'default' is merged: call unmerge_adapter\(\) before"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_adapter(tmp_path, "beside")
+    model.load_state_dict(model.state_dict())  # that of the merged model, which has the merged weight
+    model.unmerge_adapter()
+    torch.testing.assert_close(base, weight)
+    model.load_adapter(tmp_path, "default")
+
+
 def test_half_weights_are_rounded_once():
     """The merged weight beside float64: no further off than stock PEFT's."""
     for dtype in (torch.bfloat16, torch.float16):

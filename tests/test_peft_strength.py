@@ -50,11 +50,14 @@ def test_every_way_to_scale(kind, strength):
     with rescale_adapter_scale(model, strength):
         torch.testing.assert_close(model(x), y)
     assert torch.equal(model(x), high)
-    if not KINDS[kind].is_index and strength:  # PEFT's scale_layer passes embeddings by
-        layer.scale_layer(strength)
-        torch.testing.assert_close(model(x), y)
+    layer.scale_layer(strength)  # PEFT's passes embeddings by
+    torch.testing.assert_close(model(x), y)
+    if strength:
         layer.unscale_layer(strength)
         assert torch.equal(model(x), high)
+        layer.scale_layer(strength)
+    layer.unscale_layer()
+    assert torch.equal(model(x), high)
     dorac.set_strength(model, strength)
     torch.testing.assert_close(model(x), y)
     dorac.set_strength(model, 1)
@@ -308,6 +311,41 @@ def test_strength_of_a_model_with_both_ways():
     with pytest.raises(TypeError, match="strength must be a number"):
         dorac.set_strength(both, torch.tensor(0.5))
     assert both[1].strength == 0.5
+
+
+@pytest.mark.parametrize("active", [["plain"], ["default", "plain"], ["plain", "default"]], ids=" ".join)
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+def test_strength_of_plain_lora_beside_dora(kind, active):
+    _, model = twins(kind)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["target"], init_lora_weights=False)
+    model.add_adapter("plain", config)
+    model.double().base_model.set_adapter(active)
+    x = KINDS[kind].input(0, torch.float64)
+    low, high = low_and_high(model, x)
+    assert not torch.allclose(low, high)
+    dorac.set_strength(model, 0)
+    assert torch.equal(model(x), low)
+    if active == ["plain"]:
+        dorac.set_strength(model, 0.3)
+        torch.testing.assert_close(model(x), low + 0.3 * (high - low))
+    dorac.set_strength(model, 1)
+    assert torch.equal(model(x), high)
+
+
+def test_the_strength_of_merged_adapters_is_refused():
+    """Setting it would change nothing: merged is merged."""
+    _, model = twins("linear")
+    other = nn.Sequential(nn.Linear(12, 4))
+    dorac.apply_dora(other, ["0"], r=2, init_lora_weights=False)
+    both = nn.Sequential(model, *other)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"^PEFT's adapters are merged: call unmerge_adapter\(\) before"):
+        dorac.set_strength(both, 0.5)
+    assert target(model).scaling["default"] == 1.5
+    assert both[1].strength == 1
+    model.unmerge_adapter()
+    dorac.set_strength(both, 0.5)
+    assert target(model).scaling["default"] == 0.75
 
 
 def test_weights_of_diffusers(tmp_path):

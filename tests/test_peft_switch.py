@@ -27,7 +27,8 @@ if peft.import_utils.is_transformers_ge_v5:  # enable() imports it, which change
 
 
 @pytest.fixture(autouse=True)
-def _stock_afterwards():
+def _stock_before_and_afterwards():
+    dorac.peft.disable()  # models that tests of other files have left alive are on dorac until they are collected
     yield
     dorac.peft.disable()
 

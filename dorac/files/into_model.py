@@ -61,7 +61,7 @@ def _read_pefts(directory: Path, given: Given, component: str | None) -> Adapter
     if not weights.is_file() and not (weights := directory / storage.PICKLE_NAME).is_file():
         raise FileNotFoundError(f"no {storage.WEIGHTS_NAME} in {directory}")
     raw = storage.read(weights)
-    adapter_config.check_digests(directory / CONFIG_NAME, config, weights, raw.metadata)
+    peft.check_config(directory / CONFIG_NAME, config, raw)
     try:
         return AdapterFile(directory, config, peft.one_adapter(raw.tensors))
     except ValueError as error:

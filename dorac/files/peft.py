@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -55,6 +56,17 @@ def one_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def check_config(path: Path, config: Mapping[str, object], raw: Raw) -> None:
+    """Refuses a config that is not the one of the weights, and warns of scalings that it leaves open.
+
+    Raises:
+        ValueError: see :func:`dorac.adapter_config.check_digests`.
+    """
+    adapter_config.check_digests(path, config, raw.path, raw.metadata)
+    names = dict.fromkeys(plain_name(match["name"]) for key in raw.tensors if (match := _KEY.fullmatch(key)))
+    adapter_config.warn_lost_order(path, config, raw.metadata, names)
+
+
 def read(raw: Raw, given: Given) -> Contents:
     roles = {f"{role}.weight": role for role in _FACTORS[:2]} | {role: role for role in _FACTORS}
     modules, others = parts.grouped(one_adapter(raw.tensors), roles | {"lora_magnitude_vector": "magnitude"})
@@ -90,7 +102,7 @@ def _settings(raw: Raw, from_torchtune: bool) -> Callable[[str], tuple[object, b
     if from_torchtune:
         return lambda name: (raw.config.get("lora_alpha"), False, None)
     config = adapter_config.read_config(path)
-    adapter_config.check_digests(path, config, raw.path, raw.metadata)
+    check_config(path, config, raw)
     if start := adapter_config.taken_out(config):
         raise ValueError(
             f"{path}: the adapter is over what init_lora_weights={start!r} leaves of the base weights: "

@@ -95,8 +95,14 @@ def refuse_others(contents: Contents) -> None:
     """Raises a ``ValueError`` that names tensors beside the adapters."""
     if contents.others:
         names = ", ".join(list(contents.others)[:3])
+        remedy = ""
+        if contents.config.get("modules_to_save"):
+            remedy = (
+                "; what modules_to_save trains is read by dorac.load_adapter into a model, which dorac.merge(model, "
+                "unload=True) makes a plain one"
+            )
         raise ValueError(
-            f"{contents.format}: {len(contents.others)} tensors of the file belong to no DoRA layer: {names}"
+            f"{contents.format}: {len(contents.others)} tensors of the file belong to no DoRA layer: {names}{remedy}"
         )
 
 

@@ -181,6 +181,19 @@ class Embedding(_Layer, stock_peft.Embedding):
             budget=module.norm_budget,
         )
 
+    def scale_layer(self, scale: float) -> None:
+        """As that of the other layers, where PEFT's passes an embedding by."""
+        for adapter in filter(self.scaling.__contains__, self.active_adapters):
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As that of the other layers: divides, or puts the adapter's own scaling back."""
+        for adapter in filter(self.scaling.__contains__, self.active_adapters):
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
+
     def _parts(self, x: Tensor, adapter: str) -> tuple | None:
         """As of the other layers, without a dropout: PEFT has none on an embedding."""
         base = self._modules["base_layer"]

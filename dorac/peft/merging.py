@@ -5,7 +5,7 @@ has room.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -77,8 +77,30 @@ def _is_written_in_place(parameter: Tensor) -> bool:
     return plain and parameter.untyped_storage().size() > 0
 
 
+_ADAPTER = (
+    "lora_A.{}.weight",
+    "lora_B.{}.weight",
+    "lora_embedding_A.{}",
+    "lora_embedding_B.{}",
+    "lora_magnitude_vector.{}.weight",
+)
+
+
 class UnmergedWeight:
     """What dorac's LoRA layers have instead of PEFT's replay of merged adapters."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        """Refuses other values of a merged adapter, since unmerging would take these out of the weight.
+
+        A state dict with the base weight is of a merged model.
+        """
+        for adapter in self.merged_adapters if f"{prefix}base_layer.weight" not in state_dict else ():
+            if any(prefix + key.format(adapter) in state_dict for key in _ADAPTER):
+                raise ValueError(
+                    f"{prefix.rstrip('.')}: the adapter {adapter!r} is merged: call unmerge_adapter() before loading "
+                    "another in its place"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @contextlib.contextmanager
     def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
