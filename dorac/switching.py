@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from dorac import callers, checks
-from dorac.nn import DoraLayer, blocks, loading, merging, residual, starts
+from dorac.nn import DoraLayer, blocks, compiled_norm, loading, merging, residual, starts
 from dorac.nn.shelf import SHELF_ATTRIBUTE
 from dorac.places import dora_layers
 from dorac.undo import Undo
@@ -63,6 +63,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for layer, kept in norms:
             layer.kept = kept
+            compiled_norm.tell(layer)
 
 
 @dataclasses.dataclass(eq=False)

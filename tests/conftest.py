@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import weakref
 import zlib
 
@@ -37,6 +38,18 @@ def _card(request):
     card = CARDS[name]
     with cards.launched_for(card._replace(processors=int(processors)) if processors else card):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _compiled_code_knows_the_kept_norms():
+    """Whatever a test does to norms that are kept, compiled code is told of it."""
+    yield
+    norm_cache = sys.modules.get("dorac.nn.norm_cache")
+    for layer in norm_cache.keeping() if norm_cache else ():
+        if (holder := layer.norm_holder()) is not None:
+            told = holder.compiled_norm
+            norm_cache.compiled_norm.tell(layer)
+            assert holder.compiled_norm is told, f"compiled code was not told of the norm of {layer}"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

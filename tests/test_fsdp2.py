@@ -17,13 +17,13 @@ from torch import nn
 import dorac
 from dorac import functional
 from dorac.bench.mesh import Collectives
-from dorac.nn import norm_cache
+from dorac.nn import present_norms
 
 
 @contextlib.contextmanager
 def norms_taken():
     """A list of how many norms each call takes: of kept ones, and of layers that take their own (each 1)."""
-    counts, kept, own = [], norm_cache.row_norms, functional.linear.norm_of_checked
+    counts, kept, own = [], present_norms.row_norms, functional.linear.norm_of_checked
 
     def counted(operands, *args):
         counts.append(len(operands))
@@ -34,7 +34,7 @@ def norms_taken():
         return own(*args)
 
     with (
-        mock.patch.object(norm_cache, "row_norms", counted),
+        mock.patch.object(present_norms, "row_norms", counted),
         mock.patch.object(functional.linear, "norm_of_checked", alone),
     ):
         yield counts

@@ -565,7 +565,7 @@ def test_blocks_share_a_graph():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ValueError])
-@pytest.mark.parametrize("place", ["_norms", "_write", "_note", "torch._foreach_copy_"])
+@pytest.mark.parametrize("place", ["present_norms", "_write", "_note", "torch._foreach_copy_"])
 def test_a_refresh_that_is_interrupted(place, error, monkeypatch):
     """Forward takes its own norm until the next one."""
     model, x = adapted(), torch.randn(5, IN)

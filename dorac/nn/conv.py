@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dorac import functional, offload
 from dorac.functional.conv import spans_groups
+from dorac.magnitudes import HALF, widen
 from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer
 from dorac.nn.stock import not_stock
@@ -112,14 +113,14 @@ class _DoraConvNd(DoraLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base_layer
+        base = self._modules["base_layer"]
         if offload.is_hooked(base):
             return offloaded.forward(self, (self,), x)
-        if self.merged or self.runs_base:
+        if self.merged_norm is not None or self.runs_base:
             return base(x)
-        if self.training:
-            self._widen_magnitudes()
         weight, lora_A, lora_B, magnitude = base.weight, *self._own_parameters()
+        if magnitude.dtype in HALF and self.training:
+            widen(magnitude)
         magnitude, norm = magnitude.flatten(), self._known_norm()
         if self._strength is not None:
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
@@ -130,7 +131,7 @@ class _DoraConvNd(DoraLayer):
             lora_B,
             magnitude,
             base.bias,
-            scaling=self.scaling,
+            scaling=self._scaling,
             weight_norm=norm,
             norm_grad=self.norm_grad and norm is None,
             stride=base.stride,

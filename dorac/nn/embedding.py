@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional, offload
 from dorac.functional.embedding import EMBEDDING_BUDGET
+from dorac.magnitudes import HALF, widen
 from dorac.nn import offloaded
 from dorac.nn.layer import DoraLayer
 from dorac.nn.stock import not_stock
@@ -129,13 +130,14 @@ class DoraEmbedding(DoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.shards is not None:
             return self.shards.embedding(self, x)
-        if offload.is_hooked(self.base_layer):
+        base = self._modules["base_layer"]
+        if offload.is_hooked(base):
             return offloaded.forward(self, (self,), x)
-        if self.merged or self.runs_base:
-            return self.base_layer(x)
-        if self.training:
-            self._widen_magnitudes()
-        weight, lora_A, lora_B, magnitude = self.base_layer.weight, *self._own_parameters()
+        if self.merged_norm is not None or self.runs_base:
+            return base(x)
+        weight, lora_A, lora_B, magnitude = base.weight, *self._own_parameters()
+        if magnitude.dtype in HALF and self.training:
+            widen(magnitude)
         norm = self._known_norm()
         if self._strength is not None:
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
@@ -145,15 +147,15 @@ class DoraEmbedding(DoraLayer):
             lora_A,
             lora_B,
             magnitude,
-            scaling=self.scaling,
+            scaling=self._scaling,
             weight_norm=norm,
             norm_grad=self.norm_grad and norm is None,
-            padding_idx=self.base_layer.padding_idx,
-            scale_grad_by_freq=self.base_layer.scale_grad_by_freq,
-            sparse=self.base_layer.sparse,
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
             budget=self.norm_budget,
         )
-        return scaled(y, self.embed_scale)
+        return scaled(y, base.embed_scale) if self.is_scaled else y
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "

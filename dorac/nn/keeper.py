@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dorac.undo import State
 
 if TYPE_CHECKING:
+    from dorac.nn.compiled_norm import Holder
     from dorac.nn.gathered import Parts
     from dorac.nn.moments import Moment
 
@@ -64,6 +65,9 @@ class Keeper(Protocol):
 
     def norm_operands(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The matrix and the factors, None where the norm is not that of one dense matrix."""
+
+    def norm_holder(self) -> "Holder | None":
+        """The module where compiled code looks for the norm; None once it is gone."""
 
     def packed_base(self) -> nn.Module | None:
         """The module of which :func:`dorac.packed.stored` has the pieces of the base weight; None for a dense one."""

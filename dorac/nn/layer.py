@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dorac import checks, functional, magnitudes, offload
 from dorac.nn import merging, norm_cache, starts
+from dorac.nn.compiled_norm import CompiledNorm
 from dorac.nn.hyperparameters import DEFAULT_ALPHA, DEFAULT_R, check_hyperparameters, scaling_factor, settled
 from dorac.nn.initialised import Initialised
 from dorac.nn.keeper import KeptNorm
@@ -161,6 +162,7 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         # buffer: AveragedModel pairs the buffers of a model and of its copy, which is not merged when the model is.
         self.merged_norm: Tensor | None = None
         self.kept: KeptNorm | None = None
+        self.compiled_norm: CompiledNorm | None = None
         self.shards: Shards | None = None  # how dorac.parallel has spread it
         self.lasting: Lasting | None = None  # see tensor_parallel.py
         # See starts.py: the hook of an adapter without values, whether its magnitude was loaded, whether to_empty() has
@@ -252,6 +254,9 @@ class DoraLayer(Switched, Initialised, ReadsBase, Stated):
         factors = self._own_parameters()
         del factors[2::3]  # magnitudes
         return *self.base_weights(), *factors
+
+    def norm_holder(self) -> Self:
+        return self
 
     def packed_base(self) -> nn.Module | None:
         """The base layer if its weight is packed, for :mod:`dorac.nn.norm_cache`."""

@@ -144,7 +144,7 @@ class DoraLinear(DoraLayer):
         lora_A, lora_B, magnitude = self._own_parameters()
         if magnitude.dtype in HALF and self.training:
             widen(magnitude)
-        norm = known_norm(self, (weight, lora_A, lora_B)) if self.kept is not None else None
+        norm = known_norm(self, (weight, lora_A, lora_B))
         if self._strength is not None:
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
         weight = weight.t() if self.fan_in_fan_out else weight

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dorac import checks, packed
+from dorac import packed
+from dorac.nn import compiled_norm
+from dorac.nn.compiled_norm import CompiledNorm
 from dorac.nn.keeper import Keeper, KeptNorm
 from dorac.nn.moments import Moment, PackedMoment, plainly
+from dorac.nn.present_norms import present_norms
 from dorac.ops import front, sharded
-from dorac.ops.norm import row_norms
 from dorac.ops.packed_product import Held
 
 STALE = (
@@ -48,9 +50,11 @@ def packed_weight(layer: Keeper | None, base: nn.Module, norm: Tensor | None) ->
 
     Where that is the norm that the layer keeps, the weight is that of the last forward, and not looked at again.
     """
+    if torch.compiler.is_compiling():
+        return packed.of(base)
     kept = None if norm is None or layer is None else layer.kept
     moment = None if kept is None or norm is not kept.norm else kept.at
-    if type(moment) is not PackedMoment or torch.compiler.is_compiling():
+    if type(moment) is not PackedMoment:
         return packed.of(base)
     pieces = moment.pieces
     if pieces.held is None:
@@ -108,6 +112,7 @@ def stop(layers: Iterable[Keeper]) -> None:
     """Forgets the norms of these layers."""
     for layer in layers:
         layer.kept = None
+        compiled_norm.tell(layer)
         with _changing:
             kept_layers.pop(layer, None)
 
@@ -149,6 +154,7 @@ def _taken_by_unit(layer: Keeper) -> bool:
     inputs = layer.norm_inputs()
     tensors = inputs if out_of_reach(layer, inputs) else kept.gathered.tensors
     kept.of, kept.gathered = None, kept.gathered.of(tensors, taken=False)
+    compiled_norm.tell(layer)
     return True
 
 
@@ -166,11 +172,12 @@ def take(layers: Sequence[Keeper], *, seen_by_autograd: bool, grad_mode: bool | 
             tensors = layer.norm_inputs()
             if layer.merged or out_of_reach(layer, tensors) or any(t.is_meta for t in tensors):
                 kept.of = None
+                compiled_norm.tell(layer)
             else:
                 taken.append((layer, kept, tensors))
         if not taken:
             return
-        _write(taken, _norms([layer for layer, *_ in taken]), seen_by_autograd)
+        _write(taken, present_norms([layer for layer, *_ in taken]), seen_by_autograd)
         for layer, kept, tensors in taken:
             _note(layer, kept, tensors, grad_mode)
     except BaseException:
@@ -190,6 +197,7 @@ def _write(taken: list[tuple[Keeper, KeptNorm, tuple]], norms: list[Tensor], see
         with torch.inference_mode(False):  # a tensor made in inference mode could never be saved for backward
             kept.norm = norm.clone()
         if not torch.compiler.is_compiling():
+            kept.norm = nn.Parameter(kept.norm, requires_grad=False)  # see compiled_norm
             torch._dynamo.mark_static_address(kept.norm)  # CUDA graphs need not copy it
             _layer_of_norm[kept.norm] = weakref.ref(layer)
     if old:
@@ -209,38 +217,7 @@ def _note(layer: Keeper, kept: KeptNorm, tensors: tuple[Tensor, ...], grad_mode:
     else:
         moment = PackedMoment(tensors, grad_mode, base, earlier)
     kept.of, kept.scaling, kept.at, kept.in_doubt = (*tensors, kept.norm), layer.scaling, moment, kept.distrusted
-
-
-def _norms(layers: list[Keeper]) -> list[Tensor]:
-    """The present norms, those of layers of one layout in one launch; of a tensor-parallel layer this rank's rows."""
-    scalings = [layer.scaling for layer in layers]
-    spread = [getattr(layer, "shards", None) for layer in layers]
-    operands = [
-        None if isinstance(scaling, Tensor) else (shards.local_operands(layer) if shards else layer.norm_operands())
-        for layer, scaling, shards in zip(layers, scalings, spread, strict=True)
-    ]
-    checked = set()
-    for tensors, scaling in zip(operands, scalings, strict=True):
-        if tensors is None:
-            continue
-        checks.check_scaling(scaling)
-        if torch.compiler.is_compiling():
-            checks.check_factors(*tensors)
-            continue
-        metadata = tuple([(type(t), t.shape, t.dtype, t.device) for t in tensors])  # all that the check looks at
-        if metadata not in checked:
-            checks.check_factors(*tensors)
-            checked.add(metadata)
-    together = row_norms(operands, scalings, [layer.norm_budget for layer in layers])
-    norms = [
-        norm if norm is not None else shards.local_norm(layer) if shards else layer._norm()
-        for layer, norm, shards in zip(layers, together, spread, strict=True)
-    ]
-    if any(spread):
-        from dorac.nn.tensor_parallel import total_norms  # which imports torch.distributed
-
-        norms = total_norms(spread, norms)
-    return norms
+    compiled_norm.tell(layer)
 
 
 def suspend(layers: Iterable[Keeper]) -> None:
@@ -248,6 +225,7 @@ def suspend(layers: Iterable[Keeper]) -> None:
     for layer in layers:
         if (kept := layer.kept) is not None:
             kept.of = kept.shelved = None
+            compiled_norm.tell(layer)
 
 
 def doubt(layers: Iterable[Keeper]) -> None:
@@ -256,6 +234,7 @@ def doubt(layers: Iterable[Keeper]) -> None:
         if (kept := layer.kept) is not None:
             kept.at = kept.shelved = None
             kept.in_doubt = True
+            compiled_norm.tell(layer)
 
 
 def distrust(layers: Iterable[Keeper]) -> None:
@@ -279,26 +258,42 @@ def known_norm(
 
     ``inputs``, ``scaling``: the layer's ``norm_inputs()`` and its scaling, for who has them at hand.
     """
+    if torch.compiler.is_compiling():
+        told = layer.compiled_norm
+        if told is None or layer.norm_grad:
+            return None
+        return known_to_compiled(told, layer.norm_inputs() if inputs is None else inputs, layer._scaling)
     kept = layer.kept
     if kept is None:
         return None
     if scaling is None:
         scaling = layer._scaling
-    if torch.compiler.is_compiling():
-        if not _usable(layer, kept, scaling, inputs) or kept.in_doubt:
+    with plainly():
+        if front.traced_by_jit() or not _usable(layer, kept, scaling, inputs):
             return None
-        _verify_while_tracing(kept.norm)
-    else:
-        with plainly():
-            if front.traced_by_jit() or not _usable(layer, kept, scaling, inputs):
-                return None
-        # After a break of the graph it would be compiled by itself.
-        verified = torch.compiler.disable(_verified) if kept.debug else _verified
-        if not verified(layer, kept):
-            return None
+    # After a break of the graph it would be compiled by itself.
+    verified = torch.compiler.disable(_verified) if kept.debug else _verified
+    if not verified(layer, kept):
+        return None
     if kept.debug:
         _check(layer)
     return kept.norm
+
+
+def known_to_compiled(told: CompiledNorm, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
+    """As :func:`known_norm`, of what compiled code is told."""
+    if isinstance(scaling, Tensor) or front.exporting_module():
+        return None
+    for weight in inputs[: len(inputs) // 3]:  # as _usable()
+        if weight.requires_grad:
+            return None
+    for tensor, of in zip(inputs, told.of, strict=True):
+        if tensor is not of:
+            return None
+    _verify_while_tracing(told.norm)
+    if told.debug:  # breaks the graph, or says why where that is not allowed
+        raise RuntimeError("cache_norms(debug=True) compares in eager only: compile without fullgraph, or use check()")
+    return told.norm
 
 
 def _verified(layer: Keeper, kept: KeptNorm) -> bool:
@@ -358,7 +353,7 @@ def is_stale(layer: Keeper) -> bool:
         return False  # no forward would use it
     if kept.gathered is not None and kept.gathered.passed():
         return False  # its unit will take it anew
-    (norm,) = _norms([layer])
+    (norm,) = present_norms([layer])
     # Two orders of one sum differ by less; so does a step too small to be seen in the output.
     rounding = 8 * torch.finfo(norm.dtype).eps
     return not torch.allclose(kept.norm.to(norm.dtype), norm, rtol=rounding, atol=0, equal_nan=True)
@@ -383,8 +378,6 @@ def _usable(layer: Keeper, kept: KeptNorm, scaling: float | Tensor, inputs: tupl
 
 
 def _check(layer: Keeper) -> None:
-    if torch.compiler.is_compiling():  # breaks the graph, or says why where that is not allowed
-        raise RuntimeError("cache_norms(debug=True) compares in eager only: compile without fullgraph, or use check()")
     with torch.no_grad():
         if is_stale(layer):
             raise RuntimeError(STALE.format(type(layer).__name__ if isinstance(layer, nn.Module) else layer))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import offload
-from dorac.nn import norm_cache
+from dorac.nn import compiled_norm, norm_cache
 from dorac.nn.keeper import Keeper, KeptNorm
 from dorac.nn.moments import Moment
 
@@ -85,9 +85,10 @@ def _norms(keepers: Iterable[Keeper], originals: _Originals, *, take: bool) -> I
     try:
         yield
     finally:
-        for _, kept in pairs:
+        for keeper, kept in pairs:
             if kept.of is not None:
                 kept.of = tuple(None if id(t) in by_id else t for t in kept.of)
+                compiled_norm.tell(keeper)
 
 
 def _follow(keeper: Keeper, kept: KeptNorm, by_id: Mapping[int, Tensor | None], take: bool) -> None:
@@ -99,6 +100,7 @@ def _follow(keeper: Keeper, kept: KeptNorm, by_id: Mapping[int, Tensor | None], 
         norm_cache.suspend([keeper])
     elif _is_of(kept, inputs, lasting):
         kept.of = *inputs, kept.of[-1]
+        compiled_norm.tell(keeper)
         if kept.at is not None:
             kept.at = Moment(inputs, kept.at.grad_mode)
     elif take:  # the forward takes it

@@ -128,7 +128,7 @@ class DoraQuantLinear(DoraLinear):
         if self.merged_norm is not None or self.runs_base:
             return base
         lora_A, lora_B, magnitude = self._own_parameters()
-        norm = known_norm(self, (self.weight, lora_A, lora_B)) if self.kept is not None else None
+        norm = known_norm(self, (self.weight, lora_A, lora_B))
         if norm is None:
             norm = self._norm()
         if self._strength is not None:
@@ -166,7 +166,7 @@ class DoraQuantLinear(DoraLinear):
         lora_A, lora_B, magnitude = own = self._own_parameters()
         if not all(map(shared.is_plain, own)):
             return None
-        norm = known_norm(self, (self.weight, lora_A, lora_B)) if self.kept is not None else None
+        norm = known_norm(self, (self.weight, lora_A, lora_B))
         weight = linear4bit.weight_for(base, x, self, norm)
         if weight is None:
             return None

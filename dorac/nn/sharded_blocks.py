@@ -66,7 +66,7 @@ def _computed(x: Tensor, layers: Sequence[DoraLinear], in_kernels: Callable, any
     adapter, due, norms = [], [], []
     for layer in layers:
         own, weight = layer.shards._adapter(layer), layer.base_layer.weight
-        norms.append(norm_cache.known_norm(layer, (weight, *own[:2])) if layer.kept is not None else None)
+        norms.append(norm_cache.known_norm(layer, (weight, *own[:2])))
         adapter += own
         due += layer.shards.adapter_due
     entry = crossing.Entry(group, due, [layer.base_layer.weight for layer in layers], adapter)

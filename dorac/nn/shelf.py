@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dorac import offload
+from dorac.nn import compiled_norm
 from dorac.nn.hyperparameters import attribute
 from dorac.nn.keeper import Keeper
 from dorac.nn.moments import plainly
@@ -204,6 +205,7 @@ def shelve_norm(layer: Keeper, adapter: str) -> None:
     if kept.of is not None and kept.at is not None and not kept.in_doubt:
         kept.shelved = (kept.shelved or {}) | {adapter: {name: getattr(kept, name) for name in _OF_NORM}}
     vars(kept).update(dict.fromkeys(_OF_NORM))
+    compiled_norm.tell(layer)
 
 
 def unshelve_norm(layer: Keeper, adapter: str) -> bool:
@@ -214,6 +216,7 @@ def unshelve_norm(layer: Keeper, adapter: str) -> bool:
         return False
     forget_norm(layer, adapter)
     vars(kept).update(shelved)  # a norm that has passed is written anew in the same memory
+    compiled_norm.tell(layer)
     *of, _ = kept.of
     inputs = layer.norm_inputs()
     same = len(of) == len(inputs) and all(map(operator.is_, inputs, of)) and kept.scaling == layer.scaling

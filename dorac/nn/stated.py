@@ -80,7 +80,7 @@ class Stated(nn.Module):
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold. They take their own norm, since no optimizer of theirs is known."""
-        return super().__getstate__() | {"kept": None, "lasting": None}
+        return super().__getstate__() | {"kept": None, "compiled_norm": None, "lasting": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -78,7 +78,7 @@ class Shards:
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         adapted = layer.merged_norm is None and not layer.runs_base
         adapter = self._adapter(layer) if adapted else []
-        norm = norm_cache.known_norm(layer, (weight, *adapter[:2])) if adapted and layer.kept is not None else None
+        norm = norm_cache.known_norm(layer, (weight, *adapter[:2])) if adapted else None
         # Over the columns every rank adds the bias to the whole result, or to its own part of the lines.
         due = self.columns and self.wanted_dim is not None and not self._parts_features(x.ndim)
         x = self._moved_in(x, group)

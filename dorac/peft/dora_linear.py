@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dorac import functional, magnitudes, offload, packed, stock_peft
 from dorac.nn import norm_cache
+from dorac.nn.compiled_norm import CompiledNorm
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.ops.packed_product import Held
@@ -25,6 +26,7 @@ from dorac.peft.weights import (
 
 _settings, _CACHING = stock_peft.place("dora_caching")
 _SETTINGS = vars(_settings)  # where every forward looks
+_OF_KEEPER = "keeper", "compiled_norm"
 
 
 class DoraLinearLayer(stock_peft.DoraLinearLayer):
@@ -42,6 +44,7 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
     norm_budget = DEFAULT_BUDGET  # bytes for the buffers of the norm
     own_scaling: float | Tensor | None = None  # lora_alpha / r; a tensor where PEFT's scaling is one. See split()
     keeper: AdapterNorm | None = None  # of the norm under dorac.cache_norms
+    compiled_norm: CompiledNorm | None = None  # what compiled code knows of that
 
     def train(self, mode: bool = True) -> Self:
         self._cache_clear()
@@ -85,14 +88,19 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
     def __getstate__(self) -> dict:
         state = super().__getstate__()
         # What a copy's norms would be taken of are other tensors.
-        return {name: value for name, value in state.items() if name != "keeper"} | {"_dora_cache": {}}
+        return {name: value for name, value in state.items() if name not in _OF_KEEPER} | {"_dora_cache": {}}
 
     def known_norm(
         self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
     ) -> Tensor | None:
         """The norm that :func:`dorac.cache_norms` keeps, if it is that of these parameters now."""
-        keeper = self.keeper
-        return None if keeper is None else keeper.known((parameter(base_layer, "weight"), lora_A, lora_B), scaling)
+        inputs = parameter(base_layer, "weight"), lora_A, lora_B
+        if torch.compiler.is_compiling():
+            told = self.compiled_norm
+            if told is None or isinstance(scaling, Tensor) or scaling != told.scaling:
+                return None
+            return norm_cache.known_to_compiled(told, inputs, scaling)
+        return None if self.keeper is None else self.keeper.known(inputs, scaling)
 
     def split(self, scaling: float | Tensor) -> tuple[float | Tensor, float | Tensor | None]:
         """The adapter's own scaling s and the strength a, where PEFT's ``scaling`` is ``a s``; None for the strength 1.

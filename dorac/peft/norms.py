@@ -8,11 +8,10 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from dorac import offload, packed
-from dorac.nn import norm_cache
+from dorac.nn import compiled_norm, norm_cache
 from dorac.nn.keeper import KeptNorm
 from dorac.ops import sharded
 from dorac.peft.direct import parameter
@@ -57,13 +56,11 @@ class AdapterNorm:
         return layer is not None and layer.lora_magnitude_vector._modules.get(self.adapter) is self.magnitude
 
     def known(self, inputs: tuple[Tensor, ...], scaling: float | Tensor) -> Tensor | None:
-        """The norm if a forward with these ``norm_inputs`` may use it, None where it has to take its own."""
+        """The norm if an eager forward with these ``norm_inputs`` may use it, None where it has to take its own."""
         kept = self.kept
         if kept is None or isinstance(scaling, Tensor):
             return None
         if scaling != kept.scaling:
-            if torch.compiler.is_compiling():
-                return None
             kept.at = None  # it is taken anew, once
         return norm_cache.known_norm(self, inputs, scaling)
 
@@ -143,6 +140,9 @@ class AdapterNorm:
     def _unknown(self) -> str:
         return f"the weight of its base layer ({type(self._base_layer).__name__}) is in a format that is not known"
 
+    def norm_holder(self) -> nn.Module | None:
+        return self.magnitude
+
     def packed_base(self) -> nn.Module | None:
         base = self._base_layer
         return None if is_plain(parameter(base, "weight")) or packed.of(base) is None else base
@@ -186,6 +186,7 @@ def forget(magnitude: nn.Module, log: Undo) -> None:
     if keeper is not None:
         log.add(partial(setattr, magnitude, "keeper", keeper))
         if keeper.kept is not None:
+            log.add(partial(compiled_norm.tell, keeper))  # once what follows is undone
             log.add(partial(vars(keeper).update, dict(vars(keeper))))
             log.add(partial(norm_cache.enlist, keeper))
         norm_cache.stop([keeper])

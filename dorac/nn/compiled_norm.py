@@ -1,0 +1,57 @@
+"""``CompiledNorm``: what compiled code knows of a norm that is kept (:mod:`dorac.nn.norm_cache`).
+
+Dynamo guards whatever a graph has read of Python's objects, in every call. What it reads of modules costs next to
+nothing: one look at a module's dictionary tells that nothing in it has changed (torch 2.11), so long as all of it is
+immutable, or modules again. A :class:`~dorac.nn.keeper.KeptNorm` is neither, and would have every guard of the layer
+looked at. So compiled code never reads it. It reads a tuple in the dictionary of the layer, or of PEFT's magnitude:
+there is one while compiled code may use the norm. It is replaced by another one only where that says another thing.
+
+The norm is a parameter, so that no graph guards that it is none of its other inputs.
+"""
+
+import operator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dorac.nn.keeper import Keeper
+
+
+class CompiledNorm(NamedTuple):
+    """A kept norm that compiled code may use, what it was taken of, with which scaling, and whether it is compared."""
+
+    norm: Tensor
+    of: tuple[Tensor, ...]
+    scaling: float
+    debug: bool
+
+
+class Holder(Protocol):
+    """The module that has it."""
+
+    compiled_norm: CompiledNorm | None
+
+
+def tell(keeper: "Keeper") -> None:
+    """Tells compiled code what ``keeper.kept`` is now; whoever writes to that calls this."""
+    holder = keeper.norm_holder()
+    if holder is None:
+        return
+    now, told = _now(keeper), holder.compiled_norm
+    same = now is told if now is None or told is None else _same(now, told)
+    if not same:
+        holder.compiled_norm = now
+
+
+def _now(keeper: "Keeper") -> CompiledNorm | None:
+    kept = keeper.kept
+    if kept is None or kept.of is None or kept.in_doubt or kept.norm is None:
+        return None
+    return CompiledNorm(kept.norm, kept.of[:-1], kept.scaling, kept.debug)
+
+
+def _same(one: CompiledNorm, other: CompiledNorm) -> bool:
+    if one.norm is not other.norm or one.debug is not other.debug or len(one.of) != len(other.of):
+        return False
+    return one.scaling == other.scaling and all(map(operator.is_, one.of, other.of))
