@@ -325,8 +325,8 @@ compose: bfloat16[6, 32]""",
         self.assertExpectedInline(
             saved_for_backward(partitioned(embedding(), self.indices)),
             """\
-input: float32[32]
 input: bfloat16[32, 4]
+input: float32[32]
 input: int64[6]
 row_norm: float32[32]
 embedding: bfloat16[6, 4]
@@ -422,10 +422,10 @@ compose: bfloat16[2, 8, 4, 4]""",
         self.assertExpectedInline(
             saved_for_backward(partitioned(conv2d(), self.images)),
             """\
-input: float32[1, 8, 1, 1]
 input: bfloat16[8, 3, 3, 3]
 input: bfloat16[4, 3, 3, 3]
 input: bfloat16[8, 4, 1, 1]
+input: float32[1, 8, 1, 1]
 input: bfloat16[2, 3, 6, 6]
 row_norm: float32[8]
 convolution: bfloat16[2, 4, 4, 4]

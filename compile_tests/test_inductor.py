@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 import dorac
 import dorac.reference
-from dorac.ops import eager, front
+from dorac.ops import eager, front, inductor
 from dorac.testing import rms_error
 
 
@@ -113,6 +113,36 @@ def test_passes_over_parameters_are_one_launch(adapter_dtype, device, monkeypatc
         assert len(together) == (device == "cuda" and per_layer > 0)
         for arguments in together:
             assert arguments.count(",") >= 3 * per_layer * 2
+
+
+@pytest.mark.usefixtures("not_padded")
+def test_passes_over_parameters_come_when_they_are_read(device, monkeypatch):
+    """In a deep model's inference too: at the front the GPU would wait until the results of all were allocated."""
+    monkeypatch.setattr(front, "has_kernels", lambda *tensors: True)
+    monkeypatch.setattr(inductor, "PARTS", 6)
+    stack = nn.Sequential(*(nn.Linear(24, 24) for _ in range(4))).to(device, torch.bfloat16)
+    dorac.apply_dora(stack, [*"0123"], r=4, init_lora_weights=False)
+    dorac.cache_norms(stack)
+    x, graphs = torch.randn(70, 24, dtype=torch.bfloat16, device=device), []
+    with (
+        torch.no_grad(),
+        torch.autocast(device, torch.bfloat16),
+        torch._inductor.config.patch(post_grad_custom_post_pass=graphs.append),
+    ):
+        y, (code,) = run_and_get_code(torch.compile(stack, fullgraph=True), x)
+        monkeypatch.undo()
+        assert rms_error(y, stack(x), rms_error(y, torch.zeros_like(y))) < 2e-2
+    nodes = [node for node in graphs[0].nodes if node.op != "placeholder"]
+    ops = torch.ops.dorac.cast.default, torch.ops.dorac.mag_scale.default
+    passes = [i for i, node in enumerate(nodes) if node.target in ops]
+    assert len(passes) == 3 * 4
+    for i in passes:
+        first = min(map(nodes.index, nodes[i].users))
+        assert all(j in passes or nodes[j].target.is_view for j in range(i, first)), graphs
+    if device == "cuda":
+        calls = re.findall(r"(triton_for_fused|extern_kernels)\w*\.", code.partition("def call(")[2])
+        assert calls.count("triton_for_fused") == 2
+        assert calls.index("extern_kernels") < len(calls) - calls[::-1].index("triton_for_fused") - 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "bfloat16", "dropout", "norm_grad", "embedding"])

@@ -467,8 +467,7 @@ def test_changes(kind, change, calls):
         if change in (merged, disabled):
             torch.testing.assert_close(ours(x), stock(x))
         elif change in STRENGTHS:
-            strength = 1 if kind == "embedding" and change is scale_layer else STRENGTHS[change]  # PEFT passes it by
-            torch.testing.assert_close(seeded(ours, x), low + strength * (high - low))
+            torch.testing.assert_close(seeded(ours, x), low + STRENGTHS[change] * (high - low))
         else:
             assert_same(ours, stock, x)
         assert bool(calls) == direct

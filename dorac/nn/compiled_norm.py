@@ -38,7 +38,7 @@ def tell(keeper: "Keeper") -> None:
     holder = keeper.norm_holder()
     if holder is None:
         return
-    now, told = _now(keeper), holder.compiled_norm
+    now, told = _now(keeper), vars(holder).get("compiled_norm")
     same = now is told if now is None or told is None else _same(now, told)
     if not same:
         holder.compiled_norm = now

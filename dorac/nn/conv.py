@@ -124,7 +124,7 @@ class _DoraConvNd(DoraLayer):
         magnitude, norm = magnitude.flatten(), self._known_norm()
         if self._strength is not None:
             lora_B, magnitude, norm = self._at_strength(lora_B, magnitude, norm)
-        return type(self).FUNCTION(
+        return self.FUNCTION(
             x,
             weight,
             lora_A,

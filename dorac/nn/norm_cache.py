@@ -263,6 +263,13 @@ def known_norm(
         if told is None or layer.norm_grad:
             return None
         return known_to_compiled(told, layer.norm_inputs() if inputs is None else inputs, layer._scaling)
+    return known_in_eager(layer, inputs, scaling)
+
+
+def known_in_eager(
+    layer: Keeper, inputs: tuple[Tensor, ...] | None = None, scaling: float | Tensor | None = None
+) -> Tensor | None:
+    """As :func:`known_norm`, of a forward that nothing compiles."""
     kept = layer.kept
     if kept is None:
         return None

@@ -5,7 +5,7 @@ launch, and so do the factors' gradients on their way back to the parameters' dt
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dorac.numerics import accumulate_dtype
 from dorac.ops import front
@@ -51,6 +51,28 @@ def _flat(tensors, dtype):
 # All elements one after the other; in generated code one launch, where that of ``cat`` is one a tensor beyond a few.
 lib.impl("flat", _flat, "CompositeExplicitAutograd")
 flat = torch.ops.dorac.flat
+
+
+def late(graph: fx.Graph) -> None:
+    """Puts each pass over an input of the graph before its first reader, with the views of it that lie between.
+
+    The compiler orders inference by locality, which leaves all of them at the front: the GPU would wait until all their
+    results are allocated, and hold them until the last layer.
+    """
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in reversed([*place]):
+        first = min(node.users, key=place.get, default=None)
+        if first is not None and first.op != "output" and _reads_inputs_alone(node):
+            first.prepend(node)
+            place[node] = place[first]
+
+
+def _reads_inputs_alone(node: fx.Node) -> bool:
+    """Whether the node is a pass over an input of the graph, or a view of one."""
+    if node.target in (torch.ops.dorac.mag_scale.default, torch.ops.dorac.cast.default):
+        return all(argument.op == "placeholder" for argument in node.all_input_nodes)
+    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return is_view and all(map(_reads_inputs_alone, node.all_input_nodes))
 
 
 def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:

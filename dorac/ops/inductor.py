@@ -20,16 +20,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dorac.ops import front
+from dorac.ops import front, horizontal
 from dorac.ops.compose import magnitude_scale
 from dorac.ops.horizontal import copy
 from dorac.ops.library import inlined
 from dorac.ops.on_import import on_import
 
+# Of one launch at most: the layers of a Llama's block, under autocast. All of a deep model in the first would let the
+# GPU wait for the allocation of its results, and hold them until the last block.
+PARTS = 24
+
+_HORIZONTAL = {torch.ops.dorac.mag_scale: magnitude_scale, torch.ops.dorac.cast: copy}
+
 
 def register() -> None:
     """Registers the lowerings once Inductor is imported, which takes seconds."""
     on_import("torch._inductor.lowering", _register)
+    on_import("torch._inductor.fx_passes.post_grad", _register_order)
 
 
 def _register(lowering) -> None:
@@ -40,7 +47,7 @@ def _register(lowering) -> None:
         constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
         lowering.add_layout_constraint(op, constraint)
         lowering.register_lowering(op, type_promotion_kind=None)(_launches(lowering, op, function))
-    for op, function in ((torch.ops.dorac.mag_scale, magnitude_scale), (torch.ops.dorac.cast, copy)):
+    for op, function in _HORIZONTAL.items():
         lower = _horizontal(lowering, op.default, function)
         lowering.register_lowering(op.default, type_promotion_kind=None)(lower)
     flat = torch.ops.dorac.flat.default
@@ -50,6 +57,22 @@ def _register(lowering) -> None:
         (torch.ops.dorac.delta_linear, _delta_linear),
     ):
         lowering.register_lowering(op.default, type_promotion_kind=None)(lower(lowering, op.default))
+
+
+def _register_order(post_grad) -> None:
+    from torch._inductor.pattern_matcher import CallFunction, Ignored, register_graph_pattern
+
+    for op in _HORIZONTAL:
+        pattern = CallFunction(op.default, Ignored(), Ignored())
+        register_graph_pattern(pattern, pass_dict=post_grad.pass_patterns[2])(_of_match)
+
+
+def _of_match(match) -> None:
+    """Puts all of a graph's in order at its first match."""
+    graph = match.output_node().graph
+    if "dorac_ordered" not in graph.owning_module.meta:
+        graph.owning_module.meta["dorac_ordered"] = True
+        horizontal.late(graph)
 
 
 def _launches(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
@@ -92,8 +115,8 @@ def _inlined(op: torch._ops.OpOverload, function: Callable, args: Sequence[objec
 def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Callable:
     """The lowering of ``op``, a pass of ``function`` over a parameter or its gradient, to a part of one launch.
 
-    Inductor makes one of what is in a list of its graph's. Nothing may lie between two parts of it: those of one list
-    read inputs of the graph, those of another give outputs that nothing in the graph reads.
+    Inductor makes one of what is in a list of its graph's. Nothing may lie between two parts of it: those of one kind
+    of list read inputs of the graph, those of another give outputs that nothing in the graph reads.
     """
     from torch._inductor.codegen.common import BackendFeature
 
@@ -109,12 +132,20 @@ def _horizontal(lowering, op: torch._ops.OpOverload, function: Callable) -> Call
         if static and V.graph.has_feature(result.get_device(), BackendFeature.FOREACH):
             read = V.graph.get_buffer(result.get_name()).get_read_names()
             if read <= V.graph.graph_inputs.keys() - V.graph.mutated_buffers:
-                V.graph.lists.setdefault("dorac_in", []).append(result.get_operation_name())
+                _join(V.graph.lists, "dorac_in", result.get_operation_name())
             elif all(user.op == "output" for user in V.graph.current_node.users):
-                V.graph.lists.setdefault("dorac_out", []).append(result.get_operation_name())
+                _join(V.graph.lists, "dorac_out", result.get_operation_name())
         return result
 
     return lower
+
+
+def _join(lists: dict[str, list[str]], kind: str, operation: str) -> None:
+    """Adds the operation to the last list of its kind, or to a new one where that is full."""
+    own = [members for name, members in lists.items() if name.startswith(kind)]
+    if not own or len(own[-1]) == PARTS:
+        own.append(lists.setdefault(f"{kind}_{len(own)}", []))
+    own[-1].append(operation)
 
 
 def _flat(lowering, tensors, dtype):

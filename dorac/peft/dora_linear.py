@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from dorac import functional, magnitudes, offload, packed, stock_peft
 from dorac.nn import norm_cache
@@ -26,7 +27,7 @@ from dorac.peft.weights import (
 
 _settings, _CACHING = stock_peft.place("dora_caching")
 _SETTINGS = vars(_settings)  # where every forward looks
-_OF_KEEPER = "keeper", "compiled_norm"
+_OF_KEEPER = "keeper", "compiled_norm"  # which no copy has
 
 
 class DoraLinearLayer(stock_peft.DoraLinearLayer):
@@ -94,13 +95,15 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
         self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
     ) -> Tensor | None:
         """The norm that :func:`dorac.cache_norms` keeps, if it is that of these parameters now."""
+        told = self.compiled_norm
+        if told is None and self.keeper is None:
+            return None
         inputs = parameter(base_layer, "weight"), lora_A, lora_B
-        if torch.compiler.is_compiling():
-            told = self.compiled_norm
-            if told is None or isinstance(scaling, Tensor) or scaling != told.scaling:
-                return None
-            return norm_cache.known_to_compiled(told, inputs, scaling)
-        return None if self.keeper is None else self.keeper.known(inputs, scaling)
+        if not is_dynamo_compiling():
+            return self.keeper.known(inputs, scaling)
+        if told is None or isinstance(scaling, Tensor) or scaling != told.scaling:
+            return None
+        return norm_cache.known_to_compiled(told, inputs, scaling)
 
     def split(self, scaling: float | Tensor) -> tuple[float | Tensor, float | Tensor | None]:
         """The adapter's own scaling s and the strength a, where PEFT's ``scaling`` is ``a s``; None for the strength 1.

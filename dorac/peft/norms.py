@@ -62,7 +62,7 @@ class AdapterNorm:
             return None
         if scaling != kept.scaling:
             kept.at = None  # it is taken anew, once
-        return norm_cache.known_norm(self, inputs, scaling)
+        return norm_cache.known_in_eager(self, inputs, scaling)
 
     @property
     def scaling(self) -> float | Tensor:
@@ -186,7 +186,8 @@ def forget(magnitude: nn.Module, log: Undo) -> None:
     if keeper is not None:
         log.add(partial(setattr, magnitude, "keeper", keeper))
         if keeper.kept is not None:
-            log.add(partial(compiled_norm.tell, keeper))  # once what follows is undone
+            log.add(partial(compiled_norm.tell, keeper))  # last of these
             log.add(partial(vars(keeper).update, dict(vars(keeper))))
             log.add(partial(norm_cache.enlist, keeper))
         norm_cache.stop([keeper])
+        vars(magnitude).pop("compiled_norm", None)
