@@ -46,7 +46,7 @@ def tell(keeper: "Keeper") -> None:
 
 def _now(keeper: "Keeper") -> CompiledNorm | None:
     kept = keeper.kept
-    if kept is None or kept.of is None or kept.in_doubt or kept.norm is None:
+    if kept is None or kept.of is None or kept.in_doubt or isinstance(kept.scaling, Tensor):
         return None
     return CompiledNorm(kept.norm, kept.of[:-1], kept.scaling, kept.debug)
 
