@@ -10,12 +10,17 @@ The norm is a parameter, so that no graph guards that it is none of its other in
 """
 
 import operator
+import sys
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from dorac.nn.keeper import Keeper
+
+# Python 3.13 does not tell torch what is set in a module's dictionary: with torch 2.11 a graph goes on with what was
+# there before, of plain modules too. There compiled code reads the KeptNorm, so that all guards are looked at.
+DICTIONARIES_TELL = sys.version_info < (3, 13)
 
 
 class CompiledNorm(NamedTuple):

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dorac import packed
 from dorac.nn import compiled_norm
-from dorac.nn.compiled_norm import CompiledNorm
+from dorac.nn.compiled_norm import DICTIONARIES_TELL, CompiledNorm
 from dorac.nn.keeper import Keeper, KeptNorm
 from dorac.nn.moments import Moment, PackedMoment, plainly
 from dorac.nn.present_norms import present_norms
@@ -259,6 +259,8 @@ def known_norm(
     ``inputs``, ``scaling``: the layer's ``norm_inputs()`` and its scaling, for who has them at hand.
     """
     if torch.compiler.is_compiling():
+        if not DICTIONARIES_TELL and layer.kept is None:
+            return None
         told = layer.compiled_norm
         if told is None or layer.norm_grad:
             return None

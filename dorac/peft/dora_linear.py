@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from dorac import functional, magnitudes, offload, packed, stock_peft
 from dorac.nn import norm_cache
-from dorac.nn.compiled_norm import CompiledNorm
+from dorac.nn.compiled_norm import DICTIONARIES_TELL, CompiledNorm
 from dorac.numerics import FLOAT_DTYPES, accumulate_dtype
 from dorac.ops.norm import DEFAULT_BUDGET, lengths
 from dorac.ops.packed_product import Held
@@ -101,6 +101,8 @@ class DoraLinearLayer(stock_peft.DoraLinearLayer):
         inputs = parameter(base_layer, "weight"), lora_A, lora_B
         if not is_dynamo_compiling():
             return self.keeper.known(inputs, scaling)
+        if not DICTIONARIES_TELL and self.keeper is None:
+            return None
         if told is None or isinstance(scaling, Tensor) or scaling != told.scaling:
             return None
         return norm_cache.known_to_compiled(told, inputs, scaling)
