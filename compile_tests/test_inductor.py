@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 import dorac
 import dorac.reference
-from dorac.ops import eager, front, inductor
+from dorac.ops import eager, front, horizontal, inductor
 from dorac.testing import rms_error
 
 
@@ -143,6 +143,34 @@ def test_passes_over_parameters_come_when_they_are_read(device, monkeypatch):
         calls = re.findall(r"(triton_for_fused|extern_kernels)\w*\.", code.partition("def call(")[2])
         assert calls.count("triton_for_fused") == 2
         assert calls.index("extern_kernels") < len(calls) - calls[::-1].index("triton_for_fused") - 1
+
+
+def test_passes_over_parameters_come_before_these_are_written(device):
+    """What is written to an input of the graph, is at its end: a pass over another value of it stays in its place."""
+
+    def step(parameter, copy, x):
+        copy.copy_(torch.ops.dorac.cast(parameter, torch.bfloat16))
+        parameter.add_(1)
+        return 2 * x
+
+    parameter, x = torch.randn(4, 4, device=device), torch.randn(3, device=device)
+    copy, expected = torch.zeros_like(parameter, dtype=torch.bfloat16), parameter.bfloat16()
+    torch.compile(step, fullgraph=True)(parameter, copy, x)
+    torch.testing.assert_close(copy, expected, rtol=0, atol=0)
+
+
+def test_a_pass_comes_before_all_of_its_views():
+    graph = torch.fx.Graph()
+    parameter, x = graph.placeholder("parameter"), graph.placeholder("x")
+    cast = graph.call_function(torch.ops.dorac.cast.default, (parameter, torch.bfloat16))
+    views = [graph.call_function(torch.ops.aten.view.default, (cast, [n, -1])) for n in (2, 4)]
+    other = graph.call_function(torch.ops.aten.neg.default, (x,))
+    product = graph.call_function(torch.ops.aten.mm.default, tuple(views))
+    graph.output((other, product))
+    horizontal.late(graph)
+    graph.lint()
+    nodes = [*graph.nodes]
+    assert nodes.index(other) < nodes.index(cast) < min(map(nodes.index, views))
 
 
 @pytest.mark.parametrize("kind", ["linear", "bfloat16", "dropout", "norm_grad", "embedding"])

@@ -4,6 +4,8 @@ Each is a pass over kilobytes whose price is its launch. As ops of their own tho
 launch, and so do the factors' gradients on their way back to the parameters' dtype: see ``ops/inductor.py``.
 """
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, fx
 
@@ -59,20 +61,23 @@ def late(graph: fx.Graph) -> None:
     The compiler orders inference by locality, which leaves all of them at the front: the GPU would wait until all their
     results are allocated, and hold them until the last layer.
     """
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in reversed([*place]):
-        first = min(node.users, key=place.get, default=None)
-        if first is not None and first.op != "output" and _reads_inputs_alone(node):
+    written = {read for node in graph.nodes if _is_in_place(node) for read in node.all_input_nodes}
+    for node in reversed([*graph.nodes]):
+        first = min(node.users, default=None)  # by where they are now
+        if first is not None and first.op != "output" and _reads_inputs_alone(node, written):
             first.prepend(node)
-            place[node] = place[first]
 
 
-def _reads_inputs_alone(node: fx.Node) -> bool:
-    """Whether the node is a pass over an input of the graph, or a view of one."""
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _reads_inputs_alone(node: fx.Node, written: Container[fx.Node]) -> bool:
+    """Whether the node is a pass over inputs of the graph that nothing in it writes to, or a view of one."""
     if node.target in (torch.ops.dorac.mag_scale.default, torch.ops.dorac.cast.default):
-        return all(argument.op == "placeholder" for argument in node.all_input_nodes)
+        return all(read.op == "placeholder" and read not in written for read in node.all_input_nodes)
     is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-    return is_view and all(map(_reads_inputs_alone, node.all_input_nodes))
+    return is_view and all(_reads_inputs_alone(read, written) for read in node.all_input_nodes)
 
 
 def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
