@@ -21,7 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 import dorac
-from dorac.nn import norm_cache
+from dorac.nn import compiled_norm, norm_cache
 from dorac.ops import front
 
 
@@ -788,3 +788,27 @@ def test_models_are_trained_and_caches_removed_in_threads(no_other_caches):
     finally:
         sys.setswitchinterval(interval)
     assert not errors
+
+
+@pytest.mark.parametrize("change", ["remove", "doubt"])
+def test_compiled_code_is_told_of_what_another_thread_changes_meanwhile(change, monkeypatch):
+    """Between a look at what is kept and the telling of it: else compiled code went on with a norm that is none."""
+    model = adapted()
+    cache = dorac.cache_norms(model)
+    layer = layers(model)[0]
+    norm_cache.suspend([layer])
+    look, changed = compiled_norm._now, []
+
+    def looks_and_waits(keeper):
+        seen = look(keeper)
+        if not changed:
+            changed.append(seen)
+            thread = threading.Thread(target=cache.remove if change == "remove" else lambda: norm_cache.doubt([layer]))
+            thread.start()
+            thread.join()
+        return seen
+
+    monkeypatch.setattr(compiled_norm, "_now", looks_and_waits)
+    norm_cache.refresh([layer])
+    assert changed[0] is not None
+    assert layer.compiled_norm is None

@@ -13,6 +13,7 @@ import operator
 import sys
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,19 +40,24 @@ class Holder(Protocol):
 
 
 def tell(keeper: "Keeper") -> None:
-    """Tells compiled code what ``keeper.kept`` is now; whoever writes to that calls this."""
-    holder = keeper.norm_holder()
-    if holder is None:
-        return
-    now, told = _now(keeper), vars(holder).get("compiled_norm")
-    same = now is told if now is None or told is None else _same(now, told)
-    if not same:
+    """Tells compiled code what ``keeper.kept`` is now; whoever writes to that calls this.
+
+    Looks again after it has written: another thread may have changed that, and told, in between.
+    """
+    while (holder := keeper.norm_holder()) is not None:
+        now, told = _now(keeper), vars(holder).get("compiled_norm")
+        if now is told or (now is not None and told is not None and _same(now, told)):
+            return
         holder.compiled_norm = now
+        if torch.compiler.is_compiling():
+            return
 
 
 def _now(keeper: "Keeper") -> CompiledNorm | None:
     kept = keeper.kept
     if kept is None or kept.of is None or kept.in_doubt or isinstance(kept.scaling, Tensor):
+        return None
+    if isinstance(kept.scaling, Tensor):  # which may change unseen
         return None
     return CompiledNorm(kept.norm, kept.of[:-1], kept.scaling, kept.debug)
 
