@@ -55,9 +55,7 @@ def tell(keeper: "Keeper") -> None:
 
 def _now(keeper: "Keeper") -> CompiledNorm | None:
     kept = keeper.kept
-    if kept is None or kept.of is None or kept.in_doubt or isinstance(kept.scaling, Tensor):
-        return None
-    if isinstance(kept.scaling, Tensor):  # which may change unseen
+    if kept is None or kept.of is None or kept.in_doubt or isinstance(kept.scaling, Tensor):  # which may change unseen
         return None
     return CompiledNorm(kept.norm, kept.of[:-1], kept.scaling, kept.debug)
 
