@@ -149,8 +149,9 @@ def test_passes_over_parameters_come_before_these_are_written(device):
     """What is written to an input of the graph, is at its end: a pass over another value of it stays in its place."""
 
     def step(parameter, copy, x):
-        copy.copy_(torch.ops.dorac.cast(parameter, torch.bfloat16))
+        cast = torch.ops.dorac.cast(parameter, torch.bfloat16)
         parameter.add_(1)
+        copy.copy_(cast)
         return 2 * x
 
     parameter, x = torch.randn(4, 4, device=device), torch.randn(3, device=device)
