@@ -251,12 +251,10 @@ def trust(layers: Iterable[Keeper]) -> None:
             kept.distrusted = False
 
 
-def known_norm(
-    layer: Keeper, inputs: tuple[Tensor, ...] | None = None, scaling: float | Tensor | None = None
-) -> Tensor | None:
+def known_norm(layer: Keeper, inputs: tuple[Tensor, ...] | None = None) -> Tensor | None:
     """The cached norm if a forward may use it, else None; checked first where the layer asks for that.
 
-    ``inputs``, ``scaling``: the layer's ``norm_inputs()`` and its scaling, for who has them at hand.
+    ``inputs``: the layer's ``norm_inputs()``, for who has them at hand.
     """
     if torch.compiler.is_compiling():
         if not DICTIONARIES_TELL and layer.kept is None:
@@ -265,13 +263,13 @@ def known_norm(
         if told is None or layer.norm_grad:
             return None
         return known_to_compiled(told, layer.norm_inputs() if inputs is None else inputs, layer._scaling)
-    return known_in_eager(layer, inputs, scaling)
+    return known_in_eager(layer, inputs)
 
 
 def known_in_eager(
     layer: Keeper, inputs: tuple[Tensor, ...] | None = None, scaling: float | Tensor | None = None
 ) -> Tensor | None:
-    """As :func:`known_norm`, of a forward that nothing compiles."""
+    """As :func:`known_norm`, of a forward that nothing compiles; ``scaling``: the layer's, for who has it at hand."""
     kept = layer.kept
     if kept is None:
         return None
